@@ -1,0 +1,139 @@
+"""VocabMap: raw token ids -> the compressed ids that are hashed. Knows tokenizers, nothing of addresses.
+
+Ids whose text is the same after normalisation share a compressed id, so "Apple", " apple" and "APPLE" meet the same
+n-grams. Only the hash sees compressed ids; the backbone keeps the raw ones (paper, section 2.2, Tokenizer Compression).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, normalizers
+
+from .errors import ConfigError, DigestMismatch, InputError
+
+_FORMAT = "engraphy-vocab-1"
+_LONE_SPACE = "\ue000"  # keeps a token that is one space apart from the empty string
+# The `tokenizers` normalisers, not unicodedata: its StripAccents drops every combining mark (Mn, Mc and Me), and the
+# released maps were made with it.
+_NORMALIZER = normalizers.Sequence([
+    normalizers.NFKC(), normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(),
+    normalizers.Replace(Regex(r"[ \t\r\n]+"), " "), normalizers.Replace(Regex(r"^ $"), _LONE_SPACE),
+    normalizers.Strip(), normalizers.Replace(_LONE_SPACE, " "),
+])
+
+
+class VocabMap:
+    """A map of raw ids to compressed ids. Immutable.
+
+    table: int32 [V]; -1 = the id has no token (between len(tokenizer) and a model's padded vocabulary): such positions
+    are dead, they take part in no n-gram. `len()` is the number of compressed ids, `raw_size` is V.
+    """
+
+    def __init__(self, table_V: np.ndarray):
+        given = np.asarray(table_V)
+        if given.dtype.kind not in "iu" or given.ndim != 1 or not given.size:
+            raise ConfigError(f"vocabulary map: expected integers [V], found {given.dtype} {list(given.shape)}")
+        if given.min() < -1 or given.max() < 0 or given.max() >= 2**31 - 1:
+            raise ConfigError("vocabulary map: expected int32 ids from -1 on, not all of them -1, "
+                              f"found {given.min()} to {given.max()}")
+        table = given.astype(np.int32)
+        table.setflags(write=False)
+        self.table = table
+        self._size = int(table.max()) + 1
+        self.digest = hashlib.sha256(table.astype("<i4").tobytes()).hexdigest()
+
+    @classmethod
+    def from_tokenizer(cls, tok: Any, raw_size: int | None = None) -> VocabMap:
+        """The map of a whole tokenizer, added tokens included.
+
+        tok: a `tokenizers.Tokenizer`, or a transformers fast tokenizer that has one as `backend_tokenizer`.
+        raw_size: the model's padded vocabulary; ids from len(tokenizer) on are dead. Takes seconds for 129k ids: save
+        the map and load it. Raises ConfigError for a tokenizer with gaps in its ids.
+        """
+        tok = getattr(tok, "backend_tokenizer", tok)
+        if not hasattr(tok, "get_vocab_size") or not hasattr(tok, "id_to_token"):
+            raise ConfigError("expected a tokenizers.Tokenizer or a transformers fast tokenizer, "
+                              f"found {type(tok).__name__}")
+        size = tok.get_vocab_size(with_added_tokens=True)
+        if raw_size is not None and (not isinstance(raw_size, (int, np.integer)) or raw_size < size):
+            raise ConfigError(f"raw_size: expected at least the tokenizer's {size} ids, found {raw_size!r}")
+        texts = tok.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
+        ids: dict[str, int] = {}
+        table = np.full(size if raw_size is None else raw_size, -1, dtype=np.int32)
+        for i, text in enumerate(texts):
+            token = tok.id_to_token(i)
+            if token is None:
+                raise ConfigError(f"the tokenizer has {size} ids, but no token for id {i}")
+            table[i] = ids.setdefault(_key(text, token), len(ids))
+        return cls(table)
+
+    @classmethod
+    def identity(cls, n: int) -> VocabMap:
+        """No compression: n raw ids map to themselves (the Qwen dialect)."""
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise ConfigError(f"identity vocabulary: expected a positive size, found {n!r}")
+        return cls(np.arange(n, dtype=np.int32))
+
+    @property
+    def raw_size(self) -> int:
+        """V: raw ids are 0 to V-1."""
+        return len(self.table)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """Compressed ids of raw ids, any shape, int32; -1 where a raw id has no token.
+
+        Raises InputError outside 0..V-1.
+        """
+        ids = np.asarray(ids)
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"token ids: expected integers, found dtype {ids.dtype}")
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self.table)):
+            bad = ids[(ids < 0) | (ids >= len(self.table))].flat[0]
+            raise InputError(f"token ids: expected 0 to {len(self.table) - 1}, found {int(bad)}")
+        return self.table[ids]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the map and its digest to one JSON file (a temporary name first, then renamed)."""
+        path = Path(path)
+        body = {"format": _FORMAT, "digest": self.digest, "size": len(self), "table": self.table.tolist()}
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not mkstemp: its files are closed to other users
+        try:
+            with open(temporary, "w") as file:
+                json.dump(body, file, separators=(",", ":"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VocabMap:
+        """Read what `save` wrote. Raises ConfigError for another kind of file, DigestMismatch for a damaged one."""
+        try:
+            body = json.loads(Path(path).read_text())
+            kind, digest, vocab = body["format"], body["digest"], cls(np.array(body["table"]))
+        except (KeyError, TypeError, ValueError) as error:
+            found = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{path}: expected a vocabulary map ({_FORMAT}), found {found}") from None
+        if kind != _FORMAT:
+            raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {kind!r}")
+        if vocab.digest != digest:
+            raise DigestMismatch(f"{path}: the file says digest {digest}, its table has {vocab.digest}")
+        return vocab
+
+
+def _key(text: str, token: str) -> str:
+    """What tokens are merged by: normalised text; the raw token where bytes do not decode."""
+    if "\ufffd" in text:
+        return token
+    return _NORMALIZER.normalize_str(text) or text
