@@ -211,26 +211,32 @@ class EngramConfig:
     @classmethod
     def for_model(cls, model_config: Any, layers: Sequence[int] | None = None, orders: Sequence[int] = (2, 3),
                   heads: int = 8, rows_per_head: int | Sequence[int] | None = None, dim: int | None = None, *,
-                  vocab_size: int | None = None, streams: int = 1, kernel: int = 4, seed: int = 0) -> EngramConfig:
+                  vocab_size: int | None = None, pad_id: int | None = None, streams: int = 1, kernel: int = 4,
+                  seed: int = 0) -> EngramConfig:
         """Sound defaults for a transformers model config: the demo dialect, unbiased projections, a short conv.
 
-        layers default to the second block and the middle one (the paper's 2 and 15 of 30, counted from one);
+        layers default to the second block and the middle one (1 and 14 of 30; the paper counts them 2 and 15);
         rows_per_head to five times the vocabulary (the public demo's ratio); dim so that E is about D/2 (the paper's
         1280 of 2560). vocab_size: len(vocab) where a VocabMap is used, else the model's.
+        pad_id: raw id of the filler, by default the model's pad token, else its EOS.
         Raises ConfigError for a layer that the model does not have.
         """
         fields = _config_fields(model_config)
         depth, hidden, model_vocab = (_int(name, _need(fields, name), 1)
                                       for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
-        layers = tuple(sorted({min(1, depth - 1), depth // 2})) if layers is None else _int_tuple("layers", layers)
+        defaults = sorted({min(1, depth - 1), (depth - 1) // 2})
+        layers = _int_tuple("layers", defaults if layers is None else layers)
         for layer in layers:
             if not 0 <= layer < depth:
                 raise ConfigError(f"layers: expected 0 to {depth - 1}, found {layer}")
         rows_per_head = 5 * model_vocab if rows_per_head is None else rows_per_head
-        pad_id = fields.get("pad_token_id")
-        pad_id = _first(fields.get("eos_token_id")) if pad_id is None else pad_id
+        if pad_id is None:
+            found = [_first(fields.get(name)) for name in ("pad_token_id", "eos_token_id")]
+            pad_id = next((value for value in found if isinstance(value, int) and value >= 0), None)
+        if pad_id is None:
+            raise ConfigError("the model's config has neither a pad_token_id nor an eos_token_id; give pad_id=")
         vocab_size = model_vocab if vocab_size is None else vocab_size
-        spec = HashSpec.demo(layers, orders, heads, rows_per_head, vocab_size, pad_id or 0, seed)
+        spec = HashSpec.demo(layers, orders, heads, rows_per_head, vocab_size, pad_id, seed)
         dim = max(8, hidden // 2 // spec.columns // 8 * 8) if dim is None else _int("dim", dim, 1)
         layer = LayerSpec(hidden, spec.columns * dim, streams, spec.order, kernel)
         return cls(spec, layer, dim)
@@ -276,8 +282,9 @@ def _check_hash_spec(spec: HashSpec) -> None:
         raise ConfigError(f"dialect: expected one of {DIALECTS}, found {spec.dialect!r}")
     if not spec.layer_ids or len(set(spec.layer_ids)) != len(spec.layer_ids) or min(spec.layer_ids) < 0:
         raise ConfigError(f"layer_ids: expected distinct layers counted from 0, found {list(spec.layer_ids)}")
-    if not spec.orders or spec.orders[0] < 1 or list(spec.orders) != sorted(set(spec.orders)):
-        raise ConfigError(f"orders: expected ascending n-gram orders from 1 on, found {list(spec.orders)}")
+    # 32 is what the native kernel has room for.
+    if not spec.orders or spec.orders[0] < 1 or spec.orders[-1] > 32 or list(spec.orders) != sorted(set(spec.orders)):
+        raise ConfigError(f"orders: expected ascending n-gram orders from 1 to 32, found {list(spec.orders)}")
     if len(spec.rows_per_head) != len(spec.orders) or min(spec.rows_per_head) < 1:
         raise ConfigError(f"rows_per_head: expected one positive int, or one per order ({len(spec.orders)}), "
                           f"found {list(spec.rows_per_head)}")

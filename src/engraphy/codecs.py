@@ -1,0 +1,173 @@
+"""How the bytes of a row are made and read, kind by kind: plain numpy, and the specification of the native kernels.
+
+`CODECS` is the list of kinds. Encoders take float32 [N, d], C-contiguous, which `RowFormat` has checked; decoders
+write float32 and are exact. Both may overflow and underflow on purpose. Numbers are little-endian; numpy has no
+bfloat16: its bits are uint16.
+
+Sources: OCP 8-bit floating point (E4M3) and microscaling (E8M0) formats; record layouts in docs/table-format.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 32  # values under one ue8m0 scale
+
+
+class Codec(NamedTuple):
+    """One kind of row.
+
+    row_bytes: of d. encode: (values_Nd, scale) -> u8 [N, row_bytes]. decode: (raw_NR, out_Nd, scale). limit: the
+    largest size of a finite value that can be encoded, times the scale. keeps_nan: NaN and infinities can be encoded
+    too. multiple: d has to be one of this. `scale` is the table's one scale, 1 in all kinds but fp8_scaled.
+    """
+
+    row_bytes: Callable[[int], int]
+    encode: Callable[[np.ndarray, float], np.ndarray]
+    decode: Callable[[np.ndarray, np.ndarray, float], None]
+    limit: float
+    keeps_nan: bool = False
+    multiple: int = 1
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 -> bf16 bits (uint16) of the same shape, to nearest even; a NaN stays one and keeps its sign."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    nan = np.isnan(values)
+    if nan.any():
+        rounded = np.where(nan, (bits >> 16) | 0x40, rounded)  # quiet, as hardware does: else it could become infinity
+    return rounded.astype(np.uint16)
+
+
+def _encode_f32(values_Nd: np.ndarray, scale: float) -> np.ndarray:
+    return values_Nd.copy().view(np.uint8)
+
+
+def _decode_f32(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    out_Nd[...] = raw_NR.view(np.float32)
+
+
+def _encode_f16(values_Nd: np.ndarray, scale: float) -> np.ndarray:
+    return values_Nd.astype(np.float16).view(np.uint8)
+
+
+def _decode_f16(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    out_Nd[...] = raw_NR.view(np.float16)
+
+
+def _encode_bf16(values_Nd: np.ndarray, scale: float) -> np.ndarray:
+    return to_bf16(values_Nd).view(np.uint8)
+
+
+def _decode_bf16(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    np.left_shift(raw_NR.view(np.uint16), 16, out=out_Nd.view(np.uint32), dtype=np.uint32)
+
+
+def _e4m3_values() -> np.ndarray:
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
+    size[(code & 127) == 127] = np.nan
+    return np.where(code < 128, size, -size).astype(np.float32)
+
+
+def _ue8m0_values() -> np.ndarray:
+    powers = np.ldexp(1.0, np.arange(256) - 127)
+    powers[255] = np.nan
+    return powers.astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
+_UE8M0 = _ue8m0_values()
+
+
+def _to_e4m3(values: np.ndarray) -> np.ndarray:
+    """Codes of float32 values within 464, to nearest even: 464, the tie below the NaN code, still goes to 448."""
+    size = np.abs(values)
+    bits = size.view(np.uint32)
+    normal = (bits - np.uint32(120 << 23) + np.uint32(0x7FFFF) + ((bits >> 20) & 1)) >> 20
+    # float32 from 2**14 on have a spacing of 2**-9, which is the step of e4m3 below 2**-6: the addition rounds.
+    small = (size + np.float32(2**14)).view(np.uint32) - np.float32(2**14).view(np.uint32)
+    sign = np.signbit(values).astype(np.uint8) << 7
+    return np.where(size < 2.0**-6, small, normal).astype(np.uint8) | sign
+
+
+def _encode_fp8(values_Nd: np.ndarray, scale: float) -> np.ndarray:
+    count, d = values_Nd.shape
+    blocks = values_Nd.reshape(count, d // BLOCK, BLOCK)
+    largest = np.abs(blocks).max(axis=2)
+    mantissa, exponent = np.frexp(largest)  # largest <= 448 * 2**k, and 448 = 0.875 * 2**9
+    power = np.where(largest > 0, exponent - 9 + (mantissa > 0.875), -127).clip(-127)
+    codes = _to_e4m3(blocks * np.ldexp(np.float32(1), -power)[..., None])
+    return np.concatenate([codes.reshape(count, d), (power + 127).astype(np.uint8)], axis=1)
+
+
+def _decode_fp8(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    count, d = out_Nd.shape
+    np.take(_E4M3, raw_NR[:, :d], out=out_Nd, mode="clip")
+    blocks = out_Nd.reshape(count, d // BLOCK, BLOCK)
+    blocks *= _UE8M0[raw_NR[:, d:]][..., None]
+
+
+def _encode_fp8_scaled(values_Nd: np.ndarray, scale: float) -> np.ndarray:
+    return _to_e4m3(values_Nd / np.float32(scale))
+
+
+def _decode_fp8_scaled(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    np.take(_E4M3 * np.float32(scale), raw_NR, out=out_Nd, mode="clip")
+
+
+def _integer_codes(values_Nd: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes [N, d] within -top..top, and the f16 scales as bytes [N, 2]."""
+    largest_N1 = np.abs(values_Nd).max(axis=1, keepdims=True)
+    half_N1 = (largest_N1 / np.float32(top)).astype(np.float16)
+    clips_N1 = (largest_N1 > 0) & (largest_N1 >= np.float32(top + 0.5) * half_N1.astype(np.float32))
+    half_N1 = np.where(clips_N1, np.nextafter(half_N1, np.float16(np.inf)), half_N1)
+    scale_N1 = half_N1.astype(np.float32)
+    scaled_Nd = values_Nd / np.where(scale_N1 > 0, scale_N1, np.float32(1))
+    return np.rint(scaled_Nd).clip(-top, top).astype(np.int8), half_N1.view(np.uint8)
+
+
+def _encode_int8(values_Nd: np.ndarray, scale: float) -> np.ndarray:
+    codes_Nd, scale_N2 = _integer_codes(values_Nd, 127)
+    return np.concatenate([codes_Nd.view(np.uint8), scale_N2], axis=1)
+
+
+def _decode_int8(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    d = out_Nd.shape[1]
+    np.multiply(raw_NR[:, :d].view(np.int8), raw_NR[:, d:].view(np.float16), out=out_Nd, dtype=np.float32)
+
+
+_NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1)
+_INT4_PAIRS = np.where(_NIBBLES < 8, _NIBBLES, _NIBBLES - 16).astype(np.float32)  # [256, 2]: low nibble, high nibble
+
+
+def _encode_int4(values_Nd: np.ndarray, scale: float) -> np.ndarray:
+    codes_Nd, scale_N2 = _integer_codes(values_Nd, 7)
+    nibbles_Nd = codes_Nd.view(np.uint8) & 15
+    return np.concatenate([nibbles_Nd[:, 0::2] | (nibbles_Nd[:, 1::2] << 4), scale_N2], axis=1)
+
+
+def _decode_int4(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    count, d = out_Nd.shape
+    np.take(_INT4_PAIRS, raw_NR[:, :d // 2], axis=0, out=out_Nd.reshape(count, d // 2, 2), mode="clip")
+    out_Nd *= raw_NR[:, d // 2:].view(np.float16).astype(np.float32)
+
+
+_F32_MAX = float(np.finfo(np.float32).max)
+_F16_LIMIT = float(np.nextafter(np.float32(65520), np.float32(0)))  # 65520 is the tie between 65504 and infinity
+_BF16_LIMIT = float(np.uint32(0x7F7F7FFF).view(np.float32))  # below the tie between the last bf16 and infinity
+
+CODECS = {
+    "f32": Codec(lambda d: 4 * d, _encode_f32, _decode_f32, _F32_MAX, keeps_nan=True),
+    "f16": Codec(lambda d: 2 * d, _encode_f16, _decode_f16, _F16_LIMIT, keeps_nan=True),
+    "bf16": Codec(lambda d: 2 * d, _encode_bf16, _decode_bf16, _BF16_LIMIT, keeps_nan=True),
+    "fp8": Codec(lambda d: d + d // BLOCK, _encode_fp8, _decode_fp8, _F32_MAX, multiple=BLOCK),
+    "fp8_scaled": Codec(lambda d: d, _encode_fp8_scaled, _decode_fp8_scaled, 464.0),
+    "int8": Codec(lambda d: d + 2, _encode_int8, _decode_int8, 65504.0 * 127),
+    "int4": Codec(lambda d: d // 2 + 2, _encode_int4, _decode_int4, 65504.0 * 7, multiple=2),
+}

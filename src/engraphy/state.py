@@ -1,0 +1,289 @@
+"""SequenceState: what a batch of sequences carries from one forward to the next. Modules hold no request state.
+
+Two things outlive a chunk: the last ids, since look-back is a property of the sequence, and the last inputs of each
+memory layer's conv. Both are kept as they came, with the document starts beside them, and masked when they are read: so
+tokens can be taken back across a start, and what lies before the start counts again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, InputError, StateTooShort
+
+
+class SequenceState:
+    """The past of `batch` sequences of equal length, of which up to `margin` tokens can be taken back.
+
+    A value in the caller's hands: a forward that is given one extends it, two states share nothing that is ever
+    written. Methods change it in place and return it; `clone` gives an independent one.
+    order: N, the largest n-gram order. windows: memory layer -> W, earlier positions that its conv looks at. They may
+    be left out: the memory that first uses the state binds them.
+    Keeps N-1+margin ids per sequence, and W+margin conv inputs, detached, per sequence and layer.
+
+    One step is `extend` with a chunk's ids, then per layer `window`, the layer's forward with `conv_inputs=True`, and
+    `push` of what that returns. Each layer knows which chunks it has not seen yet, so chunks may be looked up ahead of
+    their forward, and a forward that failed half-way is undone by `crop`.
+    Raises InputError for sizes that cannot be meant.
+    """
+
+    def __init__(self, batch: int, margin: int = 64, *, order: int | None = None,
+                 windows: Mapping[int, int] | None = None):
+        for name, value in (("batch", batch), ("margin", margin)):
+            if not _is_int(value) or value < 0:
+                raise InputError(f"{name}: expected an integer from 0 on, found {value!r}")
+        if (order is None) != (windows is None):
+            raise InputError("expected order and windows together, or neither")
+        self.batch, self.margin = int(batch), int(margin)
+        self.length = 0  # tokens seen, those taken back not counted
+        self.order: int | None = None
+        self._room = 0  # tokens that can be taken back: no more than were seen, than margin, than are left of it
+        self._ids = np.empty((self.batch, 0), dtype=np.int64)  # dead positions are -1
+        self._starts = np.empty((self.batch, 0), dtype=bool)
+        self._windows: dict[int, _Window] = {}
+        if order is not None and windows is not None:
+            self.bind(order, windows)
+
+    def bind(self, order: int, windows: Mapping[int, int]) -> SequenceState:
+        """Fix N and each layer's window length. Raises ConfigError where a memory of other sizes has done so."""
+        if not _is_int(order) or order < 1 or not all(_is_int(w) and w >= 0 for w in windows.values()):
+            raise InputError(f"expected order >= 1 and windows >= 0, found {order!r} and {dict(windows)!r}")
+        if self.order is None:
+            self.order = int(order)
+            self._windows = {layer: _Window(int(size), self.margin) for layer, size in windows.items()}
+        bound = {layer: window.size for layer, window in self._windows.items()}
+        if (self.order, bound) != (order, dict(windows)):
+            raise ConfigError(f"the state belongs to a memory of order {self.order} with conv windows {bound}; "
+                              f"this one has order {order} and {dict(windows)}")
+        return self
+
+    @property
+    def history(self) -> np.ndarray:
+        """The raw ids before the next chunk, int64 [B, N-1]; -1 = nothing there: before the sequence, before the most
+        recent document start, or dead. As Addresser takes it."""
+        past = self._bound() - 1
+        first = max(self._ids.shape[1] - past, 0)
+        history = np.full((self.batch, past), -1, dtype=np.int64)
+        ids, starts = self._ids[:, first:], self._starts[:, first:]
+        history[:, past - ids.shape[1]:] = np.where(_since_start(starts), ids, -1)
+        return history
+
+    def extend(self, ids_BT: Any, live: Any = None, starts: Any = None) -> SequenceState:
+        """Append T tokens: raw ids, int [B, T]. live, starts: bool [B, T] as in `Addresser.all_rows`.
+
+        Ids at dead positions may be anything. Raises InputError for shapes, dtypes, and negative ids at live positions.
+        """
+        keep = self._bound() - 1 + self.margin
+        ids = _array(ids_BT)
+        if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
+            raise InputError(f"ids: expected integers [{self.batch}, T], found {ids.dtype} {list(ids.shape)}")
+        begins = _flags("starts", starts, ids.shape, default=False)
+        ids = np.where(_flags("live", live, ids.shape, default=True), ids.astype(np.int64), -1)
+        if live is None and (ids < 0).any() or live is not None and (ids[_array(live)] < 0).any():
+            raise InputError(f"ids: expected no negative id at a live position, found {int(ids.min())}")
+        self._ids = _last(np.concatenate([self._ids, ids], axis=1), keep)
+        self._starts = _last(np.concatenate([self._starts, begins], axis=1), keep)
+        self.length += ids.shape[1]
+        for window in self._windows.values():
+            window.expect(ids.shape[1])
+        self._room = min(self.margin, self._room + ids.shape[1])
+        return self
+
+    def window(self, layer: int) -> Tensor | None:
+        """The last W conv inputs of a memory layer, [B, W, S, D], as EngramLayer takes it: zero where nothing is and
+        before the most recent start. None before the layer's first push, and for a layer without a conv."""
+        return self._window(layer).read()
+
+    def push(self, layer: int, inputs_BTSD: Tensor, starts: Any = None) -> SequenceState:
+        """Append a chunk's conv inputs of a memory layer, [B, T, S, D] unmasked, and the chunk's starts, bool [B, T].
+        Where W is 0 nothing is kept.
+
+        Raises InputError for other shapes, and for another chunk than the next one that `extend` was given.
+        """
+        window = self._window(layer)
+        if not window.size:
+            return self
+        tokens = window.ahead[0] if window.ahead else 0
+        if inputs_BTSD.ndim != 4 or inputs_BTSD.shape[:2] != (self.batch, tokens):
+            raise InputError(f"layer {layer}: expected the next chunk's conv inputs [{self.batch}, {tokens}, S, D], "
+                             f"found {list(inputs_BTSD.shape)}")
+        window.append(inputs_BTSD.detach(), _flags("starts", starts, tuple(inputs_BTSD.shape[:2]), default=False))
+        return self
+
+    def crop(self, tokens: int) -> SequenceState:
+        """Take back the last tokens, in the ids and in every layer that has seen them.
+
+        Raises StateTooShort beyond the margin: the state stays as it is.
+        """
+        if not _is_int(tokens) or tokens < 0:
+            raise InputError(f"crop: expected a number of tokens from 0 on, found {tokens!r}")
+        if tokens > self._room:
+            raise StateTooShort(f"crop: asked to take back {tokens} tokens, {self._room} are possible: "
+                                f"{self.length} were seen, and the margin is {self.margin} since the longest point")
+        kept = self._ids.shape[1] - int(tokens)
+        self._ids, self._starts = self._ids[:, :kept], self._starts[:, :kept]
+        self.length -= int(tokens)
+        self._room -= int(tokens)
+        for window in self._windows.values():
+            window.crop(int(tokens))
+        return self
+
+    def reorder(self, index_B: Any) -> SequenceState:
+        """Sequence b becomes what sequence index_B[b] was (beam search); int [B]."""
+        index = self._index(index_B)
+        if len(index) != self.batch:
+            raise InputError(f"reorder: expected {self.batch} indices, found {len(index)}")
+        return self._take(index)
+
+    def repeat(self, times: int) -> SequenceState:
+        """Each sequence `times` times, copies side by side (repeat_interleave)."""
+        if not _is_int(times) or times < 1:
+            raise InputError(f"repeat: expected a number from 1 on, found {times!r}")
+        return self._take(np.repeat(np.arange(self.batch), times))
+
+    def select(self, index: Any) -> SequenceState:
+        """Keep the sequences of `index`, int [n], in its order; the batch becomes n."""
+        return self._take(self._index(index))
+
+    def clone(self) -> SequenceState:
+        """An independent state with the same past."""
+        other = copy.copy(self)
+        other._windows = {layer: window.clone() for layer, window in self._windows.items()}
+        return other
+
+    def to(self, device: torch.device | str) -> SequenceState:
+        """Move the conv windows; ids stay in the CPU's memory."""
+        for window in self._windows.values():
+            window.chunks = [(inputs.to(device), starts) for inputs, starts in window.chunks]
+        return self
+
+    def _bound(self) -> int:
+        if self.order is None:
+            raise InputError("the state is not bound to a memory: give order and windows, or use memory.state(batch)")
+        return self.order
+
+    def _window(self, layer: int) -> _Window:
+        self._bound()
+        if layer not in self._windows:
+            raise ConfigError(f"layer {layer!r} has no memory; expected one of {sorted(self._windows)}")
+        return self._windows[layer]
+
+    def _index(self, index: Any) -> np.ndarray:
+        index = _array(index)
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise InputError(f"index: expected integers [n], found {index.dtype} {list(index.shape)}")
+        if index.size and not (0 <= index.min() and index.max() < self.batch):
+            raise InputError(f"index: expected sequences 0 to {self.batch - 1}, found {index.min()} to {index.max()}")
+        return index.astype(np.int64)
+
+    def _take(self, index: np.ndarray) -> SequenceState:
+        self.batch = len(index)
+        self._ids, self._starts = self._ids[index], self._starts[index]
+        for window in self._windows.values():
+            window.take(index)
+        return self
+
+
+class _Window:
+    """The last conv inputs of one layer, at least size + margin of them, as a list of chunks: a decoding step appends
+    one position and copies none of the others. Tensors and arrays in it are never written."""
+
+    def __init__(self, size: int, margin: int):
+        self.size, self.keep = size, size + margin
+        self.ahead: list[int] = []  # lengths of the chunks whose ids are known and whose inputs are still to come
+        self.chunks: list[tuple[Tensor, np.ndarray]] = []  # inputs [B, t, S, D], starts [B, t]
+
+    def expect(self, tokens: int) -> None:
+        if tokens and self.size:
+            self.ahead.append(tokens)
+
+    def append(self, inputs: Tensor, starts: np.ndarray) -> None:
+        if not inputs.shape[1]:
+            return
+        self.ahead.pop(0)
+        first = max(inputs.shape[1] - self.keep, 0)
+        self.chunks.append((inputs[:, first:].clone(), starts[:, first:]))  # a view would keep the whole chunk alive
+        spare = sum(part.shape[1] for part, _ in self.chunks) - self.keep
+        while spare >= self.chunks[0][0].shape[1]:
+            spare -= self.chunks.pop(0)[0].shape[1]
+
+    def read(self) -> Tensor | None:
+        if not self.chunks:
+            return None
+        wanted, parts = self.size, []
+        for inputs, starts in reversed(self.chunks):
+            first = max(inputs.shape[1] - wanted, 0)
+            parts.append((inputs[:, first:], starts[:, first:]))
+            wanted -= inputs.shape[1] - first
+            if not wanted:
+                break
+        if wanted:
+            inputs = parts[-1][0]
+            nothing = inputs.new_zeros(inputs.shape[0], wanted, *inputs.shape[2:])
+            parts.append((nothing, np.zeros(nothing.shape[:2], dtype=bool)))
+        window = torch.cat([inputs for inputs, _ in reversed(parts)], dim=1)
+        starts = np.concatenate([starts for _, starts in reversed(parts)], axis=1)
+        if not starts.any():
+            return window
+        seen = torch.from_numpy(_since_start(starts)).to(window.device)
+        return torch.where(seen[:, :, None, None], window, 0.0)
+
+    def crop(self, tokens: int) -> None:
+        while tokens and self.ahead:
+            length = self.ahead.pop()
+            if length > tokens:
+                self.ahead.append(length - tokens)
+            tokens = max(tokens - length, 0)
+        while tokens and self.size:
+            inputs, starts = self.chunks.pop()
+            left = inputs.shape[1] - tokens
+            if left > 0:
+                self.chunks.append((inputs[:, :left], starts[:, :left]))
+            tokens = max(-left, 0)
+
+    def take(self, index: np.ndarray) -> None:
+        if self.chunks:
+            inputs = torch.cat([part for part, _ in self.chunks], dim=1)
+            starts = np.concatenate([part for _, part in self.chunks], axis=1)
+            self.chunks = [(inputs.index_select(0, torch.from_numpy(index).to(inputs.device)), starts[index])]
+
+    def clone(self) -> _Window:
+        other = copy.copy(self)
+        other.ahead, other.chunks = list(self.ahead), list(self.chunks)
+        return other
+
+
+def _since_start(starts_Bn: np.ndarray) -> np.ndarray:
+    """bool [B, n]: no later position begins a document."""
+    from_here = np.cumsum(starts_Bn[:, ::-1], axis=1)[:, ::-1]
+    return from_here == starts_Bn
+
+
+def _last(values_Bn: np.ndarray, count: int) -> np.ndarray:
+    return values_Bn[:, max(values_Bn.shape[1] - count, 0):]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _array(values: Any) -> np.ndarray:
+    try:
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError) as error:  # ragged lists
+        raise InputError(f"expected an array, found {type(values).__name__}: {error}") from None
+
+
+def _flags(name: str, values: Any, shape: tuple[int, ...], default: bool) -> np.ndarray:
+    if values is None:
+        return np.full(shape, default)
+    flags = _array(values)
+    if flags.dtype != np.bool_ or flags.shape != tuple(shape):
+        raise InputError(f"{name}: expected bool {list(shape)}, found {flags.dtype} {list(flags.shape)}")
+    return flags

@@ -1,0 +1,42 @@
+"""Rows in the memory of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import numpy as np
+
+from ..errors import ConfigError, StoreError
+from .base import MappedStore, StoreInfo
+
+
+class RamStore(MappedStore):
+    """`rows` rows of `row_bytes` bytes, zero at first, in private anonymous memory, on huge pages where there are any.
+
+    layer: only a label in `info`. Memory is taken as rows are touched. Raises ConfigError for sizes that cannot be
+    meant, StoreError where the system refuses the mapping.
+    """
+
+    def __init__(self, rows: int, row_bytes: int, layer: int | None = None) -> None:
+        for name, value in (("rows", rows), ("row_bytes", row_bytes)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ConfigError(f"ram store, {name}: expected a positive integer, found {value!r}")
+        self._info = StoreInfo("ram", int(rows), int(row_bytes), writable=True, layer=layer)
+        super().__init__([_zeros(self._info.rows, self._info.row_bytes)])
+
+    @property
+    def info(self) -> StoreInfo:
+        return self._info
+
+
+def _zeros(rows: int, row_bytes: int) -> np.ndarray:
+    size = rows * row_bytes
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise StoreError(f"ram store: the system refuses to map {rows} rows of {row_bytes} bytes = {size} bytes "
+                         f"({error})") from error
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8).reshape(rows, row_bytes)
