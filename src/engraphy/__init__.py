@@ -1,3 +1,35 @@
-"""Engraphy: conditional memory for Transformers."""
+"""Engraphy: conditional memory for Transformers.
+
+Hashed n-gram tables (Engram, arXiv 2601.07372) that a model looks up instead of computing. Addresses, rows and stores
+need numpy alone; the names that need torch are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .address import Addresser
+from .errors import EngraphyError
+from .rows import RowFormat
+from .spec import EngramConfig, HashSpec, LayerSpec
+from .store import RowStore, open_store
+from .table import Table
+from .vocab import VocabMap
+
+if TYPE_CHECKING:
+    from .layer import EngramLayer
+    from .memory import EngramMemory, Lookup, Trace
+    from .state import SequenceState
 
 __version__ = "0.1.0"
+__all__ = ["Addresser", "EngramConfig", "EngramLayer", "EngramMemory", "EngraphyError", "HashSpec", "LayerSpec",
+           "Lookup", "RowFormat", "RowStore", "SequenceState", "Table", "Trace", "VocabMap", "open_store"]
+_WITH_TORCH = {"EngramLayer": ".layer", "EngramMemory": ".memory", "Lookup": ".memory", "Trace": ".memory",
+               "SequenceState": ".state"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WITH_TORCH:
+        return getattr(importlib.import_module(_WITH_TORCH[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

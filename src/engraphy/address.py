@@ -1,6 +1,6 @@
 """Addresser: token ids -> row ids, pure arithmetic. Knows no store and no tensor.
 
-The plain numpy version below is the specification.
+The plain numpy version below is the specification; the native kernel beside it gives the same numbers.
 
     mix_n(t) = XOR over i < n of x[t-i] * m[i]          (int64, no product overflows)
     row      = mix_n mod prime[n, k] + offset[n, k]     (paper, section 2.2)
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _native
 from .errors import ConfigError, DigestMismatch, InputError
 from .spec import HashSpec
 from .vocab import VocabMap
@@ -45,6 +46,7 @@ class Addresser:
         self._multipliers_LN = np.array([spec.multipliers(layer) for layer in spec.layer_ids], dtype=np.int64)
         self._primes_LC = np.array([spec.primes(layer) for layer in spec.layer_ids], dtype=np.int64)
         self._offsets_LC = np.array([spec.offsets(layer) for layer in spec.layer_ids], dtype=np.int64)
+        self._plan: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Addresser, (self.spec, self.vocab)
@@ -75,7 +77,8 @@ class Addresser:
         elif not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.int64 or not out.flags.carray:
             found = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
             raise InputError(f"out: expected writable, aligned, C-contiguous int64 {list(shape)}, found {found}")
-        self._plain(call, layers, out)
+        compute = self._plain if _native.core is None else self._native
+        compute(call, layers, out)
         return out
 
     def _check(self, ids_BT: Any, history: Any, live: Any, starts: Any) -> _Call:
@@ -87,6 +90,27 @@ class Addresser:
         if history is not None:
             history = _integers("history", history, (batch, past))
         return _Call(ids_BT, history, _flags("live", live, ids_BT.shape), _flags("starts", starts, ids_BT.shape))
+
+    def _native(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
+        """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`)."""
+        if self._plan is None:
+            self._plan = _native.core.HashPlan(
+                map=_address(self.vocab.table), vocab=self.vocab.raw_size, filler=self.filler, stop=self.stop_id,
+                orders=self.spec.orders, heads=self.spec.heads, layers=len(self.spec.layer_ids),
+                multipliers=_address(self._multipliers_LN), primes=_address(self._primes_LC),
+                offsets=_address(self._offsets_LC))
+        batch, tokens = call.ids_BT.shape
+        every = layers.stop - layers.start == len(self.spec.layer_ids)
+        wrong = self._plan.rows(_address(call.ids_BT), batch, tokens, _address(call.history), _address(call.live),
+                                _address(call.starts), _address(out_LBTC), -1 if every else layers.start)
+        if wrong >= 0:
+            sequence, position = divmod(wrong, tokens)
+            raise _bad_id(int(call.ids_BT[sequence, position]), sequence, position, self.vocab.raw_size)
+        if wrong < -1:
+            assert call.history is not None
+            past = self.spec.order - 1
+            sequence, position = divmod(-2 - wrong, past)
+            raise _bad_id(int(call.history.flat[-2 - wrong]), sequence, position - past, self.vocab.raw_size)
 
     def _plain(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
         """The specification: what follows is all there is to an address."""
@@ -142,6 +166,10 @@ def _array(name: str, values: Any) -> np.ndarray:
         return np.asarray(values)
     except (TypeError, ValueError) as error:  # ragged lists, tensors that are not in this machine's memory
         raise InputError(f"{name}: expected an array, found {type(values).__name__}: {error}") from None
+
+
+def _address(values: np.ndarray | None) -> int:
+    return 0 if values is None else values.__array_interface__["data"][0]
 
 
 def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarray:

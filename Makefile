@@ -1,0 +1,57 @@
+# make demo   install into .venv and run `engraphy demo`
+# make test   install with the development tools, run all tests, print coverage
+# make check  ruff, pyright and the import-direction test
+#
+# ENGRAPHY_REQUIRE_NATIVE=true demands the C++ core; without it a machine that cannot build it
+# gets a pure-Python installation.
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+SUITABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	"$$p" -c '$(SUITABLE)' 2>/dev/null && { command -v "$$p"; break; }; done)
+
+# What an installation is built from: Python files are read in place and need no new one.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/engraphy/_native/*.cpp src/engraphy/_native/*.hpp)
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+EDITABLE := $(PIP) --no-build-isolation --config-settings build-dir=build/native --editable
+
+# pip says nothing when a native build fails, so this does; and CMake would remember the compiler that failed.
+define install
+$(EDITABLE) $(1) || { rm -rf build/native; exit 1; }
+@$(PY) -c "from engraphy import _native; print('native core:', _native.reason); exit(_native.core is None)" || \
+	rm -rf build/native
+@touch $@
+endef
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed-user
+	$(VENV)/bin/engraphy demo
+
+test: $(VENV)/installed-dev
+	$(PY) -m pytest -q --cov --cov-report=term:skip-covered
+
+check: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(PY) -m pytest -q tests/test_imports.py
+
+clean:
+	rm -rf $(VENV) build
+
+# The build tools come first and pinned, since pip's isolated builds do not read the constraints.
+$(VENV)/tools: constraints.txt
+	@test -n "$(PYTHON)" || { echo "engraphy needs Python 3.11, 3.12 or 3.13 with the venv module; \
+	found none. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) scikit-build-core nanobind cmake ninja
+	@touch $@
+
+$(VENV)/installed-user: $(VENV)/tools $(SOURCES)
+	$(call install,.)
+
+$(VENV)/installed-dev: $(VENV)/tools $(SOURCES)
+	$(call install,".[dev]")
+	@touch $(VENV)/installed-user

@@ -1,0 +1,92 @@
+"""Row addresses: the plain version and the native kernel side by side, and what writing the result alone costs.
+
+    python bench/address.py [--rounds 15]
+
+One thread. Each round runs every variant once, so that noise meets all of them alike; medians over the rounds. The
+limit is a fill of the same buffer: no address can be faster than the memory that takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from engraphy import _native
+from engraphy.address import Addresser
+from engraphy.spec import HashSpec
+from engraphy.vocab import VocabMap
+
+BATCH, TOKENS, RAW_IDS, COMPRESSED_IDS = 8, 2048, 129_280, 99_092
+CALLS = 200  # single tokens in a row, per round
+
+
+def production_like() -> Addresser:
+    """Two layers, 2- and 3-grams, 8 heads: 16 columns a layer, over a map of the released one's size."""
+    rng = np.random.default_rng(0)
+    table = np.concatenate([np.arange(COMPRESSED_IDS), rng.integers(0, COMPRESSED_IDS, size=RAW_IDS - COMPRESSED_IDS)])
+    vocab = VocabMap(rng.permutation(table))
+    return Addresser(HashSpec.demo((1, 14), (2, 3), 8, 2_262_400, len(vocab), pad_id=2), vocab)
+
+
+def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each variant, the variants taking turns; one round before them is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, run in variants.items():
+            begun = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def at(level: str, call: Callable[[], object], times: int = 1) -> Callable[[], None]:
+    """`call` on one kernel; switching it costs microseconds, so short calls are repeated."""
+    def run() -> None:
+        with _native.forced(level):
+            for _ in range(times):
+                call()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+
+    addresser = production_like()
+    ids = np.random.default_rng(1).integers(0, RAW_IDS, size=(BATCH, TOKENS))
+    out = np.empty((2, BATCH, TOKENS, addresser.spec.columns), dtype=np.int64)
+    token, history, one = ids[:1, -1:].copy(), ids[:1, -3:-1].copy(), np.empty((2, 1, 1, 16), dtype=np.int64)
+    levels = {"plain": "off"} if _native.core is None else {"plain": "off", _native.level(): _native.level()}
+
+    prefill: dict[str, Callable[[], object]] = {"fill of the buffer": lambda: out.fill(7)}
+    decode: dict[str, Callable[[], object]] = {}
+    for name, level in levels.items():
+        prefill[f"{name}, into out="] = at(level, lambda: addresser.all_rows(ids, out=out))
+        prefill[f"{name}, new array"] = at(level, lambda: addresser.all_rows(ids))
+        decode[f"{name}, into out="] = at(level, lambda: addresser.all_rows(token, history, out=one), times=CALLS)
+        decode[f"{name}, new array"] = at(level, lambda: addresser.all_rows(token, history), times=CALLS)
+
+    print(f"native: {_native.reason}")
+    print(f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, {out.nbytes / 2**20:.0f} MiB of row ids, {rounds} rounds")
+    seconds = medians(prefill, rounds)
+    fill, plain = seconds["fill of the buffer"], seconds["plain, into out="]
+    print(f"{'':24}{'ms':>10}{'M tokens/s':>12}{'x plain':>10}{'of limit':>10}")
+    for name, value in seconds.items():
+        print(f"{name:24}{value * 1e3:10.3f}{ids.size / value / 1e6:12.2f}{plain / value:10.1f}{fill / value:10.1%}")
+    print(f"fill: {out.nbytes / fill / 1e9:.1f} GB/s")
+
+    print("\none decoded token (B=1 T=1, with history)")
+    seconds = medians(decode, rounds)
+    print(f"{'':24}{'us':>10}{'x plain':>12}")
+    for name, value in seconds.items():
+        print(f"{name:24}{value / CALLS * 1e6:10.2f}{seconds['plain, into out='] / value:12.1f}")
+
+
+if __name__ == "__main__":
+    main()

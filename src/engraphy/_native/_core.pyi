@@ -1,0 +1,46 @@
+"""The compiled module. Arrays are passed as addresses (0 = absent), C-contiguous; the caller checks shapes and dtypes
+and keeps them alive during the call. The GIL is released while a kernel works."""
+
+from collections.abc import Sequence
+
+def levels() -> tuple[str, ...]:
+    """Instruction sets that are compiled in and that this CPU runs, weakest first."""
+
+def level() -> str:
+    """The one in use."""
+
+def set_level(name: str) -> bool:
+    """Use another one. False, and no change, when it is not among `levels()`."""
+
+class HashPlan:
+    """What does not change between calls of an addresser: it copies its arrays, is immutable, is shared by deepcopy."""
+
+    def __init__(
+        self,
+        map: int,
+        vocab: int,
+        filler: int,
+        stop: int,
+        orders: Sequence[int],
+        heads: int,
+        layers: int,
+        multipliers: int,
+        primes: int,
+        offsets: int,
+    ) -> None:
+        """map: int32 [vocab], raw -> compressed id, negative = dead; 0 = identity. vocab: raw ids lie in [0, vocab).
+        filler: compressed id. stop: raw id that ends the look-back of what follows it, -1 = none. orders: 1 to 32 each,
+        N the largest. multipliers: int64 [layers, N], whose products with compressed ids stay in [0, 2**63).
+        primes, offsets: int64 [layers, C], C = len(orders) * heads, order-major. Raises ValueError for sizes that
+        cannot be meant.
+        """
+
+    def rows(
+        self, ids: int, batch: int, tokens: int, history: int, live: int, starts: int, out: int, layer: int = -1
+    ) -> int:
+        """Writes out: int64 [layers, batch, tokens, C], or [batch, tokens, C] of the layer with index `layer`.
+
+        ids: int64 [batch, tokens] raw. history: int64 [batch, N - 1] raw, -1 = nothing there; 0 = all of it. live,
+        starts: bool [batch, tokens]; 0 = all live, no starts. Returns -1. Otherwise nothing is written and an id is
+        outside [0, vocab): p >= 0 is its flat position in ids, p <= -2 means position -2 - p in history.
+        """

@@ -1,0 +1,10 @@
+// What each part of the module adds to it.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace engraphy {
+
+void bind_hash(nanobind::module_ &m);
+
+}  // namespace engraphy

@@ -1,0 +1,34 @@
+// The kernels behind the binding: one table of functions for each instruction set.
+//
+// Files named *_kernel.cpp are compiled once per level with other compiler flags, so they must include no header of
+// the C++ library that has inline functions: the linker would keep one copy of each, possibly one that the
+// machine cannot run. Plain C headers and compiler builtins only.
+#pragma once
+
+#include <stdint.h>
+
+#include "hash.hpp"
+
+namespace engraphy {
+
+struct Kernels {
+    HashFunction *hash;
+};
+
+namespace scalar { extern const Kernels kernels; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+// The table in use. Set before any work by select_level; plain, since it changes only then.
+const Kernels &kernels();
+const char *current_level();
+
+// Levels that are compiled in and that this CPU can run, weakest first; the list ends with a null pointer.
+const char *const *available_levels();
+
+// False when the level is not available; then nothing changes.
+bool select_level(const char *name);
+
+}  // namespace engraphy

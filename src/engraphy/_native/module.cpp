@@ -1,0 +1,19 @@
+// The Python module engraphy._native._core. Nothing here may throw while it is loaded.
+#include <nanobind/stl/string.h>
+
+#include "bind.hpp"
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+
+NB_MODULE(_core, m) {
+    m.doc() = "Native kernels of Engraphy; see _core.pyi.";
+    m.def("levels", [] {
+        nb::list names;
+        for (const char *const *name = engraphy::available_levels(); *name; name++) names.append(*name);
+        return nb::tuple(names);
+    });
+    m.def("level", [] { return engraphy::current_level(); });
+    m.def("set_level", [](const std::string &name) { return engraphy::select_level(name.c_str()); });
+    engraphy::bind_hash(m);
+}

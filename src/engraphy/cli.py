@@ -1,0 +1,74 @@
+"""The command `engraphy`: verbs that parse, call one function and print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from . import __version__
+from . import doctor as doctor_module
+from .errors import EngraphyError
+
+app = typer.Typer(no_args_is_help=True, help="Conditional memory for Transformers.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"engraphy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+@app.command()
+def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+    """What this installation and machine have to offer. Exits with 1 when ENGRAPHY_NATIVE demands what is not there."""
+    facts = doctor_module.report()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        Console().print(doctor_module.render(facts))
+    if not facts["native"]["usable"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    data: str = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder."),
+    out: Path = typer.Option(Path("runs/demo"), help="Folder of the run."),  # noqa: B008
+    seed: int = typer.Option(0, help="Seed of weights, order and split."),
+    tokens: int = typer.Option(1_200_000, help="Training tokens of each arm."),
+    resume: bool = typer.Option(False, "--resume", help="Continue a run that was interrupted."),
+) -> None:
+    """Train a dense model, a mixture of experts, and one with a memory; compare them and write a report."""
+    from .recipes.corpus import CorpusConfig
+    from .recipes.demo import DemoConfig
+    from .recipes.demo import demo as run_demo
+
+    config = DemoConfig(out, CorpusConfig(data=data, seed=seed), tokens, seed, resume=resume)
+    with _errors():
+        run_demo(config, Console())
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What Engraphy raises on purpose is one line for the user, not a traceback."""
+    try:
+        yield
+    except EngraphyError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; continue with --resume")
+        raise typer.Exit(130) from None
