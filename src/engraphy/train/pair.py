@@ -1,0 +1,93 @@
+"""A dense optimiser and a row optimiser that step together: one schedule, one gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ConfigError, InputError
+from .rows import RowOptimizer, SummedGrad, check_finite, coalesce
+
+Schedule = Callable[[float], float]
+
+
+def warmup_cosine(warmup: float = 0.03, final: float = 0.1) -> Schedule:
+    """Share of the base learning rate at progress 0..1: linear warm-up, then a cosine down to `final`."""
+    if not (0 <= warmup < 1 and 0 <= final <= 1):
+        raise ConfigError(f"warmup_cosine: expected warmup in [0, 1) and final in [0, 1], found {warmup}, {final}")
+
+    def share(progress: float) -> float:
+        if progress < warmup:
+            return progress / warmup
+        along = min((progress - warmup) / (1 - warmup), 1.0)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * along))
+
+    return share
+
+
+class OptimizerPair:
+    """Dense step first, then the rows, both at base rate x schedule(progress), clipped by their common norm.
+
+    dense: any torch optimiser over `parameters()`. rows: a RowOptimizer, or None for a model without memory.
+    clip: largest allowed norm over dense and summed row gradients together; None = no clipping.
+    """
+
+    def __init__(self, dense: torch.optim.Optimizer, rows: RowOptimizer | None, schedule: Schedule, clip: float | None):
+        self.dense, self.rows, self.schedule, self.clip = dense, rows, schedule, clip
+        self._dense_rates = [group["lr"] for group in dense.param_groups]
+        self._row_rate = rows.lr if rows is not None else 0.0
+
+    def step(self, progress: float) -> float:
+        """One update from the gradients accumulated since the last; clears them. Returns their norm before clipping.
+
+        progress: 0..1, share of the run that is done. Raises InputError where the norm is not finite; nothing has
+        been updated then.
+        """
+        parameters = [p for group in self.dense.param_groups for p in group["params"] if p.grad is not None]
+        summed = coalesce(self.rows.memory.drain_row_grads()) if self.rows is not None else {}
+        check_finite(summed)
+        norm = gradient_norm(parameters, summed)
+        if not math.isfinite(norm):
+            raise InputError(f"the dense gradients are not finite: their norm is {norm}")
+        if self.clip is not None and norm > self.clip:
+            scale = self.clip / norm
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_(scale)
+            summed = {layer: SummedGrad(ids, grad * np.float32(scale)) for layer, (ids, grad) in summed.items()}
+        share = self.schedule(progress)
+        for group, rate in zip(self.dense.param_groups, self._dense_rates, strict=True):
+            group["lr"] = rate * share
+        self.dense.step()
+        self.dense.zero_grad(set_to_none=False)
+        if self.rows is not None:
+            self.rows.lr = self._row_rate * share
+            self.rows.step(summed)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimisers' states; row moments are tables and saved apart (`RowOptimizer.save`)."""
+        return {"dense": self.dense.state_dict()}
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad]) -> float:
+    """Euclidean norm over dense gradients and row gradients whose duplicates are summed."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares = [float(nn.utils.get_total_norm(grads)) ** 2] if grads else []
+    squares += [float(np.vdot(grad, grad)) for _, grad in summed.values()]
+    return math.sqrt(sum(squares))
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: matrices decay; norms, convs and biases do not. Rows never decay."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and "norm" not in name and "conv" not in name
+            (decayed if is_matrix else kept).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -1,0 +1,196 @@
+"""Row optimisers: update the rows that a step has read, and nothing else.
+
+The cost of a step depends on the rows of the batch, not on the table. Moments lie in sibling stores of the same row
+count, one per layer. These are the plain versions: sort by row id, sum duplicates in a fixed order, one update a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import ConfigError, DigestMismatch, InputError
+from ..memory import EngramMemory, RowGrad
+from ..rows import RowFormat
+from ..store import FileStore, RowStore, copy_rows, open_store, write_layer
+from ..table import Table
+
+_TRAINABLE = ("f32", "f16", "bf16")
+
+
+class SummedGrad(NamedTuple):
+    """Gradient of one layer's rows: ids int64 [U], ascending and distinct; grad f32 [U, d], duplicates summed."""
+
+    ids: np.ndarray
+    grad: np.ndarray
+
+
+def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
+    """Sort row gradients by id and sum duplicates, per layer. The order of the sum is that of the batch: repeatable."""
+    by_layer: dict[int, list[RowGrad]] = {}
+    for entry in row_grads:
+        by_layer.setdefault(entry.layer, []).append(entry)
+    summed = {}
+    for layer, entries in by_layer.items():
+        ids_N = np.concatenate([entry.ids for entry in entries])
+        grad_Nd = np.concatenate([entry.grad for entry in entries])
+        order = np.argsort(ids_N, kind="stable")
+        ids_N = ids_N[order]
+        firsts = np.flatnonzero(np.concatenate([[True], ids_N[1:] != ids_N[:-1]])) if len(ids_N) else order
+        grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0) if len(ids_N) else grad_Nd
+        summed[layer] = SummedGrad(ids_N[firsts], grad_Ud)
+    return summed
+
+
+class RowOptimizer:
+    """Base of the row optimisers: drains `memory.row_grads`, reads rows and moments, writes both back.
+
+    A subclass gives `moment_width(d)` (f32 values kept per row) and `update(rows_Ud, grad_Ud, moments_Um) -> None`, in
+    place. Raises ConfigError for a table whose row format cannot be trained (integer and fp8 rows) or is not writable.
+    """
+
+    name: str
+
+    def __init__(self, memory: EngramMemory, lr: float):
+        if memory.format.kind not in _TRAINABLE:
+            raise ConfigError(f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}")
+        for layer, store in memory.stores.items():
+            if not store.info.writable:
+                raise ConfigError(f"layer {layer}: expected a writable store, found {store.info.kind} opened to read")
+        self.memory, self.lr, self.steps = memory, lr, 0
+        self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
+        self.moments: dict[int, RowStore] = {
+            layer: open_store("ram:", rows=store.info.rows, row_bytes=self._moment_format.row_bytes)
+            for layer, store in memory.stores.items()}
+
+    def moment_width(self, dim: int) -> int:
+        raise NotImplementedError
+
+    def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def hyper(self) -> dict[str, Any]:
+        """Settings that have to be the same when a run is resumed."""
+        raise NotImplementedError
+
+    def step(self, summed: dict[int, SummedGrad] | None = None) -> None:
+        """One update from `summed` (as `coalesce` gives, perhaps scaled), or from the memory's pending gradients."""
+        if summed is None:
+            summed = coalesce(self.memory.drain_row_grads())
+        self.steps += 1
+        form = self.memory.format
+        for layer, (ids_U, grad_Ud) in summed.items():
+            store, moments = self.memory.stores[layer], self.moments[layer]
+            rows_Ud = form.decode(store.gather(ids_U))
+            moments_Um = self._moment_format.decode(moments.gather(ids_U))
+            self.update(rows_Ud, grad_Ud, moments_Um)
+            store.scatter(ids_U, form.encode(rows_Ud))
+            moments.scatter(ids_U, self._moment_format.encode(moments_Um))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and learning rate; the moments are tables (`save`)."""
+        return {"name": self.name, "steps": self.steps, "lr": self.lr, "hyper": self.hyper()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises ConfigError for another optimiser or other settings."""
+        mine = {"name": self.name, "hyper": self.hyper()}
+        found = {key: state.get(key) for key in mine}
+        if found != mine:
+            raise ConfigError(f"row optimiser: expected {mine}, found {found}")
+        self.steps, self.lr = int(state["steps"]), float(state["lr"])
+
+    def save(self, path: str | Path, table_id: str) -> None:
+        """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they belong to."""
+        path, config, width = Path(path), self.memory.config, self._moment_format.d
+        layer = dataclasses.replace(config.layer, width=config.hash.columns * width)
+        config = dataclasses.replace(config, layer=layer, dim=width)
+        table = Table.create(path, config, self._moment_format, self.memory.vocab)
+        try:
+            for index, store in self.moments.items():
+                write_layer(store, table, index)
+            table.seal()
+        finally:
+            table.close()
+        (path / "optimizer.json").write_text(json.dumps({**self.state_dict(), "rows": table_id}))
+
+    def load(self, path: str | Path, table_id: str) -> None:
+        """Read what `save` wrote. Raises DigestMismatch where the moments belong to another table."""
+        state = json.loads((Path(path) / "optimizer.json").read_text())
+        if state.pop("rows") != table_id:
+            raise DigestMismatch(f"{path}: the moments belong to another table than {table_id}")
+        self.load_state_dict(state)
+        table = Table.open(path)
+        try:
+            for layer, store in self.moments.items():
+                copy_rows(FileStore(table, layer), store)
+        finally:
+            table.close()
+
+
+class RowAdam(RowOptimizer):
+    """Adam on rows, lazily: moments of rows that a step does not touch rest.
+
+    Equal to torch.optim.SparseAdam (bias correction by the common step count), and to dense Adam where every row is
+    touched in every step. Keeps 2d f32 values a row. Raises ConfigError for settings outside their range.
+    """
+
+    name = "row_adam"
+
+    def __init__(self, memory: EngramMemory, lr: float = 2e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8):
+        if not (lr >= 0 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
+            raise ConfigError(f"RowAdam: expected lr >= 0, betas in [0, 1), eps > 0, found {lr}, {betas}, {eps}")
+        self.betas, self.eps = betas, eps
+        super().__init__(memory, lr)
+
+    def moment_width(self, dim: int) -> int:
+        return 2 * dim
+
+    def hyper(self) -> dict[str, Any]:
+        return {"betas": list(self.betas), "eps": self.eps}
+
+    def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
+        (beta1, beta2), dim = self.betas, rows_Ud.shape[1]
+        mean, square = moments_Um[:, :dim], moments_Um[:, dim:]
+        mean += (1 - beta1) * (grad_Ud - mean)
+        square += (1 - beta2) * (grad_Ud * grad_Ud - square)
+        size = self.lr * np.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        rows_Ud -= np.float32(size) * mean / (np.sqrt(square) + np.float32(self.eps))
+
+
+class RowAdagrad(RowOptimizer):
+    """Row-wise Adagrad: one accumulator a row, the mean of the squared gradient over its d values.
+
+    The form that recommenders use for embedding tables: adds 1/d to the memory of f32 rows, where Adam adds 2.
+    """
+
+    name = "row_adagrad"
+
+    def __init__(self, memory: EngramMemory, lr: float = 2e-2, eps: float = 1e-8):
+        if not (lr >= 0 and eps > 0):
+            raise ConfigError(f"RowAdagrad: expected lr >= 0 and eps > 0, found {lr}, {eps}")
+        self.eps = eps
+        super().__init__(memory, lr)
+
+    def moment_width(self, dim: int) -> int:
+        return 1
+
+    def hyper(self) -> dict[str, Any]:
+        return {"eps": self.eps}
+
+    def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
+        moments_Um += (grad_Ud * grad_Ud).mean(axis=1, keepdims=True)
+        rows_Ud -= np.float32(self.lr) * grad_Ud / (np.sqrt(moments_Um) + np.float32(self.eps))
+
+
+def check_finite(summed: dict[int, SummedGrad]) -> None:
+    """Raises InputError naming the layer and row of the first gradient that is not finite."""
+    for layer, (ids_U, grad_Ud) in summed.items():
+        wrong = ~np.isfinite(grad_Ud).all(axis=1)
+        if wrong.any():
+            raise InputError(f"layer {layer}, row {int(ids_U[wrong][0])}: the gradient is not finite")
