@@ -1,0 +1,228 @@
+"""The training loop: runs stop by tokens, resume bit for bit, and leave a checkpoint when interrupted.
+
+A checkpoint is a folder `checkpoint-NNNNNNNN` that is complete when it has that name: dense weights, the table and its
+row moments as sealed tables, the dense optimiser, and where in the data the run was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..errors import ConfigError
+from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
+from .data import Batches
+from .model import LM
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. tokens: where it stops. lr: of the dense parameters; rows learn at lr * row_rate_scale, without decay.
+
+    dtype: "float32" or "bfloat16" (autocast). every: steps between held-out losses, and between checkpoints (0 = only
+    at the end).
+    """
+
+    tokens: int
+    lr: float = 6e-3
+    row_rate_scale: float = 5.0
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    warmup: float = 0.03
+    dtype: str = "float32"
+    heldout_every: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f'expected tokens >= 1 and dtype "float32" or "bfloat16", '
+                              f"found {self.tokens}, {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is told after each step. loss: mean nats a token of this step's batch. heldout: where it was measured."""
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float
+    norm: float
+    tokens_per_second: float
+    heldout: float | None = None
+    max_load: float | None = None
+
+
+class Run:
+    """A model in training: what a checkpoint holds, and one step of it."""
+
+    def __init__(self, model: LM, batches: Batches, config: TrainConfig):
+        self.model, self.batches, self.config = model, batches, config
+        rows = None if model.memory is None else RowAdam(model.memory, lr=config.lr * config.row_rate_scale)
+        dense = torch.optim.AdamW(weight_decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95),
+                                  fused=True)
+        self.pair = OptimizerPair(dense, rows, warmup_cosine(config.warmup), config.clip)
+        self.step_index = 0
+        self.steps = math.ceil(config.tokens / batches.tokens_per_step)
+
+    @property
+    def done(self) -> bool:
+        return self.step_index >= self.steps
+
+    def step(self) -> tuple[float, float]:
+        """One batch forward, backward, update. Returns (loss, gradient norm)."""
+        self.model.train()
+        ids_BT, targets_BT, starts_BT = self.batches[self.step_index]
+        with autocast(self.config.dtype):
+            loss = self.model.loss(ids_BT, targets_BT, starts_BT)
+        loss.backward()
+        self.step_index += 1
+        norm = self.pair.step(self.step_index / self.steps)
+        return loss.item(), norm
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint below `folder`, then drop the older ones."""
+        final = folder / f"checkpoint-{self.step_index:08d}"
+        if final.exists():
+            return final
+        partial = folder / f".partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(tensors, partial / "dense.safetensors")
+        torch.save(self.pair.dense.state_dict(), partial / "optimizer.pt")
+        table_id = None
+        if self.model.memory is not None and self.pair.rows is not None:
+            table_id = self.model.memory.write_table(partial / "table")
+            self.pair.rows.save(partial / "moments", table_id)
+        where = {"step": self.step_index, "steps": self.steps, "table_id": table_id, "data": self.batches.digest,
+                 "config": dataclasses.asdict(self.config)}
+        (partial / "run.json").write_text(json.dumps(where, indent=1))
+        older = checkpoints(folder)
+        os.rename(partial, final)
+        for path in older:
+            shutil.rmtree(path)
+        return final
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint as if the run had not stopped. Raises ConfigError for another run's checkpoint."""
+        where = json.loads((path / "run.json").read_text())
+        mine = {"steps": self.steps, "data": self.batches.digest, "config": dataclasses.asdict(self.config)}
+        found = {key: where.get(key) for key in mine}
+        if found != mine:
+            wrong = [f"{key}: expected {mine[key]}, found {found[key]}" for key in mine if found[key] != mine[key]]
+            raise ConfigError(f"{path} belongs to another run: " + "; ".join(wrong))
+        self.model.load_state_dict(load_file(path / "dense.safetensors"))
+        self.pair.dense.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        if self.model.memory is not None and self.pair.rows is not None:
+            self.model.memory.read_table(path / "table")
+            self.pair.rows.load(path / "moments", where["table_id"])
+        self.step_index = where["step"]
+
+
+def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldout: Batches | None = None,
+          report: Callable[[StepReport], None] = lambda _: None) -> None:
+    """Train until the run's tokens are used up; metrics.jsonl and checkpoints go to `folder`.
+
+    resume: continue from the newest checkpoint there, if any; without it a folder that holds one is an error.
+    An interrupt (Ctrl-C) finishes the step, writes a checkpoint and then raises KeyboardInterrupt.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = checkpoints(folder)
+    if found and not resume:
+        raise ConfigError(f"{folder} holds {found[-1].name}: resume that run, or choose another folder")
+    if found:
+        run.resume(found[-1])
+    metrics = folder / "metrics.jsonl"
+    _cut(metrics, run.step_index)
+    with metrics.open("a") as file, _interrupts() as interrupted:
+        while not (run.done or interrupted()):
+            began = time.perf_counter()
+            loss, norm = run.step()
+            speed = run.batches.tokens_per_step / (time.perf_counter() - began)
+            every = run.config.heldout_every
+            measure = heldout is not None and (run.done or (every and run.step_index % every == 0))
+            found_loss = heldout_loss(run.model, heldout, run.config.dtype) if measure and heldout else None
+            told = StepReport(run.step_index, run.steps, run.step_index * run.batches.tokens_per_step, loss, norm,
+                              speed, found_loss, run.model.max_load())
+            file.write(json.dumps({**dataclasses.asdict(told), "time": time.time()}) + "\n")
+            file.flush()
+            report(told)
+            every = run.config.checkpoint_every
+            if every and run.step_index % every == 0 and not run.done:
+                run.save(folder)
+        run.save(folder)
+        if interrupted() and not run.done:
+            raise KeyboardInterrupt(f"stopped at step {run.step_index} of {run.steps}; the checkpoint is in {folder}")
+
+
+@torch.no_grad()
+def heldout_loss(model: LM, batches: Batches, dtype: str = "float32") -> float:
+    """Mean nats a token over all of `batches`."""
+    model.eval()
+    total, count = 0.0, 0
+    for index in range(len(batches)):
+        ids_BT, targets_BT, starts_BT = batches[index]
+        with autocast(dtype):
+            losses = model.token_losses(ids_BT, targets_BT, starts_BT)
+        kept = targets_BT >= 0
+        total += float(losses[kept].double().sum())
+        count += int(kept.sum())
+    return total / count
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below `folder`, oldest first."""
+    return sorted(folder.glob("checkpoint-????????"))
+
+
+def bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (AMX or AVX-512 BF16)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(dtype: str) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 on the CPU, or nothing."""
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def _cut(metrics: Path, step: int) -> None:
+    """Drop lines after `step`: a resumed run writes them again."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        metrics.write_text("".join(line + "\n" for line in lines))
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag, so that no step is cut in half; a second one stops at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)

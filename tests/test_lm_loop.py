@@ -1,0 +1,146 @@
+"""The training loop: stops by tokens, resumes bit for bit, and leaves a checkpoint when interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap
+from engraphy.errors import ConfigError
+from engraphy.lm import LM, Batches, LMConfig
+from engraphy.lm.loop import Run, TrainConfig, checkpoints, heldout_loss, train
+
+VOCAB = 32
+
+
+def documents(seed: int = 0, count: int = 40) -> list[np.ndarray]:
+    """Texts in which every token but the first follows from the two before it."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count):
+        ids = [int(rng.integers(1, VOCAB)), int(rng.integers(1, VOCAB))]
+        for _ in range(30):
+            ids.append(1 + (ids[-1] * 7 + ids[-2] * 3) % (VOCAB - 1))
+        texts.append(np.array(ids, dtype=np.int32))
+    return texts
+
+
+def make_run(with_memory: bool = True, tokens: int = 640, **settings) -> Run:
+    torch.manual_seed(0)
+    memory = None
+    if with_memory:
+        spec = HashSpec.demo((1,), (2, 3), 2, 101, VOCAB, 0)
+        memory = EngramMemory(EngramConfig(spec, LayerSpec(16, spec.columns * 4), 4), VocabMap.identity(VOCAB))
+        memory.init_rows(0.02, 0)
+    model = LM(LMConfig(VOCAB, 16, 2, 2, 32, moe_layers=(1,), experts=4, top_k=2, expert_ffn=8, shared_ffn=8), memory)
+    batches = Batches(documents(), end_id=0, batch=4, tokens=16, seed=0)
+    return Run(model, batches, TrainConfig(tokens, lr=1e-2, **settings))
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    found = {name: value.clone() for name, value in run.model.state_dict().items()}
+    if run.model.memory is not None:
+        store = run.model.memory.stores[1]
+        found["rows"] = torch.from_numpy(store.gather(np.arange(store.info.rows)))
+    return found
+
+
+def assert_same(one: Run, other: Run) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_an_interrupted_run_resumes_bit_for_bit(with_memory, tmp_path):
+    straight = make_run(with_memory)
+    train(straight, tmp_path / "straight")
+    broken = make_run(with_memory)
+
+    def interrupt(told):
+        if told.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="step 4 of 10"):
+        train(broken, tmp_path / "broken", report=interrupt)
+    assert [path.name for path in checkpoints(tmp_path / "broken")] == ["checkpoint-00000004"]
+    resumed = make_run(with_memory)
+    train(resumed, tmp_path / "broken", resume=True)
+    assert_same(straight, resumed)
+
+
+def test_a_crash_after_a_checkpoint_loses_only_what_came_later(tmp_path):
+    straight = make_run(checkpoint_every=3)
+    train(straight, tmp_path / "straight")
+    broken = make_run(checkpoint_every=3)
+
+    def crash(told):
+        if told.step == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(broken, tmp_path / "broken", report=crash)
+    resumed = make_run(checkpoint_every=3)
+    train(resumed, tmp_path / "broken", resume=True)
+    assert_same(straight, resumed)
+    lines = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+
+
+def test_runs_stop_by_tokens_and_metrics_tell_every_step(tmp_path):
+    run = make_run(tokens=300)
+    heldout = Batches(documents(seed=1, count=5), end_id=0, batch=4, tokens=16, seed=None)
+    run.config = dataclasses.replace(run.config, heldout_every=2)
+    told = []
+    train(run, tmp_path, heldout=heldout, report=told.append)
+    assert [step.step for step in told] == [1, 2, 3, 4, 5] and told[-1].tokens == 5 * 64
+    assert [step.heldout is not None for step in told] == [False, True, False, True, True]
+    assert told[-1].heldout == pytest.approx(heldout_loss(run.model, heldout))
+    assert told[-1].max_load is not None and told[-1].max_load >= 1
+    assert run.done
+
+
+def test_heldout_loss_is_the_mean_over_tokens_not_batches():
+    run = make_run()
+    heldout = Batches(documents(seed=1, count=5), end_id=0, batch=4, tokens=16, seed=None)
+    assert len({int((targets >= 0).sum()) for _, targets, _ in heldout}) > 1  # batches of different size
+    with torch.no_grad():
+        losses = [run.model.token_losses(*batch)[batch.targets_BT >= 0] for batch in heldout]
+    assert heldout_loss(run.model.eval(), heldout) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)
+
+
+def test_a_memory_learns_what_its_text_repeats(tmp_path):
+    run = make_run(tokens=64 * 60)
+    losses = [run.step()[0] for _ in range(60)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_bfloat16_trains(tmp_path):
+    run = make_run(dtype="bfloat16")
+    losses = [run.step()[0] for _ in range(10)]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    train(make_run(tokens=64), tmp_path)
+    with pytest.raises(ConfigError, match="resume that run, or choose another folder"):
+        train(make_run(tokens=64), tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train(make_run(tokens=64), tmp_path)
+    with pytest.raises(ConfigError, match="belongs to another run: .*config: expected"):
+        train(make_run(tokens=64, warmup=0.5), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("bad", [{"tokens": 0}, {"tokens": 5, "dtype": "float16"}])
+def test_settings_that_cannot_be_meant_are_errors(bad):
+    with pytest.raises(ConfigError, match="expected tokens >= 1"):
+        TrainConfig(**bad)
