@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) ->
 def demo(
     data: str = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder."),
     out: Path = typer.Option(Path("runs/demo"), help="Folder of the run."),  # noqa: B008
+    vocab: int = typer.Option(2048, help="Size of the BPE vocabulary that is trained on the text."),
     seed: int = typer.Option(0, help="Seed of weights, order and split."),
     tokens: int = typer.Option(1_200_000, help="Training tokens of each arm."),
     resume: bool = typer.Option(False, "--resume", help="Continue a run that was interrupted."),
@@ -56,9 +58,26 @@ def demo(
     from .recipes.demo import DemoConfig
     from .recipes.demo import demo as run_demo
 
-    config = DemoConfig(out, CorpusConfig(data=data, seed=seed), tokens, seed, resume=resume)
+    config = DemoConfig(out, CorpusConfig(data, vocab_size=vocab, seed=seed), tokens, seed, resume=resume)
     with _errors():
         run_demo(config, Console())
+
+
+@app.command()
+def study(
+    out: Path = typer.Option(Path("results/demo"), help="Folder of the result files."),  # noqa: B008
+    work: Path = typer.Option(Path("runs/study"), help="Folder of corpora and checkpoints."),  # noqa: B008
+    data: str = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder."),
+    seeds: int = typer.Option(3, help="Number of seeds."),
+    tokens: int = typer.Option(1_200_000, help="Training tokens of each run."),
+    workers: int = typer.Option(os.cpu_count() or 1, help="Runs at a time, one thread each."),
+) -> None:
+    """The demo's arms and a one-row control over seeds and learning rates; resumes where it stopped."""
+    from .recipes import study as recipe
+
+    with _errors():
+        recipe.study(recipe.jobs(range(seeds), tokens, data), out, work, workers, typer.echo)
+        typer.echo(recipe.tables(out))
 
 
 @contextmanager

@@ -141,7 +141,8 @@ class EngramMemory(nn.Module):
         """
         if x_BTSD is None and callable(layer):
             return super().apply(layer)  # pyright: ignore[reportArgumentType]
-        assert x_BTSD is not None
+        if x_BTSD is None or lookup is None:
+            raise InputError("apply: expected layer, x and lookup (or one callable), found less")
         if layer not in lookup.rows:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layers)}")
         block, state = self.blocks[str(layer)], lookup.state

@@ -1,0 +1,155 @@
+"""The arms of a comparison: built by name from one seed, trained side by side, one process each."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, EngraphyError
+from ..lm import LM, Arm, demo_config, three_arms
+from ..lm.loop import Run, StepReport, TrainConfig, checkpoints, train
+from ..memory import EngramMemory
+from ..vocab import VocabMap
+from .corpus import Corpus
+
+LABELS = {"dense": "Dense", "moe": "MoE", "memory": "MoE + memory", "one-row": "MoE + one-row table"}
+# glibc's malloc gives large buffers back to the system after each use: on a CPU the page faults of a small model's step
+# then cost as much as its arithmetic. These keep them, on huge pages where there are any.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26),
+          "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """What all arms of a comparison share. rho: share of the routed experts that the memory arm keeps.
+    row_std: of the table's initial values."""
+
+    train: TrainConfig
+    seed: int = 0
+    rho: float = 0.75
+    row_std: float = 0.02
+
+
+def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
+    """A fresh model of an arm, one of LABELS, whose weights depend on the seed and the arm alone.
+
+    "one-row" is the control of "memory": the same model, but every token has the same address, so that each head reads
+    one constant row and what is left of the memory is a gated constant.
+    """
+    if name not in LABELS:
+        raise ConfigError(f"arm: expected one of {list(LABELS)}, found {name!r}")
+    vocab = VocabMap(np.zeros(corpus.vocab_size)) if name == "one-row" else corpus.vocab
+    arms = three_arms(demo_config(corpus.vocab_size), len(vocab), corpus.end_id, rho=config.rho)
+    arm: Arm = getattr(arms, "memory" if name == "one-row" else name)
+    torch.manual_seed(config.seed)
+    memory = None if arm.memory is None else EngramMemory(arm.memory, vocab)
+    if memory is not None:
+        memory.init_rows(config.row_std, config.seed)
+    return LM(arm.model, memory), arm._replace(name=name)
+
+
+def load(name: str, corpus: Corpus, config: ArmConfig, folder: Path) -> tuple[LM, Arm]:
+    """The trained model of an arm, from the last checkpoint of its finished run."""
+    model, arm = build(name, corpus, config)
+    run = Run(model, corpus.batches(), config.train)
+    found = checkpoints(folder / name)
+    if not found:
+        raise ConfigError(f"{folder / name}: expected a checkpoint of the arm {name}, found none")
+    run.resume(found[-1])
+    if not run.done:
+        raise ConfigError(f"{found[-1]}: expected a finished run of {run.steps} steps, found step {run.step_index}")
+    return model.eval(), arm
+
+
+@contextmanager
+def tuned_malloc() -> Iterator[None]:
+    """Processes started within use MALLOC, save where the environment says otherwise."""
+    missing = {name: value for name, value in MALLOC.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool,
+               report: Callable[[str, StepReport], None]) -> dict[str, float]:
+    """Train arms at the same time, in a process and with an equal share of the CPUs each; returns seconds of each.
+
+    Results do not depend on how many run beside each other, save by the number of threads. On Ctrl-C every arm writes a
+    checkpoint first. Raises EngraphyError naming the arm where one fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    threads = max(1, len(os.sched_getaffinity(0)) // len(names))
+    arguments = (corpus_folder, config, folder, resume, threads, told)
+    workers = {name: context.Process(target=_work, args=(name, *arguments)) for name in names}
+    with tuned_malloc():
+        for worker in workers.values():
+            worker.start()
+    try:
+        return _follow(workers, told, report)
+    except KeyboardInterrupt:
+        for worker in workers.values():
+            worker.join()
+        raise
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.join()
+
+
+def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepReport], None]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    while len(seconds) < len(workers):
+        try:
+            name, kind, value = told.get(timeout=1.0)
+        except queue.Empty:
+            for name, worker in workers.items():
+                if name not in seconds and not worker.is_alive() and told.empty():
+                    raise EngraphyError(f"arm {name}: its process ended with exit code {worker.exitcode}") from None
+            continue
+        if kind == "step":
+            report(name, StepReport(**value))
+        elif kind == "done":
+            seconds[name] = value
+        else:
+            raise EngraphyError(f"arm {name}: {value}")
+    return seconds
+
+
+def _work(name: str, corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool, threads: int,
+          told: Any) -> None:
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+
+    def tell(step: StepReport) -> None:
+        told.put((name, "step", dataclasses.asdict(step)))
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os.kill(os.getpid(), signal.SIGINT)  # nobody is listening: the loop writes a checkpoint and stops
+
+    try:
+        corpus = Corpus.load(corpus_folder)
+        model, _ = build(name, corpus, config)
+        run = Run(model, corpus.batches(), config.train)
+        train(run, folder / name, resume, corpus.heldout_batches(), tell)
+        told.put((name, "done", time.perf_counter() - began))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        told.put((name, "failed", f"{type(error).__name__}: {error}"))
+        raise

@@ -1,0 +1,211 @@
+"""`engraphy demo`: three arms on the same text, a table that survives the disk bit for bit, and a report to look at.
+
+Dense, a mixture of experts, and the same mixture with part of its routed experts' parameters moved into a memory:
+activated parameters are equal in all three, totals in the last two (paper, section 3).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from .. import __version__, _native
+from ..analysis import report as page
+from ..errors import EngraphyError
+from ..lm import LM, Arm, NgramCounts
+from ..lm.loop import TrainConfig, bf16_is_fast
+from ..memory import EngramMemory
+from . import measure
+from .arms import LABELS, ArmConfig, load, train_arms
+from .corpus import Corpus, CorpusConfig, prepare
+from .progress import ArmProgress
+
+ARMS = ("dense", "moe", "memory")
+SENTENCES = (
+    "Alexander the Great was king of Macedon.",
+    "The United States of America declared independence from Great Britain in 1776.",
+    "Albert Einstein was awarded the Nobel Prize in Physics for the photoelectric effect.",
+    "The Second World War ended in 1945 with the surrender of Germany and Japan.",
+)
+PROMPTS = ("Alexander the Great was", "The capital city of", "In the field of mathematics,", "The Roman Empire")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of a demo. tokens: of training, for each arm. dtype: None = bfloat16 where this CPU is fast at it, else
+    float32. resume: continue the runs that `folder` holds."""
+
+    folder: Path
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    tokens: int = 1_200_000
+    seed: int = 0
+    dtype: str | None = None
+    resume: bool = False
+
+    def arms(self) -> ArmConfig:
+        """Settings that all arms share."""
+        dtype = self.dtype or ("bfloat16" if bf16_is_fast() else "float32")
+        train = TrainConfig(self.tokens, dtype=dtype, heldout_every=100, checkpoint_every=200)
+        return ArmConfig(train, self.seed)
+
+
+def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
+    """Run the demo and write `folder`/report.json and report.html. Returns the report.
+
+    Raises ConfigError where `folder` holds another run, DataUnavailable for text that cannot be had, EngraphyError
+    where an arm fails.
+    """
+    corpus_folder, arm_config = config.folder / "corpus", config.arms()
+    with console.status(f"Preparing {config.corpus.data}: tokenizer, vocabulary map, token ids"):
+        corpus = _corpus(corpus_folder, config.corpus)
+    trained = sum(len(ids) for ids in corpus.training)
+    console.print(f"{corpus.name}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
+                  f"{len(corpus.heldout):,} held out. Licence: {corpus.licence}")
+    with ArmProgress(console, LABELS) as progress:
+        seconds = train_arms(ARMS, corpus_folder, arm_config, config.folder, config.resume, progress.step)
+    with console.status("Measuring: losses, gates, the table on disk, speed"):
+        loaded = {name: load(name, corpus, arm_config, config.folder) for name in ARMS}
+        models = {name: model for name, (model, _) in loaded.items()}
+        report = _header(config, arm_config, corpus)
+        report |= _measure(models, {name: arm for name, (_, arm) in loaded.items()}, corpus, arm_config)
+        report |= _table_on_disk(models["memory"], corpus, config.folder / "engram")
+        speeds = measure.tokens_per_second(models, corpus.batches(), arm_config.train.dtype)
+        for told in report["arms"]:
+            told |= {"tokens_per_second": speeds[told["name"]], "seconds": seconds[told["name"]],
+                     **progress.curves(told["name"], config.folder)}
+    written = page.write(report, config.folder)
+    console.print(summary(report))
+    console.print(headline(report))
+    console.print(f"Report: {written}")
+    return report
+
+
+def summary(report: dict[str, Any]) -> RichTable:
+    """The comparison as a table for the terminal."""
+    names = [told["label"] for told in report["arms"]]
+    table = RichTable(title="One text, the same tokens in the same order", title_justify="left")
+    table.add_column("")
+    for name in [*names, "MoE - Dense", "Memory - MoE"]:
+        table.add_column(name, justify="right")
+    for label, key in (("parameters", "total"), ("activated a token", "activated"), ("in the table", "table")):
+        table.add_row(label, *(f"{told['parameters'][key]:,}" for told in report["arms"]), "", "")
+    for label, key in (("table rows", "rows"), ("table bytes", "bytes")):
+        table.add_row(label, *(f"{told['table'][key]:,}" if told["table"] else "" for told in report["arms"]), "", "")
+    table.add_row("training tokens/s", *(f"{told['tokens_per_second']:,.0f}" for told in report["arms"]), "", "")
+    gaps = [report["differences"][name] for name in ("moe - dense", "memory - moe")]
+    table.add_row("validation loss", *(f"{told['validation_loss']:.4f}" for told in report["arms"]),
+                  *(f"{gap['all']:+.4f}" for gap in gaps))
+    for row in report["frequency"]:
+        bucket = row["bucket"]
+        table.add_row(f"  trigram {bucket} ({row['share']:.0%})",
+                      *(f"{told['loss_by_frequency'][bucket]:.4f}" for told in report["arms"]),
+                      *(f"{gap[bucket]:+.4f}" for gap in gaps))
+    return table
+
+
+def headline(report: dict[str, Any]) -> str:
+    """What came out, in two lines."""
+    gap = report["differences"]["memory - moe"]
+    equal = "equal bit for bit" if report["logits_equal"] else "DIFFERENT"
+    return (f"Memory - MoE: {gap['all']:+.4f} nats a token on held-out text "
+            f"(standard error over documents {gap['all_stderr']:.4f}, one seed).\n"
+            f"Table written to disk and reopened: logits {equal}.")
+
+
+def _corpus(folder: Path, config: CorpusConfig) -> Corpus:
+    if (folder / "corpus.json").exists():
+        return Corpus.load(folder, expected=config)
+    corpus = prepare(config)
+    corpus.save(folder)
+    return corpus
+
+
+def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus) -> dict[str, Any]:
+    train, steps = arms.train, -(-arms.train.tokens // corpus.batches().tokens_per_step)
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+    return {
+        "format": "engraphy-report-1",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": config.seed,
+        "versions": {"engraphy": __version__, "python": platform.python_version(), **versions},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),
+                    "isa": _native.level(), "native": _native.core is not None},
+        "settings": {"tokens": train.tokens, "steps": steps, "batch": corpus.config.batch,
+                     "length": corpus.config.length, "vocabulary": corpus.vocab_size,
+                     "hashed_ids": len(corpus.vocab), "learning_rate": train.lr,
+                     "row_rate_scale": train.row_rate_scale, "weight_decay": train.weight_decay,
+                     "row_std": arms.row_std, "rho": arms.rho, "dtype": train.dtype, "corpus": asdict(corpus.config)},
+        "data": {"name": corpus.name, "licence": corpus.licence, "train_documents": len(corpus.training),
+                 "heldout_documents": len(corpus.heldout), "train_tokens": sum(map(len, corpus.training)),
+                 "heldout_tokens": sum(map(len, corpus.heldout))},
+    }
+
+
+def _measure(models: dict[str, LM], arms: dict[str, Arm], corpus: Corpus, config: ArmConfig) -> dict[str, Any]:
+    batches = corpus.heldout_batches()
+    # Counts are of the training text; a run of less or more than one epoch saw less or more of it.
+    counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
+    losses = {name: measure.Losses(model, batches, counts, config.train.dtype) for name, model in models.items()}
+    told = []
+    for name, model in models.items():
+        mean, error = measure.mean_with_error(losses[name].losses, losses[name].documents)
+        told.append({
+            "name": name, "label": LABELS[name], "parameters": asdict(arms[name].parameters),
+            "table": _table_size(model.memory), "validation_loss": mean, "validation_stderr": error,
+            "loss_by_frequency": losses[name].by_bucket(), "continuations": _continuations(model, corpus)})
+    return {
+        "arms": told,
+        "frequency": measure.frequency_table(losses["memory"]),
+        "differences": {"moe - dense": measure.difference(losses["moe"], losses["dense"]),
+                        "memory - moe": measure.difference(losses["memory"], losses["moe"])},
+        "gates": {"layer": arms["memory"].memory.hash.layer_ids[0] if arms["memory"].memory else None,
+                  "sentences": measure.gates_of_sentences(models["memory"], corpus, SENTENCES),
+                  "by_frequency": measure.gates_by_bucket(models["memory"], batches, counts)},
+    }
+
+
+def _table_size(memory: EngramMemory | None) -> dict[str, int] | None:
+    if memory is None:
+        return None
+    return {"rows": memory.config.row_count(), "bytes": memory.config.table_bytes(memory.format.row_bytes)}
+
+
+def _continuations(model: LM, corpus: Corpus) -> list[dict[str, str]]:
+    told = []
+    for prompt in PROMPTS:
+        ids = [corpus.end_id, *corpus.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        new = model.generate(ids, 32, temperature=0.7, top_k=40, seed=0, stop_id=corpus.end_id)
+        told.append({"prompt": prompt, "text": corpus.tokenizer.decode(new)})
+    return told
+
+
+@torch.no_grad()
+def _table_on_disk(model: LM, corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """Save the memory, serve its table from the file, and compare logits bit for bit."""
+    memory = model.memory
+    if memory is None:
+        raise EngraphyError("expected a model with a memory")
+    ids_BT, _, starts_BT = corpus.heldout_batches()[0]
+    before = model(ids_BT, starts_BT)
+    if not folder.exists():
+        memory.save(folder)
+    model.memory = EngramMemory.load(folder).eval()
+    after = model(ids_BT, starts_BT)
+    served = next(iter(model.memory.stores.values())).info
+    model.memory = memory
+    return {"logits_equal": torch.equal(before, after),
+            "table": {"table_id": served.table_id, "address_digest": served.address_digest,
+                      "rows": memory.config.row_count(), "bytes": memory.config.table_bytes(served.row_bytes),
+                      "format": memory.format.kind}}

@@ -1,0 +1,27 @@
+"""The examples run as a user would run them, and print what they promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+PROMISES = {"addresses.py": "has the same rows: True", "decode.py": "largest difference: ",
+            "train_and_serve.py": "equal bit for bit: True"}
+
+
+def test_every_example_is_run():
+    assert {path.name for path in FOLDER.glob("*.py")} == set(PROMISES)
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_the_example_runs(name):
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning:engraphy", FOLDER / name], capture_output=True,
+                          text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert PROMISES[name] in done.stdout
+    if name == "decode.py":
+        assert float(done.stdout.split("largest difference: ")[1].split()[0]) < 1e-5
