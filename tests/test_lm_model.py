@@ -175,8 +175,15 @@ def test_decoding_stops_before_the_stop_token_and_outlives_the_longest_row():
     assert len(found) == 40 > model.config.max_tokens
     stop = found[2]
     assert model.generate([3, 1, 4], 40, stop_id=stop) == found[:found.index(stop)]
-    with pytest.raises(InputError, match="prompt_ids"):
-        model.generate([], 3)
+
+
+@pytest.mark.parametrize(("prompt", "options", "named"), [
+    ([], {}, "prompt_ids"), ([VOCAB], {}, "ids"), ([1], {"temperature": -1.0}, "temperature"),
+    ([1], {"temperature": 1.0, "top_k": 0}, "top_k"),
+])
+def test_decoding_that_cannot_be_meant_is_refused(prompt, options, named):
+    with pytest.raises(InputError, match=named):
+        make().generate(prompt, 3, **options)
 
 
 def test_weights_survive_a_file_and_tied_embeddings_are_stored_once(tmp_path):
@@ -232,7 +239,7 @@ def test_wrong_inputs_are_named():
     for bad in (starts.int(), starts[:, :4]):
         with pytest.raises(InputError, match="starts"):
             model(ids, bad)
-    for bad in (targets[:, :4], targets.int()):
+    for bad in (targets[:, :4], targets.int(), targets + VOCAB, targets - VOCAB):
         with pytest.raises(InputError, match="targets"):
             model.loss(ids, bad, starts)
     with pytest.raises(InputError, match="trace"):

@@ -50,7 +50,7 @@ def demo(
     out: Path = typer.Option(Path("runs/demo"), help="Folder of the run."),  # noqa: B008
     vocab: int = typer.Option(2048, help="Size of the BPE vocabulary that is trained on the text."),
     seed: int = typer.Option(0, help="Seed of weights, order and split."),
-    tokens: int = typer.Option(1_200_000, help="Training tokens of each arm."),
+    tokens: int = typer.Option(1_000_000, help="Training tokens of each arm."),
     resume: bool = typer.Option(False, "--resume", help="Continue a run that was interrupted."),
 ) -> None:
     """Train a dense model, a mixture of experts, and one with a memory; compare them and write a report."""
@@ -69,7 +69,7 @@ def study(
     work: Path = typer.Option(Path("runs/study"), help="Folder of corpora and checkpoints."),  # noqa: B008
     data: str = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder."),
     seeds: int = typer.Option(3, help="Number of seeds."),
-    tokens: int = typer.Option(1_200_000, help="Training tokens of each run."),
+    tokens: int = typer.Option(1_000_000, help="Training tokens of each run."),
     workers: int = typer.Option(os.cpu_count() or 1, help="Runs at a time, one thread each."),
 ) -> None:
     """The demo's arms and a one-row control over seeds and learning rates; resumes where it stopped."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
-from .cross_entropy import mean_cross_entropy, token_cross_entropy
+from .cross_entropy import IGNORED, mean_cross_entropy, token_cross_entropy
 from .moe import MoE, SwiGLU, compute_dtype
 
 if TYPE_CHECKING:
@@ -129,10 +129,13 @@ class LM(nn.Module):
         """Ids that continue a prompt: the likeliest ones at temperature 0, else sampled from the top_k.
 
         Stops before stop_id. Each step runs the whole row (its last max_tokens ids) again: the model is small, and
-        memory and attention then need no state. Raises InputError for an empty prompt.
+        memory and attention then need no state. Raises InputError for an empty prompt, a
+        temperature below 0 or a top_k below 1.
         """
         if not prompt_ids:
             raise InputError("prompt_ids: expected at least one id, found none")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise InputError(f"expected a temperature from 0 and a top_k from 1 on, found {temperature} and {top_k}")
         ids = list(prompt_ids)
         device = self.embed.weight.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -180,6 +183,9 @@ class LM(nn.Module):
         if targets_BT.dtype != torch.int64 or targets_BT.shape != ids_BT.shape:
             raise InputError(f"targets: expected int64 {list(ids_BT.shape)}, "
                              f"found {targets_BT.dtype} {list(targets_BT.shape)}")
+        wrong = targets_BT[((targets_BT < 0) & (targets_BT != IGNORED)) | (targets_BT >= self.config.vocab_size)]
+        if len(wrong):
+            raise InputError(f"targets: expected 0 to {self.config.vocab_size - 1} or {IGNORED}, found {int(wrong[0])}")
         x_BTD = self._hidden(ids_BT, starts_BT, None)
         dtype = compute_dtype(x_BTD)
         return x_BTD.flatten(0, 1).to(dtype), self._head_weight.to(dtype), targets_BT.flatten()

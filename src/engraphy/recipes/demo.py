@@ -48,7 +48,7 @@ class DemoConfig:
 
     folder: Path
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    tokens: int = 1_200_000
+    tokens: int = 1_000_000
     seed: int = 0
     dtype: str | None = None
     resume: bool = False
