@@ -24,7 +24,7 @@ LAYERS = (
     ("vocab", "address", "rows", "codecs", "rowinit", "table", "manifest", "shards", "convert"),
     ("store",),
     ("prefetch", "layer", "state"),
-    ("memory",),
+    ("memory", "saved"),
     ("train",),
     ("lm", "hf", "analysis", "vision"),
     ("engraphy",),

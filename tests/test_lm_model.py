@@ -62,7 +62,8 @@ def test_a_later_token_changes_no_earlier_logits(memory):
     changed = ids.clone()
     changed[:, 9] = (ids[:, 9] + 1) % VOCAB
     before, after = model(ids, starts), model(changed, starts)
-    assert torch.equal(before[:, :9], after[:, :9])
+    # Not bit for bit: other tokens make other groups of experts, and so other matmul shapes.
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=0, atol=1e-5)
     assert not torch.equal(before[:, 9], after[:, 9])
 
 
@@ -201,6 +202,7 @@ def test_max_load_tells_the_fullest_expert_of_the_last_training_step():
     model, (ids, targets, starts) = make().train(), sample()
     assert model.max_load() is None
     model.loss(ids, targets, starts)
+    model.rebalance()
     told = model.max_load()
     assert told is not None and 1 <= told <= MOE.experts / MOE.top_k
     with torch.no_grad():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, Trace, VocabMap
+from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, Table, Trace, VocabMap
 from engraphy.errors import ConfigError, DigestMismatch, InputError, StateTooShort
 from engraphy.rowinit import normal_rows
+from engraphy.store import FileStore
 from engraphy.train import RowAdam
 
 LAYERS, HIDDEN, DIM, VOCAB = (1, 3), 12, 4, 40
@@ -174,7 +175,7 @@ def test_rows_learn_only_in_training(quiet):
     if quiet == "eval":
         memory.eval()
     if quiet == "frozen":
-        memory.requires_grad_(False)
+        torch.nn.Sequential(memory).requires_grad_(False)
     with torch.set_grad_enabled(quiet != "no_grad"):
         lookup = memory.lookup(sample(1, 4)[0])
     assert not any(rows.requires_grad for rows in lookup.rows.values())
@@ -245,7 +246,9 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(table, tmp_path):
     memory = make_memory(double=False)
     ids, x = sample(2, 9)
     before = run(memory, ids, x.float())
-    if table == "link":
+    if table != "copy":
+        with pytest.raises(ConfigError, match="expected stores over a sealed table on disk, found a ram store"):
+            memory.save(tmp_path / "memory", table=table)
         memory.write_table(tmp_path / "elsewhere")
         linked = EngramMemory(memory.config, memory.vocab, f"file:{tmp_path / 'elsewhere'}").eval()
         linked.load_state_dict(memory.state_dict())
@@ -254,12 +257,20 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(table, tmp_path):
     if table == "skip":
         with pytest.raises(ConfigError, match="saved without its table"):
             EngramMemory.load(tmp_path / "memory")
-        memory.write_table(tmp_path / "elsewhere")
         loaded = EngramMemory.load(tmp_path / "memory", store=f"file:{tmp_path / 'elsewhere'}").eval()
     else:
         loaded = EngramMemory.load(tmp_path / "memory").eval()
     assert all(store.info.kind == "file" for store in loaded.stores.values())
     assert torch.equal(run(loaded, ids, x.float()), before)
+
+
+def test_a_saved_memory_is_loaded_into_ram_and_keeps_its_dtype(tmp_path):
+    memory = make_memory(double=False).bfloat16()
+    memory.save(tmp_path / "memory")
+    loaded = EngramMemory.load(tmp_path / "memory", store="ram:").eval()
+    ids, x = sample(2, 9)
+    assert loaded.stores[1].info.kind == "ram" and loaded.blocks["1"].value.weight.dtype == torch.bfloat16
+    assert torch.equal(run(loaded, ids, x.bfloat16()), run(memory, ids, x.bfloat16()))
 
 
 def test_dense_weights_beside_another_table_are_refused(tmp_path):
@@ -278,23 +289,73 @@ def test_a_table_of_other_addresses_is_refused_before_a_row_is_read(tmp_path):
         EngramMemory(memory.config, other, f"file:{tmp_path / 'table'}")
 
 
-@pytest.mark.parametrize("damage", ["no json", "format", "dense tensors", "vocab"])
-def test_a_damaged_memory_folder_is_a_named_error(damage, tmp_path):
+@pytest.mark.parametrize("name", ["memory.json", "vocab.json", "memory.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_damaged_memory_folder_is_a_named_error(name, damage, tmp_path):
     make_memory(double=False).save(tmp_path / "memory")
-    folder = tmp_path / "memory"
-    if damage == "no json":
-        (folder / "memory.json").unlink()
-    elif damage == "format":
-        body = json.loads((folder / "memory.json").read_text())
-        (folder / "memory.json").write_text(json.dumps(body | {"format": "another"}))
-    elif damage == "dense tensors":
-        body = json.loads((folder / "memory.json").read_text())
-        body["config"]["layer"]["kernel"] = 0
-        (folder / "memory.json").write_text(json.dumps(body))
-    else:
-        VocabMap((np.arange(VOCAB) * 7) % 30).save(folder / "vocab.json")
-    with pytest.raises(DigestMismatch if damage == "vocab" else ConfigError):
-        EngramMemory.load(folder)
+    file = tmp_path / "memory" / name
+    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ConfigError, match=name):
+        EngramMemory.load(tmp_path / "memory")
+
+
+def test_a_memory_folder_of_mixed_parts_is_refused(tmp_path):
+    make_memory(double=False).save(tmp_path / "memory")
+    body = json.loads((tmp_path / "memory" / "memory.json").read_text())
+    (tmp_path / "memory" / "memory.json").write_text(json.dumps(body | {"format": "another"}))
+    with pytest.raises(ConfigError, match="expected format"):
+        EngramMemory.load(tmp_path / "memory")
+    config = body["config"] | {"layer": body["config"]["layer"] | {"kernel": 0}}
+    (tmp_path / "memory" / "memory.json").write_text(json.dumps(body | {"config": config}))
+    with pytest.raises(ConfigError, match="expected tensors"):
+        EngramMemory.load(tmp_path / "memory")
+    (tmp_path / "memory" / "memory.json").write_text(json.dumps(body))
+    VocabMap((np.arange(VOCAB) * 7) % 30).save(tmp_path / "memory" / "vocab.json")
+    with pytest.raises(DigestMismatch, match="address digest"):
+        EngramMemory.load(tmp_path / "memory")
+
+
+def test_a_table_that_is_still_written_cannot_be_linked(tmp_path):
+    memory = make_memory(double=False)
+    memory.write_table(tmp_path / "table")
+    table = Table.open(tmp_path / "table", mode="w")
+    with pytest.raises(ConfigError, match="found one open for writing"):
+        EngramMemory(memory.config, memory.vocab, table).save(tmp_path / "memory", table="link")
+    table.close()
+
+
+def test_stores_of_other_layers_or_tables_are_refused(tmp_path):
+    spec = HashSpec.qwen4(LAYERS, (2, 3), 2, 53, vocab_size=VOCAB, eos_id=1)
+    config = EngramConfig(spec, LayerSpec(HIDDEN, spec.columns * DIM), DIM)
+    memory = EngramMemory(config, VocabMap.identity(VOCAB))
+    for name in ("one", "two"):
+        memory.write_table(tmp_path / name)
+    one, two = Table.open(tmp_path / "one"), Table.open(tmp_path / "two")
+    with pytest.raises(ConfigError, match="layer 1: expected its own store, found one of layer 3"):
+        EngramMemory(config, memory.vocab, {1: FileStore(one, 3), 3: FileStore(one, 1)})
+    with pytest.raises(DigestMismatch, match="rows of one table"):
+        EngramMemory(config, memory.vocab, {1: FileStore(one, 1), 3: FileStore(two, 3)})
+    with pytest.raises(ConfigError, match="expected stores for layers"):
+        EngramMemory(config, memory.vocab, {1: FileStore(one, 1), 3: FileStore(one, 3), 9: FileStore(one, 3)})
+    with pytest.raises(ConfigError, match="expected rows of"):
+        EngramMemory(config, memory.vocab, one, row_format="bf16")
+    with pytest.raises(ConfigError, match="store: expected a URL"):
+        EngramMemory(config, memory.vocab, tmp_path / "one")
+
+
+def test_gradients_that_nobody_drains_are_noticed(monkeypatch):
+    monkeypatch.setattr("engraphy.memory._MANY_PENDING", 4)
+    memory = make_memory().train()
+    ids, x = sample(1, 3)
+    with pytest.warns(UserWarning, match="4 row gradients wait"):
+        for _ in range(3):
+            run(memory, ids, x).sum().backward()
+
+
+@pytest.mark.parametrize("bad", [{"std": float("nan"), "seed": 0}, {"std": -1.0, "seed": 0}, {"std": 1.0, "seed": -1}])
+def test_init_rows_refuses_what_cannot_be_meant(bad):
+    with pytest.raises(ConfigError, match="init_rows: expected"):
+        make_memory().init_rows(**bad)
 
 
 def test_wrong_arguments_are_named(tmp_path):
@@ -315,8 +376,6 @@ def test_wrong_arguments_are_named(tmp_path):
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(ConfigError, match="new or empty"):
         memory.save(tmp_path / "full")
-    with pytest.raises(ConfigError, match="over a table on disk"):
-        memory.save(tmp_path / "memory", table="link")
     with pytest.raises(ConfigError, match="expected stores for layers"):
         EngramMemory(memory.config, memory.vocab, {1: memory.stores[1]}, row_format="f32")
 

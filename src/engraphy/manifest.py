@@ -116,6 +116,18 @@ class Manifest:
         return manifest
 
 
+def sync_tree(directory: Path) -> None:
+    """Bring all files and names below a directory to disk, before it is renamed into its place."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            fd = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_directory(Path(folder))
+
+
 def sync_directory(directory: Path) -> None:
     """Bring names made or changed in a directory to disk."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -7,34 +7,31 @@ hands; a forward without one starts from nothing.
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import shutil
-import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import rows as row_io
+from . import saved
 from .address import Addresser
-from .errors import ConfigError, DigestMismatch, EngraphyError, InputError
+from .errors import ConfigError, DigestMismatch, InputError
 from .layer import EngramLayer
 from .rowinit import normal_rows
 from .rows import RowFormat
 from .spec import EngramConfig
 from .state import SequenceState
-from .store import FileStore, RowStore, StoreInfo, copy_rows, open_store, write_layer
+from .store import FileStore, RowStore, copy_rows, open_store, write_layer
 from .table import Table
 from .vocab import VocabMap
 
-_FORMAT = "engraphy-memory-1"
+_MANY_PENDING = 1024
 
 
 class RowGrad(NamedTuple):
@@ -73,6 +70,8 @@ class EngramMemory(nn.Module):
     config, vocab: what is addressed. store: "ram:" (a new table of `row_format`, all zeros until `init_rows`), the
     URL of a table ("file:DIR"; the format is read from it), an open Table (mode "w" to train it in place), or
     {layer: RowStore} with `row_format` given where the stores do not know it.
+    rows_require_grad: None = rows learn where any parameter of their layer does, so `requires_grad_` on the memory or
+    on a model around it reaches them; True or False = whatever the parameters do.
     Raises DigestMismatch where the table was made for other addresses, ConfigError where sizes differ.
     """
 
@@ -85,7 +84,7 @@ class EngramMemory(nn.Module):
         self.format, self.stores = _open(config, self.address_digest, store, row_format)
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
         self.row_grads: list[RowGrad] = []
-        self.rows_require_grad = True
+        self.rows_require_grad: bool | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -99,20 +98,17 @@ class EngramMemory(nn.Module):
     def _windows(self) -> dict[int, int]:
         return {layer: self.config.layer.window for layer in self.layers}
 
-    def requires_grad_(self, requires_grad: bool = True) -> EngramMemory:
-        """As nn.Module's, and the rows follow."""
-        self.rows_require_grad = requires_grad
-        return super().requires_grad_(requires_grad)
-
     @torch.compiler.disable
     def lookup(self, ids_BT: Tensor, state: SequenceState | None = None, live: Tensor | None = None,
                starts: Tensor | None = None, trace: Trace | None = None) -> Lookup:
         """Read every layer's rows for raw ids [B, T] that follow `state`, which is extended by them.
 
         live, starts: bool [B, T] as in `Addresser.all_rows`. Rows are f32, on the CPU, as gathered; with gradients
-        enabled, in training mode and `rows_require_grad`, they are leaves whose gradients reach `row_grads`.
+        enabled, in training mode and as `rows_require_grad` says, they are leaves whose gradients reach `row_grads`.
         Raises InputError for ids, shapes or a state that do not fit, before the state changes.
         """
+        if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
+            raise InputError(f"ids: expected a tensor [B, T], found {getattr(ids_BT, 'shape', type(ids_BT).__name__)}")
         ids, alive, begins = _numpy(ids_BT), _numpy(live), _numpy(starts)
         history = None
         if state is not None:
@@ -121,14 +117,13 @@ class EngramMemory(nn.Module):
                 raise InputError(f"state: expected one for {len(ids)} sequences, found {state.batch}")
             history = state.history
         row_ids_LBTC = self.addresser.all_rows(ids, history, alive, begins)
-        if self.vocab.table.min() < 0:  # ids without a token are dead
+        if self.vocab.has_dead_ids:
             valid = np.ones(ids.shape, dtype=bool) if alive is None else alive
             alive = valid & (self.vocab.table[np.where(valid, ids, 0)] >= 0)
             live = torch.from_numpy(alive)
         if state is not None:
             state.extend(ids, alive, begins)
-        learn = self.training and self.rows_require_grad and torch.is_grad_enabled()
-        rows = {layer: self._read(layer, row_ids_LBTC[i], learn) for i, layer in enumerate(self.layers)}
+        rows = {layer: self._read(layer, row_ids_LBTC[i], self._learns(layer)) for i, layer in enumerate(self.layers)}
         if trace is not None:
             trace.row_ids.update({layer: row_ids_LBTC[i] for i, layer in enumerate(self.layers)})
         return Lookup(rows, live, starts, state, trace)
@@ -159,7 +154,12 @@ class EngramMemory(nn.Module):
         return x_BTSD + update_BTSD
 
     def init_rows(self, std: float, seed: int, chunk: int = 1 << 18) -> None:
-        """Fill the table with N(0, std**2). Each value depends on (seed, layer, row, column) alone."""
+        """Fill the table with N(0, std**2). Each value depends on (seed, layer, row, column) alone.
+
+        chunk: rows at a time. Raises ConfigError for a std that is negative or not finite, or a seed outside uint64.
+        """
+        if not (math.isfinite(std) and std >= 0 and 0 <= seed < 2**64):
+            raise ConfigError(f"init_rows: expected a finite std from 0 on and a seed of 64 bits, found {std}, {seed}")
         for layer, store in self.stores.items():
             for start in range(0, store.info.rows, chunk):
                 ids_N = np.arange(start, min(start + chunk, store.info.rows))
@@ -170,6 +170,11 @@ class EngramMemory(nn.Module):
         pending, self.row_grads = self.row_grads, []
         return pending
 
+    def _learns(self, layer: int) -> bool:
+        follow = any(parameter.requires_grad for parameter in self.blocks[str(layer)].parameters())
+        wanted = follow if self.rows_require_grad is None else self.rows_require_grad
+        return wanted and self.training and torch.is_grad_enabled()
+
     def _read(self, layer: int, ids_BTC: np.ndarray, learn: bool) -> Tensor:
         batch, tokens, columns = ids_BTC.shape
         leaf_BTE = torch.empty(batch, tokens, columns * self.config.dim)
@@ -179,7 +184,10 @@ class EngramMemory(nn.Module):
 
             def hand_over(leaf: Tensor) -> None:
                 assert leaf.grad is not None
-                grad_Nd = leaf.grad.reshape(-1, self.config.dim).numpy()
+                grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
+                if len(self.row_grads) == _MANY_PENDING:
+                    warnings.warn(f"{_MANY_PENDING} row gradients wait in row_grads and nothing drains them: give the "
+                                  "memory a row optimiser, or set rows_require_grad = False", stacklevel=2)
                 self.row_grads.append(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
                 leaf.grad = None
 
@@ -196,10 +204,16 @@ class EngramMemory(nn.Module):
         finally:
             table.close()
 
-    def read_table(self, path: str | os.PathLike[str]) -> None:
-        """Copy the rows of a table on disk, of the same addresses and row format, into the (writable) stores."""
+    def read_table(self, path: str | os.PathLike[str], table_id: str | None = None) -> None:
+        """Copy the rows of a table on disk, of the same addresses and row format, into the (writable) stores.
+
+        Raises DigestMismatch for other addresses or a table_id other than the one given, ConfigError for another
+        format.
+        """
         table = Table.open(path)
         try:
+            if table_id is not None and table.table_id != table_id:
+                raise DigestMismatch(f"{path}: expected table {table_id}, found {table.table_id}")
             table.check_address(self.address_digest)
             if table.fmt != self.format:
                 raise ConfigError(f"{path}: expected rows of format {self.format.kind}, found {table.fmt.kind}")
@@ -211,81 +225,20 @@ class EngramMemory(nn.Module):
     def save(self, path: str | os.PathLike[str], table: str = "copy") -> None:
         """Write the memory to a new directory: config, vocabulary map, dense weights, and the table.
 
-        table: "copy" the rows into `path`/table; "link" to the sealed table that the stores serve; "skip" it (the
-        rows have to be given again to `load`). The directory appears complete or not at all.
-        Raises ConfigError for "link" without a table on disk, and where `path` exists and is not an empty directory.
+        table: "copy" the rows into `path`/table; "link" to the sealed table that the stores serve, or "skip" it (it has
+        to be given again to `load`): both need a table on disk, whose table_id the dense weights keep. The directory
+        appears complete or not at all. Raises ConfigError for what cannot be, and where `path` is taken.
         """
-        path = Path(os.path.abspath(path))
-        if table not in ("copy", "link", "skip"):
-            raise ConfigError(f'table: expected "copy", "link" or "skip", found {table!r}')
-        info = next(iter(self.stores.values())).info
-        if table == "link" and info.path is None:
-            raise ConfigError(f'table="link": expected stores over a table on disk, found {info.kind}')
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise ConfigError(f"{path}: expected a new or empty directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            self._save_into(partial, table, info)
-            partial.chmod(0o755)
-            os.rename(partial, path)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-
-    def _save_into(self, path: Path, table: str, info: StoreInfo) -> None:
-        where = {"copy": "table", "link": str(info.path), "skip": None}[table]
-        table_id = self.write_table(path / "table", parent=info.table_id) if table == "copy" else info.table_id
-        self.vocab.save(path / "vocab.json")
-        tensors = {name: value.contiguous() for name, value in self.blocks.state_dict().items()}
-        identity = {"table_id": table_id or "", "address_digest": self.address_digest}
-        save_file(tensors, path / "memory.safetensors", metadata=identity)
-        body = {"format": _FORMAT, "config": self.config.to_json(), "table": where, **identity}
-        (path / "memory.json").write_text(json.dumps(body, indent=1))
+        saved.save(self, path, table)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], store: str | None = None) -> EngramMemory:
         """Read what `save` wrote. store: the URL to serve the rows from; default: the saved table through `file:`.
+        "ram:" copies the saved table into memory.
 
         Raises ConfigError for what is no memory, DigestMismatch where table and dense weights do not belong together.
         """
-        path = Path(path)
-        try:
-            body = json.loads((path / "memory.json").read_text())
-            kind, where, table_id = body["format"], body["table"], body["table_id"]
-            config = EngramConfig.from_json(body["config"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, EngraphyError):
-                raise
-            raise ConfigError(f"{path}: expected a saved memory ({_FORMAT}), "
-                              f"found {type(error).__name__}: {error}") from None
-        if kind != _FORMAT:
-            raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {kind!r}")
-        if store is None:
-            if where is None:
-                raise ConfigError(f"{path}: saved without its table; give store=")
-            store = f"file:{path / where}"
-        memory = cls(config, VocabMap.load(path / "vocab.json"), store)
-        for layer, opened in memory.stores.items():
-            if opened.info.table_id != table_id and table_id:
-                raise DigestMismatch(f"{path}, layer {layer}: the dense weights belong to table {table_id}, "
-                                     f"the store serves {opened.info.table_id}")
-        memory._load_dense(path / "memory.safetensors", table_id)
-        return memory
-
-    def _load_dense(self, path: Path, table_id: str) -> None:
-        with safe_open(path, framework="pt") as file:
-            identity = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        expected = {"table_id": table_id, "address_digest": self.address_digest}
-        found = {key: identity.get(key) for key in expected}
-        if found != expected:
-            raise DigestMismatch(f"{path}: expected {expected}, found {found}")
-        own = {name: list(value.shape) for name, value in self.blocks.state_dict().items()}
-        given = {name: list(value.shape) for name, value in tensors.items()}
-        if own != given:
-            raise ConfigError(f"{path}: expected tensors {own}, found {given}")
-        self.blocks.load_state_dict(tensors)
+        return saved.load(cls, path, store)
 
 
 def _open(config: EngramConfig, digest: str, store: str | Table | Mapping[int, RowStore],
@@ -293,6 +246,8 @@ def _open(config: EngramConfig, digest: str, store: str | Table | Mapping[int, R
     layers = config.hash.layer_ids
     if isinstance(row_format, str):
         row_format = RowFormat(row_format, config.dim)
+    if not isinstance(store, (str, Table, Mapping)):
+        raise ConfigError(f"store: expected a URL, a Table or {{layer: RowStore}}, found {store!r}")
     stores: dict[int, RowStore]
     if isinstance(store, str) and store.startswith("ram:"):
         row_format = row_format or RowFormat("f32", config.dim)
@@ -303,11 +258,15 @@ def _open(config: EngramConfig, digest: str, store: str | Table | Mapping[int, R
     elif isinstance(store, Table):
         stores = {layer: FileStore(store, layer) for layer in layers}
     else:
-        stores = {layer: store[layer] for layer in layers if layer in store}
+        stores = dict(store)
+    if set(stores) != set(layers):
+        raise ConfigError(f"store: expected stores for layers {list(layers)}, found {sorted(stores)}")
+    if len({each.info.table_id for each in stores.values()}) > 1:
+        raise DigestMismatch(f"store: expected rows of one table, found {[s.info.table_id for s in stores.values()]}")
     for layer in layers:
-        if layer not in stores:
-            raise ConfigError(f"store: expected stores for layers {list(layers)}, found {sorted(stores)}")
         info = stores[layer].info
+        if info.layer not in (None, layer):
+            raise ConfigError(f"layer {layer}: expected its own store, found one of layer {info.layer}")
         if info.address_digest is not None and info.address_digest != digest:
             raise DigestMismatch(f"layer {layer}: expected address digest {digest}, "
                                  f"{info.path} has {info.address_digest}")

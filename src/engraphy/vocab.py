@@ -46,6 +46,7 @@ class VocabMap:
         table.setflags(write=False)
         self.table = table
         self._size = int(table.max()) + 1
+        self.has_dead_ids = bool(table.min() < 0)
         self.digest = hashlib.sha256(table.astype("<i4").tobytes()).hexdigest()
 
     @classmethod

@@ -10,19 +10,22 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DigestMismatch
+from ..manifest import sync_directory, sync_tree
 from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
 from .data import Batches
 from .model import LM
@@ -32,8 +35,8 @@ from .model import LM
 class TrainConfig:
     """One run. tokens: where it stops. lr: of the dense parameters; rows learn at lr * row_rate_scale, without decay.
 
-    dtype: "float32" or "bfloat16" (autocast). every: steps between held-out losses, and between checkpoints (0 = only
-    at the end).
+    clip: largest gradient norm. warmup: share of the run. dtype: "float32" or "bfloat16" (autocast). heldout_every,
+    checkpoint_every: steps between held-out losses, and between checkpoints (0 = only at the end).
     """
 
     tokens: int
@@ -50,6 +53,12 @@ class TrainConfig:
         if self.tokens < 1 or self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f'expected tokens >= 1 and dtype "float32" or "bfloat16", '
                               f"found {self.tokens}, {self.dtype!r}")
+        for name in ("lr", "row_rate_scale", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        for name in ("weight_decay", "heldout_every", "checkpoint_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,15 @@ class StepReport:
 
 
 class Run:
-    """A model in training: what a checkpoint holds, and one step of it."""
+    """A model in training: what a checkpoint holds, and one step of it.
 
-    def __init__(self, model: LM, batches: Batches, config: TrainConfig):
-        self.model, self.batches, self.config = model, batches, config
+    origin: JSON values that say where the initial weights came from (a seed, an arm): a checkpoint of another origin is
+    refused.
+    """
+
+    def __init__(self, model: LM, batches: Batches, config: TrainConfig, origin: Mapping[str, Any] | None = None):
+        self.model, self.batches, self.config, self.origin = model, batches, config, dict(origin or {})
+        self._data_digest = batches.digest
         rows = None if model.memory is None else RowAdam(model.memory, lr=config.lr * config.row_rate_scale)
         dense = torch.optim.AdamW(weight_decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95),
                                   fused=True)
@@ -91,46 +105,67 @@ class Run:
         loss.backward()
         self.step_index += 1
         norm = self.pair.step(self.step_index / self.steps)
+        self.model.rebalance()
         return loss.item(), norm
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint below `folder`, then drop the older ones."""
+        """Write a checkpoint below `folder`, on disk under its name as a whole, then drop the older ones."""
         final = folder / f"checkpoint-{self.step_index:08d}"
         if final.exists():
             return final
-        partial = folder / f".partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in folder.glob(".partial-*"):
+            shutil.rmtree(abandoned)
+        partial = folder / f".partial-{self.step_index:08d}"
         partial.mkdir(parents=True)
-        tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        save_file(tensors, partial / "dense.safetensors")
-        torch.save(self.pair.dense.state_dict(), partial / "optimizer.pt")
-        table_id = None
+        table_id = ""
         if self.model.memory is not None and self.pair.rows is not None:
             table_id = self.model.memory.write_table(partial / "table")
             self.pair.rows.save(partial / "moments", table_id)
-        where = {"step": self.step_index, "steps": self.steps, "table_id": table_id, "data": self.batches.digest,
-                 "config": dataclasses.asdict(self.config)}
+        tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(tensors, partial / "dense.safetensors", metadata={"table_id": table_id})
+        torch.save(self.pair.dense.state_dict(), partial / "optimizer.pt")
+        where = {"step": self.step_index, "table_id": table_id, **self._identity()}
         (partial / "run.json").write_text(json.dumps(where, indent=1))
         older = checkpoints(folder)
+        sync_tree(partial)
         os.rename(partial, final)
+        sync_directory(folder)
         for path in older:
             shutil.rmtree(path)
         return final
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint as if the run had not stopped. Raises ConfigError for another run's checkpoint."""
-        where = json.loads((path / "run.json").read_text())
-        mine = {"steps": self.steps, "data": self.batches.digest, "config": dataclasses.asdict(self.config)}
-        found = {key: where.get(key) for key in mine}
-        if found != mine:
-            wrong = [f"{key}: expected {mine[key]}, found {found[key]}" for key in mine if found[key] != mine[key]]
+        """Continue from a checkpoint as if the run had not stopped.
+
+        Raises ConfigError for a damaged checkpoint or another run's, DigestMismatch where its table is not its own.
+        """
+        try:
+            where = json.loads((path / "run.json").read_text())
+            optimizer = torch.load(path / "optimizer.pt", weights_only=True)
+            with safe_open(path / "dense.safetensors", framework="pt") as file:
+                table_id = (file.metadata() or {}).get("table_id")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, ValueError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path}: expected a checkpoint, found {type(error).__name__}: {error}") from None
+        mine = self._identity()
+        wrong = [f"{key}: expected {mine[key]}, found {where.get(key)}" for key in mine if where.get(key) != mine[key]]
+        if wrong:
             raise ConfigError(f"{path} belongs to another run: " + "; ".join(wrong))
-        self.model.load_state_dict(load_file(path / "dense.safetensors"))
-        self.pair.dense.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        if table_id != where["table_id"]:
+            raise DigestMismatch(f"{path}: the dense weights belong to table {table_id}, "
+                                 f"run.json to {where['table_id']}")
         if self.model.memory is not None and self.pair.rows is not None:
-            self.model.memory.read_table(path / "table")
+            self.model.memory.read_table(path / "table", table_id)
             self.pair.rows.load(path / "moments", where["table_id"])
+        self.model.load_state_dict(tensors)
+        self.pair.dense.load_state_dict(optimizer)
         self.step_index = where["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        memory = self.model.memory
+        return {"steps": self.steps, "data": self._data_digest, "config": dataclasses.asdict(self.config),
+                "model": self.model.config.to_json(), "memory": None if memory is None else memory.address_digest,
+                "origin": self.origin}
 
 
 def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldout: Batches | None = None,
@@ -201,10 +236,13 @@ def autocast(dtype: str) -> AbstractContextManager[Any]:
 
 
 def _cut(metrics: Path, step: int) -> None:
-    """Drop lines after `step`: a resumed run writes them again."""
+    """Drop lines after `step`, and one that a crash cut short: a resumed run writes them again."""
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        metrics.write_text("".join(line + "\n" for line in lines))
+        whole = metrics.read_text().rpartition("\n")[0].splitlines()
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        temporary = metrics.with_name(metrics.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, metrics)
 
 
 @contextmanager

@@ -153,8 +153,14 @@ class LM(nn.Module):
             ids.append(next_id)
         return ids[len(prompt_ids):]
 
+    def rebalance(self) -> None:
+        """Move the balancing bias of every mixture of experts; once an optimiser step."""
+        for block in self.blocks:
+            if isinstance(block.ffn, MoE):
+                block.ffn.rebalance()
+
     def max_load(self) -> float | None:
-        """Largest share of an expert over its equal share, in the last training forward; None without experts."""
+        """Largest share of an expert over its equal share, in the last training step; None without experts."""
         loads = [module.load for module in self.modules() if isinstance(module, MoE) and module.load is not None]
         return max((float(load.max() / load.float().mean()) for load in loads), default=None)
 
@@ -281,6 +287,9 @@ def _check_memory(config: LMConfig, memory: EngramMemory) -> None:
     if (layer.hidden_size, layer.streams) != (config.hidden_size, 1):
         raise ConfigError(f"memory: expected hidden_size {config.hidden_size} and 1 stream, "
                           f"found {layer.hidden_size} and {layer.streams}")
+    if memory.vocab.raw_size != config.vocab_size:
+        raise ConfigError(f"memory: expected a map of the model's {config.vocab_size} ids, "
+                          f"found one of {memory.vocab.raw_size}")
     if not set(memory.layers) <= set(range(config.layers)):
         raise ConfigError(f"memory: expected layers of 0 to {config.layers - 1}, found {list(memory.layers)}")
 

@@ -30,9 +30,9 @@ class MoE(nn.Module):
     """shared(x) + sum over the top_k chosen experts of weight * expert(x), for x [B, T, D].
 
     Scores are sigmoids of a linear router; `balance` f32 [experts] is added for the choice alone, the weights are the
-    plain scores of the chosen experts, normalised to one. A forward in training mode with gradients enabled moves
-    `balance` (a buffer, so a checkpoint keeps it) and leaves the tokens of each expert in `load` int64 [experts].
-    shared_width 0: no shared expert.
+    plain scores of the chosen experts, normalised to one. Forwards in training mode with gradients enabled add up the
+    tokens of each expert; `rebalance` moves `balance` (a buffer, so a checkpoint keeps it) once an optimiser step: a
+    forward that is run again for activation checkpointing has to route as it did. shared_width 0: no shared expert.
     """
 
     balance: Tensor
@@ -45,7 +45,8 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, expert_width, hidden_size))
         self.shared = SwiGLU(hidden_size, shared_width) if shared_width else None
         self.register_buffer("balance", torch.zeros(experts))
-        self.load: Tensor | None = None
+        self.load: Tensor | None = None  # tokens of each expert, int64 [experts], in the last step
+        self._counted: Tensor | None = None
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
@@ -62,7 +63,7 @@ class MoE(nn.Module):
         token_M = order_M // self.top_k
         load = torch.bincount(expert_M, minlength=self.experts)
         if self.training and torch.is_grad_enabled():
-            self._rebalance(load)
+            self._counted = load if self._counted is None else self._counted + load
         sizes, dtype = load.tolist(), compute_dtype(x_ND)
         rows_MD = x_ND.to(dtype).index_select(0, token_M)
         hidden_MH = swiglu(grouped_matmul(rows_MD, self.gate_up.to(dtype), sizes))
@@ -78,9 +79,12 @@ class MoE(nn.Module):
         weight_NK = score_NE.gather(1, chosen_NK)
         return chosen_NK, weight_NK / weight_NK.sum(-1, keepdim=True).clamp_min(1e-20)
 
-    def _rebalance(self, load: Tensor) -> None:
-        self.load = load
-        error = 1 - load / load.sum() * self.experts
+    def rebalance(self) -> None:
+        """Move `balance` by the load error of the forwards since the last call, and leave their tokens in `load`."""
+        if self._counted is None:
+            return
+        self.load, self._counted = self._counted, None
+        error = 1 - self.load / self.load.sum() * self.experts
         self.balance.add_(error.clamp_(-3, 1), alpha=BALANCE_RATE)
 
 

@@ -50,7 +50,7 @@ def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
     """
     if name not in LABELS:
         raise ConfigError(f"arm: expected one of {list(LABELS)}, found {name!r}")
-    vocab = VocabMap(np.zeros(corpus.vocab_size)) if name == "one-row" else corpus.vocab
+    vocab = VocabMap(np.zeros(corpus.vocab_size, dtype=np.int64)) if name == "one-row" else corpus.vocab
     arms = three_arms(demo_config(corpus.vocab_size), len(vocab), corpus.end_id, rho=config.rho)
     arm: Arm = getattr(arms, "memory" if name == "one-row" else name)
     torch.manual_seed(config.seed)

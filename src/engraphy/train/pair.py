@@ -45,15 +45,16 @@ class OptimizerPair:
     def step(self, progress: float) -> float:
         """One update from the gradients accumulated since the last; clears them. Returns their norm before clipping.
 
-        progress: 0..1, share of the run that is done. Raises InputError where the norm is not finite; nothing has
-        been updated then.
+        progress: 0..1, share of the run that is done. Raises InputError where a gradient is not finite: nothing is
+        updated then, and all gradients of the step are dropped.
         """
         parameters = [p for group in self.dense.param_groups for p in group["params"] if p.grad is not None]
         summed = coalesce(self.rows.memory.drain_row_grads()) if self.rows is not None else {}
-        check_finite(summed)
         norm = gradient_norm(parameters, summed)
         if not math.isfinite(norm):
-            raise InputError(f"the dense gradients are not finite: their norm is {norm}")
+            self.dense.zero_grad(set_to_none=False)
+            check_finite(summed)
+            raise InputError(f"the dense gradients are not finite: the norm of all gradients is {norm}")
         if self.clip is not None and norm > self.clip:
             scale = self.clip / norm
             for parameter in parameters:
@@ -70,16 +71,12 @@ class OptimizerPair:
             self.rows.step(summed)
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        """Both optimisers' states; row moments are tables and saved apart (`RowOptimizer.save`)."""
-        return {"dense": self.dense.state_dict()}
-
 
 def gradient_norm(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad]) -> float:
     """Euclidean norm over dense gradients and row gradients whose duplicates are summed."""
     grads = [p.grad for p in parameters if p.grad is not None]
     squares = [float(nn.utils.get_total_norm(grads)) ** 2] if grads else []
-    squares += [float(np.vdot(grad, grad)) for _, grad in summed.values()]
+    squares += [float(np.square(grad, dtype=np.float64).sum()) for _, grad in summed.values()]
     return math.sqrt(sum(squares))
 
 

@@ -20,7 +20,7 @@ from ..rows import RowFormat
 from ..store import FileStore, RowStore, copy_rows, open_store, write_layer
 from ..table import Table
 
-_TRAINABLE = ("f32", "f16", "bf16")
+_TRAINABLE = ("f32", "bf16")
 
 
 class SummedGrad(NamedTuple):
@@ -51,12 +51,14 @@ class RowOptimizer:
     """Base of the row optimisers: drains `memory.row_grads`, reads rows and moments, writes both back.
 
     A subclass gives `moment_width(d)` (f32 values kept per row) and `update(rows_Ud, grad_Ud, moments_Um) -> None`, in
-    place. Raises ConfigError for a table whose row format cannot be trained (integer and fp8 rows) or is not writable.
+    place. Rows are f32, or bf16 and then rounded to nearest after each step: updates below half a unit in the last
+    place are lost. moments: "ram:", or "file:DIR" for a new table at DIR, for moments that do not fit in memory.
+    Raises ConfigError for a table whose row format cannot be trained or that is not writable.
     """
 
     name: str
 
-    def __init__(self, memory: EngramMemory, lr: float):
+    def __init__(self, memory: EngramMemory, lr: float, moments: str = "ram:"):
         if memory.format.kind not in _TRAINABLE:
             raise ConfigError(f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}")
         for layer, store in memory.stores.items():
@@ -64,9 +66,13 @@ class RowOptimizer:
                 raise ConfigError(f"layer {layer}: expected a writable store, found {store.info.kind} opened to read")
         self.memory, self.lr, self.steps = memory, lr, 0
         self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
-        self.moments: dict[int, RowStore] = {
-            layer: open_store("ram:", rows=store.info.rows, row_bytes=self._moment_format.row_bytes)
-            for layer, store in memory.stores.items()}
+        self.moments: dict[int, RowStore]
+        if moments.startswith("file:"):
+            table = self._new_table(Path(moments.removeprefix("file:")))
+            self.moments = {layer: FileStore(table, layer) for layer in memory.layers}
+        else:
+            self.moments = {layer: open_store(moments, rows=store.info.rows, row_bytes=self._moment_format.row_bytes)
+                            for layer, store in memory.stores.items()}
 
     def moment_width(self, dim: int) -> int:
         raise NotImplementedError
@@ -79,9 +85,13 @@ class RowOptimizer:
         raise NotImplementedError
 
     def step(self, summed: dict[int, SummedGrad] | None = None) -> None:
-        """One update from `summed` (as `coalesce` gives, perhaps scaled), or from the memory's pending gradients."""
+        """One update from `summed` (as `coalesce` gives, perhaps scaled), or from the memory's pending gradients.
+
+        Raises InputError where pending gradients are not finite: they are dropped, and nothing is updated.
+        """
         if summed is None:
             summed = coalesce(self.memory.drain_row_grads())
+            check_finite(summed)
         self.steps += 1
         form = self.memory.format
         for layer, (ids_U, grad_Ud) in summed.items():
@@ -106,10 +116,8 @@ class RowOptimizer:
 
     def save(self, path: str | Path, table_id: str) -> None:
         """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they belong to."""
-        path, config, width = Path(path), self.memory.config, self._moment_format.d
-        layer = dataclasses.replace(config.layer, width=config.hash.columns * width)
-        config = dataclasses.replace(config, layer=layer, dim=width)
-        table = Table.create(path, config, self._moment_format, self.memory.vocab)
+        path = Path(path)
+        table = self._new_table(path)
         try:
             for index, store in self.moments.items():
                 write_layer(store, table, index)
@@ -117,6 +125,12 @@ class RowOptimizer:
         finally:
             table.close()
         (path / "optimizer.json").write_text(json.dumps({**self.state_dict(), "rows": table_id}))
+
+    def _new_table(self, path: Path) -> Table:
+        config, width = self.memory.config, self._moment_format.d
+        layer = dataclasses.replace(config.layer, width=config.hash.columns * width)
+        config = dataclasses.replace(config, layer=layer, dim=width)
+        return Table.create(path, config, self._moment_format, self.memory.vocab)
 
     def load(self, path: str | Path, table_id: str) -> None:
         """Read what `save` wrote. Raises DigestMismatch where the moments belong to another table."""
@@ -142,11 +156,11 @@ class RowAdam(RowOptimizer):
     name = "row_adam"
 
     def __init__(self, memory: EngramMemory, lr: float = 2e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8):
+                 eps: float = 1e-8, moments: str = "ram:"):
         if not (lr >= 0 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
             raise ConfigError(f"RowAdam: expected lr >= 0, betas in [0, 1), eps > 0, found {lr}, {betas}, {eps}")
         self.betas, self.eps = betas, eps
-        super().__init__(memory, lr)
+        super().__init__(memory, lr, moments)
 
     def moment_width(self, dim: int) -> int:
         return 2 * dim
@@ -171,11 +185,11 @@ class RowAdagrad(RowOptimizer):
 
     name = "row_adagrad"
 
-    def __init__(self, memory: EngramMemory, lr: float = 2e-2, eps: float = 1e-8):
+    def __init__(self, memory: EngramMemory, lr: float = 2e-2, eps: float = 1e-8, moments: str = "ram:"):
         if not (lr >= 0 and eps > 0):
             raise ConfigError(f"RowAdagrad: expected lr >= 0 and eps > 0, found {lr}, {eps}")
         self.eps = eps
-        super().__init__(memory, lr)
+        super().__init__(memory, lr, moments)
 
     def moment_width(self, dim: int) -> int:
         return 1

@@ -1,0 +1,125 @@
+"""A memory as a directory: memory.json, vocab.json, memory.safetensors (dense weights) and, where copied, the table.
+
+Dense weights and table belong together by table_id, both and the config by the address digest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ConfigError, DigestMismatch, EngraphyError
+from .manifest import sync_tree
+from .spec import EngramConfig
+from .store import StoreInfo
+from .vocab import VocabMap
+
+if TYPE_CHECKING:
+    from .memory import EngramMemory
+
+_FORMAT = "engraphy-memory-1"
+
+
+def save(memory: EngramMemory, path: str | os.PathLike[str], table: str) -> None:
+    """`EngramMemory.save`."""
+    path = Path(os.path.abspath(path))
+    if table not in ("copy", "link", "skip"):
+        raise ConfigError(f'table: expected "copy", "link" or "skip", found {table!r}')
+    info = next(iter(memory.stores.values())).info
+    if table != "copy" and (info.table_id is None or info.writable):
+        found = "one open for writing" if info.table_id else f"a {info.kind} store"
+        raise ConfigError(f'table="{table}": expected stores over a sealed table on disk, found {found}')
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"{path}: expected a new or empty directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        _write(memory, partial, table, info)
+        partial.chmod(0o755)
+        sync_tree(partial)
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _write(memory: EngramMemory, path: Path, table: str, info: StoreInfo) -> None:
+    where = {"copy": "table", "link": str(info.path), "skip": None}[table]
+    table_id = memory.write_table(path / "table", parent=info.table_id) if table == "copy" else info.table_id
+    memory.vocab.save(path / "vocab.json")
+    tensors = {name: value.contiguous() for name, value in memory.blocks.state_dict().items()}
+    identity = {"table_id": str(table_id), "address_digest": memory.address_digest}
+    save_file(tensors, path / "memory.safetensors", metadata=identity)
+    body = {"format": _FORMAT, "config": memory.config.to_json(), "table": where, **identity}
+    (path / "memory.json").write_text(json.dumps(body, indent=1))
+
+
+def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | None) -> EngramMemory:
+    """`EngramMemory.load`."""
+    path = Path(path)
+    body, config = _read_json(path)
+    vocab = _read_vocab(path)
+    if body["table"] is None and (store is None or store == "ram:"):
+        raise ConfigError(f"{path}: saved without its table; give store=")
+    identity = {"table_id": body["table_id"], "address_digest": body["address_digest"]}
+    tensors = _read_dense(path / "memory.safetensors", identity)
+    source = f"file:{path / str(body['table'])}" if store in (None, "ram:") else store
+    memory = kind(config, vocab, source)
+    found = next(iter(memory.stores.values())).info.table_id
+    if found != body["table_id"]:
+        raise DigestMismatch(f"{path}: the dense weights belong to table {body['table_id']}, the store serves {found}")
+    if store == "ram:":
+        served = memory
+        memory = kind(config, vocab, "ram:", served.format)
+        memory.read_table(path / str(body["table"]))
+        for each in served.stores.values():
+            each.close()
+    own = {name: list(value.shape) for name, value in memory.blocks.state_dict().items()}
+    given = {name: list(value.shape) for name, value in tensors.items()}
+    if own != given:
+        raise ConfigError(f"{path / 'memory.safetensors'}: expected tensors {own}, found {given}")
+    memory.blocks.to(next(iter(tensors.values())).dtype)
+    memory.blocks.load_state_dict(tensors)
+    return memory
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
+    try:
+        body = json.loads((path / "memory.json").read_text())
+        if body["format"] != _FORMAT:
+            raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {body['format']!r}")
+        fields = {name: body[name] for name in ("table", "table_id", "address_digest")}
+        return fields, EngramConfig.from_json(body["config"])
+    except EngraphyError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: expected memory.json of a saved memory ({_FORMAT}), "
+                          f"found {type(error).__name__}: {error}") from None
+
+
+def _read_vocab(path: Path) -> VocabMap:
+    try:
+        return VocabMap.load(path / "vocab.json")
+    except OSError as error:
+        raise ConfigError(f"{path}: expected the vocabulary map vocab.json, found {error}") from None
+
+
+def _read_dense(path: Path, expected: dict[str, str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: expected dense weights, found {type(error).__name__}: {error}") from None
+    found = {key: metadata.get(key) for key in expected}
+    if found != expected:
+        raise DigestMismatch(f"{path}: expected {expected}, found {found}")
+    return tensors
