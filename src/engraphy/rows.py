@@ -1,21 +1,24 @@
 """Rows: how one record of bytes stands for d values, and the one way to read rows of a store as numbers.
 
 A row is `row_bytes` bytes, its scales included. Knows neither tokens, files nor tensors; `read` asks a store for its
-mapped memory or for a gather. The kinds of rows stand in codecs.py. numpy has no bfloat16: bf16 values are their bits
-as uint16.
+mapped memory or for a gather. The kinds of rows stand in codecs.py. The plain numpy versions are the specification; the
+native kernel beside them (`_native/rows_kernel.cpp`) gives the same bits. numpy has no bfloat16: bf16 values are their
+bits as uint16.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from . import _native
 from .codecs import CODECS, to_bf16
-from .errors import ConfigError, InputError, RowOutOfRange
+from .errors import ConfigError, InputError, RowOutOfRange, StoreError
 
 _F32_MIN, _F32_MAX = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 _CHUNK_VALUES = 1 << 18  # temporaries of decode stay in the cache: 1 MiB of float32
@@ -95,9 +98,19 @@ class RowFormat:
         if out is None:
             out = np.empty((count, self.d), np.float32)
         check_out(out, (count, self.d), (np.float32, np.uint16))
+        if (core := _native.core) is None:
+            self._decode_plain(raw_NR, out)
+        else:
+            raw_NR = np.ascontiguousarray(raw_NR)
+            core.decode_rows(self.kind, self.d, self.scale or 1.0, core.address(raw_NR), count,
+                             out.dtype == np.uint16, core.address(out))
+        return out
+
+    def _decode_plain(self, raw_NR: np.ndarray, out: np.ndarray) -> None:
         if self.is_stored_as(out.dtype):
             out.view(np.uint8)[...] = raw_NR
-            return out
+            return
+        count = len(raw_NR)
         step, scratch_nd = _chunk_rows(self.d), None
         if out.dtype == np.uint16:
             scratch_nd = np.empty((min(step, count), self.d), np.float32)
@@ -108,7 +121,6 @@ class RowFormat:
                 CODECS[self.kind].decode(raw_nR, values_nd, self.scale or 1.0)
                 if scratch_nd is not None:
                     out_nd[...] = to_bf16(values_nd)
-        return out
 
     def _check_values(self, values_nd: np.ndarray, first: int) -> None:
         codec = CODECS[self.kind]
@@ -144,7 +156,7 @@ class Readable(Protocol):
     @property
     def info(self) -> Any: ...
     @property
-    def shards(self) -> Sequence[np.ndarray] | None: ...
+    def shards(self) -> Sequence[np.ndarray] | None: ...  # a first array is followed by the same others each time
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray: ...
     def count_read(self, rows: int) -> None: ...
 
@@ -163,16 +175,22 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
                          f"rows of format {fmt.kind} with d = {fmt.d} have {fmt.row_bytes}")
     if info.format not in (None, fmt):
         raise InputError(f"rows.read: the store's rows are of {info.format}, found {fmt}")
-    check_ids(ids, info.rows)
+    native = shards is not None and _native.core is not None
+    if native:
+        _check_id_type(ids)  # the kernel checks the values
+    else:
+        check_ids(ids, info.rows)
     folded = ids.shape[:-1] + (ids.shape[-1] * fmt.d,) if ids.ndim else (fmt.d,)
     shape = folded if isinstance(out, np.ndarray) and out.shape == folded else ids.shape + (fmt.d,)
     check_out(out, shape, (np.float32, np.uint16))
-    ids_N, out_Nd = ids.reshape(-1), out.reshape(-1, fmt.d)
     if shards is None:
-        fmt.decode(store.gather(ids_N), out_Nd)
+        fmt.decode(store.gather(ids.reshape(-1)), out.reshape(-1, fmt.d))
+        return out
+    if native:
+        _read_native(shards, info, ids, fmt, out)
     else:
-        _read_plain(shards, ids_N, fmt, out_Nd)
-        store.count_read(len(ids_N))
+        _read_plain(shards, ids.reshape(-1), fmt, out.reshape(-1, fmt.d))
+    store.count_read(ids.size)
     return out
 
 
@@ -185,7 +203,47 @@ def _read_plain(shards: Sequence[np.ndarray], ids_N: np.ndarray, fmt: RowFormat,
     for first in range(0, len(ids_N), step):
         ids_n = ids_N[first:first + step]
         take(shards, ids_n, raw_nR[:len(ids_n)])
-        fmt.decode(raw_nR[:len(ids_n)], out_Nd[first:first + step])
+        fmt._decode_plain(raw_nR[:len(ids_n)], out_Nd[first:first + step])
+
+
+def _read_native(shards: Sequence[np.ndarray], info: Any, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> None:
+    """Ids of any shape; the kernel checks them before it writes."""
+    core, at, flat = _native.core, _addresses(shards, info), np.ascontiguousarray(ids)
+    wrong = core.read_rows(fmt.kind, fmt.d, fmt.scale or 1.0, at.address, at.shard_rows, at.rows, core.address(flat),
+                           flat.size, out.dtype == np.uint16, core.address(out))
+    if wrong >= 0:
+        raise _bad_id(ids, wrong, at.rows)
+
+
+class _Addresses(NamedTuple):
+    """Where shards lie: u64 [S], the address of this array itself, and the first shard, to know them by."""
+
+    shards_S: np.ndarray
+    address: int
+    shard_rows: int
+    rows: int
+    first: weakref.ref[np.ndarray]
+
+
+_KNOWN: dict[int, _Addresses] = {}  # by id of the first shard, while it lives; asking many takes longer than a read
+
+
+def _addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
+    """Checks what the kernel relies on, once. Raises StoreError where a store gives other shards than it says."""
+    key = id(shards[0])
+    known = _KNOWN.get(key)
+    if known is not None and known.first() is shards[0] and known.rows == info.rows:
+        return known
+    sizes = [len(shard) for shard in shards]
+    fit = all(shard.dtype == np.uint8 and shard.shape[1:] == (info.row_bytes,) and shard.flags.c_contiguous
+              for shard in shards)
+    if not fit or sum(sizes) != info.rows or {*sizes[:-1], max(sizes)} != {sizes[0]}:
+        raise StoreError(f"{info.kind} store: expected C-contiguous shards of equal sizes but the last, together uint8 "
+                         f"[{info.rows}, {info.row_bytes}], found {', '.join(map(_describe, shards))}")
+    shards_S = np.array([_native.core.address(shard) for shard in shards], np.uint64)
+    first = weakref.ref(shards[0], lambda _, forget=_KNOWN.pop: forget(key, None))
+    _KNOWN[key] = known = _Addresses(shards_S, _native.core.address(shards_S), sizes[0], info.rows, first)
+    return known
 
 
 def take(shards: Sequence[np.ndarray], ids_N: np.ndarray, out_NR: np.ndarray) -> None:
@@ -213,13 +271,20 @@ def by_shard(shards: Sequence[np.ndarray], ids_N: np.ndarray) -> Iterator[tuple[
 
 def check_ids(ids: np.ndarray, rows: int) -> None:
     """Raise InputError unless ids is an int64 array, RowOutOfRange unless all of it lies in 0..rows-1."""
+    _check_id_type(ids)
+    if ids.size and int(ids.view(np.uint64).max()) >= rows:  # negative ids are the largest unsigned ones
+        raise _bad_id(ids, int(np.argmax(ids.view(np.uint64) >= rows)), rows)
+
+
+def _check_id_type(ids: np.ndarray) -> None:
     if not isinstance(ids, np.ndarray) or ids.dtype != np.int64:
         raise InputError(f"row ids: expected an int64 array, found {_describe(ids)}")
-    if ids.size and int(ids.view(np.uint64).max()) >= rows:  # negative ids are the largest unsigned ones
-        where = np.unravel_index(int(np.argmax(ids.view(np.uint64) >= rows)), ids.shape)
-        position = tuple(int(i) for i in where)
-        raise RowOutOfRange(f"row id {ids[where]} at position {position[0] if len(position) == 1 else position}: "
-                            f"expected 0 to {rows - 1}")
+
+
+def _bad_id(ids: np.ndarray, flat: int, rows: int) -> RowOutOfRange:
+    where = tuple(int(i) for i in np.unravel_index(flat, ids.shape))
+    return RowOutOfRange(f"row id {ids[where]} at position {where[0] if len(where) == 1 else where}: "
+                         f"expected 0 to {rows - 1}")
 
 
 def check_out(out: np.ndarray, shape: tuple[int, ...], dtypes: tuple[type, ...]) -> None:
@@ -232,8 +297,9 @@ def check_out(out: np.ndarray, shape: tuple[int, ...], dtypes: tuple[type, ...])
 
 def check_array(name: str, array: Any, shape: tuple[int | None, ...], dtypes: tuple[type, ...]) -> None:
     """Raise InputError naming the array unless its shape (None = any size) and dtype are as expected."""
-    fits = isinstance(array, np.ndarray) and array.dtype in dtypes and array.ndim == len(shape) and all(
-        want is None or want == found for want, found in zip(shape, array.shape, strict=True))
+    fits = isinstance(array, np.ndarray) and array.dtype in dtypes and (
+        array.shape == shape or array.ndim == len(shape) and all(
+            want is None or want == found for want, found in zip(shape, array.shape, strict=True)))
     if not fits:
         wanted = ", ".join("N" if size is None else str(size) for size in shape)
         raise InputError(f"{name}: expected {' or '.join(t.__name__ for t in dtypes)} [{wanted}], "

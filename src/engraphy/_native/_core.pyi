@@ -12,6 +12,33 @@ def level() -> str:
 def set_level(name: str) -> bool:
     """Use another one. False, and no change, when it is not among `levels()`."""
 
+def address(array: object) -> int:
+    """Where the memory of a C-contiguous array begins: a tenth of the time that numpy's own attributes take. Raises
+    BufferError or ValueError for another one, TypeError for what has no buffer."""
+
+def read_rows(
+    kind: str,
+    d: int,
+    scale: float,
+    shards: int,
+    shard_rows: int,
+    rows: int,
+    ids: int,
+    count: int,
+    to_bf16: bool,
+    out: int,
+) -> int:
+    """Writes rows `ids` (int64 [count]) as numbers to out: float32 [count, d], or bf16 bits (uint16). Arrays may begin
+    at any byte.
+
+    kind, d, scale: of the RowFormat, scale 1 where it has none. shards: u64 [S], the addresses of uint8
+    [n, row_bytes] without gaps, `shard_rows` rows each but the last, `rows` together. Returns -1. Otherwise nothing is
+    written, and it is the position of the first id outside [0, rows). Raises ValueError for a kind or d that cannot be.
+    """
+
+def decode_rows(kind: str, d: int, scale: float, raw: int, count: int, to_bf16: bool, out: int) -> None:
+    """The same for the rows at raw, uint8 [count, row_bytes], in their order."""
+
 class HashPlan:
     """What does not change between calls of an addresser: it copies its arrays, is immutable, is shared by deepcopy."""
 

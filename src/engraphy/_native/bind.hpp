@@ -6,5 +6,6 @@
 namespace engraphy {
 
 void bind_hash(nanobind::module_ &m);
+void bind_rows(nanobind::module_ &m);
 
 }  // namespace engraphy

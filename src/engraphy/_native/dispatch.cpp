@@ -9,7 +9,7 @@ namespace {
 
 struct Level {
     const char *name;
-    const Kernels *kernels;
+    Kernels kernels;
 };
 
 bool runs_here(const char *name) {
@@ -24,10 +24,10 @@ bool runs_here(const char *name) {
 }
 
 constexpr Level compiled[] = {
-    {"scalar", &scalar::kernels},
+    {"scalar", {scalar::hash, scalar::read_rows}},
 #if defined(__x86_64__)
-    {"avx2", &avx2::kernels},
-    {"avx512", &avx512::kernels},
+    {"avx2", {avx2::hash, avx2::read_rows}},
+    {"avx512", {avx512::hash, avx512::read_rows}},
 #endif
 };
 constexpr int compiled_count = sizeof(compiled) / sizeof(compiled[0]);
@@ -42,7 +42,7 @@ const Level *current = &compiled[0];
 
 }  // namespace
 
-const Kernels &kernels() { return *current->kernels; }
+const Kernels &kernels() { return current->kernels; }
 const char *current_level() { return current->name; }
 
 const char *const *available_levels() {

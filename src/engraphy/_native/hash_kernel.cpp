@@ -181,6 +181,8 @@ int64_t first_bad(const HashPlan &plan, const HashCall &call) {
     return -1;
 }
 
+}  // namespace
+
 int64_t hash(const HashPlan &plan, const HashCall &call) {
     const int64_t bad = first_bad(plan, call);
     if (bad != -1) return bad;
@@ -202,9 +204,5 @@ int64_t hash(const HashPlan &plan, const HashCall &call) {
     }
     return -1;
 }
-
-}  // namespace
-
-const Kernels kernels = {hash};
 
 }  // namespace engraphy::ENGRAPHY_LEVEL

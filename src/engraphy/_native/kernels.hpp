@@ -8,17 +8,20 @@
 #include <stdint.h>
 
 #include "hash.hpp"
+#include "rows.hpp"
 
 namespace engraphy {
 
 struct Kernels {
     HashFunction *hash;
+    RowsFunction *rows;
 };
 
-namespace scalar { extern const Kernels kernels; }
+// What the kernel files define, each once per level.
+namespace scalar { HashFunction hash; RowsFunction read_rows; }
 #if defined(__x86_64__)
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
+namespace avx2 { HashFunction hash; RowsFunction read_rows; }
+namespace avx512 { HashFunction hash; RowsFunction read_rows; }
 #endif
 
 // The table in use. Set before any work by select_level; plain, since it changes only then.

@@ -7,6 +7,7 @@
 namespace nb = nanobind;
 
 NB_MODULE(_core, m) {
+    nb::set_leak_warnings(false);  // objects may be alive when the interpreter exits: that is no leak
     m.doc() = "Native kernels of Engraphy; see _core.pyi.";
     m.def("levels", [] {
         nb::list names;
@@ -16,4 +17,5 @@ NB_MODULE(_core, m) {
     m.def("level", [] { return engraphy::current_level(); });
     m.def("set_level", [](const std::string &name) { return engraphy::select_level(name.c_str()); });
     engraphy::bind_hash(m);
+    engraphy::bind_rows(m);
 }

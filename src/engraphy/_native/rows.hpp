@@ -1,0 +1,30 @@
+// Rows of mapped memory as numbers: what the kernel reads. The plain versions in engraphy/rows.py and codecs.py are its
+// specification, bit for bit.
+#pragma once
+
+#include <stdint.h>
+
+namespace engraphy {
+
+enum class RowKind { f32, f16, bf16, fp8, fp8_scaled, int8, int4 };
+
+constexpr int fp8_block = 32;  // values under one ue8m0 scale
+
+struct RowsCall {
+    RowKind kind;
+    int64_t d;      // values of a row; a multiple of 32 for fp8, even for int4
+    float scale;    // of the whole table, for fp8_scaled alone
+    bool to_bf16;   // else to float32
+    const uint8_t *const *shards;  // addresses of their first rows; rows follow each other without a gap
+    int64_t shard_rows;            // rows of every shard but the last
+    int64_t rows;                  // of all shards
+    const int64_t *ids;            // [count]; null = 0, 1, 2, ...
+    int64_t count;
+    uint8_t *out;  // float32 or bf16 bits [count, d]; like records and ids it may begin at any byte
+};
+
+// Returns -1 when `out` is written. Otherwise nothing is written, and it is the position of the first id outside
+// [0, rows).
+using RowsFunction = int64_t(const RowsCall &);
+
+}  // namespace engraphy

@@ -1,0 +1,61 @@
+// Reading rows from Python: checks of what would read or write out of bounds, and the GIL.
+#include "bind.hpp"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+
+namespace engraphy {
+namespace {
+
+constexpr const char *kind_names[] = {"f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4"};  // as in RowKind
+
+RowKind kind_of(const char *name, int64_t d) {
+    for (int i = 0; i < int(sizeof(kind_names) / sizeof(kind_names[0])); i++) {
+        if (std::strcmp(kind_names[i], name)) continue;
+        const RowKind kind = RowKind(i);
+        const int multiple = kind == RowKind::fp8 ? fp8_block : kind == RowKind::int4 ? 2 : 1;
+        if (d < 1 || d % multiple) throw std::invalid_argument("d must be positive and fit the kind");
+        return kind;
+    }
+    throw std::invalid_argument("unknown kind of rows");
+}
+
+int64_t read_rows(const char *kind, int64_t d, float scale, uintptr_t shards, int64_t shard_rows, int64_t rows,
+                  uintptr_t ids, int64_t count, bool to_bf16, uintptr_t out) {
+    if (shard_rows < 1 || rows < 0 || count < 0 || (count && !ids))
+        throw std::invalid_argument("shard_rows must be positive, rows and count not negative, ids present");
+    return kernels().rows({kind_of(kind, d), d, scale, to_bf16, (const uint8_t *const *)shards, shard_rows, rows,
+                           (const int64_t *)ids, count, (uint8_t *)out});
+}
+
+void decode_rows(const char *kind, int64_t d, float scale, uintptr_t raw, int64_t count, bool to_bf16, uintptr_t out) {
+    if (count < 0) throw std::invalid_argument("count must not be negative");
+    const uint8_t *const shard = (const uint8_t *)raw;
+    kernels().rows({kind_of(kind, d), d, scale, to_bf16, &shard, count, count, nullptr, count, (uint8_t *)out});
+}
+
+uintptr_t address(nb::handle array) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_SIMPLE)) throw nb::python_error();
+    const uintptr_t at = (uintptr_t)view.buf;
+    PyBuffer_Release(&view);
+    return at;
+}
+
+}  // namespace
+
+void bind_rows(nb::module_ &m) {
+    using nb::arg;
+    using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+    m.def("read_rows", &read_rows, Unlocked(), arg("kind"), arg("d"), arg("scale"), arg("shards"), arg("shard_rows"),
+          arg("rows"), arg("ids"), arg("count"), arg("to_bf16"), arg("out"));
+    m.def("decode_rows", &decode_rows, Unlocked(), arg("kind"), arg("d"), arg("scale"), arg("raw"), arg("count"),
+          arg("to_bf16"), arg("out"));
+    m.def("address", &address, arg("array"));
+}
+
+}  // namespace engraphy

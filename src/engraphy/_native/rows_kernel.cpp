@@ -1,0 +1,213 @@
+// Gather and dequantise, compiled once per instruction set (see kernels.hpp for what that forbids).
+//
+// One row after the other, straight from mapped memory into the output, while rows some way ahead are prefetched. The
+// inner loops are plain; the compiler turns them into the vectors of each level. Comparing in 32 bits, as below, keeps
+// it from narrowing masks to bytes and widening them again. Non-temporal stores gained nothing.
+//
+// Why the bits are those of the plain version:
+//   Codes are exact in float32 and multiplied by their scale once. The file is compiled without contraction.
+//   e4m3 and f16 are widened as bits. Their subnormals are differences of two normal float32 numbers, so a mode that
+//   flushes subnormals does not change them, and a signalling NaN of f16 stays one, as in numpy's conversion (the F16C
+//   instructions would quiet it).
+//   Of a product of two NaNs numpy keeps the first, which is the code; which one comes first in compiled code is not
+//   ours to say. So where a scale is NaN there is no multiplication.
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.hpp"
+#include "rows.hpp"
+
+namespace engraphy::ENGRAPHY_LEVEL {
+namespace {
+
+static_assert(FLT_EVAL_METHOD == 0, "products have to be rounded to float32 at once");
+
+// Records, ids and outputs may begin at any byte.
+typedef uint16_t U16 __attribute__((aligned(1), may_alias));
+typedef uint32_t U32 __attribute__((aligned(1), may_alias));
+typedef int64_t I64 __attribute__((aligned(1), may_alias));
+
+constexpr uint32_t quiet_nan = 0x7fc00000;
+constexpr int line = 64;  // bytes that one prefetch brings
+constexpr int ahead = 8;  // rows that are on their way; 16 and 32 were no faster
+
+inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
+
+// What becomes of the bits of a float32. of_clean: the same for numbers, infinities, and NaNs whose low half is zero.
+struct ToF32 {
+    typedef U32 Bits;
+    static uint32_t of(uint32_t bits) { return bits; }
+    static uint32_t of_clean(uint32_t bits) { return bits; }
+};
+
+// To nearest even; a NaN is made quiet and keeps its sign.
+struct ToBf16 {
+    typedef U16 Bits;
+    static uint16_t of(uint32_t bits) {
+        return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : of_clean(bits));
+    }
+    static uint16_t of_clean(uint32_t bits) { return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); }
+};
+
+// The bits of a float32 v from the exponent and mantissa bits of a narrower format, shifted to where float32 has them;
+// `bias` is the difference of the biases. b = 2**(bias - 126) is the smallest normal number of the narrower format.
+//   v >= b: normal = v,            small = 2v - b >= v
+//   v < b:  normal = (v + b) / 2,  small = v
+// So v is the smaller one. Neither is negative: they are ordered as their bits are.
+template <uint32_t bias> inline uint32_t widened(uint32_t bits) {
+    const uint32_t small = bits_of(as_float(bits + ((bias + 1) << 23)) - as_float((bias + 1) << 23));
+    const uint32_t normal = bits + (bias << 23);
+    return small < normal ? small : normal;
+}
+
+inline uint32_t from_f16(uint32_t half) {
+    const uint32_t wide = (half & 0x7fff) << 13;
+    const uint32_t not_finite = wide < 0x7c00u << 13 ? 0 : 112u << 23;
+    return (half & 0x8000) << 16 | (widened<112>(wide) + not_finite);
+}
+
+inline uint32_t from_e4m3(uint32_t code) {
+    const uint32_t wide = (code & 0x7f) << 20;
+    return (code & 0x80) << 24 | (wide == 0x7fu << 20 ? quiet_nan : widened<120>(wide));
+}
+
+// A kind of row: the bytes of d values, and their way into `out`.
+
+struct F32 {
+    static int64_t row_bytes(int64_t d) { return 4 * d; }
+    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        const U32 *bits = (const U32 *)row;
+        for (int64_t i = 0; i < d; i++) out[i] = To::of(bits[i]);
+    }
+};
+
+struct F16 {
+    static int64_t row_bytes(int64_t d) { return 2 * d; }
+    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        const U16 *half = (const U16 *)row;
+        for (int64_t i = 0; i < d; i++) out[i] = To::of(from_f16(half[i]));
+    }
+};
+
+struct Bf16 {
+    static int64_t row_bytes(int64_t d) { return 2 * d; }
+    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        const U16 *bits = (const U16 *)row;
+        if constexpr (sizeof(*out) == sizeof(*bits)) memcpy(out, row, 2 * d);  // signalling NaNs stay as they are
+        else for (int64_t i = 0; i < d; i++) out[i] = To::of((uint32_t)bits[i] << 16);
+    }
+};
+
+struct Fp8 {
+    static int64_t row_bytes(int64_t d) { return d + d / fp8_block; }
+    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        for (int64_t block = 0; block < d / fp8_block; block++, out += fp8_block) {
+            const uint8_t *codes = row + block * fp8_block;
+            const uint32_t exponent = row[d + block];
+            if (exponent == 255) {
+                for (int i = 0; i < fp8_block; i++)
+                    out[i] = To::of(quiet_nan | ((codes[i] & 0x7f) == 0x7f ? (codes[i] & 0x80u) << 24 : 0));
+                continue;
+            }
+            const float scale = as_float(exponent ? exponent << 23 : 1u << 22);  // 2**-127 is subnormal
+            for (int i = 0; i < fp8_block; i++) out[i] = To::of_clean(bits_of(as_float(from_e4m3(codes[i])) * scale));
+        }
+    }
+};
+
+struct Fp8Scaled {
+    static int64_t row_bytes(int64_t d) { return d; }
+    template <class To>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float scale) {
+        for (int64_t i = 0; i < d; i++) out[i] = To::of_clean(bits_of(as_float(from_e4m3(row[i])) * scale));
+    }
+};
+
+// The f16 scale of a row of integers. If it is NaN, so is every value, made quiet: then `out` is filled.
+template <class To> bool nan_scale(const uint8_t *at, typename To::Bits *out, int64_t d, float &scale) {
+    const uint32_t bits = from_f16(*(const U16 *)at);
+    scale = as_float(bits);
+    if ((bits & 0x7fffffff) <= 0x7f800000) return false;
+    for (int64_t i = 0; i < d; i++) out[i] = To::of(bits | 0x400000);
+    return true;
+}
+
+struct Int8 {
+    static int64_t row_bytes(int64_t d) { return d + 2; }
+    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        float scale;
+        if (nan_scale<To>(row + d, out, d, scale)) return;
+        for (int64_t i = 0; i < d; i++) out[i] = To::of_clean(bits_of((float)(int8_t)row[i] * scale));
+    }
+};
+
+struct Int4 {
+    static int64_t row_bytes(int64_t d) { return d / 2 + 2; }
+    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        float scale;
+        if (nan_scale<To>(row + d / 2, out, d, scale)) return;
+        for (int64_t i = 0; i < d / 2; i++) {
+            out[2 * i] = To::of_clean(bits_of((float)((int8_t)(row[i] << 4) >> 4) * scale));
+            out[2 * i + 1] = To::of_clean(bits_of((float)((int8_t)row[i] >> 4) * scale));
+        }
+    }
+};
+
+inline const uint8_t *row_at(const RowsCall &call, int64_t i, int64_t row_bytes) {
+    const uint64_t id = (uint64_t)(call.ids ? ((const I64 *)call.ids)[i] : i), per_shard = (uint64_t)call.shard_rows;
+    if (call.rows <= call.shard_rows) return call.shards[0] + id * row_bytes;
+    // A division of 32 bits is the faster one, by much on older machines.
+    const uint64_t shard = (id | per_shard) >> 32 ? id / per_shard : (uint32_t)id / (uint32_t)per_shard;
+    return call.shards[shard] + (id - shard * per_shard) * row_bytes;
+}
+
+inline const uint8_t *prefetched(const uint8_t *row, int64_t row_bytes) {
+    for (int64_t at = 0; at < row_bytes; at += line) __builtin_prefetch(row + at);
+    __builtin_prefetch(row + row_bytes - 1);
+    return row;
+}
+
+template <class Kind, class To> void read_all(const RowsCall &call) {
+    const int64_t d = call.d, row_bytes = Kind::row_bytes(d), count = call.count;
+    typename To::Bits *out = (typename To::Bits *)call.out;
+    const uint8_t *coming[ahead];
+    for (int64_t i = 0; i < ahead && i < count; i++) coming[i] = prefetched(row_at(call, i, row_bytes), row_bytes);
+    for (int64_t i = 0; i < count; i++, out += d) {
+        const uint8_t *row = coming[i % ahead];
+        if (i + ahead < count) coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
+        Kind::template decode<To>(row, out, d, call.scale);
+    }
+}
+
+template <class To> void read_kind(const RowsCall &call) {
+    switch (call.kind) {
+        case RowKind::f32: return read_all<F32, To>(call);
+        case RowKind::f16: return read_all<F16, To>(call);
+        case RowKind::bf16: return read_all<Bf16, To>(call);
+        case RowKind::fp8: return read_all<Fp8, To>(call);
+        case RowKind::fp8_scaled: return read_all<Fp8Scaled, To>(call);
+        case RowKind::int8: return read_all<Int8, To>(call);
+        case RowKind::int4: return read_all<Int4, To>(call);
+    }
+}
+
+int64_t first_bad(const RowsCall &call) {
+    const I64 *ids = (const I64 *)call.ids;
+    bool bad = false;
+    for (int64_t i = 0; i < call.count; i++) bad |= (uint64_t)ids[i] >= (uint64_t)call.rows;
+    for (int64_t i = 0; bad && i < call.count; i++)
+        if ((uint64_t)ids[i] >= (uint64_t)call.rows) return i;
+    return -1;
+}
+
+}  // namespace
+
+int64_t read_rows(const RowsCall &call) {
+    const int64_t bad = call.ids ? first_bad(call) : -1;
+    if (bad == -1) call.to_bf16 ? read_kind<ToBf16>(call) : read_kind<ToF32>(call);
+    return bad;
+}
+
+}  // namespace engraphy::ENGRAPHY_LEVEL
