@@ -20,11 +20,13 @@ from engraphy.analysis.markup import digits_for, esc, signed, size, visible
 from engraphy.analysis.report import FORMAT, render, write
 from engraphy.errors import ConfigError
 
-BUCKETS = [("unseen", 0, 0, 0.342), ("rare", 1, 3, 0.221), ("frequent", 4, 30, 0.241),
-           ("very frequent", 31, None, 0.196)]
-DENSE = {"unseen": 6.131, "rare": 4.072, "frequent": 2.694, "very frequent": 1.452}
-MOE_GAIN = {"unseen": -0.031, "rare": -0.044, "frequent": -0.071, "very frequent": -0.062}
-MEMORY_GAIN = {"unseen": 0.030, "rare": -0.052, "frequent": -0.371, "very frequent": -0.288}
+START = ("context start", None, None, 0.014)
+BUCKETS = [("unseen", 0, 0, 0.328), ("rare", 1, 3, 0.221), ("frequent", 4, 30, 0.241),
+           ("very frequent", 31, None, 0.196), START]
+DENSE = {"unseen": 6.131, "rare": 4.072, "frequent": 2.694, "very frequent": 1.452, "context start": 7.215}
+MOE_GAIN = {"unseen": -0.031, "rare": -0.044, "frequent": -0.071, "very frequent": -0.062, "context start": -0.012}
+MEMORY_GAIN = {"unseen": 0.030, "rare": -0.052, "frequent": -0.371, "very frequent": -0.288, "context start": 0.004}
+GATES = (0.214, 0.327, 0.561, 0.618)
 SENTENCES = [
     ["Alex", "ander", " the", " Great", " was", " king", " of", " Mac", "ed", "on", " and", " a", " p", "up", "il",
      " of", " Ar", "ist", "ot", "le", "."],
@@ -70,7 +72,7 @@ def sample() -> dict[str, Any]:
                 {"text": "".join(tokens), "tokens": tokens,
                  "gates": [0.04 + 0.93 * luck.betavariate(1.6, 1.9) for _ in tokens]} for tokens in SENTENCES],
             "by_frequency": [{"bucket": name, "mean": mean, "tokens": round(79_000 * share)}
-                             for (name, _, _, share), mean in zip(BUCKETS, (0.214, 0.327, 0.561, 0.618), strict=True)],
+                             for (name, _, _, share), mean in zip(BUCKETS[:4], GATES, strict=True)],
         },
         "table": {"table_id": "5f0c8a52-9d7e-4d0b-8a3e-3a2f6d1b7c90", "address_digest": "9b1f4c7e20d35a68",
                   "rows": 24_900, "bytes": 1_593_600, "format": "f32"},
@@ -218,11 +220,11 @@ def test_numbers_of_the_table_are_those_of_the_dict():
                        ("… in the table", "table"), ("… in the token embedding", "embedding")):
         assert [plain(cell) for cell in page.row(label)] == [arm["parameters"][key] for arm in arms]
     for label, key, close in (("Validation loss, nats per token", "validation_loss", 5e-4),
-                              ("Training speed, tokens/s", "tokens_per_second", 0.5),
+                              ("Tokens/s, whole steps, while the arms share the machine", "tokens_per_second", 0.5),
                               ("Training time, s", "seconds", 0.5)):
         assert [plain(cell) for cell in page.row(label)] == pytest.approx([arm[key] for arm in arms], abs=close)
     assert [cell.split("± ")[1] for cell in page.row("Validation loss, nats per token")] == ["0.021", "0.022", "0.022"]
-    assert page.row("Minus the arm to its left") == ["–", "\u22120.050 ± 0.004", "\u22120.147 ± 0.006"]
+    assert page.row("Minus the arm to its left") == ["–", "\u22120.049 ± 0.004", "\u22120.147 ± 0.006"]
     assert page.row("Table rows") == ["–", "–", "24,900"]
     assert page.row("Table size") == ["–", "–", "1.59\u00a0MB"]
     assert page.row("Highest expert load, × mean") == ["–", "1.35", "1.39"]
@@ -235,7 +237,8 @@ def test_numbers_of_the_table_are_those_of_the_dict():
 
 def test_bars_show_the_differences_in_sign_size_and_words():
     made = sample()
-    wide = next(svg for svg in charts_of(render(made)) if "n-gram frequency" in svg.attrib["aria-label"])
+    text = render(made)
+    wide = next(svg for svg in charts_of(text) if "n-gram frequency" in svg.attrib["aria-label"])
     told = [plain("".join(text.itertext())) for text in wide.iter("text") if "value" in text.attrib["class"]]
     gaps = [made["differences"][pair][name] for name in ("all", *DENSE) for pair in ("moe - dense", "memory - moe")]
     assert told == pytest.approx(gaps, abs=5e-4)
@@ -246,14 +249,14 @@ def test_bars_show_the_differences_in_sign_size_and_words():
         left, length = float(rect.attrib["x"]), float(rect.attrib["width"])
         assert length == pytest.approx(abs(gap) * longest, abs=0.2)
         assert (left if gap > 0 else left + length) == pytest.approx(zero, abs=0.2)
-    assert "the memory lowers the loss on rare (22\u00a0%), frequent (24\u00a0%) and very frequent (20\u00a0%) " \
-           "and raises the loss on unseen (34\u00a0%)" in render(made)
+    assert "the memory lowers the loss on rare (22\u00a0%), frequent (24\u00a0%) and very frequent (20\u00a0%), " \
+           "raises the loss on unseen (33\u00a0%) and hardly changes the loss on context start (1\u00a0%)" in text
 
 
 def test_standard_errors_of_buckets_decide_what_is_said_of_them():
     made = sample()
     made["differences"]["memory - moe"].update(unseen_stderr=0.02, rare_stderr=0.01)
-    assert "hardly changes the loss on unseen (34" in render(made)
+    assert "hardly changes the loss on unseen (33" in render(made)
 
 
 def test_buckets_without_tokens_are_left_out():
@@ -288,6 +291,25 @@ def test_the_headline_says_what_came_out(gap: float, stderr: float, verdict: str
     assert f"<h1>{verdict}</h1>" in text
     assert f'<p class="result {kind}"><span class="gap">{number}</span>' in text
     assert ("within two standard errors" in text) == (kind == "tie")
+
+
+def test_without_a_standard_error_nothing_is_concluded():
+    made = sample()
+    for gap in made["differences"].values():
+        del gap["all_stderr"]
+    text = render(made)
+    assert "<h1>No standard error: whether the memory makes a difference is open</h1>" in text
+    assert '<p class="result tie"><span class="gap">\u22120.147</span>' in text
+    assert "Fewer than two held-out documents" in text and "within two standard errors" not in text
+    assert Page(text).row("Minus the arm to its left") == ["–", "\u22120.049", "\u22120.147"]
+    assert "± one standard error of the paired" not in text and "error covers" not in text
+
+
+def test_contributions_of_the_buckets_add_up_to_the_difference():
+    page = Page(render(sample()))
+    parts = [plain(row[-1]) for row in page.rows if row[0].split(",")[0] in DENSE]
+    assert len(parts) == len(BUCKETS) and page.row("context start, no trigram")[0] == "1,106"
+    assert sum(parts) == pytest.approx(plain(page.row("Minus the arm to its left")[2].split(" ±")[0]), abs=0.003)
 
 
 def test_unequal_parameters_are_said():

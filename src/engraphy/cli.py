@@ -58,9 +58,9 @@ def demo(
     from .recipes.demo import DemoConfig
     from .recipes.demo import demo as run_demo
 
-    config = DemoConfig(out, CorpusConfig(data, vocab_size=vocab, seed=seed), tokens, seed, resume=resume)
-    with _errors():
-        run_demo(config, Console())
+    with _errors("continue with --resume"):
+        corpus = CorpusConfig(data, vocab_size=vocab, seed=seed)
+        run_demo(DemoConfig(out, corpus, tokens, seed, resume=resume), Console())
 
 
 @app.command()
@@ -68,26 +68,28 @@ def study(
     out: Path = typer.Option(Path("results/demo"), help="Folder of the result files."),  # noqa: B008
     work: Path = typer.Option(Path("runs/study"), help="Folder of corpora and checkpoints."),  # noqa: B008
     data: str = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder."),
-    seeds: int = typer.Option(3, help="Number of seeds."),
+    seeds: int = typer.Option(3, help="Number of seeds: 0, 1, ... The first chooses the learning rates."),
     tokens: int = typer.Option(1_000_000, help="Training tokens of each run."),
     workers: int = typer.Option(os.cpu_count() or 1, help="Runs at a time, one thread each."),
 ) -> None:
     """The demo's arms and a one-row control over seeds and learning rates; resumes where it stopped."""
     from .recipes import study as recipe
+    from .recipes.tables import tables
 
-    with _errors():
-        recipe.study(recipe.jobs(range(seeds), tokens, data), out, work, workers, typer.echo)
-        typer.echo(recipe.tables(out))
+    with _errors("the same command continues"):
+        config = recipe.StudyConfig(tuple(range(seeds)), tokens, data)
+        recipe.study(config, out, work, workers, typer.echo)
+        typer.echo(tables(config, out))
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """What Engraphy raises on purpose is one line for the user, not a traceback."""
+def _errors(interrupted: str) -> Iterator[None]:
+    """What Engraphy raises on purpose is one line for the user, not a traceback; `interrupted`: advice on Ctrl-C."""
     try:
         yield
     except EngraphyError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; continue with --resume")
+        Console(stderr=True).print(f"interrupted; {interrupted}")
         raise typer.Exit(130) from None

@@ -46,6 +46,8 @@ def frequency(report: Report) -> str:
 
 def _times(bucket: Mapping[str, Any]) -> str:
     low, high = bucket["low"], bucket["high"]
+    if low is None:
+        return "no trigram"
     if high is None:
         return f"{number(low)} times or more"
     return f"{number(low)} times" if low == high else f"{number(low)}–{number(high)} times"

@@ -36,8 +36,10 @@ def signed(value: float, digits: int = 3) -> str:
     return (MINUS if value < 0 else "+") + text
 
 
-def digits_for(stderr: float) -> int:
+def digits_for(stderr: float | None) -> int:
     """Decimals that show a standard error: three, or more where it is smaller than that."""
+    if stderr is None:
+        return 3
     return next((digits for digits in range(3, 9) if stderr >= 10**-digits), 3)
 
 

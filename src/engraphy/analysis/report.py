@@ -23,6 +23,7 @@ FORMAT = "engraphy-report-1"
 _STYLE = Path(__file__).with_name("report.css")
 _EQUAL = 0.01  # relative difference of parameter counts that still counts as equal
 _NONE = "–"
+_SPEED = "Tokens/s, whole steps, while the arms share the machine"
 _TERMS = {"cpu": "CPU", "isa": "instruction set", "native": "native core"}
 
 Report = Mapping[str, Any]
@@ -80,9 +81,11 @@ def _headline(report: Report) -> str:
     arms = {arm["name"]: arm for arm in report["arms"]}
     moe, memory, data = arms["moe"], arms["memory"], report.get("data", {})
     difference = report["differences"]["memory - moe"]
-    gap, error = difference["all"], difference["all_stderr"]
+    gap, error = difference["all"], difference.get("all_stderr")
     digits = digits_for(error)
-    if abs(gap) <= learned.CLEAR * error:
+    if error is None:
+        verdict, kind = "No standard error: whether the memory makes a difference is open", "tie"
+    elif abs(gap) <= learned.CLEAR * error:
         verdict, kind = "The memory makes no clear difference to validation loss", "tie"
     else:
         way, kind = ("lowers", "lower") if gap < 0 else ("raises", "higher")
@@ -90,17 +93,21 @@ def _headline(report: Report) -> str:
     over = "held-out documents"
     if "heldout_documents" in data:
         over = f"{number(data['heldout_documents'])} {over}"
+    spread = "" if error is None else f"± {fixed(error, digits)}"
+    reading = "" if error is None else f"; ± one standard error of the paired\ndifference over {over}"
     perplexity = [math.exp(arm["validation_loss"]) for arm in (memory, moe)]
     facts = [
         f"Validation loss {fixed(memory['validation_loss'])} against {fixed(moe['validation_loss'])} nats per token; "
         f"perplexity {fixed(perplexity[0], 1)} against {fixed(perplexity[1], 1)} ({change(*perplexity)}).",
         _budget(moe["parameters"], memory["parameters"]),
     ]
-    if kind == "tie":
+    if error is None:
+        facts.insert(0, "Fewer than two held-out documents: how far another one would be off is not known.")
+    elif kind == "tie":
         facts.insert(0, "The difference is within two standard errors of zero.")
     if "seed" in report:
-        facts.append(f"One run per arm, seed {number(report['seed'])}: "
-                     "the standard error covers the documents, not the variation from run to run.")
+        covers = "" if error is None else ": the standard error covers the documents, not the variation from run to run"
+        facts.append(f"One run per arm, seed {number(report['seed'])}{covers}.")
     alarm = ""
     if report.get("logits_equal") is False:
         alarm = '<p class="alarm" role="alert"><strong>Check failed:</strong> ' \
@@ -110,10 +117,9 @@ def _headline(report: Report) -> str:
 <p class="brand"><strong>Engraphy</strong> <span>demo report</span>{made}</p>{alarm}
 <div class="hero"><div>
 <h1>{verdict}</h1>
-<p class="result {kind}"><span class="gap">{signed(gap, digits)}</span> <span class="error">± {fixed(error, digits)}
+<p class="result {kind}"><span class="gap">{signed(gap, digits)}</span> <span class="error">{spread}
 nats per token</span></p>
-<p class="reading">{esc(memory["label"])} minus {esc(moe["label"])}, validation loss; ± one standard error of the paired
-difference over {over}.</p>
+<p class="reading">{esc(memory["label"])} minus {esc(moe["label"])}, validation loss{reading}.</p>
 <ul>{"".join(f"<li>{fact}</li>" for fact in facts)}</ul>
 </div><figure>{charts.ladder(report["arms"], 400)}</figure></div>
 </header>"""
@@ -135,8 +141,8 @@ def _comparison(report: Report) -> str:
     rows = [
         ["<strong>Validation loss, nats per token</strong>", *losses],
         ["Minus the arm to its left", _NONE,
-         *(signed(step["all"], digits_for(step["all_stderr"])) + plus_minus(step["all_stderr"]) if step else _NONE
-           for step in steps)],
+         *(signed(step["all"], digits_for(step.get("all_stderr"))) + plus_minus(step.get("all_stderr")) if step
+           else _NONE for step in steps)],
         ["Perplexity", *(fixed(math.exp(arm["validation_loss"]), 1) for arm in arms)],
     ]
     for kind, label in (("total", "Parameters in total"), ("activated", "… activated per token"),
@@ -145,7 +151,7 @@ def _comparison(report: Report) -> str:
     kept = [arm.get("table") for arm in arms]
     rows.append(["Table rows", *(number(one["rows"]) if one else _NONE for one in kept)])
     rows.append(["Table size", *(size(one["bytes"]) if one else _NONE for one in kept)])
-    for key, label, digits in (("tokens_per_second", "Training speed, tokens/s", 0), ("seconds", "Training time, s", 0),
+    for key, label, digits in (("tokens_per_second", _SPEED, 0), ("seconds", "Training time, s", 0),
                                ("max_expert_load", "Highest expert load, × mean", 2)):
         if any(arm.get(key) is not None for arm in arms):
             rows.append([label, *(_NONE if arm.get(key) is None else fixed(arm[key], digits) for arm in arms)])

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +39,10 @@ class ArmConfig:
     seed: int = 0
     rho: float = 0.75
     row_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed: expected 0 or more, found {self.seed}")
 
 
 def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
@@ -86,8 +89,8 @@ def tuned_malloc() -> Iterator[None]:
 
 
 def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool,
-               report: Callable[[str, StepReport], None]) -> dict[str, float]:
-    """Train arms at the same time, in a process and with an equal share of the CPUs each; returns seconds of each.
+               report: Callable[[str, StepReport], None]) -> None:
+    """Train arms at the same time, in a process and with an equal share of the CPUs each.
 
     Results do not depend on how many run beside each other, save by the number of threads. On Ctrl-C every arm writes a
     checkpoint first. Raises EngraphyError naming the arm where one fails.
@@ -101,7 +104,7 @@ def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, fol
         for worker in workers.values():
             worker.start()
     try:
-        return _follow(workers, told, report)
+        _follow(workers, told, report)
     except KeyboardInterrupt:
         for worker in workers.values():
             worker.join()
@@ -112,29 +115,29 @@ def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, fol
             worker.join()
 
 
-def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepReport], None]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    while len(seconds) < len(workers):
+def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepReport], None]) -> None:
+    done: set[str] = set()
+    while len(done) < len(workers):
+        # Looked up before the queue is read: what a worker said last lies in the queue when it has ended.
+        ended = [name for name, worker in workers.items() if name not in done and not worker.is_alive()]
         try:
-            name, kind, value = told.get(timeout=1.0)
+            name, kind, value = told.get(block=not ended, timeout=1.0)
         except queue.Empty:
-            for name, worker in workers.items():
-                if name not in seconds and not worker.is_alive() and told.empty():
-                    raise EngraphyError(f"arm {name}: its process ended with exit code {worker.exitcode}") from None
+            for name in ended:
+                code = workers[name].exitcode
+                raise EngraphyError(f"arm {name}: its process ended with exit code {code}") from None
             continue
         if kind == "step":
             report(name, StepReport(**value))
         elif kind == "done":
-            seconds[name] = value
+            done.add(name)
         else:
             raise EngraphyError(f"arm {name}: {value}")
-    return seconds
 
 
 def _work(name: str, corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool, threads: int,
           told: Any) -> None:
     torch.set_num_threads(threads)
-    began = time.perf_counter()
 
     def tell(step: StepReport) -> None:
         told.put((name, "step", dataclasses.asdict(step)))
@@ -147,7 +150,7 @@ def _work(name: str, corpus_folder: Path, config: ArmConfig, folder: Path, resum
         model, _ = build(name, corpus, config)
         run = Run(model, corpus.batches(), config.train)
         train(run, folder / name, resume, corpus.heldout_batches(), tell)
-        told.put((name, "done", time.perf_counter() - began))
+        told.put((name, "done", None))
     except KeyboardInterrupt:
         pass
     except Exception as error:

@@ -28,6 +28,10 @@ class CorpusConfig:
     length: int = 128
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed: expected 0 or more, found {self.seed}")
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -73,12 +77,17 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: Path, expected: CorpusConfig | None = None) -> Corpus:
-        """Read what `save` wrote. Raises ConfigError where it was made from another config than `expected`."""
-        data = json.loads((folder / "corpus.json").read_text())
-        config = CorpusConfig(**data["config"])
+        """Read what `save` wrote. Raises ConfigError where there is none, or one of another config than `expected`."""
+        path = folder / "corpus.json"
+        try:
+            data = json.loads(path.read_text())
+            config, name, licence = CorpusConfig(**data["config"]), data["name"], data["licence"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: expected the description of a prepared corpus, "
+                              f"found {type(error).__name__}: {error}") from None
         if expected is not None and config != expected:
             raise ConfigError(f"{folder} was made from {config}, expected {expected}; choose another folder")
-        return cls(config, data["name"], data["licence"], load_tokenizer(folder / "tokenizer.json"),
+        return cls(config, name, licence, load_tokenizer(folder / "tokenizer.json"),
                    VocabMap.load(folder / "vocab.json"), _documents(folder / "training.npz"),
                    _documents(folder / "heldout.npz"))
 

@@ -10,6 +10,7 @@ import datetime
 import os
 import platform
 import shlex
+import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -26,10 +27,10 @@ from ..errors import EngraphyError
 from ..lm import LM, Arm, NgramCounts
 from ..lm.loop import TrainConfig, bf16_is_fast
 from ..memory import EngramMemory
-from . import measure
+from . import machine, measure
 from .arms import LABELS, ArmConfig, load, train_arms
 from .corpus import Corpus, CorpusConfig, prepare
-from .progress import ArmProgress
+from .progress import ArmProgress, curves
 
 ARMS = ("dense", "moe", "memory")
 SENTENCES = (
@@ -73,17 +74,16 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     console.print(f"{corpus.name}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
                   f"{len(corpus.heldout):,} held out. Licence: {corpus.licence}")
     with ArmProgress(console, LABELS) as progress:
-        seconds = train_arms(ARMS, corpus_folder, arm_config, config.folder, config.resume, progress.step)
-    with console.status("Measuring: losses, gates, the table on disk, speed"):
+        train_arms(ARMS, corpus_folder, arm_config, config.folder, config.resume, progress.step)
+    with console.status("Measuring: losses, gates, the table on disk"):
         loaded = {name: load(name, corpus, arm_config, config.folder) for name in ARMS}
         models = {name: model for name, (model, _) in loaded.items()}
-        report = _header(config, arm_config, corpus)
+        trained_arms = {name: curves(config.folder / name) for name in ARMS}
+        report = _header(config, arm_config, corpus, len(trained_arms["memory"]["curve"]))
         report |= _measure(models, {name: arm for name, (_, arm) in loaded.items()}, corpus, arm_config)
         report |= _table_on_disk(models["memory"], corpus, config.folder / "engram")
-        speeds = measure.tokens_per_second(models, corpus.batches(), arm_config.train.dtype)
         for told in report["arms"]:
-            told |= {"tokens_per_second": speeds[told["name"]], "seconds": seconds[told["name"]],
-                     **progress.curves(told["name"], config.folder)}
+            told |= trained_arms[told["name"]]
     written = page.write(report, config.folder)
     console.print(summary(report))
     console.print(headline(report))
@@ -94,7 +94,8 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
 def summary(report: dict[str, Any]) -> RichTable:
     """The comparison as a table for the terminal."""
     names = [told["label"] for told in report["arms"]]
-    table = RichTable(title="One text, the same tokens in the same order", title_justify="left")
+    table = RichTable(title="One text, the same tokens in the same order", title_justify="left",
+                      caption="tokens/s: whole steps, while the arms share the machine", caption_justify="left")
     table.add_column("")
     for name in [*names, "MoE - Dense", "Memory - MoE"]:
         table.add_column(name, justify="right")
@@ -102,13 +103,13 @@ def summary(report: dict[str, Any]) -> RichTable:
         table.add_row(label, *(f"{told['parameters'][key]:,}" for told in report["arms"]), "", "")
     for label, key in (("table rows", "rows"), ("table bytes", "bytes")):
         table.add_row(label, *(f"{told['table'][key]:,}" if told["table"] else "" for told in report["arms"]), "", "")
-    table.add_row("training tokens/s", *(f"{told['tokens_per_second']:,.0f}" for told in report["arms"]), "", "")
+    table.add_row("tokens/s", *(f"{told['tokens_per_second']:,.0f}" for told in report["arms"]), "", "")
     gaps = [report["differences"][name] for name in ("moe - dense", "memory - moe")]
     table.add_row("validation loss", *(f"{told['validation_loss']:.4f}" for told in report["arms"]),
                   *(f"{gap['all']:+.4f}" for gap in gaps))
     for row in report["frequency"]:
         bucket = row["bucket"]
-        table.add_row(f"  trigram {bucket} ({row['share']:.0%})",
+        table.add_row(f"  {bucket if row['low'] is None else f'trigram {bucket}'} ({row['share']:.1%})",
                       *(f"{told['loss_by_frequency'][bucket]:.4f}" for told in report["arms"]),
                       *(f"{gap[bucket]:+.4f}" for gap in gaps))
     return table
@@ -118,8 +119,9 @@ def headline(report: dict[str, Any]) -> str:
     """What came out, in two lines."""
     gap = report["differences"]["memory - moe"]
     equal = "equal bit for bit" if report["logits_equal"] else "DIFFERENT"
-    return (f"Memory - MoE: {gap['all']:+.4f} nats a token on held-out text "
-            f"(standard error over documents {gap['all_stderr']:.4f}, one seed).\n"
+    error = (f"standard error over documents {gap['all_stderr']:.4f}" if "all_stderr" in gap
+             else "one document, so no standard error")
+    return (f"Memory - MoE: {gap['all']:+.4f} nats a token on held-out text ({error}, one seed).\n"
             f"Table written to disk and reopened: logits {equal}.")
 
 
@@ -131,16 +133,17 @@ def _corpus(folder: Path, config: CorpusConfig) -> Corpus:
     return corpus
 
 
-def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus) -> dict[str, Any]:
-    train, steps = arms.train, -(-arms.train.tokens // corpus.batches().tokens_per_step)
+def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus, steps: int) -> dict[str, Any]:
+    train, commit = arms.train, machine.commit()
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     return {
         "format": "engraphy-report-1",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": config.seed,
-        "versions": {"engraphy": __version__, "python": platform.python_version(), **versions},
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),
+        "versions": {"engraphy": __version__, **({"commit": commit} if commit else {}),
+                     "python": platform.python_version(), **versions},
+        "machine": {"cpu": machine.cpu(), "cores": len(os.sched_getaffinity(0)),
                     "isa": _native.level(), "native": _native.core is not None},
         "settings": {"tokens": train.tokens, "steps": steps, "batch": corpus.config.batch,
                      "length": corpus.config.length, "vocabulary": corpus.vocab_size,
@@ -160,10 +163,9 @@ def _measure(models: dict[str, LM], arms: dict[str, Arm], corpus: Corpus, config
     losses = {name: measure.Losses(model, batches, counts, config.train.dtype) for name, model in models.items()}
     told = []
     for name, model in models.items():
-        mean, error = measure.mean_with_error(losses[name].losses, losses[name].documents)
         told.append({
             "name": name, "label": LABELS[name], "parameters": asdict(arms[name].parameters),
-            "table": _table_size(model.memory), "validation_loss": mean, "validation_stderr": error,
+            "table": _table_size(model.memory), **losses[name].mean(),
             "loss_by_frequency": losses[name].by_bucket(), "continuations": _continuations(model, corpus)})
     return {
         "arms": told,
@@ -199,8 +201,9 @@ def _table_on_disk(model: LM, corpus: Corpus, folder: Path) -> dict[str, Any]:
         raise EngraphyError("expected a model with a memory")
     ids_BT, _, starts_BT = corpus.heldout_batches()[0]
     before = model(ids_BT, starts_BT)
-    if not folder.exists():
-        memory.save(folder)
+    if folder.exists():  # of an earlier training
+        shutil.rmtree(folder)
+    memory.save(folder)
     model.memory = EngramMemory.load(folder).eval()
     after = model(ids_BT, starts_BT)
     served = next(iter(model.memory.stores.values())).info

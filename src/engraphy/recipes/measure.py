@@ -1,11 +1,9 @@
-"""What is measured on trained arms: losses with their standard errors, by n-gram frequency; gates; speed."""
+"""What is measured on trained arms: losses with their standard errors, by n-gram frequency; gates."""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,8 @@ from ..memory import Trace
 from .corpus import Corpus
 
 BUCKETS = dict(zip(BANDS, ("unseen", "rare", "frequent", "very frequent"), strict=True))
+START = "context start"  # bucket of the targets that end no trigram: the first of a document, or of a row of a batch
+_BOUNDS = {**{BUCKETS[band]: bounds for band, bounds in BANDS.items()}, START: (-1, -1)}
 
 
 class Losses:
@@ -37,41 +37,64 @@ class Losses:
                 found.append(counts.count(ids_BT, targets_BT, starts_BT)[kept])
         self.losses, self.documents, self.counts = (np.concatenate(part) for part in (losses, documents, found))
 
+    def mean(self) -> dict[str, float]:
+        """validation_loss, and validation_stderr where two or more documents give one."""
+        return named_mean(self.losses, self.documents, "validation_loss", "validation_stderr")
+
     def by_bucket(self) -> dict[str, float]:
-        """Mean nats a token by how often the trigram that ends at the target was trained."""
-        bands = loss_by_band(self.losses, self.counts)
-        return {BUCKETS[band]: told.loss for band, told in bands.items() if told.targets}
+        """Mean nats a token by how often the trigram that ends at the target was trained. Every target has a bucket."""
+        return {name: float(self.losses[inside].mean()) for name, inside in _buckets(self.counts)}
 
 
-def mean_with_error(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
-    """Mean over tokens and its standard error, documents taken as the independent units (ratio estimator)."""
+def _buckets(counts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Buckets that hold something, and which targets: bool as counts."""
+    for name, (low, high) in _BOUNDS.items():
+        inside = (counts >= low) & (counts <= high)
+        if inside.any():
+            yield name, inside
+
+
+def mean_with_error(values: np.ndarray, documents: np.ndarray) -> tuple[float, float | None]:
+    """Mean over tokens and its standard error, documents taken as the independent units (ratio estimator).
+
+    The error is None with fewer than two documents: nothing says then how far another one would be off.
+    """
     sizes = np.bincount(documents)
     sums = np.bincount(documents, weights=values)[sizes > 0]
     sizes = sizes[sizes > 0]
     mean, count = float(values.mean()), len(sizes)
-    spread = float(((sums - mean * sizes) ** 2).sum()) * count / max(count - 1, 1)
+    if count < 2:
+        return mean, None
+    spread = float(((sums - mean * sizes) ** 2).sum()) * count / (count - 1)
     return mean, math.sqrt(spread) / len(values)
+
+
+def named_mean(values: np.ndarray, documents: np.ndarray, name: str, error_name: str) -> dict[str, float]:
+    """`mean_with_error` under these names; without an error, its name is left out."""
+    mean, error = mean_with_error(values, documents)
+    return {name: mean} if error is None else {name: mean, error_name: error}
 
 
 def difference(one: Losses, other: Losses) -> dict[str, float]:
     """one - other, paired token by token, as a whole with its standard error and by bucket."""
     gap = one.losses - other.losses
-    mean, error = mean_with_error(gap, one.documents)
-    told = {"all": mean, "all_stderr": error}
-    for band, (low, high) in BANDS.items():
-        inside = (one.counts >= low) & (one.counts <= high)
-        if inside.any():
-            name = BUCKETS[band]
-            told[name], told[f"{name}_stderr"] = mean_with_error(gap[inside], one.documents[inside])
+    told = named_mean(gap, one.documents, "all", "all_stderr")
+    for name, inside in _buckets(one.counts):
+        told |= named_mean(gap[inside], one.documents[inside], name, f"{name}_stderr")
     return told
 
 
 def frequency_table(losses: Losses) -> list[dict[str, Any]]:
-    """Buckets, their bounds and how many held-out targets fall into each."""
-    bands = loss_by_band(losses.losses, losses.counts)
-    total = sum(told.targets for told in bands.values())
-    return [{"bucket": BUCKETS[band], "low": low, "high": high if high < 2**62 else None, "tokens": bands[band].targets,
-             "share": bands[band].targets / total} for band, (low, high) in BANDS.items() if bands[band].targets]
+    """Buckets, their bounds and how many held-out targets fall into each. high None: no bound; low None: no trigram.
+
+    Shares are of all held-out targets, so those times the differences add up to the difference over all.
+    """
+    told = []
+    for name, inside in _buckets(losses.counts):
+        low, high = _BOUNDS[name]
+        told.append({"bucket": name, "low": None if low < 0 else low, "high": high if 0 <= high < 2**62 else None,
+                     "tokens": int(inside.sum()), "share": float(inside.mean())})
+    return told
 
 
 def gates_of_sentences(model: LM, corpus: Corpus, sentences: Sequence[str]) -> list[dict[str, Any]]:
@@ -95,25 +118,6 @@ def gates_by_bucket(model: LM, batches: Batches, counts: NgramCounts) -> list[di
     bands = loss_by_band(np.concatenate(gates), np.concatenate(found))
     return [{"bucket": BUCKETS[band], "mean": told.loss, "tokens": told.targets} for band, told in bands.items()
             if told.targets]
-
-
-def tokens_per_second(models: Mapping[str, LM], batches: Batches, dtype: str, rounds: int = 5) -> dict[str, float]:
-    """Forward and backward of one batch, arms alternating, medians: for ratios between the arms on a quiet machine."""
-    ids_BT, targets_BT, starts_BT = batches[0]
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            began = time.perf_counter()
-            model.train()
-            with autocast(dtype):
-                model.loss(ids_BT, targets_BT, starts_BT).backward()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-            model.zero_grad(set_to_none=False)
-            if model.memory is not None:
-                model.memory.drain_row_grads()
-            model.eval()
-    return {name: ids_BT.numel() / statistics.median(values) for name, values in times.items()}
 
 
 def _gates(model: LM, ids_BT: torch.Tensor, starts_BT: torch.Tensor | None) -> np.ndarray:

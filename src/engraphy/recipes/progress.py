@@ -1,8 +1,9 @@
-"""Progress of arms that train side by side: bars in a terminal, a line now and then in a log."""
+"""Progress of arms that train side by side: bars in a terminal, a line now and then in a log; curves afterwards."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,12 +53,19 @@ class ArmProgress:
             self.console.print(f"{label:<20} step {told.step}/{told.steps}  loss {shown['loss']}  "
                                f"held-out {shown['heldout']}  {shown['speed']} tokens/s")
 
-    @staticmethod
-    def curves(name: str, folder: Path) -> dict[str, Any]:
-        """Training and held-out curves of an arm from its metrics, resumed parts included."""
-        with open(folder / name / "metrics.jsonl") as file:
-            steps = [json.loads(line) for line in file]
-        loads = [step["max_load"] for step in steps[len(steps) // 2:] if step["max_load"] is not None]
-        return {"curve": [[step["tokens"], step["loss"]] for step in steps],
-                "heldout_curve": [[step["tokens"], step["heldout"]] for step in steps if step["heldout"] is not None],
-                "max_expert_load": max(loads, default=None)}
+
+def curves(folder: Path) -> dict[str, Any]:
+    """What the metrics of a run say about it, resumed parts included. folder: where `lm.loop.train` wrote.
+
+    curve, heldout_curve: [tokens, nats a token] of steps and of held-out text. seconds: spent in steps, held-out losses
+    and checkpoints left out. tokens_per_second: median of whole steps, optimiser included. max_expert_load: highest of
+    the second half, over the mean load of an expert; None without experts.
+    """
+    with open(folder / "metrics.jsonl") as file:
+        steps = [json.loads(line) for line in file]
+    loads = [step["max_load"] for step in steps[len(steps) // 2:] if step["max_load"] is not None]
+    return {"curve": [[step["tokens"], step["loss"]] for step in steps],
+            "heldout_curve": [[step["tokens"], step["heldout"]] for step in steps if step["heldout"] is not None],
+            "max_expert_load": max(loads, default=None),
+            "seconds": sum(step["tokens"] / step["step"] / step["tokens_per_second"] for step in steps),
+            "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps)}
