@@ -10,13 +10,14 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from engraphy.cli import app
+from engraphy.cli import _run_folder, app
 from engraphy.errors import ConfigError, EngraphyError
 from engraphy.lm import NgramCounts
 from engraphy.lm.loop import Run, TrainConfig
@@ -221,3 +222,11 @@ def test_errors_are_one_line_for_the_user(tmp_path):
     assert result.exit_code == 1 and "DataUnavailable" in result.output and "Traceback" not in result.output
     result = CliRunner().invoke(app, ["demo", "--seed", "-1", "--out", str(tmp_path / "run")])
     assert result.exit_code == 1 and "ConfigError: seed: expected 0 or more" in result.output
+
+
+def test_a_demo_without_a_folder_takes_a_free_one_and_resumes_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _run_folder(resume=False) == Path("runs/demo-1") == _run_folder(resume=True)
+    for name in ("demo-2", "demo-11", "demo-old"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert _run_folder(resume=False) == Path("runs/demo-12") and _run_folder(resume=True) == Path("runs/demo-11")

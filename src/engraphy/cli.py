@@ -47,8 +47,9 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) ->
 @app.command()
 def demo(
     data: str = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder."),
-    out: Path = typer.Option(Path("runs/demo"), help="Folder of the run."),  # noqa: B008
+    out: Path | None = typer.Option(None, help="Folder of the run; by default runs/demo-1, -2, ..."),  # noqa: B008
     vocab: int = typer.Option(2048, help="Size of the BPE vocabulary that is trained on the text."),
+    tokenizer: str | None = typer.Option(None, help="A tokenizer.json to use instead."),
     seed: int = typer.Option(0, help="Seed of weights, order and split."),
     tokens: int = typer.Option(1_000_000, help="Training tokens of each arm."),
     resume: bool = typer.Option(False, "--resume", help="Continue a run that was interrupted."),
@@ -59,8 +60,8 @@ def demo(
     from .recipes.demo import demo as run_demo
 
     with _errors("continue with --resume"):
-        corpus = CorpusConfig(data, vocab_size=vocab, seed=seed)
-        run_demo(DemoConfig(out, corpus, tokens, seed, resume=resume), Console())
+        corpus = CorpusConfig(data, tokenizer, vocab, seed=seed)
+        run_demo(DemoConfig(out or _run_folder(resume), corpus, tokens, seed, resume=resume), Console())
 
 
 @app.command()
@@ -80,6 +81,12 @@ def study(
         config = recipe.StudyConfig(tuple(range(seeds)), tokens, data)
         recipe.study(config, out, work, workers, typer.echo)
         typer.echo(tables(config, out))
+
+
+def _run_folder(resume: bool) -> Path:
+    """The newest of runs/demo-N to resume, else the next one, which is free."""
+    taken = [int(path.name.partition("-")[2]) for path in Path("runs").glob("demo-*") if path.name[5:].isdigit()]
+    return Path("runs") / f"demo-{max(taken, default=0) + (not (resume and taken))}"
 
 
 @contextmanager
