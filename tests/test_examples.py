@@ -25,3 +25,11 @@ def test_the_example_runs(name):
     assert PROMISES[name] in done.stdout
     if name == "decode.py":
         assert float(done.stdout.split("largest difference: ")[1].split()[0]) < 1e-5
+
+
+def test_the_code_in_the_readme_runs():
+    text = (FOLDER.parent / "README.md").read_text()
+    blocks = text.split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(compile(block.split("```")[0], "README.md", "exec"), {})

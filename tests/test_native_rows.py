@@ -277,6 +277,7 @@ def test_a_store_over_the_same_shards_that_says_fewer_rows_is_refused(level):
 
 @every_level
 def test_what_is_known_of_shards_dies_with_them(level):
+    gc.collect()  # what earlier tests left
     fmt, known = fmt_of("bf16", 64), len(rows._KNOWN)
     with _native.forced(level):
         for turn in range(20):  # memory is given out again: each turn has to see its own rows

@@ -40,6 +40,10 @@ class ArmConfig:
     rho: float = 0.75
     row_std: float = 0.02
 
+    def origin(self, name: str) -> dict[str, Any]:
+        """Where the initial weights of an arm come from, for its checkpoints."""
+        return {"arm": name, "seed": self.seed, "rho": self.rho, "row_std": self.row_std}
+
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed: expected 0 or more, found {self.seed}")
@@ -66,7 +70,7 @@ def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
 def load(name: str, corpus: Corpus, config: ArmConfig, folder: Path) -> tuple[LM, Arm]:
     """The trained model of an arm, from the last checkpoint of its finished run."""
     model, arm = build(name, corpus, config)
-    run = Run(model, corpus.batches(), config.train)
+    run = Run(model, corpus.batches(), config.train, config.origin(name))
     found = checkpoints(folder / name)
     if not found:
         raise ConfigError(f"{folder / name}: expected a checkpoint of the arm {name}, found none")
@@ -148,7 +152,7 @@ def _work(name: str, corpus_folder: Path, config: ArmConfig, folder: Path, resum
     try:
         corpus = Corpus.load(corpus_folder)
         model, _ = build(name, corpus, config)
-        run = Run(model, corpus.batches(), config.train)
+        run = Run(model, corpus.batches(), config.train, config.origin(name))
         train(run, folder / name, resume, corpus.heldout_batches(), tell)
         told.put((name, "done", None))
     except KeyboardInterrupt:
