@@ -169,7 +169,7 @@ def _array(name: str, values: Any) -> np.ndarray:
 
 
 def _address(values: np.ndarray | None) -> int:
-    return 0 if values is None else values.__array_interface__["data"][0]
+    return 0 if values is None else _native.core.address(values)
 
 
 def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarray:

@@ -96,7 +96,7 @@ def summary(report: dict[str, Any]) -> RichTable:
     names = [told["label"] for told in report["arms"]]
     table = RichTable(title="One text, the same tokens in the same order", title_justify="left",
                       caption="tokens/s: whole steps, while the arms share the machine", caption_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in [*names, "MoE - Dense", "Memory - MoE"]:
         table.add_column(name, justify="right")
     for label, key in (("parameters", "total"), ("activated a token", "activated"), ("in the table", "table")):
