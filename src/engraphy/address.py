@@ -53,7 +53,7 @@ class Addresser:
 
     def rows(self, ids_BT: Any, layer: int, history: Any = None, live: Any = None, starts: Any = None) -> np.ndarray:
         """Flat row ids of one layer, int64 [B, T, C]. Arguments and errors as in `all_rows`."""
-        index = self.spec._index(layer)
+        index = self.spec.layer_index(layer)
         return self._compute(ids_BT, slice(index, index + 1), history, live, starts, None)[0]
 
     def all_rows(self, ids_BT: Any, history: Any = None, live: Any = None, starts: Any = None,

@@ -47,7 +47,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) ->
 @app.command()
 def demo(
     data: str = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder."),
-    out: Path | None = typer.Option(None, help="Folder of the run; by default runs/demo-1, -2, ..."),  # noqa: B008
+    out: Path | None = typer.Option(None, help="Folder of the run; by default runs/demo-1, -2, ..."),
     vocab: int = typer.Option(2048, help="Size of the BPE vocabulary that is trained on the text."),
     tokenizer: str | None = typer.Option(None, help="A tokenizer.json to use instead."),
     seed: int = typer.Option(0, help="Seed of weights, order and split."),

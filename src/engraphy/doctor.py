@@ -34,6 +34,11 @@ def report() -> dict[str, Any]:
     }
 
 
+def bf16_is_fast() -> bool:
+    """Whether this CPU has instructions for bfloat16 matmuls; False where that is not known."""
+    return bool(_cpu_facts(_cpuinfo())["bf16"])
+
+
 def render(facts: dict[str, Any]) -> Table:
     """The report as a table for people."""
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -101,11 +101,11 @@ class HashSpec:
 
     def multipliers(self, layer: int) -> tuple[int, ...]:
         """N odd int64 multipliers of a layer; no product with an id below vocab_size overflows."""
-        return multipliers(self, self._index(layer))
+        return multipliers(self, self.layer_index(layer))
 
     def primes(self, layer: int) -> tuple[int, ...]:
         """C moduli of a layer, in column order."""
-        return all_primes(self)[self._index(layer)]
+        return all_primes(self)[self.layer_index(layer)]
 
     def offsets(self, layer: int) -> tuple[int, ...]:
         """C first rows of a layer's heads: the running sum of its primes."""
@@ -129,7 +129,8 @@ class HashSpec:
         """Inverse of `to_json`. Raises ConfigError on unknown or missing fields."""
         return cls(**_known_fields(cls, data))
 
-    def _index(self, layer: int) -> int:
+    def layer_index(self, layer: int) -> int:
+        """Position of a layer in `layer_ids`. Raises ConfigError for a layer without memory."""
         if _int("layer", layer) not in self.layer_ids:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layer_ids)}")
         return self.layer_ids.index(layer)

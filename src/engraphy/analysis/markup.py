@@ -25,6 +25,7 @@ def number(value: float) -> str:
 
 
 def fixed(value: float, digits: int = 3) -> str:
+    """A number with so many decimals, groups of three, and a real minus sign."""
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
@@ -44,6 +45,7 @@ def digits_for(stderr: float | None) -> int:
 
 
 def percent(share: float, digits: int = 0) -> str:
+    """A share of one in percent."""
     return f"{fixed(100 * share, digits)}\u00a0%"
 
 
@@ -64,6 +66,7 @@ def size(count: int) -> str:
 
 
 def joined(words: Sequence[str]) -> str:
+    """Words as an enumeration: 'a, b and c'."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 

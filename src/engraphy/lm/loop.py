@@ -225,11 +225,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-????????"))
 
 
-def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (AMX or AVX-512 BF16)."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
 def autocast(dtype: str) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 on the CPU, or nothing."""
     return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()

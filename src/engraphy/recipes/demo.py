@@ -23,9 +23,10 @@ from rich.table import Table as RichTable
 
 from .. import __version__, _native
 from ..analysis import report as page
+from ..doctor import bf16_is_fast
 from ..errors import EngraphyError
 from ..lm import LM, Arm, NgramCounts
-from ..lm.loop import TrainConfig, bf16_is_fast
+from ..lm.loop import TrainConfig
 from ..memory import EngramMemory
 from . import machine, measure
 from .arms import LABELS, ArmConfig, load, train_arms
