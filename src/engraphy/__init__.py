@@ -1,7 +1,8 @@
 """Engraphy: conditional memory for Transformers.
 
 Hashed n-gram tables (Engram, arXiv 2601.07372) that a model looks up instead of computing. Addresses, rows and stores
-need numpy alone; the names that need torch are imported when they are first used.
+need numpy alone; the names that need torch, or transformers (attach, detach, load), are imported when they are first
+used.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from .table import Table
 from .vocab import VocabMap
 
 if TYPE_CHECKING:
+    from .hf import attach, detach, load
     from .layer import EngramLayer
     from .memory import EngramMemory, Lookup, Trace
     from .state import SequenceState
 
 __version__ = "0.1.0"
 __all__ = ["Addresser", "EngramConfig", "EngramLayer", "EngramMemory", "EngraphyError", "HashSpec", "LayerSpec",
-           "Lookup", "RowFormat", "RowStore", "SequenceState", "Table", "Trace", "VocabMap", "open_store"]
+           "Lookup", "RowFormat", "RowStore", "SequenceState", "Table", "Trace", "VocabMap", "attach", "detach", "load",
+           "open_store"]
 _WITH_TORCH = {"EngramLayer": ".layer", "EngramMemory": ".memory", "Lookup": ".memory", "Trace": ".memory",
-               "SequenceState": ".state"}
+               "SequenceState": ".state", "attach": ".hf", "detach": ".hf", "load": ".hf"}
 
 
 def __getattr__(name: str) -> Any:

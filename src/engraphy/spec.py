@@ -212,14 +212,15 @@ class EngramConfig:
     @classmethod
     def for_model(cls, model_config: Any, layers: Sequence[int] | None = None, orders: Sequence[int] = (2, 3),
                   heads: int = 8, rows_per_head: int | Sequence[int] | None = None, dim: int | None = None, *,
-                  vocab_size: int | None = None, pad_id: int | None = None, streams: int = 1, kernel: int = 4,
-                  seed: int = 0) -> EngramConfig:
+                  vocab_size: int | None = None, pad_id: int | None = None, streams: int | None = None,
+                  kernel: int = 4, seed: int = 0) -> EngramConfig:
         """Sound defaults for a transformers model config: the demo dialect, unbiased projections, a short conv.
 
         layers default to the second block and the middle one (1 and 14 of 30; the paper counts them 2 and 15);
         rows_per_head to five times the vocabulary (the public demo's ratio); dim so that E is about D/2 (the paper's
         1280 of 2560). vocab_size: len(vocab) where a VocabMap is used, else the model's.
-        pad_id: raw id of the filler, by default the model's pad token, else its EOS.
+        pad_id: raw id of the filler, by default the model's pad token, else its EOS. streams: residual streams, by
+        default the config's hc_mult (hyper-connections), else 1.
         Raises ConfigError for a layer that the model does not have.
         """
         fields = _config_fields(model_config)
@@ -239,6 +240,7 @@ class EngramConfig:
         vocab_size = model_vocab if vocab_size is None else vocab_size
         spec = HashSpec.demo(layers, orders, heads, rows_per_head, vocab_size, pad_id, seed)
         dim = max(8, hidden // 2 // spec.columns // 8 * 8) if dim is None else _int("dim", dim, 1)
+        streams = fields.get("hc_mult") or 1 if streams is None else streams
         layer = LayerSpec(hidden, spec.columns * dim, streams, spec.order, kernel)
         return cls(spec, layer, dim)
 
@@ -325,7 +327,10 @@ def _from_deepseek(fields: Mapping[str, Any]) -> HashSpec:
 
 def _config_fields(config: Any) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
+        aliases = getattr(config, "attribute_map", {})  # transformers' common names for GPT-2's n_layer and the like
         config = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", None)
+        if config is not None:
+            config = {name: config[own] for name, own in aliases.items() if own in config} | config
     if config is None:
         raise ConfigError("expected a model's config: a mapping or an object with fields")
     nested = config.get("text_config")

@@ -1,0 +1,253 @@
+"""attach, detach, load: a memory for a transformers model that exists.
+
+One pre-hook on the decoder sees a call's ids, mask, positions and cache, and puts a Lookup among its keyword arguments,
+which decoders hand on to their blocks; one pre-hook on every block takes it out again, and in the memory's layers
+changes the hidden states. Nothing of the model is replaced, so taking the hooks away gives it back bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from ..errors import ConfigError, DigestMismatch, InputError
+from ..memory import EngramMemory, Lookup
+from ..rows import RowFormat
+from ..spec import EngramConfig
+from ..table import Table
+from ..vocab import VocabMap
+from .backbone import Backbone, find_backbone, find_dtype, free_ram, read_batch, same_device, unwrapped
+from .cache import cached_state
+
+_uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
+_LOOKUP = "engraphy_lookup"  # the keyword argument on its way from the decoder to its blocks
+_log = logging.getLogger("engraphy")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a memory takes. parameters: of the table, and of the dense layers; bytes of both."""
+
+    rows: int
+    table_parameters: int
+    table_bytes: int
+    dense_parameters: int
+    dense_bytes: int
+
+    def __str__(self) -> str:
+        return (f"{self.rows:,} rows, table {self.table_parameters:,} parameters = {self.table_bytes / 1e6:,.1f} MB, "
+                f"dense {self.dense_parameters:,} parameters = {self.dense_bytes / 1e6:,.1f} MB")
+
+
+def cost(config: EngramConfig, row_format: RowFormat | str = "f32", dtype: torch.dtype = torch.float32) -> Cost:
+    """What attaching `config` will take, without taking it. dtype: of the dense layers."""
+    fmt = RowFormat(row_format, config.dim) if isinstance(row_format, str) else row_format
+    dense = config.dense_parameters()
+    return Cost(config.row_count(), config.table_parameters(), config.table_bytes(fmt.row_bytes), dense,
+                dense * dtype.itemsize)
+
+
+def attach(model: nn.Module, config: EngramConfig | EngramMemory, vocab: VocabMap | None = None,
+           store: str | Table = "ram:", *, row_format: RowFormat | str | None = None, std: float = 0.02, seed: int = 0,
+           dtype: torch.dtype | None = None, margin: int = 64) -> EngramMemory:
+    """Give a transformers model a memory, which is returned and registered as `model.engraphy`.
+
+    config: as from `EngramConfig.for_model`, or a memory that exists. vocab: the map of the model's tokenizer; None =
+    ids as they are. store: "ram:" for a new table of `row_format` (default f32), filled with N(0, std**2) from `seed`;
+    or the URL of a table, or an open Table, whose rows stay as they are. dtype: of the dense layers, default: the
+    model's. margin: tokens that a cache can take back (`past_key_values.crop`, assisted decoding).
+    The value projections start at zero: a fresh memory changes no logit, and its rows learn from the second step. The
+    model's own parameters stay trainable or frozen as they are; its `save_pretrained` leaves the memory out, which has
+    its own `save`.
+    Raises ConfigError for a model that cannot be joined, has a memory already, has other sizes or no such layer, and
+    where the table does not fit into the free RAM; DigestMismatch for a table of other addresses. A model that could
+    not be given its memory is as it was.
+    """
+    backbone = find_backbone(model)
+    _check_free(model)
+    if isinstance(config, EngramMemory):
+        memory = config
+        _check_sizes(backbone, memory.config)
+    else:
+        _check_sizes(backbone, config)
+        memory = _make(model, config, vocab, store, row_format, std, seed, dtype)
+    _Attachment(memory, backbone, margin).install(unwrapped(model))
+    return memory
+
+
+def detach(model: nn.Module) -> EngramMemory:
+    """Take the memory off a model, which is then what it was before, bit for bit. Returns the memory.
+
+    Raises ConfigError for a model without one.
+    """
+    inner = unwrapped(model)
+    memory = getattr(inner, "engraphy", None)
+    attachment = getattr(memory, "_attachment", None)
+    if not isinstance(memory, EngramMemory) or not isinstance(attachment, _Attachment):
+        raise ConfigError(f"{type(model).__name__}: expected a model with an attached memory, found none")
+    attachment.remove(inner)
+    return memory
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = None, *, tokenizer: Any = None,
+         margin: int = 64) -> EngramMemory:
+    """Attach what `memory.save` wrote. store: the URL to serve the rows from; default: the saved table through `file:`.
+
+    tokenizer: the model's; where it is given, its vocabulary map has to be the saved one. Raises as `attach` and
+    `EngramMemory.load` do, DigestMismatch for another tokenizer; nothing is left half attached.
+    """
+    backbone = find_backbone(model)
+    _check_free(model)
+    memory = EngramMemory.load(path, store)
+    try:
+        _check_sizes(backbone, memory.config)
+        if tokenizer is not None:
+            found = VocabMap.from_tokenizer(tokenizer, raw_size=memory.vocab.raw_size).digest
+            if found != memory.vocab.digest:
+                raise DigestMismatch(f"{path}: made for a vocabulary map of digest {memory.vocab.digest}, "
+                                     f"the tokenizer's is {found}")
+    except BaseException:
+        for each in memory.stores.values():
+            each.close()
+        raise
+    return attach(model, memory, margin=margin)
+
+
+class _Attachment:
+    """The hooks of one memory in one model. Holds no request state."""
+
+    def __init__(self, memory: EngramMemory, backbone: Backbone, margin: int) -> None:
+        self.memory, self.backbone, self.margin = memory, backbone, margin
+        self.handles: list[Any] = []
+        self.unsaved: set[str] = set()
+        self.warned = False
+
+    def install(self, model: Any) -> None:
+        memory, blocks = self.memory, self.backbone.blocks
+        if isinstance(getattr(memory, "_attachment", None), _Attachment):
+            raise ConfigError("the memory is attached to a model; detach it there first")
+        for layer in memory.layers:
+            memory.blocks[str(layer)].to(same_device(blocks[layer]))
+        model.add_module("engraphy", memory)
+        object.__setattr__(memory, "_attachment", self)
+        self.unsaved = {f"engraphy.{name}" for name in memory.state_dict()}
+        kept = getattr(model, "_keys_to_ignore_on_save", None)
+        model._keys_to_ignore_on_save = set(kept or ()) | self.unsaved
+        self.handles = [self.backbone.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)]
+        for layer, block in enumerate(blocks):
+            hook = partial(self.before_layer, layer) if layer in memory.layers else _drop_lookup
+            self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self, model: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        del model.engraphy
+        model._keys_to_ignore_on_save -= self.unsaved
+        object.__setattr__(self.memory, "_attachment", None)
+
+    @_uncompiled
+    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(self.backbone.arguments, args, strict=False)) | kwargs
+        trace = given.pop("engraphy_trace", None)
+        ids_BT, live, starts = read_batch(given)
+        cache = given.get("past_key_values")
+        if cache is None and self._makes_cache(given):
+            cache = given["past_key_values"] = DynamicCache(config=decoder.config)
+        state = None
+        if cache is not None:
+            state = cached_state(cache, self.memory, len(self.backbone.blocks), len(ids_BT), self.margin)
+        self._warn_if_frozen()
+        lookup: Any = self.memory.lookup
+        given[_LOOKUP] = lookup(ids_BT, state, live, starts, trace)
+        return (), given
+
+    @_uncompiled
+    def before_layer(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        lookup = kwargs.get(_LOOKUP)
+        if not isinstance(lookup, Lookup):
+            raise InputError(f"layer {layer}: expected a lookup from the decoder's forward, found none: the block was "
+                             f"called by itself, or {type(self.backbone.decoder).__name__} hands no keyword on")
+        kwargs = {name: value for name, value in kwargs.items() if name != _LOOKUP}
+        if args:
+            return (self._remember(layer, args[0], lookup), *args[1:]), kwargs
+        kwargs["hidden_states"] = self._remember(layer, kwargs["hidden_states"], lookup)
+        return args, kwargs
+
+    def _remember(self, layer: int, x: Tensor, lookup: Lookup) -> Tensor:
+        one_stream = x.ndim == 3
+        x_BTSD = x[:, :, None] if one_stream else x
+        out_BTSD = self.memory.apply(layer, x_BTSD, lookup)
+        return out_BTSD.squeeze(2) if one_stream else out_BTSD
+
+    def _makes_cache(self, given: dict[str, Any]) -> bool:
+        """Whether the decoder would make a cache of its own: it then has to carry the memory's state."""
+        wanted = given.get("use_cache")
+        first = self.backbone.blocks[0]
+        if first.training and getattr(first, "gradient_checkpointing", False):  # blocks then drop the cache
+            return False
+        return bool(getattr(self.backbone.config, "use_cache", False) if wanted is None else wanted)
+
+    def _warn_if_frozen(self) -> None:
+        memory = self.memory
+        if self.warned or not (memory.training and torch.is_grad_enabled()) or memory.rows_require_grad is not None:
+            return
+        if not any(parameter.requires_grad for parameter in memory.parameters()):
+            self.warned = True
+            warnings.warn("the attached memory has nothing trainable: call memory.requires_grad_(True) after "
+                          "get_peft_model, or set memory.rows_require_grad = False to say that this is meant",
+                          stacklevel=3)
+
+
+def _drop_lookup(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Attention kernels that are handed a block's keyword arguments do not see the memory's."""
+    return args, {name: value for name, value in kwargs.items() if name != _LOOKUP}
+
+
+def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store: str | Table,
+          row_format: RowFormat | str | None, std: float, seed: int, dtype: torch.dtype | None) -> EngramMemory:
+    if vocab is None:
+        vocab = VocabMap.identity(config.hash.vocab_size)
+    if dtype is None:
+        dtype = find_dtype(model)
+    fresh = isinstance(store, str) and store.startswith("ram:")
+    _tell_cost(config, row_format or "f32", dtype, fresh)
+    memory = EngramMemory(config, vocab, store, row_format)
+    memory.to(dtype)
+    for layer in memory.layers:
+        memory.blocks[str(layer)].zero_value()  # pyright: ignore[reportCallIssue]
+    if fresh:
+        memory.init_rows(std, seed)
+    return memory.train(model.training)
+
+
+def _tell_cost(config: EngramConfig, row_format: RowFormat | str, dtype: torch.dtype, fresh: bool) -> None:
+    takes, free = cost(config, row_format, dtype), free_ram()
+    _log.info("attaching a memory to layers %s: %s", list(config.hash.layer_ids), takes)
+    if fresh and free is not None and takes.table_bytes + takes.dense_bytes > free:
+        raise ConfigError(f"the memory takes {takes}, {free / 1e6:,.1f} MB of RAM are free: give fewer rows_per_head, "
+                          "a smaller dim or row_format, or a table on disk as store")
+
+
+def _check_free(model: nn.Module) -> None:
+    if hasattr(unwrapped(model), "engraphy"):
+        raise ConfigError("the model has a memory: a model carries one; detach it first, or give one memory more "
+                          "layers")
+
+
+def _check_sizes(backbone: Backbone, config: EngramConfig) -> None:
+    depth, name = len(backbone.blocks), type(backbone.decoder).__name__
+    for layer in config.hash.layer_ids:
+        if layer >= depth:
+            raise ConfigError(f"{name}: expected layers 0 to {depth - 1}, the memory has layer {layer}")
+    expected = (backbone.hidden_size, backbone.streams)
+    found = (config.layer.hidden_size, config.layer.streams)
+    if found != expected:
+        raise ConfigError(f"{name}: expected (hidden size, streams) = {expected}, the memory has {found}")

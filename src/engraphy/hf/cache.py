@@ -1,0 +1,97 @@
+"""The memory's part of a transformers cache: one extra layer at its end that carries a SequenceState.
+
+Whatever transformers does to a cache (beams reordered, tokens taken back, sequences repeated or selected, everything
+reset) is done to all of its layers, so it is done to the state too. The last ids of each sequence thus travel with
+`past_key_values`, and the model holds no request state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer
+
+from ..errors import InputError
+from ..memory import EngramMemory
+from ..state import SequenceState
+
+
+class MemoryCacheLayer(LinearAttentionLayer):
+    """A cache layer without keys and values: a SequenceState, made by the first forward that uses it.
+
+    `is_compileable` stays True: with a layer that is not, transformers builds other masks for a static cache and
+    decodes other text without a word.
+    """
+
+    is_compileable = True
+    is_croppable = True  # pyright: ignore[reportAssignmentType]
+    is_initialized = True
+    keys = values = None  # what DynamicCache.__iter__ asks of every layer
+
+    def __init__(self, memory: EngramMemory, margin: int) -> None:
+        super().__init__()
+        self.address_digest = memory.address_digest
+        self.margin = margin
+        self.state: SequenceState | None = None
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:
+        """Whether tokens have been seen; models with linear attention ask the last layer of this family."""
+        return {0: self.state is not None and self.state.length > 0}
+
+    @has_previous_state.setter
+    def has_previous_state(self, value: Any) -> None:
+        """The base class sets what here follows from the state."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back -tokens_to_remove tokens. Raises StateTooShort beyond the margin."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop: expected minus the number of tokens to take back, found {tokens_to_remove}")
+        if self.state is not None:
+            self.state.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        if self.state is not None:
+            self.state.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state.repeat(repeats)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        if self.state is not None:
+            self.state.select(indices)
+
+    def reset(self) -> None:
+        self.state = None
+
+    def offload(self) -> None:
+        """Nothing of it lies on another device."""
+
+    prefetch = offload
+
+
+def cached_state(cache: Cache, memory: EngramMemory, depth: int, batch: int, margin: int) -> SequenceState:
+    """The state that `cache` carries for `memory`, on the first call a fresh one. depth: the model's own cache layers.
+
+    Raises InputError for a cache that has seen tokens which the memory has not (filled before the memory was attached,
+    by another model, or cut short by an error), and for one that belongs to another memory.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise InputError(f"past_key_values: expected a Cache of a decoder, found {type(cache).__name__}")
+    layer = next((layer for layer in cache.layers if isinstance(layer, MemoryCacheLayer)), None)
+    if layer is None:
+        while cache.layer_class_to_replicate is not None and len(cache.layers) < depth:
+            cache.layers.append(cache.layer_class_to_replicate())  # else a layer made later would stand behind ours
+        layer = MemoryCacheLayer(memory, margin)
+        cache.layers.append(layer)
+    if layer.address_digest != memory.address_digest:
+        raise InputError(f"past_key_values: belongs to a memory of address digest {layer.address_digest}, "
+                         f"this one has {memory.address_digest}")
+    if layer.state is None:
+        layer.state = memory.state(batch, margin)
+    seen = int(cache.get_seq_length())
+    if seen != layer.state.length:
+        raise InputError(f"past_key_values: the model has seen {seen} tokens, the memory {layer.state.length}; "
+                         "use a cache that was filled with the memory attached and that no error cut short")
+    return layer.state
