@@ -20,16 +20,17 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # A module imports from its own row and from those above it; the parts of a row named in APART do not import each other.
 # "engraphy" is the package itself, engraphy/__init__.py.
 LAYERS = (
-    ("errors", "spec", "dialects", "_native"),
-    ("vocab", "address", "rows", "codecs", "rowinit", "table", "manifest", "shards", "convert"),
+    ("errors", "spec", "dialects", "fields", "_native"),
+    ("vocab", "address", "rows", "codecs", "rowinit", "table", "manifest", "shards", "headers",
+     "checkpoint", "convert", "quantize", "inspection", "usage"),
     ("store",),
-    ("prefetch", "layer", "state"),
+    ("buffers", "prefetch", "metrics", "layer", "state"),
     ("memory", "saved"),
     ("train",),
     ("lm", "hf", "analysis", "vision"),
     ("engraphy",),
     ("recipes", "doctor"),
-    ("cli",),
+    ("cli", "table_cli", "terminal"),
 )
 APART = {"lm", "hf", "analysis", "vision"}
 WITHOUT_TORCH = {name for layer in LAYERS[:3] for name in layer}

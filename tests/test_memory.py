@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, Table, Trace, VocabMap
-from engraphy.errors import ConfigError, DigestMismatch, InputError, StateTooShort
+from engraphy.errors import ConfigError, DigestMismatch, InputError, StateTooShort, StoreError
 from engraphy.rowinit import normal_rows
-from engraphy.store import FileStore
+from engraphy.store import FileStore, RamStore, RowStore, copy_rows
 from engraphy.train import RowAdam
 
 LAYERS, HIDDEN, DIM, VOCAB = (1, 3), 12, 4, 40
@@ -178,6 +179,80 @@ def test_rows_learn_only_in_training(quiet):
     with torch.set_grad_enabled(quiet != "no_grad"):
         lookup = memory.lookup(sample(1, 4)[0])
     assert not any(rows.requires_grad for rows in lookup.rows.values())
+
+
+class Gated(RamStore):
+    """Rows that come when the gate is opened, read like those of a disk."""
+
+    in_memory = False
+
+    def __init__(self, other: RowStore) -> None:
+        super().__init__(other.info.rows, other.info.row_bytes)
+        copy_rows(other, self)
+        self.gate = threading.Event()
+
+    @property
+    def shards(self):
+        assert self.gate.wait(20)
+        return super().shards
+
+
+def test_each_layer_waits_for_its_own_rows_alone():
+    memory = make_memory()
+    ids, x = sample(2, 9)
+    gated = {layer: Gated(store) for layer, store in memory.stores.items()}
+    slow = EngramMemory(memory.config, memory.vocab, gated, row_format="f32").double().eval()
+    slow.load_state_dict(memory.state_dict())
+    lookup = slow.lookup(ids)
+    assert set(lookup.rows) == set(LAYERS) and LAYERS[1] in lookup.rows and slow.prefetcher.stats.waiting == 2
+    gated[LAYERS[0]].gate.set()
+    x = slow.apply(LAYERS[0], torch.tanh(x), lookup)
+    assert slow.prefetcher.stats.waiting == 1
+    gated[LAYERS[1]].gate.set()
+    assert torch.equal(slow.apply(LAYERS[1], torch.tanh(x), lookup), run(memory, ids, sample(2, 9)[1]))
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_rows_read_ahead_by_the_thread_learn_like_those_read_at_once(here, monkeypatch):
+    memory, (ids, x) = make_memory().train(), sample(2, 9)
+    expected = first_grads(memory, ids, x)
+    monkeypatch.setattr("engraphy.prefetch._FEW_ROWS", 10**6 if here else 0)
+    found = first_grads(memory, ids, x)
+    assert memory.prefetcher.stats.inline == (4 if here else 2)
+    for one, other in zip(expected, found, strict=True):
+        assert one.layer == other.layer
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.grad, other.grad)
+
+
+def test_whether_rows_learn_is_decided_when_they_are_asked_for():
+    memory = make_memory().train()
+    lookup = memory.lookup(sample(1, 4)[0])
+    with torch.no_grad():
+        assert all(rows.requires_grad for rows in lookup.rows.values())
+    lookup = memory.eval().lookup(sample(1, 4)[0])
+    memory.train()
+    assert not any(rows.requires_grad for rows in lookup.rows.values())
+    assert lookup.rows[LAYERS[0]] is lookup.rows[LAYERS[0]]
+
+
+def test_a_store_that_fails_is_told_where_its_rows_are_used():
+    memory = make_memory()
+    memory.stores[LAYERS[1]].close()
+    ids, x = sample(1, 4)
+    lookup = memory.lookup(ids)
+    x = memory.apply(LAYERS[0], x, lookup)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="closed"):
+            memory.apply(LAYERS[1], x, lookup)
+
+
+def test_one_line_of_the_log_says_which_rows_are_served(tmp_path, caplog):
+    table_id = make_memory().write_table(tmp_path / "table")
+    with caplog.at_level("INFO", "engraphy"):
+        memory = EngramMemory(make_memory().config, make_memory().vocab, f"file:{tmp_path / 'table'}")
+    (line,) = [each for each in caplog.messages if table_id in each]
+    assert memory.address_digest in line and str(tmp_path / "table") in line
 
 
 def test_rows_are_no_parameters():

@@ -22,6 +22,7 @@ DEEPSEEK = {
     "engram_layer_ids": [1, 14], "engram_num_embeddings": [384_006_168, 384_016_682], "engram_max_ngram_size": 4,
     "engram_vocab_size": 16_000_000, "engram_n_heads": 8, "engram_head_dim": 256, "engram_pad_token_id": 2,
     "engram_compressed_vocab_size": 99_092, "hidden_size": 5120, "num_hidden_layers": 40, "vocab_size": 129_280,
+    "hc_mult": 4, "rms_norm_eps": 1e-20,
 }
 
 
@@ -360,6 +361,71 @@ def test_from_hf_reads_a_deepseek_config_inside_a_multimodal_one():
 def test_from_hf_reads_the_pad_id_under_both_its_names():
     fields = {key: value for key, value in DEEPSEEK.items() if key != "engram_pad_token_id"}
     assert HashSpec.from_hf({**fields, "engram_pad_id": 2}) == HashSpec.deepseek_v41()
+
+
+def test_from_hf_reads_the_names_of_deepseeks_inference_config():
+    other = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "rms_norm_eps": "norm_eps",
+             "engram_pad_token_id": "engram_pad_id"}
+    config = {other.get(name, name): value for name, value in DEEPSEEK.items()}
+    assert EngramConfig.from_hf(config) == EngramConfig.from_hf(DEEPSEEK)
+
+
+@pytest.mark.parametrize("name, other, value", [("engram_pad_token_id", "engram_pad_id", 3), ("hidden_size", "dim", 64),
+                                                ("rms_norm_eps", "norm_eps", 1e-6)])
+def test_from_hf_refuses_two_names_with_two_values(name, other, value):
+    assert EngramConfig.from_hf({**DEEPSEEK, other: DEEPSEEK[name]}) == EngramConfig.from_hf(DEEPSEEK)
+    with pytest.raises(ConfigError, match=f"contradicts itself.*{name}.*{other}"):
+        EngramConfig.from_hf({**DEEPSEEK, other: value})
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"engram_layer_ids": [1, 40]}, r"engram_layer_ids: expected 0 to 39, found \[1, 40\]"),
+    ({"engram_layer_ids": [-1, 1]}, r"engram_layer_ids: expected 0 to 39, found \[-1, 1\]"),
+    ({"num_hidden_layers": 14}, "engram_layer_ids: expected 0 to 13"),
+    ({"num_hidden_layers": None, "n_layers": 14}, "engram_layer_ids: expected 0 to 13"),
+    ({"engram_compressed_vocab_size": 129_281}, "engram_compressed_vocab_size.*129280.*129281"),
+    ({"engram_compressed_vocab_size": "99092"}, "engram_compressed_vocab_size.*'99092'"),
+    ({"engram_n_heads": 0}, "heads.*0"), ({"engram_max_ngram_size": 1}, "orders"),
+])
+def test_from_hf_refuses_a_deepseek_config_that_cannot_be_meant(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        HashSpec.from_hf({**DEEPSEEK, **changes})
+
+
+def test_from_hf_gives_the_whole_memory_of_the_releases():
+    v41 = EngramConfig.from_hf({"text_config": DEEPSEEK})
+    assert v41 == EngramConfig(HashSpec.deepseek_v41(), LayerSpec.deepseek_v41(5120, 24 * 256), 256)
+    config = qwen(hidden_size=2560, ple_embed_dim=2560, rms_norm_eps=1e-5, hc_count=2, ple_conv_kernel_size=3)
+    spec = HashSpec.qwen4((1,), (2, 3), 8, 20_000_000, 248_320, 9)
+    expected = EngramConfig(spec, LayerSpec.qwen4(2560, 2560, 2, 3, 1e-5, 3), 160)
+    assert EngramConfig.from_hf(config) == EngramConfig.from_hf(config.to_dict()) == expected
+    without = {name: value for name, value in config.to_dict().items() if name != "ple_embed_dim"}
+    assert EngramConfig.from_hf(without) == expected  # it is the hidden size where it is not given
+
+
+@pytest.mark.parametrize("missing", ["engram_head_dim", "hc_mult", "rms_norm_eps", "hidden_size"])
+def test_from_hf_names_the_size_that_is_missing(missing):
+    with pytest.raises(ConfigError, match=missing):
+        EngramConfig.from_hf({**DEEPSEEK, missing: None})
+
+
+@pytest.mark.parametrize("fields, told", [
+    ({"ple_embed_dim": 100}, "ple_embed_dim.*16 columns.*100"), ({"ple_embed_dim": 0}, "ple_embed_dim.*0"),
+    ({"hc_count": 0}, "streams.*0"), ({"hidden_size": None}, "hidden_size"),
+    ({"rms_norm_eps": None}, "rms_norm_eps"), ({"ple_conv_kernel_size": -1}, "kernel.*-1"),
+])
+def test_from_hf_refuses_sizes_of_qwen_that_cannot_be_meant(fields, told):
+    known = {"ple_layer_ids": [2], "eos_token_id": 9, "vocab_size": 700, "hidden_size": 64, "rms_norm_eps": 1e-6}
+    assert EngramConfig.from_hf(known).dim == 4
+    with pytest.raises(ConfigError, match=told):
+        EngramConfig.from_hf({**known, **fields})
+
+
+def test_from_hf_refuses_a_qwen_layer_beyond_the_model():
+    fields = {"ple_layer_ids": [2, 9], "eos_token_id": 9, "vocab_size": 700}
+    assert HashSpec.from_hf(fields | {"num_hidden_layers": 9}).layer_ids == (1, 8)
+    with pytest.raises(ConfigError, match=r"ple_layer_ids: expected 1 to 8, found \[2, 9\]"):
+        HashSpec.from_hf(fields | {"num_hidden_layers": 8})
 
 
 @pytest.mark.parametrize("told", [[384_006_168, 384_016_681], [384_006_168], [384_016_682, 384_006_168], []])

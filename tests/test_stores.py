@@ -4,84 +4,35 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from store_builders import (
+    LAYER,
+    NOT_MAPPED,
+    STORES,
+    TO_WRITE,
+    D,
+    build,
+    check_in_child,
+    create,
+    fmt_of,
+    records,
+    some_ids,
+)
 
 from engraphy.errors import ConfigError, EngraphyError, InputError, RowOutOfRange, StoreError, TableError, TableUnsealed
-from engraphy.rows import RowFormat, read
-from engraphy.spec import EngramConfig, HashSpec, LayerSpec
-from engraphy.store import FileStore, RamStore, RowStore, StoreInfo, StoreStats, copy_rows, open_store
+from engraphy.rows import read
+from engraphy.store import FileStore, PreadStore, RamStore, StoreInfo, StoreStats, copy_rows, open_store
 from engraphy.table import Table
 
-LAYER = 3
 KINDS = ("f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4")
-STORES = ("ram", "file", "file in shards", "file open for writing", "not mapped")
-D = 32
-
-
-@dataclass(frozen=True)
-class Words:
-    """Stands for a vocabulary map."""
-
-    digest: str = "v" * 64
-
-    def __len__(self) -> int:
-        return 50
-
-
-class NotMapped(RowStore):
-    """Rows that can only be gathered, as from a disk or a network; also what a store has to provide."""
-
-    def __init__(self, rows: int, row_bytes: int) -> None:
-        super().__init__()
-        self._rows_NR = np.zeros((rows, row_bytes), np.uint8)
-
-    @property
-    def info(self) -> StoreInfo:
-        return StoreInfo("not mapped", *self._rows_NR.shape, writable=True)
-
-    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        out_NR[...] = self._rows_NR[ids_N]
-
-    def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        self._rows_NR[ids_N] = rows_NR
 
 
 @pytest.fixture(autouse=True)
 def quick_sync(monkeypatch):
     """What is synced, and when, is tested with the table."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-def fmt_of(kind: str) -> RowFormat:
-    return RowFormat(kind, D, scale=0.01 if kind == "fp8_scaled" else None)
-
-
-def create(path, fmt: RowFormat, shard_rows: int | None = None) -> Table:
-    spec = HashSpec.demo((1, LAYER), (2, 3), 2, 20, 50, 0)
-    return Table.create(path, EngramConfig(spec, LayerSpec(8, spec.columns * D, order=3), D), fmt, Words(),
-                        shard_rows=shard_rows)
-
-
-def records(fmt: RowFormat, rows: int, seed: int = 0) -> np.ndarray:
-    return fmt.encode(np.random.default_rng(seed).standard_normal((rows, fmt.d)).astype(np.float32))
-
-
-def build(name: str, path, fmt: RowFormat) -> tuple[RowStore, np.ndarray]:
-    """A store of this name and the records in it."""
-    shard_rows = None if name in ("ram", "file", "not mapped") else 7
-    table = create(path / "table", fmt, shard_rows)
-    expected = records(fmt, table.rows(LAYER))
-    if name in ("ram", "not mapped"):
-        store = (RamStore if name == "ram" else NotMapped)(*expected.shape)
-        store.scatter(np.arange(len(expected)), expected)
-    else:
-        table.write_rows(LAYER, 0, expected)
-        table.seal()
-        store = open_store(f"file:{path / 'table'}", layer=LAYER, mode="w" if "writing" in name else "r")
-    return store, expected
 
 
 @pytest.fixture(params=STORES)
@@ -91,15 +42,11 @@ def filled(request, tmp_path):
     store.close()
 
 
-@pytest.fixture(params=["ram", "file open for writing", "not mapped"])
+@pytest.fixture(params=TO_WRITE)
 def writable(request, tmp_path):
     store, expected = build(request.param, tmp_path, fmt_of("int8"))
     yield store, expected
     store.close()
-
-
-def some_ids(rows: int, count: int = 500, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, rows, count)
 
 
 # Reading.
@@ -132,7 +79,7 @@ def test_reading_mapped_rows_and_gathering_then_decoding_give_the_same_bytes(tmp
     poisoned = np.frombuffer(b"\xff" * decoded.nbytes, dtype).reshape(2, 9, 5 * D).copy()
     read(store, ids, fmt, poisoned)
     assert poisoned.tobytes() == decoded.tobytes()
-    assert (store.shards is None) == (name == "not mapped")
+    assert (store.shards is None) == (name in NOT_MAPPED)
     store.close()
 
 
@@ -166,12 +113,27 @@ def test_many_threads_read_the_same_rows(filled):
     assert store.stats.gathers == 8 * 20 * 2 and store.stats.rows == 8 * 20 * 2 * 300
 
 
+def test_a_forked_child_reads_the_same_rows(filled):
+    store, expected = filled
+    ids, fmt = some_ids(len(expected)), fmt_of("int8")
+    store.gather(ids)
+
+    def check() -> bool:
+        values = read(store, ids, fmt, np.full((len(ids), D), np.nan, np.float32))
+        return np.array_equal(store.gather(ids), expected[ids]) and np.array_equal(values, fmt.decode(expected[ids]))
+
+    check_in_child(check)
+    assert check()
+
+
 def test_stats_count_gathers_and_reads_alike(filled):
     store, _ = filled
     assert store.stats == StoreStats(0, 0, 0)
     store.gather(np.array([1, 2, 3]))
     read(store, np.array([[4, 5]]), fmt_of("int8"), np.empty((1, 2 * D), np.float32))
-    assert store.stats == StoreStats(2, 5, 5 * store.info.row_bytes)
+    stats = store.stats
+    assert (stats.gathers, stats.rows, stats.bytes) == (2, 5, 5 * store.info.row_bytes)
+    assert bool(stats.reads) == bool(stats.read_bytes) == isinstance(store, PreadStore)
 
 
 def test_shards_are_the_rows_in_equal_parts_but_the_last_and_cannot_be_written(filled):
@@ -352,7 +314,7 @@ def test_info_says_what_is_held(tmp_path):
     store, expected = build("file", tmp_path, fmt_of("int8"))
     table = Table.open(tmp_path / "table")
     assert store.info == StoreInfo("file", *expected.shape, False, table.table_id, LAYER, str(tmp_path / "table"),
-                                   table.fmt, table.address_digest)
+                                   table.fmt, table.address_digest, "mmap")
 
 
 def test_new_ram_is_zero():
@@ -367,10 +329,10 @@ def test_new_ram_is_zero():
     dict(url="ram:x", rows=5, row_bytes=4), dict(url="ram:", rows=5, row_bytes=4, mode="x"),
     dict(url="ram", rows=5, row_bytes=4), dict(url="file:", layer=LAYER), dict(url="file"), dict(url="file:{path}"),
     dict(url="file:{path}", layer=2),
-    dict(url="file:{path}?cache=2GiB", layer=LAYER), dict(url="file:{path}?x", layer=LAYER),
+    dict(url="file:{path}?cache=2GB", layer=LAYER), dict(url="file:{path}?x", layer=LAYER),
     dict(url="file:{path}", layer=LAYER, rows=5), dict(url="file:{path}", layer=LAYER, row_bytes=5),
     dict(url="file:{path}", layer=LAYER, mode="a"), dict(url="checkpoint:{path}", layer=LAYER),
-    dict(url="pool:{path}", layer=LAYER), dict(url="{path}", layer=LAYER)], ids=str)
+    dict(url="pool:{path}"), dict(url="{path}", layer=LAYER)], ids=str)
 def test_urls_and_arguments_that_cannot_be_meant_are_refused(tmp_path, arguments):
     create(tmp_path / "table", fmt_of("int8")).seal()
     url = arguments["url"] and arguments["url"].format(path=tmp_path / "table")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from . import __version__
 from . import doctor as doctor_module
-from .errors import EngraphyError
+from .table_cli import app as table_app
+from .terminal import errors
 
 app = typer.Typer(no_args_is_help=True, help="Conditional memory for Transformers.")
+app.add_typer(table_app, name="table")
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,7 +58,7 @@ def demo(
     from .recipes.demo import DemoConfig
     from .recipes.demo import demo as run_demo
 
-    with _errors("continue with --resume"):
+    with errors("continue with --resume"):
         corpus = CorpusConfig(data, tokenizer, vocab, seed=seed)
         run_demo(DemoConfig(out or _run_folder(resume), corpus, tokens, seed, resume=resume), Console())
 
@@ -77,7 +76,7 @@ def study(
     from .recipes import study as recipe
     from .recipes.tables import tables
 
-    with _errors("the same command continues"):
+    with errors("the same command continues"):
         config = recipe.StudyConfig(tuple(range(seeds)), tokens, data)
         recipe.study(config, out, work, workers, typer.echo)
         typer.echo(tables(config, out))
@@ -87,16 +86,3 @@ def _run_folder(resume: bool) -> Path:
     """The newest of runs/demo-N to resume, else the next one, which is free."""
     taken = [int(path.name.partition("-")[2]) for path in Path("runs").glob("demo-*") if path.name[5:].isdigit()]
     return Path("runs") / f"demo-{max(taken, default=0) + (not (resume and taken))}"
-
-
-@contextmanager
-def _errors(interrupted: str) -> Iterator[None]:
-    """What Engraphy raises on purpose is one line for the user, not a traceback; `interrupted`: advice on Ctrl-C."""
-    try:
-        yield
-    except EngraphyError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted; {interrupted}")
-        raise typer.Exit(130) from None

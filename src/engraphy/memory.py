@@ -7,10 +7,11 @@ hands; a forward without one starts from nothing.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import rows as row_io
 from . import saved
 from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError
 from .layer import EngramLayer
+from .metrics import describe
+from .prefetch import Prefetcher
 from .rowinit import normal_rows
 from .rows import RowFormat
 from .spec import EngramConfig
@@ -55,13 +57,37 @@ class Trace:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Rows of one chunk for every memory layer. rows: layer -> [B, T, E], leaves that require grad while training."""
+    """Rows of one chunk for every memory layer. rows: layer -> [B, T, E], leaves that require grad while training; a
+    layer that is still being read is waited for when it is first asked for."""
 
     rows: Mapping[int, Tensor]
     live: Tensor | None
     starts: Tensor | None
     state: SequenceState | None
     trace: Trace | None
+
+
+class _Rows(Mapping[int, Tensor]):
+    """Rows by layer, each of them waited for once."""
+
+    def __init__(self, asked: dict[int, Callable[[], Tensor]]) -> None:
+        self._asked = asked
+        self._here: dict[int, Tensor] = {}
+
+    @torch.compiler.disable
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self._here:
+            self._here[layer] = self._asked[layer]()
+        return self._here[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._asked
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._asked)
+
+    def __len__(self) -> int:
+        return len(self._asked)
 
 
 class EngramMemory(nn.Module):
@@ -82,9 +108,11 @@ class EngramMemory(nn.Module):
         self.addresser = Addresser(config.hash, vocab)
         self.address_digest = config.address_digest(vocab.digest)
         self.format, self.stores = _open(config, self.address_digest, store, row_format)
+        self.prefetcher = Prefetcher({layer: (each, self.format) for layer, each in self.stores.items()})
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
         self.row_grads: list[RowGrad] = []
         self.rows_require_grad: bool | None = None
+        logging.getLogger("engraphy").info("serving %s", describe(self.stores))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -101,11 +129,14 @@ class EngramMemory(nn.Module):
     @torch.compiler.disable
     def lookup(self, ids_BT: Tensor, state: SequenceState | None = None, live: Tensor | None = None,
                starts: Tensor | None = None, trace: Trace | None = None) -> Lookup:
-        """Read every layer's rows for raw ids [B, T] that follow `state`, which is extended by them.
+        """Ask for every layer's rows for raw ids [B, T] that follow `state`, which is extended by them.
 
+        They are read from now on, in the order of the layers, while the caller goes on (see prefetch.py); until the
+        rows of a layer were asked for, nothing may write to its store.
         live, starts: bool [B, T] as in `Addresser.all_rows`. Rows are f32, on the CPU, as gathered; with gradients
         enabled, in training mode and as `rows_require_grad` says, they are leaves whose gradients reach `row_grads`.
-        Raises InputError for ids, shapes or a state that do not fit, before the state changes.
+        Raises InputError for ids, shapes or a state that do not fit, before the state changes. What goes wrong with
+        reading is raised by `rows[layer]`.
         """
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
             raise InputError(f"ids: expected a tensor [B, T], found {getattr(ids_BT, 'shape', type(ids_BT).__name__)}")
@@ -123,7 +154,7 @@ class EngramMemory(nn.Module):
             live = torch.from_numpy(alive)
         if state is not None:
             state.extend(ids, alive, begins)
-        rows = {layer: self._read(layer, row_ids_LBTC[i], self._learns(layer)) for i, layer in enumerate(self.layers)}
+        rows = _Rows({layer: self._ask(layer, row_ids_LBTC[i]) for i, layer in enumerate(self.layers)})
         if trace is not None:
             trace.row_ids.update({layer: row_ids_LBTC[i] for i, layer in enumerate(self.layers)})
         return Lookup(rows, live, starts, state, trace)
@@ -175,24 +206,26 @@ class EngramMemory(nn.Module):
         wanted = follow if self.rows_require_grad is None else self.rows_require_grad
         return wanted and self.training and torch.is_grad_enabled()
 
-    def _read(self, layer: int, ids_BTC: np.ndarray, learn: bool) -> Tensor:
-        batch, tokens, columns = ids_BTC.shape
-        leaf_BTE = torch.empty(batch, tokens, columns * self.config.dim)
-        row_io.read(self.stores[layer], ids_BTC.reshape(-1), self.format, leaf_BTE.numpy().reshape(-1, self.config.dim))
-        if learn:
-            leaf_BTE.requires_grad_()
+    def _ask(self, layer: int, ids_BTC: np.ndarray) -> Callable[[], Tensor]:
+        """Submit the reading of rows [B, T, E]. Returns what waits for them; whether they learn is decided now."""
+        ticket, learn = self.prefetcher.submit({layer: ids_BTC}), self._learns(layer)
 
-            def hand_over(leaf: Tensor) -> None:
-                assert leaf.grad is not None
-                grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
-                if len(self.row_grads) == _MANY_PENDING:
-                    warnings.warn(f"{_MANY_PENDING} row gradients wait in row_grads and nothing drains them: give the "
-                                  "memory a row optimiser, or set rows_require_grad = False", stacklevel=2)
-                self.row_grads.append(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
-                leaf.grad = None
+        def hand_over(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
+            if len(self.row_grads) == _MANY_PENDING:
+                warnings.warn(f"{_MANY_PENDING} row gradients wait in row_grads and nothing drains them: give the "
+                              "memory a row optimiser, or set rows_require_grad = False", stacklevel=2)
+            self.row_grads.append(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
+            leaf.grad = None
 
-            leaf_BTE.register_post_accumulate_grad_hook(hand_over)
-        return leaf_BTE
+        def leaf() -> Tensor:
+            leaf_BTE = ticket.wait()[layer]
+            if learn:
+                leaf_BTE.requires_grad_().register_post_accumulate_grad_hook(hand_over)
+            return leaf_BTE
+
+        return leaf
 
     def write_table(self, path: str | os.PathLike[str], parent: str | None = None) -> str:
         """Copy the rows to a new sealed table at `path`, as they are. Returns its table_id."""

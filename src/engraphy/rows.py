@@ -9,6 +9,7 @@ bits as uint16.
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ class Readable(Protocol):
     @property
     def shards(self) -> Sequence[np.ndarray] | None: ...  # a first array is followed by the same others each time
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray: ...
-    def count_read(self, rows: int) -> None: ...
+    def count_read(self, rows: int, begun: int) -> None: ...
 
 
 def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> np.ndarray:
@@ -169,6 +170,7 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
     memory rows are dequantised straight from it, else gathered first: the bytes are the same.
     Raises RowOutOfRange, InputError or StoreError before anything is written.
     """
+    begun = time.perf_counter_ns()
     shards, info = store.shards, store.info
     if fmt.row_bytes != info.row_bytes:
         raise InputError(f"rows.read: the store's rows have {info.row_bytes} bytes, "
@@ -190,7 +192,7 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
         _read_native(shards, info, ids, fmt, out)
     else:
         _read_plain(shards, ids.reshape(-1), fmt, out.reshape(-1, fmt.d))
-    store.count_read(ids.size)
+    store.count_read(ids.size, begun)
     return out
 
 
@@ -244,6 +246,19 @@ def _addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
     first = weakref.ref(shards[0], lambda _, forget=_KNOWN.pop: forget(key, None))
     _KNOWN[key] = known = _Addresses(shards_S, _native.core.address(shards_S), sizes[0], info.rows, first)
     return known
+
+
+def gather_mapped(shards: Sequence[np.ndarray], info: Any, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
+    """Copy rows `ids_N` (checked by the caller) of a store's mapped shards into out_NR, C-contiguous.
+
+    Raises StoreError where the shards are not what the store says.
+    """
+    if (core := _native.core) is None:
+        take(shards, ids_N, out_NR)
+    else:
+        at, flat_N = _addresses(shards, info), np.ascontiguousarray(ids_N)
+        core.gather_rows(at.address, at.shard_rows, at.rows, info.row_bytes, core.address(flat_N), len(flat_N),
+                         core.address(out_NR))
 
 
 def take(shards: Sequence[np.ndarray], ids_N: np.ndarray, out_NR: np.ndarray) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import ShardCorrupt, ShardForeign, ShardMissing, ShardTruncated
+from .errors import ShardCorrupt, ShardForeign, ShardMissing, ShardTruncated, TableError
 
 HEADER_BYTES = 4096  # row 0 lies at this byte: a page, so that mappings and O_DIRECT reads can begin there
 MAX_SHARD_BYTES = 2**30
@@ -69,6 +69,16 @@ class Shard:
         with self._open(os.O_RDONLY) as fd:
             return self._check(fd, table_ids)
 
+    def open(self, table_ids: Collection[str], writable: bool) -> int:
+        """A file descriptor, which the caller closes; checked like `check`."""
+        fd = self._open_fd(os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            self._check(fd, table_ids)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def map(self, table_ids: Collection[str], writable: bool) -> np.ndarray:
         """Rows as uint8 [rows, row_bytes] over the file's pages, without read-ahead; checked like `check`."""
         with self._open(os.O_RDWR if writable else os.O_RDONLY) as fd:
@@ -106,14 +116,19 @@ class Shard:
 
     @contextmanager
     def _open(self, flags: int) -> Iterator[int]:
-        try:
-            fd = os.open(self.path, flags | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise ShardMissing(f"{self.path}: expected a shard of {self.size} bytes, found no file") from None
+        fd = self._open_fd(flags)
         try:
             yield fd
         finally:
             os.close(fd)
+
+    def _open_fd(self, flags: int) -> int:
+        try:
+            return os.open(self.path, flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ShardMissing(f"{self.path}: expected a shard of {self.size} bytes, found no file") from None
+        except OSError as error:
+            raise TableError(f"{self.path}: the shard cannot be opened ({error})") from error
 
     def _check(self, fd: int, table_ids: Collection[str]) -> str:
         found, size = os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size

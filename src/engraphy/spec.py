@@ -21,6 +21,7 @@ import numpy as np
 
 from .dialects import DIALECTS, all_primes, multipliers
 from .errors import ConfigError
+from .fields import as_int, as_ints, config_fields, first, hash_arguments, layer_arguments, need
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class HashSpec:
 
     def __post_init__(self) -> None:
         for name in ("layer_ids", "orders"):
-            object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+            object.__setattr__(self, name, as_ints(name, getattr(self, name)))
         rows = self.rows_per_head
         rows = (rows,) * len(self.orders) if isinstance(rows, (int, np.integer)) else rows
-        object.__setattr__(self, "rows_per_head", _int_tuple("rows_per_head", rows))
+        object.__setattr__(self, "rows_per_head", as_ints("rows_per_head", rows))
         for name in ("heads", "vocab_size", "filler_id", "seed", "pad_to"):
-            object.__setattr__(self, name, _int(name, getattr(self, name)))
+            object.__setattr__(self, name, as_int(name, getattr(self, name)))
         _check_hash_spec(self)
 
     @classmethod
@@ -78,16 +79,18 @@ class HashSpec:
     def from_hf(cls, config: Any) -> HashSpec:
         """The spec that a released checkpoint's config (object or dict, or one with a `text_config`) describes.
 
-        Reads Qwen's `ple_*` / `ngram_*` fields and DeepSeek-V4.1's `engram_*` fields. Raises ConfigError naming the
-        field that is missing, and where `engram_num_embeddings` is given and differs from the rows computed here.
+        Reads Qwen's `ple_*` / `ngram_*` fields and DeepSeek-V4.1's `engram_*` fields, as its config.json or its
+        inference/config.json names them. Raises ConfigError naming the field that is missing or contradicts others:
+        layers beyond the model's, row counts (`engram_num_embeddings`) that are not those computed here.
         """
-        fields = _config_fields(config)
-        if fields.get("ple_layer_ids"):
-            return _from_qwen(fields)
-        if fields.get("engram_layer_ids"):
-            return _from_deepseek(fields)
-        raise ConfigError("expected a config with ple_layer_ids (Qwen4-Exp) or engram_layer_ids (DeepSeek-V4.1); "
-                          f"found neither among {len(fields)} fields")
+        fields = config_fields(config)
+        spec = cls(**hash_arguments(fields))
+        told = fields.get("engram_num_embeddings") if spec.dialect == "deepseek_v41" else None
+        found = tuple(spec.row_count(layer) for layer in spec.layer_ids)
+        if told is not None and as_ints("engram_num_embeddings", told) != found:
+            raise ConfigError(f"engram_num_embeddings: the config says {list(told)}, its other fields give "
+                              f"{list(found)}")
+        return spec
 
     @property
     def order(self) -> int:
@@ -131,7 +134,7 @@ class HashSpec:
 
     def layer_index(self, layer: int) -> int:
         """Position of a layer in `layer_ids`. Raises ConfigError for a layer without memory."""
-        if _int("layer", layer) not in self.layer_ids:
+        if as_int("layer", layer) not in self.layer_ids:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layer_ids)}")
         return self.layer_ids.index(layer)
 
@@ -158,7 +161,7 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         for name, least in (("hidden_size", 1), ("width", 1), ("streams", 1), ("order", 1), ("kernel", 0)):
-            object.__setattr__(self, name, _int(name, getattr(self, name), least))
+            object.__setattr__(self, name, as_int(name, getattr(self, name), least))
         for name in ("bias", "unit_offset"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected a bool, found {getattr(self, name)!r}")
@@ -201,7 +204,7 @@ class EngramConfig:
     dim: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dim", _int("dim", self.dim, 1))
+        object.__setattr__(self, "dim", as_int("dim", self.dim, 1))
         if self.layer.width != self.hash.columns * self.dim:
             raise ConfigError(f"layer.width: expected columns * dim = {self.hash.columns} * {self.dim} = "
                               f"{self.hash.columns * self.dim}, found {self.layer.width}")
@@ -223,26 +226,38 @@ class EngramConfig:
         default the config's hc_mult (hyper-connections), else 1.
         Raises ConfigError for a layer that the model does not have.
         """
-        fields = _config_fields(model_config)
-        depth, hidden, model_vocab = (_int(name, _need(fields, name), 1)
+        fields = config_fields(model_config)
+        depth, hidden, model_vocab = (as_int(name, need(fields, name), 1)
                                       for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
         defaults = sorted({min(1, depth - 1), (depth - 1) // 2})
-        layers = _int_tuple("layers", defaults if layers is None else layers)
+        layers = as_ints("layers", defaults if layers is None else layers)
         for layer in layers:
             if not 0 <= layer < depth:
                 raise ConfigError(f"layers: expected 0 to {depth - 1}, found {layer}")
         rows_per_head = 5 * model_vocab if rows_per_head is None else rows_per_head
         if pad_id is None:
-            found = [_first(fields.get(name)) for name in ("pad_token_id", "eos_token_id")]
+            found = [first(fields.get(name)) for name in ("pad_token_id", "eos_token_id")]
             pad_id = next((value for value in found if isinstance(value, int) and value >= 0), None)
         if pad_id is None:
             raise ConfigError("the model's config has neither a pad_token_id nor an eos_token_id; give pad_id=")
         vocab_size = model_vocab if vocab_size is None else vocab_size
         spec = HashSpec.demo(layers, orders, heads, rows_per_head, vocab_size, pad_id, seed)
-        dim = max(8, hidden // 2 // spec.columns // 8 * 8) if dim is None else _int("dim", dim, 1)
-        streams = fields.get("hc_mult") or 1 if streams is None else streams
-        layer = LayerSpec(hidden, spec.columns * dim, streams, spec.order, kernel)
+        dim = max(8, hidden // 2 // spec.columns // 8 * 8) if dim is None else as_int("dim", dim, 1)
+        count = (fields.get("hc_mult") or 1) if streams is None else streams
+        layer = LayerSpec(hidden, spec.columns * dim, count, spec.order, kernel)
         return cls(spec, layer, dim)
+
+    @classmethod
+    def from_hf(cls, config: Any) -> EngramConfig:
+        """The memory that a released checkpoint's config describes: `HashSpec.from_hf`, the layer's sizes, and d.
+
+        d is `engram_head_dim` of DeepSeek-V4.1, `ple_embed_dim` (by default hidden_size) over the columns of Qwen.
+        Raises ConfigError like `HashSpec.from_hf`.
+        """
+        spec, fields = HashSpec.from_hf(config), config_fields(config)
+        dim, sizes = layer_arguments(fields, spec.columns)
+        make = LayerSpec.deepseek_v41 if spec.dialect == "deepseek_v41" else LayerSpec.qwen4
+        return cls(spec, make(width=spec.columns * dim, order=spec.order, **sizes), dim)
 
     def row_count(self) -> int:
         """Rows of all layers together."""
@@ -295,71 +310,9 @@ def _check_hash_spec(spec: HashSpec) -> None:
         raise ConfigError(f"rows_per_head: dialect {spec.dialect} has one size for all orders, "
                           f"found {list(spec.rows_per_head)}")
     for name, least in (("heads", 1), ("vocab_size", 1), ("filler_id", 0), ("seed", 0), ("pad_to", 1)):
-        _int(name, getattr(spec, name), least)
+        as_int(name, getattr(spec, name), least)
     if max(spec.rows_per_head) * spec.columns >= 2**62:
         raise ConfigError(f"rows_per_head: {max(spec.rows_per_head)} rows a head do not fit int64 row ids")
-
-
-def _from_qwen(fields: Mapping[str, Any]) -> HashSpec:
-    counted_from_one = _int_tuple("ple_layer_ids", fields["ple_layer_ids"])
-    layers = [_int("ple_layer_ids", layer, 1) - 1 for layer in sorted(set(counted_from_one))]
-    order = _int("ngram_size", fields.get("ngram_size", 3))
-    return HashSpec.qwen4(
-        layers, tuple(range(2, order + 1)), fields.get("heads_per_ngram", 8),
-        fields.get("ngram_vocab_size_base", 20_000_000), _need(fields, "vocab_size"),
-        _first(_need(fields, "eos_token_id")), seed=fields.get("seed", 1234),
-        pad_to=fields.get("make_ngram_vocab_size_divisible_by", 128))
-
-
-def _from_deepseek(fields: Mapping[str, Any]) -> HashSpec:
-    order = _int("engram_max_ngram_size", _need(fields, "engram_max_ngram_size"))
-    spec = HashSpec.deepseek_v41(
-        fields["engram_layer_ids"], tuple(range(2, order + 1)),
-        _need(fields, "engram_n_heads"), _need(fields, "engram_vocab_size"),
-        _need(fields, "engram_compressed_vocab_size"),
-        fields["engram_pad_id"] if "engram_pad_id" in fields else _need(fields, "engram_pad_token_id"))
-    told = fields.get("engram_num_embeddings")
-    found = [spec.row_count(layer) for layer in spec.layer_ids]
-    if told is not None and list(_int_tuple("engram_num_embeddings", told)) != found:
-        raise ConfigError(f"engram_num_embeddings: the config says {list(told)}, its other fields give {found}")
-    return spec
-
-
-def _config_fields(config: Any) -> Mapping[str, Any]:
-    if not isinstance(config, Mapping):
-        aliases = getattr(config, "attribute_map", {})  # transformers' common names for GPT-2's n_layer and the like
-        config = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", None)
-        if config is not None:
-            config = {name: config[own] for name, own in aliases.items() if own in config} | config
-    if config is None:
-        raise ConfigError("expected a model's config: a mapping or an object with fields")
-    nested = config.get("text_config")
-    return config if nested is None else _config_fields(nested)
-
-
-def _need(fields: Mapping[str, Any], name: str) -> Any:
-    if fields.get(name) is None:
-        raise ConfigError(f"the model's config has no {name}")
-    return fields[name]
-
-
-def _first(value: Any) -> Any:
-    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
-
-
-def _int(name: str, value: Any, least: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ConfigError(f"{name}: expected an integer, found {value!r}")
-    if least is not None and value < least:
-        raise ConfigError(f"{name}: expected at least {least}, found {value}")
-    return int(value)
-
-
-def _int_tuple(name: str, values: Any) -> tuple[int, ...]:
-    # Sets are refused with the rest: they have no order, and order decides the primes.
-    if not isinstance(values, Sequence) and not (isinstance(values, np.ndarray) and values.ndim == 1):
-        raise ConfigError(f"{name}: expected a list of integers, found {values!r}")
-    return tuple(_int(name, value) for value in values)
 
 
 def _fields(value: Any) -> dict[str, Any]:

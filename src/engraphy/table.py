@@ -176,6 +176,18 @@ class Table:
         """Rows of a layer. Raises ConfigError for a layer that the table does not have."""
         return self._manifest.config.hash.row_count(layer)
 
+    def shards(self, layer: int) -> list[Shard]:
+        """The files that hold the rows of a layer. Raises ConfigError for a layer that the table does not have."""
+        return self._manifest.shards(layer)
+
+    def open_shard(self, shard: Shard) -> int:
+        """A file descriptor of one of the table's shards, which the caller closes; writable while the table is.
+
+        Raises like `open`.
+        """
+        self._expect("r", "w")
+        return shard.open(self._manifest.table_ids, self.mode == "w")
+
     def check_address(self, digest: str) -> None:
         """Raise DigestMismatch unless `digest` is the table's address digest."""
         if digest != self.address_digest:
@@ -188,7 +200,7 @@ class Table:
         Writable while the table is open for writing, inside `writing` only. Raises like `open`.
         """
         self._expect("r", "w")
-        return [shard.map(self._manifest.table_ids, self.mode == "w") for shard in self._manifest.shards(layer)]
+        return [shard.map(self._manifest.table_ids, self.mode == "w") for shard in self.shards(layer)]
 
     @contextmanager
     def writing(self, layer: int, shards: Iterable[int]) -> Iterator[None]:

@@ -4,6 +4,9 @@
 use: `forced` rebinds it. ENGRAPHY_NATIVE chooses: auto (the default: the best that this machine runs, else none), off,
 or scalar, avx2, avx512. Where a level is demanded that cannot be had, importing works and the first use of `core`
 raises NativeUnavailable (ConfigError for a value that is none of these).
+
+ENGRAPHY_THREADS says how many threads share a large gather or a large read of rows as numbers (`set_threads` does the
+same later): by default as many as the process may use CPUs, at most 8. Calls on less than 4096 rows take one.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 from ..errors import ConfigError, EngraphyError, NativeUnavailable
 
 CHOICES = ("auto", "off", "scalar", "avx2", "avx512")
+_MOST_THREADS, _USUAL_THREADS = 1024, 8  # a few threads already take what the memory gives
 
 core: Any  # the compiled module (its functions: `_core.pyi`), or None
 reason: str  # one sentence: why `core` is what it is
@@ -36,6 +40,19 @@ class _Refused:
 def level() -> str:
     """The instruction set in use: scalar, avx2 or avx512; "off" without native code. Raises as `core` does."""
     return "off" if core is None else core.level()
+
+
+def threads() -> int:
+    """How many threads share a large call; 1 without native code."""
+    return 1 if core is None else core.threads()
+
+
+def set_threads(count: int) -> None:
+    """Let `count` threads share a large call. Raises ConfigError for what is not an integer from 1 to 1024."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_THREADS:
+        raise ConfigError(f"threads: expected an integer from 1 to {_MOST_THREADS}, found {count!r}")
+    if _compiled is not None:
+        _compiled.set_threads(count)
 
 
 @contextmanager
@@ -93,3 +110,8 @@ def _load() -> tuple[ModuleType | None, str]:
 _compiled, _missing = _load()
 _demand = os.environ.get("ENGRAPHY_NATIVE") or "auto"
 core, reason = _choose(_demand, f"ENGRAPHY_NATIVE={_demand!r}")
+_wanted = os.environ.get("ENGRAPHY_THREADS") or str(min(_USUAL_THREADS, len(os.sched_getaffinity(0))))
+try:
+    set_threads(int(_wanted) if _wanted.isascii() and _wanted.isdigit() else -1)
+except ConfigError:
+    core, reason = _refuse(ConfigError(f"ENGRAPHY_THREADS={_wanted!r}: expected an integer from 1 to {_MOST_THREADS}"))

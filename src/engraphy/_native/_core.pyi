@@ -39,6 +39,58 @@ def read_rows(
 def decode_rows(kind: str, d: int, scale: float, raw: int, count: int, to_bf16: bool, out: int) -> None:
     """The same for the rows at raw, uint8 [count, row_bytes], in their order."""
 
+def gather_rows(shards: int, shard_rows: int, rows: int, row_bytes: int, ids: int, count: int, out: int) -> None:
+    """Writes rows `ids` as they are to out: uint8 [count, row_bytes]. Arguments as of `read_rows`; the caller has
+    checked the ids. Raises ValueError for sizes that cannot be."""
+
+def threads() -> int:
+    """Threads that share one call of `read_rows`, `decode_rows` or `gather_rows` on 4096 rows or more."""
+
+def set_threads(count: int) -> None:
+    """Raises ValueError unless count is positive."""
+
+def guard(begin: int, size: int, writable: bool) -> int:
+    """Watch over a mapping of a file: where a page of it cannot be had, all of it becomes zero pages instead of a
+    SIGBUS that ends the process. Returns a number to know it by. Raises RuntimeError where there are too many."""
+
+def unguard(slot: int) -> None:
+    """To be called before the memory is unmapped."""
+
+def damaged(slot: int) -> bool:
+    """Whether that has happened to a mapping."""
+
+def damage_count() -> int:
+    """How often it has happened in this process, in all mappings."""
+
+def arm_guard() -> None:
+    """Put the handler of SIGBUS before one that was installed after it, to which it passes on what is not its own."""
+
+class RowReader:
+    """Rows of files, read by blocking threads of its own. It keeps file descriptors as numbers: the caller closes them,
+    and not before."""
+
+    def __init__(
+        self,
+        files: Sequence[int],
+        sizes: Sequence[int],
+        file_rows: int,
+        row_bytes: int,
+        offset: int,
+        threads: int,
+        whole_pages: bool,
+    ) -> None:
+        """Row r is row r % file_rows of file r // file_rows, whose first row begins at byte `offset` and which has
+        sizes[...] bytes. threads: reads under way at a time. whole_pages: as direct reads need them. Raises ValueError
+        for sizes that cannot be meant.
+        """
+
+    def read(self, ids: int, count: int, out: int) -> tuple[int, int, int, int]:
+        """Writes rows `ids` (int64 [count], checked by the caller) to out: uint8 [count, row_bytes].
+
+        Returns what the system was asked for, in reads and in bytes, then -1 and 0; or where a read failed the number
+        of the file and errno, 0 for a file that ended too early. Then `out` is not to be used.
+        """
+
 class HashPlan:
     """What does not change between calls of an addresser: it copies its arrays, is immutable, is shared by deepcopy."""
 

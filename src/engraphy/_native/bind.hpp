@@ -5,7 +5,10 @@
 
 namespace engraphy {
 
+void bind_gather(nanobind::module_ &m);
+void bind_guard(nanobind::module_ &m);
 void bind_hash(nanobind::module_ &m);
+void bind_pread(nanobind::module_ &m);
 void bind_rows(nanobind::module_ &m);
 
 }  // namespace engraphy

@@ -14,14 +14,16 @@ namespace engraphy {
 
 struct Kernels {
     HashFunction *hash;
+    FirstBadFunction *first_bad;
     RowsFunction *rows;
+    GatherFunction *gather;
 };
 
 // What the kernel files define, each once per level.
-namespace scalar { HashFunction hash; RowsFunction read_rows; }
+namespace scalar { HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows; }
 #if defined(__x86_64__)
-namespace avx2 { HashFunction hash; RowsFunction read_rows; }
-namespace avx512 { HashFunction hash; RowsFunction read_rows; }
+namespace avx2 { HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows; }
+namespace avx512 { HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows; }
 #endif
 
 // The table in use. Set before any work by select_level; plain, since it changes only then.

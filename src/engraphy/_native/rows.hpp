@@ -18,13 +18,27 @@ struct RowsCall {
     const uint8_t *const *shards;  // addresses of their first rows; rows follow each other without a gap
     int64_t shard_rows;            // rows of every shard but the last
     int64_t rows;                  // of all shards
-    const int64_t *ids;            // [count]; null = 0, 1, 2, ...
-    int64_t count;
-    uint8_t *out;  // float32 or bf16 bits [count, d]; like records and ids it may begin at any byte
+    const int64_t *ids;            // [N]; null = 0, 1, 2, ...
+    uint8_t *out;  // float32 or bf16 bits [N, d]; like records and ids it may begin at any byte
+    int64_t first, last;           // which of the N to write: several threads share a call
 };
 
-// Returns -1 when `out` is written. Otherwise nothing is written, and it is the position of the first id outside
-// [0, rows).
-using RowsFunction = int64_t(const RowsCall &);
+// The position of the first of `count` ids outside [0, rows), -1 where there is none.
+using FirstBadFunction = int64_t(const int64_t *ids, int64_t count, int64_t rows);
+
+// Writes `out`. Ids have been checked.
+using RowsFunction = void(const RowsCall &);
+
+// Rows as they are. Fields as above.
+struct GatherCall {
+    const uint8_t *const *shards;
+    int64_t shard_rows, rows, row_bytes;
+    const int64_t *ids;
+    uint8_t *out;  // [N, row_bytes]
+    int64_t first, last;
+    bool stream;   // past the caches
+};
+
+using GatherFunction = void(const GatherCall &);
 
 }  // namespace engraphy

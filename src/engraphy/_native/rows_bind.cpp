@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "kernels.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 
@@ -24,18 +25,32 @@ RowKind kind_of(const char *name, int64_t d) {
     throw std::invalid_argument("unknown kind of rows");
 }
 
+// By as many threads as it is worth; ids have been checked.
+void read_parts(const RowsCall &whole, int64_t count) {
+    const int64_t parts = parts_of(count);
+    computing().each(parts, threads(), [&](int64_t part) {
+        RowsCall call = whole;
+        call.first = count * part / parts;
+        call.last = count * (part + 1) / parts;
+        kernels().rows(call);
+    });
+}
+
 int64_t read_rows(const char *kind, int64_t d, float scale, uintptr_t shards, int64_t shard_rows, int64_t rows,
                   uintptr_t ids, int64_t count, bool to_bf16, uintptr_t out) {
     if (shard_rows < 1 || rows < 0 || count < 0 || (count && !ids))
         throw std::invalid_argument("shard_rows must be positive, rows and count not negative, ids present");
-    return kernels().rows({kind_of(kind, d), d, scale, to_bf16, (const uint8_t *const *)shards, shard_rows, rows,
-                           (const int64_t *)ids, count, (uint8_t *)out});
+    const RowsCall call = {kind_of(kind, d), d, scale, to_bf16, (const uint8_t *const *)shards, shard_rows, rows,
+                           (const int64_t *)ids, (uint8_t *)out, 0, 0};
+    const int64_t bad = kernels().first_bad(call.ids, count, rows);
+    if (bad == -1) read_parts(call, count);
+    return bad;
 }
 
 void decode_rows(const char *kind, int64_t d, float scale, uintptr_t raw, int64_t count, bool to_bf16, uintptr_t out) {
     if (count < 0) throw std::invalid_argument("count must not be negative");
     const uint8_t *const shard = (const uint8_t *)raw;
-    kernels().rows({kind_of(kind, d), d, scale, to_bf16, &shard, count, count, nullptr, count, (uint8_t *)out});
+    read_parts({kind_of(kind, d), d, scale, to_bf16, &shard, count, count, nullptr, (uint8_t *)out, 0, 0}, count);
 }
 
 uintptr_t address(nb::handle array) {

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "kernels.hpp"
+#include "mapped.hpp"
 #include "rows.hpp"
 
 namespace engraphy::ENGRAPHY_LEVEL {
@@ -23,13 +24,11 @@ namespace {
 
 static_assert(FLT_EVAL_METHOD == 0, "products have to be rounded to float32 at once");
 
-// Records, ids and outputs may begin at any byte.
+// Records and outputs may begin at any byte.
 typedef uint16_t U16 __attribute__((aligned(1), may_alias));
 typedef uint32_t U32 __attribute__((aligned(1), may_alias));
-typedef int64_t I64 __attribute__((aligned(1), may_alias));
 
 constexpr uint32_t quiet_nan = 0x7fc00000;
-constexpr int line = 64;  // bytes that one prefetch brings
 constexpr int ahead = 8;  // rows that are on their way; 16 and 32 were no faster
 
 inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -155,28 +154,15 @@ struct Int4 {
     }
 };
 
-inline const uint8_t *row_at(const RowsCall &call, int64_t i, int64_t row_bytes) {
-    const uint64_t id = (uint64_t)(call.ids ? ((const I64 *)call.ids)[i] : i), per_shard = (uint64_t)call.shard_rows;
-    if (call.rows <= call.shard_rows) return call.shards[0] + id * row_bytes;
-    // A division of 32 bits is the faster one, by much on older machines.
-    const uint64_t shard = (id | per_shard) >> 32 ? id / per_shard : (uint32_t)id / (uint32_t)per_shard;
-    return call.shards[shard] + (id - shard * per_shard) * row_bytes;
-}
-
-inline const uint8_t *prefetched(const uint8_t *row, int64_t row_bytes) {
-    for (int64_t at = 0; at < row_bytes; at += line) __builtin_prefetch(row + at);
-    __builtin_prefetch(row + row_bytes - 1);
-    return row;
-}
-
 template <class Kind, class To> void read_all(const RowsCall &call) {
-    const int64_t d = call.d, row_bytes = Kind::row_bytes(d), count = call.count;
-    typename To::Bits *out = (typename To::Bits *)call.out;
+    const int64_t d = call.d, row_bytes = Kind::row_bytes(d), last = call.last;
+    typename To::Bits *out = (typename To::Bits *)call.out + call.first * d;
     const uint8_t *coming[ahead];
-    for (int64_t i = 0; i < ahead && i < count; i++) coming[i] = prefetched(row_at(call, i, row_bytes), row_bytes);
-    for (int64_t i = 0; i < count; i++, out += d) {
+    for (int64_t i = call.first; i < call.first + ahead && i < last; i++)
+        coming[i % ahead] = prefetched(row_at(call, i, row_bytes), row_bytes);
+    for (int64_t i = call.first; i < last; i++, out += d) {
         const uint8_t *row = coming[i % ahead];
-        if (i + ahead < count) coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
+        if (i + ahead < last) coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
         Kind::template decode<To>(row, out, d, call.scale);
     }
 }
@@ -193,21 +179,17 @@ template <class To> void read_kind(const RowsCall &call) {
     }
 }
 
-int64_t first_bad(const RowsCall &call) {
-    const I64 *ids = (const I64 *)call.ids;
+}  // namespace
+
+int64_t first_bad(const int64_t *unaligned, int64_t count, int64_t rows) {
+    const I64 *ids = (const I64 *)unaligned;
     bool bad = false;
-    for (int64_t i = 0; i < call.count; i++) bad |= (uint64_t)ids[i] >= (uint64_t)call.rows;
-    for (int64_t i = 0; bad && i < call.count; i++)
-        if ((uint64_t)ids[i] >= (uint64_t)call.rows) return i;
+    for (int64_t i = 0; i < count; i++) bad |= (uint64_t)ids[i] >= (uint64_t)rows;
+    for (int64_t i = 0; bad && i < count; i++)
+        if ((uint64_t)ids[i] >= (uint64_t)rows) return i;
     return -1;
 }
 
-}  // namespace
-
-int64_t read_rows(const RowsCall &call) {
-    const int64_t bad = call.ids ? first_bad(call) : -1;
-    if (bad == -1) call.to_bf16 ? read_kind<ToBf16>(call) : read_kind<ToF32>(call);
-    return bad;
-}
+void read_rows(const RowsCall &call) { call.to_bf16 ? read_kind<ToBf16>(call) : read_kind<ToF32>(call); }
 
 }  // namespace engraphy::ENGRAPHY_LEVEL

@@ -5,10 +5,18 @@ from __future__ import annotations
 from ..errors import ConfigError
 from ..table import Table
 from .base import MappedStore, RowStore, StoreInfo, StoreStats, copy_rows
-from .file import FileStore, write_layer
+from .cache import CacheStore, parse_size
+from .checkpoint import open_checkpoint
+from .file import FileStore, open_layer, write_layer
+from .options import FileOptions, flag, split_options
+from .pool import PoolStore, open_pool
+from .pread import PreadStore
 from .ram import RamStore
+from .reload import ReloadableStore, reload_layers
+from .warming import Warmed, warm
 
-__all__ = ["FileStore", "MappedStore", "RamStore", "RowStore", "StoreInfo", "StoreStats", "copy_rows", "open_store",
+__all__ = ["CacheStore", "FileStore", "MappedStore", "PoolStore", "PreadStore", "RamStore", "ReloadableStore",
+           "RowStore", "StoreInfo", "StoreStats", "Warmed", "copy_rows", "open_store", "reload_layers", "warm",
            "write_layer"]
 
 
@@ -16,9 +24,15 @@ def open_store(url: str, layer: int | None = None, rows: int | None = None, row_
                mode: str = "r") -> RowStore:
     """The store that a URL names.
 
-    "ram:" holds `rows` rows of `row_bytes` bytes, zero at first, always writable. "file:DIR" maps `layer` of the table
-    at DIR (a path as it is, not percent-encoded; what follows a "?" are options, of which there are none yet); mode
-    "w" opens the table for writing, `store.table.seal()` ends that, and closing the store closes the table.
+    "ram:" holds `rows` rows of `row_bytes` bytes, zero at first, always writable. "file:DIR?read=auto" serves `layer`
+    of the table at DIR (a path as it is, not percent-encoded); mode "w" opens the table for writing,
+    `store.table.seal()` ends that, and closing the store closes the table. Options of file:, joined by "&":
+    read=mmap|pread|auto, threads=32 and direct=0|1 (of pread), populate=0|1 (of mmap): see `FileOptions`, whose
+    `choose` tells what "auto" does. `info.reads` says what it has come to. cache=2GiB: rows that are asked for often
+    are kept in so much memory for this layer (KiB, MiB, GiB, or bytes). "checkpoint:DIR?vocab=FILE" serves `layer`
+    of a released checkpoint from its own shards, read-only; FILE: a saved vocabulary map, by default its tokenizer's.
+    "pool:PATH?from=DIR&populate=1" serves `layer` of a table that all processes of this host share at PATH, read-only;
+    from=DIR: where there is none yet it is filled with the table at DIR, and it has to be that one (see `open_pool`).
     Raises ConfigError for an unknown scheme or option and for arguments that the scheme does not take, TableError for a
     table that cannot be used.
     """
@@ -31,7 +45,14 @@ def open_store(url: str, layer: int | None = None, rows: int | None = None, row_
         return _open_ram(url, rest, layer, rows, row_bytes)
     if scheme == "file" and colon:
         return _open_file(url, rest, layer, rows, row_bytes, mode)
-    raise ConfigError(f"store {url!r}: expected ram: or file:DIR")
+    if scheme == "checkpoint" and colon:
+        if mode != "r" or rows is not None or row_bytes is not None:
+            raise ConfigError(f"store {url!r}: expected mode 'r' and neither rows nor row_bytes, found mode={mode!r}, "
+                              f"rows={rows!r}, row_bytes={row_bytes!r}")
+        return open_checkpoint(url, rest, layer)
+    if scheme == "pool" and colon:
+        return _open_pool(url, rest, layer, rows, row_bytes, mode)
+    raise ConfigError(f"store {url!r}: expected ram:, file:DIR, checkpoint:DIR or pool:PATH")
 
 
 def _open_ram(url: str, rest: str, layer: int | None, rows: int | None, row_bytes: int | None) -> RowStore:
@@ -43,9 +64,10 @@ def _open_ram(url: str, rest: str, layer: int | None, rows: int | None, row_byte
 
 
 def _open_file(url: str, rest: str, layer: int | None, rows: int | None, row_bytes: int | None, mode: str) -> RowStore:
-    path, _, options = rest.partition("?")
-    if options:
-        raise ConfigError(f"store {url!r}: expected no options, found {options!r}")
+    path, _, text = rest.partition("?")
+    given = split_options(url, text, ("read", "threads", "direct", "populate", "cache"))
+    budget = None if "cache" not in given else parse_size(url, given.pop("cache"))
+    options = FileOptions.parse(url, given)
     if not path:
         raise ConfigError(f"store {url!r}: expected the directory of a table after file:")
     if layer is None:
@@ -55,7 +77,19 @@ def _open_file(url: str, rest: str, layer: int | None, rows: int | None, row_byt
                           f"row_bytes={row_bytes!r}")
     table = Table.open(path, mode)
     try:
-        return FileStore(table, layer, close_table=True)
+        store = open_layer(table, layer, options)
+        return store if budget is None else CacheStore(store, budget)
     except BaseException:
         table.close()
         raise
+
+
+def _open_pool(url: str, rest: str, layer: int | None, rows: int | None, row_bytes: int | None, mode: str) -> RowStore:
+    path, _, text = rest.partition("?")
+    given = split_options(url, text, ("from", "populate"))
+    if not path or given.get("from") == "":
+        raise ConfigError(f"store {url!r}: expected the directory of a pool after pool:, that of a table after from=")
+    if layer is None or mode != "r" or rows is not None or row_bytes is not None:
+        raise ConfigError(f"store {url!r}: expected a layer, mode 'r' and neither rows nor row_bytes, found "
+                          f"layer={layer!r}, mode={mode!r}, rows={rows!r}, row_bytes={row_bytes!r}")
+    return open_pool(path, layer, given.get("from"), flag(url, "populate", given.get("populate", "1")))

@@ -6,21 +6,28 @@ addressed, and wrappers (caches, overlays) are stores around a store.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
+import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import InputError, StoreError
-from ..rows import RowFormat, by_shard, check_array, check_ids, check_out, take
+from ..rows import RowFormat, by_shard, check_array, check_ids, check_out, gather_mapped
+from ..table import Table
+from .latency import BUCKETS, Latency, bucket_of, latency_of
+from .mapping import Watch
 
 
 @dataclass(frozen=True)
 class StoreInfo:
     """What a store holds. kind: its URL scheme. The rest is None where a store does not know it: the identities of the
-    table behind it, its row format, layer and path."""
+    table behind it, its row format, layer and path; reads: in words, how it gets at rows, where it had a choice."""
 
     kind: str
     rows: int
@@ -31,6 +38,20 @@ class StoreInfo:
     path: str | None = None
     format: RowFormat | None = None
     address_digest: str | None = None
+    reads: str | None = None
+
+    @classmethod
+    def of_layer(cls, kind: str, table: Table, layer: int, reads: str) -> StoreInfo:
+        """Of a store over one layer of a table. Raises ConfigError for a layer that the table does not have."""
+        return cls(kind, table.rows(layer), table.row_bytes, table.mode == "w", table.table_id, layer, str(table.path),
+                   table.fmt, table.address_digest, reads)
+
+    def as_of_now(self, table: Table) -> StoreInfo:
+        """The same after a seal, which ends writing and may change the table_id."""
+        writable, table_id = table.mode == "w", table.table_id
+        if (writable, table_id) == (self.writable, self.table_id):
+            return self
+        return dataclasses.replace(self, writable=writable, table_id=table_id)
 
     @property
     def bytes(self) -> int:
@@ -40,20 +61,48 @@ class StoreInfo:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What has been read since the store was opened: calls, rows, bytes."""
+    """What has been read since the store was opened: calls, rows, bytes. And what the system was asked for, by stores
+    that read files instead of mapping them: reads, and their bytes, which divided by `bytes` is the amplification.
+
+    hits, misses: of a cache, rows that it had, and rows that it read from the store behind it. latency: of the calls.
+    """
 
     gathers: int
     rows: int
     bytes: int
+    reads: int = 0
+    read_bytes: int = 0
+    hits: int | None = None
+    misses: int | None = None
+    latency: Latency = field(default=Latency(), compare=False)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the rows that a cache had; None for other stores and before the first row."""
+        return None if self.hits is None or not self.rows else self.hits / self.rows
+
+    @property
+    def amplification(self) -> float | None:
+        """Bytes that the system was asked for, for each byte of rows; None where files are not read but mapped."""
+        return self.read_bytes / self.bytes if self.read_bytes and self.bytes else None
 
 
 class RowStore(ABC):
-    """Rows of one layer. Reading is safe from many threads; writing beside reading may show half-written rows."""
+    """Rows of one layer. Reading is safe from many threads; writing beside reading may show half-written rows.
+
+    inner: of a wrapper, the store behind it. in_memory: reading never waits for a disk or a network, so that a few rows
+    are read faster here than by another thread.
+    """
+
+    inner: RowStore | None = None
+    in_memory = False
 
     def __init__(self) -> None:
         self._closed = False
         self._count_lock = threading.Lock()
-        self._gathers = self._rows_read = 0
+        self._gathers = self._rows_read = self._reads = self._read_bytes = self._nanoseconds = 0
+        self._buckets = [0] * BUCKETS
+        _ALL.add(self)
 
     @property
     @abstractmethod
@@ -73,13 +122,15 @@ class RowStore(ABC):
     def stats(self) -> StoreStats:
         """Counters so far."""
         with self._count_lock:
-            return StoreStats(self._gathers, self._rows_read, self._rows_read * self.info.row_bytes)
+            return StoreStats(self._gathers, self._rows_read, self._rows_read * self.info.row_bytes, self._reads,
+                              self._read_bytes, latency=latency_of(self._buckets, self._nanoseconds))
 
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `ids_N` (int64 [N]) as uint8 [N, row_bytes], in `out` (C-contiguous) where it is given.
 
         Raises RowOutOfRange, InputError (dtype, shape) or StoreError (closed) before anything is written.
         """
+        begun = time.perf_counter_ns()
         self._check_open()
         info = self.info
         _check_flat_ids(ids_N, info.rows)
@@ -87,7 +138,7 @@ class RowStore(ABC):
             out = np.empty((len(ids_N), info.row_bytes), np.uint8)
         check_out(out, (len(ids_N), info.row_bytes), (np.uint8,))
         self._gather(ids_N, out)
-        self.count_read(len(ids_N))
+        self.count_read(len(ids_N), begun)
         return out
 
     def scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
@@ -104,11 +155,25 @@ class RowStore(ABC):
         check_array("rows", rows_NR, (len(ids_N), info.row_bytes), (np.uint8,))
         self._scatter(ids_N, rows_NR)
 
-    def count_read(self, rows: int) -> None:
-        """Put `rows` rows, read past `gather`, to the counters."""
+    def count_read(self, rows: int, begun: int) -> None:
+        """Put `rows` rows to the counters, read past `gather` in a call that began at `begun` (perf_counter_ns).
+
+        Raises ShardTruncated or StoreError where the memory that they were read from has turned out to be damaged.
+        """
+        taken = time.perf_counter_ns() - begun
+        bucket = bucket_of(taken)
         with self._count_lock:
             self._gathers += 1
             self._rows_read += rows
+            self._nanoseconds += taken
+            self._buckets[bucket] += 1
+
+    def __repr__(self) -> str:
+        info = self.info
+        layer = "" if info.layer is None else f", layer {info.layer}"
+        details = "".join(f", {text}" for text in (info.reads, "writable" if info.writable else None) if text)
+        return f"<{info.kind} store{' of ' + info.path if info.path else ''}{layer}: {info.rows} rows of " \
+               f"{info.row_bytes} bytes{details}>"
 
     def close(self) -> None:
         """Let go of files and memory; every later use raises StoreError. May be called again."""
@@ -118,6 +183,10 @@ class RowStore(ABC):
         if self._closed:
             raise StoreError(f"{self.info.kind} store of {self.info.path or 'rows'}: it is closed")
 
+    def _after_fork(self) -> None:
+        """In a forked child: the threads are gone that held locks."""
+        self._count_lock = threading.Lock()
+
     @abstractmethod
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None: ...
 
@@ -126,10 +195,12 @@ class RowStore(ABC):
 
 
 class MappedStore(RowStore):
-    """A store whose rows can be addressed: uint8 [n, row_bytes] arrays, equal sizes but the last."""
+    """A store whose rows can be addressed: uint8 [n, row_bytes] arrays, equal sizes but the last. watch: of the files
+    that the memory is of, asked before and after each read."""
 
-    def __init__(self, memory: Sequence[np.ndarray]) -> None:
+    def __init__(self, memory: Sequence[np.ndarray], watch: Watch | None = None) -> None:
         super().__init__()
+        self._watch = watch
         self._memory = tuple(memory)
         self._readonly = tuple(shard.view() for shard in memory)
         for shard in self._readonly:
@@ -138,7 +209,14 @@ class MappedStore(RowStore):
     @property
     def shards(self) -> Sequence[np.ndarray]:
         self._check_open()
+        if self._watch is not None:
+            self._watch.before()
         return self._readonly
+
+    def count_read(self, rows: int, begun: int) -> None:
+        if self._watch is not None:
+            self._watch.after()
+        super().count_read(rows, begun)
 
     def close(self) -> None:
         super().close()
@@ -146,7 +224,7 @@ class MappedStore(RowStore):
         self._memory = self._readonly = ()
 
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        take(self.shards, ids_N, out_NR)
+        gather_mapped(self.shards, self.info, ids_N, out_NR)
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
         for shard, local_n, where in by_shard(self._memory, ids_N):
@@ -169,6 +247,17 @@ def copy_rows(source: RowStore, target: RowStore, chunk: int = 65_536) -> None:
     for first in range(0, ours.rows, chunk):
         ids_n = np.arange(first, min(first + chunk, ours.rows), dtype=np.int64)
         target.scatter(ids_n, source.gather(ids_n, out=buffer_nR[:len(ids_n)]))
+
+
+_ALL: weakref.WeakSet[RowStore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_ALL):
+        store._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _check_flat_ids(ids_N: np.ndarray, rows: int) -> None:

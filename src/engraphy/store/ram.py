@@ -18,24 +18,28 @@ class RamStore(MappedStore):
     meant, StoreError where the system refuses the mapping.
     """
 
+    in_memory = True
+
     def __init__(self, rows: int, row_bytes: int, layer: int | None = None) -> None:
         for name, value in (("rows", rows), ("row_bytes", row_bytes)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ConfigError(f"ram store, {name}: expected a positive integer, found {value!r}")
         self._info = StoreInfo("ram", int(rows), int(row_bytes), writable=True, layer=layer)
-        super().__init__([_zeros(self._info.rows, self._info.row_bytes)])
+        super().__init__([zeros(self._info.rows, self._info.row_bytes)])
 
     @property
     def info(self) -> StoreInfo:
         return self._info
 
 
-def _zeros(rows: int, row_bytes: int) -> np.ndarray:
+def zeros(rows: int, row_bytes: int) -> np.ndarray:
+    """uint8 [rows, row_bytes] in memory of this process, taken as it is touched. Raises StoreError where the system
+    refuses."""
     size = rows * row_bytes
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise StoreError(f"ram store: the system refuses to map {rows} rows of {row_bytes} bytes = {size} bytes "
+        raise StoreError(f"the system refuses to map {rows} rows of {row_bytes} bytes = {size} bytes "
                          f"({error})") from error
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)

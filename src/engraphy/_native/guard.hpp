@@ -1,0 +1,23 @@
+// Mapped files that shrink, or cannot be read, while they are served: the fault is caught and noted.
+#pragma once
+
+#include <stdint.h>
+
+namespace engraphy {
+
+// Watch over a mapping of a file. Returns a number to know it by, -1 where there are too many.
+int guard(uintptr_t begin, uintptr_t size, bool writable);
+
+// To be called before it is unmapped.
+void unguard(int slot);
+
+// Whether a fault was met in it since; its memory then is zero, all of it.
+bool damaged(int slot);
+
+// Faults that were met in guarded mappings of this process.
+int64_t damage_count();
+
+// Put the handler before one that was installed over it since.
+void arm_guard();
+
+}  // namespace engraphy

@@ -1,0 +1,154 @@
+#include "threads.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace engraphy {
+namespace {
+
+constexpr int64_t rows_worth_a_thread = 2048;
+
+std::atomic<uint64_t> forks{0};
+std::atomic<int> thread_count{1};
+
+// One call. It lies on the stack of the caller, who leaves only when nobody works on it.
+struct Job {
+    Job(void (*work)(const void *, int64_t), const void *context, int64_t count)
+        : work(work), context(context), count(count) {}
+
+    void (*work)(const void *, int64_t);
+    const void *context;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    int places = 0;  // for more threads
+    int workers = 0;
+    std::condition_variable done;
+
+    void take_part() {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(context, i);
+    }
+};
+
+}  // namespace
+
+struct ThreadPool::State {
+    const uint64_t born_after = forks.load();
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::vector<Job *> jobs;
+    std::vector<std::thread> threads;
+    int idle = 0;
+    bool ending = false;
+
+    Job *open_job() {
+        for (Job *job : jobs)
+            if (job->places) return job;
+        return nullptr;
+    }
+
+    void serve() {
+        std::unique_lock lock(mutex);
+        for (;;) {
+            Job *job = open_job();
+            if (job) {
+                job->places--;
+                job->workers++;
+                lock.unlock();
+                job->take_part();
+                lock.lock();
+                if (!--job->workers) job->done.notify_one();
+            } else if (ending) {
+                return;
+            } else {
+                idle++;
+                wake.wait(lock);
+                idle--;
+            }
+        }
+    }
+
+    // With the mutex held. Signals are for the threads of Python; those of a fault reach a thread in any case, and
+    // blocking them would end the process.
+    void start(int wanted) {
+        sigset_t others, before;
+        sigfillset(&others);
+        for (int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&others, fault);
+        pthread_sigmask(SIG_SETMASK, &others, &before);
+        try {
+            for (int i = 0; i < wanted; i++) threads.emplace_back([this] { serve(); });
+        } catch (const std::system_error &) {  // no more threads for this process: those there are do it
+        } catch (const std::bad_alloc &) {
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+};
+
+ThreadPool::ThreadPool() noexcept : state_(nullptr) {
+    static const bool counting = (pthread_atfork(nullptr, nullptr, [] { forks++; }), true);
+    (void)counting;
+}
+
+ThreadPool::~ThreadPool() {
+    State *state = state_.load();
+    if (!state || state->born_after != forks.load()) return;  // its threads stayed with the parent
+    {
+        std::lock_guard lock(state->mutex);
+        state->ending = true;
+    }
+    state->wake.notify_all();
+    for (std::thread &thread : state->threads) thread.join();
+    delete state;
+}
+
+// What the parent left is abandoned: its mutex may be locked for ever.
+ThreadPool::State *ThreadPool::state() {
+    State *state = state_.load();
+    if (state && state->born_after == forks.load()) return state;
+    State *fresh = new State;
+    if (state_.compare_exchange_strong(state, fresh)) return fresh;
+    delete fresh;
+    return state;
+}
+
+void ThreadPool::run(int64_t count, int most, void (*work)(const void *, int64_t), const void *context) {
+    const int others = int(std::min<int64_t>(most, count)) - 1;
+    if (others < 1) {
+        for (int64_t i = 0; i < count; i++) work(context, i);
+        return;
+    }
+    State *state = this->state();
+    Job job(work, context, count);
+    {
+        std::lock_guard lock(state->mutex);
+        state->jobs.push_back(&job);
+        job.places = others;
+        const int missing = std::min(others - state->idle, most - 1 - int(state->threads.size()));
+        if (missing > 0) state->start(missing);
+        for (int i = std::min(others, state->idle); i > 0; i--) state->wake.notify_one();
+    }
+    job.take_part();
+    std::unique_lock lock(state->mutex);
+    state->jobs.erase(std::find(state->jobs.begin(), state->jobs.end(), &job));
+    job.done.wait(lock, [&job] { return !job.workers; });
+}
+
+ThreadPool &computing() {
+    static ThreadPool *const pool = new ThreadPool;
+    return *pool;
+}
+
+int threads() { return thread_count.load(std::memory_order_relaxed); }
+void set_threads(int count) { thread_count = count; }
+
+int parts_of(int64_t count) {
+    return int(std::clamp<int64_t>(count / rows_worth_a_thread, 1, threads()));
+}
+
+}  // namespace engraphy

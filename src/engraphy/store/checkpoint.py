@@ -1,0 +1,109 @@
+"""One layer of a released checkpoint, served from its own shards in place: nothing is copied, nothing written.
+
+Where a tensor holds whole records (Qwen4-Exp) its parts are mapped memory like a table's shards. DeepSeek-V4.1 keeps
+the scales in a tensor of their own: a gather reads both and joins them to the records that a converted table has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint import Checkpoint
+from ..errors import ConfigError, ShardMissing, StoreError
+from ..headers import StoredTensor
+from ..rows import take
+from ..vocab import VocabMap
+from .base import MappedStore, RowStore, StoreInfo
+from .mapping import MappedFile, Watch
+from .options import split_options
+
+
+class MappedCheckpoint(MappedStore):
+    """A layer whose tensors hold whole records. vocab: the checkpoint's map (`Checkpoint.vocab`)."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> None:
+        files = _map_files(checkpoint.weights[layer])
+        super().__init__(_map(files, checkpoint.weights[layer]), Watch(list(files.values())))
+        self._info = _info(checkpoint, layer, vocab)
+
+    @property
+    def info(self) -> StoreInfo:
+        return self._info
+
+
+class InterleavedCheckpoint(RowStore):
+    """A layer of weights and scales in two tensors, joined to records as they are read."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> None:
+        super().__init__()
+        weights, scales = checkpoint.weights[layer], checkpoint.scales[layer]
+        files = _map_files([*weights, *scales])
+        self._both = _map(files, weights), _map(files, scales)
+        self._watch = Watch(list(files.values()))
+        self._info = _info(checkpoint, layer, vocab)
+
+    @property
+    def info(self) -> StoreInfo:
+        return self._info
+
+    def close(self) -> None:
+        super().close()
+        self._both = [], []  # unmapped when the last gather that is under way lets go of them
+
+    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
+        weights, scales = self._both
+        self._check_open()
+        self._watch.before()
+        width = weights[0].shape[1]
+        take(weights, ids_N, out_NR[:, :width])
+        take(scales, ids_N, out_NR[:, width:])
+        self._watch.after()
+
+    def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
+        raise StoreError(f"{self._info.path}: a checkpoint is read-only")
+
+
+def open_checkpoint(url: str, rest: str, layer: int | None) -> RowStore:
+    """The store of "checkpoint:DIR" or "checkpoint:DIR?vocab=FILE", FILE a saved vocabulary map.
+
+    Raises ConfigError for the URL and for a layer without memory, and what `Checkpoint.open` and `.vocab` raise.
+    """
+    path, _, text = rest.partition("?")
+    options = split_options(url, text, ("vocab",))
+    if not path:
+        raise ConfigError(f"store {url!r}: expected the folder of a checkpoint after checkpoint:")
+    if layer is None:
+        raise ConfigError(f"store {url!r}: expected a layer")
+    checkpoint = Checkpoint.open(path)
+    checkpoint.config.hash.layer_index(layer)
+    kind = InterleavedCheckpoint if checkpoint.scales[layer] else MappedCheckpoint
+    return kind(checkpoint, layer, checkpoint.vocab(options.get("vocab")))
+
+
+def _info(checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> StoreInfo:
+    return StoreInfo("checkpoint", checkpoint.config.hash.row_count(layer), checkpoint.fmt.row_bytes, False,
+                     checkpoint.source_id, layer, str(checkpoint.directory), checkpoint.fmt,
+                     checkpoint.config.address_digest(vocab.digest), "mmap")
+
+
+def _map_files(tensors: Sequence[StoredTensor]) -> dict[Path, MappedFile]:
+    """Each file once, however many of the tensors it holds."""
+    files: dict[Path, MappedFile] = {}
+    for path in {tensor.path: None for tensor in tensors}:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ShardMissing(f"{path}: expected a shard of the checkpoint, found no file") from None
+        try:
+            files[path] = MappedFile(fd, str(path), os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+    return files
+
+
+def _map(files: dict[Path, MappedFile], tensors: Sequence[StoredTensor]) -> list[np.ndarray]:
+    return [files[tensor.path].records(tensor.offset, tensor.rows, tensor.row_bytes) for tensor in tensors]

@@ -1,0 +1,55 @@
+"""How long calls took: counted in fixed buckets, four to a doubling, since counting must cost next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BUCKETS = 64 * 4
+_LEAST = 4  # ns; below it the three leading bits are not there
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Durations of calls. counts: calls per bucket. seconds: their sum."""
+
+    counts: tuple[int, ...] = (0,) * BUCKETS
+    seconds: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        """Calls that were counted."""
+        return sum(self.counts)
+
+    def quantile(self, q: float) -> float | None:
+        """Seconds that a share `q` of the calls did not exceed, up to a quarter too high; None before the first call.
+        """
+        rank, seen = q * self.calls, 0
+        for bucket, count in enumerate(self.counts):
+            seen += count
+            if count and seen >= rank:
+                return limit(bucket)
+        return None
+
+    def within(self, seconds: float) -> int:
+        """Calls known to have taken at most `seconds`: exact where that is a limit of buckets, as powers of two of a
+        nanosecond are."""
+        return sum(count for bucket, count in enumerate(self.counts) if count and limit(bucket) <= seconds)
+
+
+def bucket_of(nanoseconds: int) -> int:
+    """The bucket of a duration: the position of its leading bit and the two bits after it."""
+    if nanoseconds < _LEAST:
+        nanoseconds = _LEAST
+    size = nanoseconds.bit_length()
+    return (size << 2) + (nanoseconds >> (size - 3)) - 4
+
+
+def limit(bucket: int) -> float:
+    """Upper limit of a bucket in seconds."""
+    return ((bucket & 3) + 5) * 2.0 ** ((bucket >> 2) - 3) * 1e-9
+
+
+def latency_of(counts: Sequence[int], nanoseconds: int) -> Latency:
+    """A frozen copy of counters that go on counting."""
+    return Latency(tuple(counts), nanoseconds * 1e-9)
