@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_model import lives, write_model
 
 FOLDER = Path(__file__).parent.parent / "examples"
-PROMISES = {"addresses.py": "has the same rows: True", "decode.py": "largest difference: ",
-            "train_and_serve.py": "equal bit for bit: True"}
+PROMISES = {"addresses.py": "has the same rows: True", "attach.py": "loaded, equal bit for bit: True",
+            "decode.py": "largest difference: ", "train_and_serve.py": "equal bit for bit: True"}
 
 
 def test_every_example_is_run():
@@ -27,9 +28,26 @@ def test_the_example_runs(name):
         assert float(done.stdout.split("largest difference: ")[1].split()[0]) < 1e-5
 
 
-def test_the_code_in_the_readme_runs():
-    text = (FOLDER.parent / "README.md").read_text()
-    blocks = text.split("```python\n")[1:]
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """Somebody in a folder with a model and a text of their own."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "my-model")
+    (tmp_path / "notes.txt").write_text("\f".join(lives(200)))
+
+
+def blocks_of(path):
+    blocks = [compile(block.split("```")[0], path.name, "exec") for block in path.read_text().split("```python\n")[1:]]
     assert blocks
-    for block in blocks:
-        exec(compile(block.split("```")[0], "README.md", "exec"), {})
+    return blocks
+
+
+def test_the_code_in_the_readme_runs(reader):
+    for block in blocks_of(FOLDER.parent / "README.md"):
+        exec(block, {})
+
+
+def test_the_code_in_the_guide_to_attaching_runs(reader):
+    names = {}
+    for block in blocks_of(FOLDER.parent / "docs" / "attaching.md"):
+        exec(block, names)

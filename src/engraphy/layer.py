@@ -30,6 +30,21 @@ _FP8_BLOCK = 32  # side of the square blocks that share a scale in DeepSeek-V4.1
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class Projection(nn.Module):
+    """y = x W^T + b; weight [out, in], bias [out] or None. An nn.Linear in all but its type.
+
+    What rewrites a model by type (adapters on "all-linear", quantisation) leaves a memory's projections alone.
+    """
+
+    def __init__(self, width: int, out: int, bias: bool) -> None:
+        super().__init__()
+        linear = nn.Linear(width, out, bias=bias)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 class EngramLayer(nn.Module):
     """The fusion layer of one memory layer.
 
@@ -44,8 +59,8 @@ class EngramLayer(nn.Module):
         super().__init__()
         self.spec = spec
         streams, hidden = spec.streams, spec.hidden_size
-        self.key = nn.Linear(spec.width, streams * hidden, bias=spec.bias)
-        self.value = nn.Linear(spec.width, hidden, bias=spec.bias)
+        self.key = Projection(spec.width, streams * hidden, bias=spec.bias)
+        self.value = Projection(spec.width, hidden, bias=spec.bias)
         self.query_norm = nn.Parameter(torch.empty(streams, hidden))
         self.key_norm = nn.Parameter(torch.empty(streams, hidden))
         self.conv_norm = nn.Parameter(torch.empty(streams, hidden)) if spec.kernel else None

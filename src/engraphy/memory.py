@@ -201,6 +201,10 @@ class EngramMemory(nn.Module):
         pending, self.row_grads = self.row_grads, []
         return pending
 
+    def __deepcopy__(self, memo: Any) -> EngramMemory:
+        raise ConfigError("a memory is not copied with its model, nor by PEFT as one of modules_to_save: detach it "
+                          "first; memory.save and EngramMemory.load make another one")
+
     def _learns(self, layer: int) -> bool:
         follow = any(parameter.requires_grad for parameter in self.blocks[str(layer)].parameters())
         wanted = follow if self.rows_require_grad is None else self.rows_require_grad

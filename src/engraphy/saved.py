@@ -82,13 +82,39 @@ def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | No
         memory.read_table(path / str(body["table"]))
         for each in served.stores.values():
             each.close()
+    _check_shapes(memory, path, tensors)
+    memory.blocks.to(next(iter(tensors.values())).dtype)
+    memory.blocks.load_state_dict(tensors)
+    return memory
+
+
+def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
+    """Read what `save` wrote into a memory that exists: dense weights, and the rows where they were copied.
+
+    Returns the table_id of the saved rows. Raises ConfigError for what is no memory or has other sizes, DigestMismatch
+    for other addresses, and where neither `path` nor the memory's stores have the rows of the dense weights.
+    """
+    path = Path(path)
+    body, _ = _read_json(path)
+    identity = {"table_id": body["table_id"], "address_digest": memory.address_digest}
+    tensors = _read_dense(path / "memory.safetensors", identity)
+    _check_shapes(memory, path, tensors)
+    if body["table"] == "table":
+        memory.read_table(path / "table", body["table_id"])
+    else:
+        found = next(iter(memory.stores.values())).info.table_id
+        if found != body["table_id"]:
+            raise DigestMismatch(f"{path}: the dense weights belong to table {body['table_id']}, "
+                                 f"the stores serve {found}")
+    memory.blocks.load_state_dict(tensors)
+    return body["table_id"]
+
+
+def _check_shapes(memory: EngramMemory, path: Path, tensors: dict[str, Tensor]) -> None:
     own = {name: list(value.shape) for name, value in memory.blocks.state_dict().items()}
     given = {name: list(value.shape) for name, value in tensors.items()}
     if own != given:
         raise ConfigError(f"{path / 'memory.safetensors'}: expected tensors {own}, found {given}")
-    memory.blocks.to(next(iter(tensors.values())).dtype)
-    memory.blocks.load_state_dict(tensors)
-    return memory
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:

@@ -32,6 +32,11 @@ def errors(interrupted: str) -> Iterator[None]:
     except EngraphyError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "transformers":
+            raise
+        Console(stderr=True).print('transformers is not installed: pip install "engraphy\\[hf]"')
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print(f"interrupted; {interrupted}")
         raise typer.Exit(130) from None

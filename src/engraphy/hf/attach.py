@@ -25,7 +25,7 @@ from ..spec import EngramConfig
 from ..table import Table
 from ..vocab import VocabMap
 from .backbone import Backbone, find_backbone, find_dtype, free_ram, read_batch, same_device, unwrapped
-from .cache import cached_state
+from .cache import memory_layer, ready_layer, tokens_seen
 
 _uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
 _LOOKUP = "engraphy_lookup"  # the keyword argument on its way from the decoder to its blocks
@@ -74,7 +74,7 @@ def attach(model: nn.Module, config: EngramConfig | EngramMemory, vocab: VocabMa
     backbone = find_backbone(model)
     _check_free(model)
     if isinstance(config, EngramMemory):
-        memory = config
+        memory = config.train(model.training)
         _check_sizes(backbone, memory.config)
     else:
         _check_sizes(backbone, config)
@@ -134,14 +134,21 @@ class _Attachment:
         memory, blocks = self.memory, self.backbone.blocks
         if isinstance(getattr(memory, "_attachment", None), _Attachment):
             raise ConfigError("the memory is attached to a model; detach it there first")
-        for layer in memory.layers:
-            memory.blocks[str(layer)].to(same_device(blocks[layer]))
+        devices = {layer: same_device(blocks[layer]) for layer in memory.layers}
+        for layer, device in devices.items():
+            if device.type == "meta":
+                raise ConfigError(f"layer {layer}: expected its weights on a device, found them offloaded or not "
+                                  "loaded; keep the memory's layers on a device in the device_map")
+        for layer, device in devices.items():
+            memory.blocks[str(layer)].to(device)
         model.add_module("engraphy", memory)
         object.__setattr__(memory, "_attachment", self)
         self.unsaved = {f"engraphy.{name}" for name in memory.state_dict()}
         kept = getattr(model, "_keys_to_ignore_on_save", None)
         model._keys_to_ignore_on_save = set(kept or ()) | self.unsaved
-        self.handles = [self.backbone.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)]
+        decoder = self.backbone.decoder
+        self.handles = [decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+                        decoder.register_forward_hook(self.after_decoder, with_kwargs=True)]
         for layer, block in enumerate(blocks):
             hook = partial(self.before_layer, layer) if layer in memory.layers else _drop_lookup
             self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -157,17 +164,25 @@ class _Attachment:
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.backbone.arguments, args, strict=False)) | kwargs
         trace = given.pop("engraphy_trace", None)
-        ids_BT, live, starts = read_batch(given)
         cache = given.get("past_key_values")
+        ids_BT, live, starts = read_batch(given, tokens_seen(cache))
         if cache is None and self._makes_cache(given):
             cache = given["past_key_values"] = DynamicCache(config=decoder.config)
-        state = None
+        layer = None
         if cache is not None:
-            state = cached_state(cache, self.memory, len(self.backbone.blocks), len(ids_BT), self.margin)
+            layer = ready_layer(cache, self.memory, len(self.backbone.blocks), len(ids_BT), self.margin)
         self._warn_if_frozen()
         lookup: Any = self.memory.lookup
-        given[_LOOKUP] = lookup(ids_BT, state, live, starts, trace)
+        given[_LOOKUP] = lookup(ids_BT, layer and layer.state, live, starts, trace)
+        if layer is not None:
+            layer.whole = False
         return (), given
+
+    @_uncompiled
+    def after_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        layer = memory_layer(kwargs.get("past_key_values"))
+        if layer is not None:
+            layer.whole = True
 
     @_uncompiled
     def before_layer(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

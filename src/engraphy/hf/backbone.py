@@ -71,40 +71,52 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def read_batch(arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(ids [B, T], live [B, T] or None, starts [B, T] or None) of a call to a decoder.
+def read_batch(arguments: dict[str, Any], seen: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(ids [B, T], live [B, T] or None, starts [B, T] or None) of a call to a decoder. seen: tokens in its cache.
 
-    live comes from a 2-D mask, of which the last T columns are the chunk's. starts: where position ids are 0;
-    generate() gives padding position 0 too, so they serve a static cache, whose mask is 4-D, as they serve packing.
-    Raises InputError where padding cannot be told: embeddings without ids, a mask that is not 2-D without position ids.
+    live comes from a 2-D mask, whose columns are positions in the cache. starts: where position ids are 0; generate()
+    gives padding position 0 too, so they serve a static cache, whose mask is 4-D, as they serve packing.
+    Raises InputError where padding cannot be told: embeddings without ids, a mask that is not 2-D without position ids
+    that go up by one or begin again at 0. And where padding stands between tokens of one sequence.
     """
     ids, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     if ids is None:
         raise InputError("the memory looks up token ids: expected input_ids, found inputs_embeds alone; "
                          "detach the memory to run the model on embeddings")
     batch, tokens = ids.shape
-    live = starts = None
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        if mask.shape[0] != batch or mask.shape[1] < tokens:
-            raise InputError(f"attention_mask: expected [{batch}, at least {tokens}], found {list(mask.shape)}")
-        live = mask[:, mask.shape[1] - tokens:] != 0
-    elif mask is not None and positions is None:
-        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"attention_mask: expected [B, T], or position_ids that begin at 0 in each document, "
-                         f"found {found} and no position_ids")
+    starts = None
     if positions is not None:
         if positions.ndim != 2 or positions.shape[1] != tokens or positions.shape[0] not in (1, batch):
             raise InputError(f"position_ids: expected [{batch} or 1, {tokens}], found {list(positions.shape)}")
         starts = (positions == 0).expand(batch, tokens)
-    return ids, _unless(live, True), _unless(starts, False)
+        starts = starts if bool(starts.any()) else None
+    if mask is None:
+        return ids, None, starts
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        if mask.shape[0] != batch or mask.shape[1] < seen + tokens:
+            raise InputError(f"attention_mask: expected [{batch}, at least {seen + tokens}], found {list(mask.shape)}")
+        return ids, _live(mask[:, :seen + tokens], tokens, starts), starts
+    if positions is None or bool(((positions.diff() != 1) & (positions[:, 1:] != 0)).any()):
+        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"attention_mask: expected [B, T], or position_ids that go up by one and begin at 0 in each "
+                         f"document, found {found} and {'no' if positions is None else 'other'} position_ids")
+    return ids, None, starts
 
 
-def _unless(flags: Tensor | None, everywhere: bool) -> Tensor | None:
-    """None where all flags are as they would be without any: spares the work per position."""
-    if flags is None:
+def _live(mask: Tensor, tokens: int, starts: Tensor | None) -> Tensor | None:
+    """Which of the last `tokens` columns of a 2-D mask are tokens; None = all."""
+    before = max(mask.shape[1] - tokens - 1, 0)  # the column before the chunk, if there is one
+    live = mask != 0
+    if bool(live[:, before:].all()):
         return None
-    same = flags.all() if everywhere else ~flags.any()
-    return None if bool(same) else flags
+    resumed = live[:, before + 1:] & ~live[:, before:-1] & (live.cumsum(1)[:, before:-1] > 0)
+    if starts is not None:
+        resumed &= ~starts[:, tokens - resumed.shape[1]:]
+    if bool(resumed.any()):
+        sequence = int(resumed.any(1).nonzero()[0])
+        raise InputError(f"attention_mask: expected padding before or after a sequence, found it between the tokens of "
+                         f"sequence {sequence}; pad on the left what is to be continued")
+    return live[:, mask.shape[1] - tokens:]
 
 
 def free_ram() -> int | None:

@@ -33,6 +33,7 @@ class MemoryCacheLayer(LinearAttentionLayer):
         self.address_digest = memory.address_digest
         self.margin = margin
         self.state: SequenceState | None = None
+        self.whole = True  # False within a forward, and after one that an error cut short
 
     @property
     def has_previous_state(self) -> dict[int, bool]:
@@ -63,7 +64,7 @@ class MemoryCacheLayer(LinearAttentionLayer):
             self.state.select(indices)
 
     def reset(self) -> None:
-        self.state = None
+        self.state, self.whole = None, True
 
     def offload(self) -> None:
         """Nothing of it lies on another device."""
@@ -71,15 +72,28 @@ class MemoryCacheLayer(LinearAttentionLayer):
     prefetch = offload
 
 
-def cached_state(cache: Cache, memory: EngramMemory, depth: int, batch: int, margin: int) -> SequenceState:
-    """The state that `cache` carries for `memory`, on the first call a fresh one. depth: the model's own cache layers.
+def memory_layer(cache: Any) -> MemoryCacheLayer | None:
+    """The memory's layer of a cache; None where it has none, or where there is no cache."""
+    return next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, MemoryCacheLayer)), None)
 
-    Raises InputError for a cache that has seen tokens which the memory has not (filled before the memory was attached,
-    by another model, or cut short by an error), and for one that belongs to another memory.
-    """
+
+def tokens_seen(cache: Any) -> int:
+    """How many tokens a cache holds; 0 without one. Raises InputError for what is no Cache of a decoder."""
+    if cache is None:
+        return 0
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise InputError(f"past_key_values: expected a Cache of a decoder, found {type(cache).__name__}")
-    layer = next((layer for layer in cache.layers if isinstance(layer, MemoryCacheLayer)), None)
+    return int(cache.get_seq_length())
+
+
+def ready_layer(cache: Cache, memory: EngramMemory, depth: int, batch: int, margin: int) -> MemoryCacheLayer:
+    """The layer of `cache` that carries the state for `memory`; on the first call a fresh one. depth: the model's own
+    cache layers.
+
+    Raises InputError for a cache that has seen tokens which the memory has not (filled before the memory was attached,
+    or by another model), for one that an error left half filled, and for one that belongs to another memory.
+    """
+    layer = memory_layer(cache)
     if layer is None:
         while cache.layer_class_to_replicate is not None and len(cache.layers) < depth:
             cache.layers.append(cache.layer_class_to_replicate())  # else a layer made later would stand behind ours
@@ -88,10 +102,12 @@ def cached_state(cache: Cache, memory: EngramMemory, depth: int, batch: int, mar
     if layer.address_digest != memory.address_digest:
         raise InputError(f"past_key_values: belongs to a memory of address digest {layer.address_digest}, "
                          f"this one has {memory.address_digest}")
+    if not layer.whole:
+        raise InputError("past_key_values: an error cut short the forward that filled it, and some layers have seen "
+                         "more than others; reset it, or use a new one")
     if layer.state is None:
         layer.state = memory.state(batch, margin)
-    seen = int(cache.get_seq_length())
-    if seen != layer.state.length:
+    if (seen := tokens_seen(cache)) != layer.state.length:
         raise InputError(f"past_key_values: the model has seen {seen} tokens, the memory {layer.state.length}; "
-                         "use a cache that was filled with the memory attached and that no error cut short")
-    return layer.state
+                         "use a cache that was filled by this model with the memory attached")
+    return layer

@@ -39,7 +39,9 @@ class _MeanCrossEntropy(torch.autograd.Function):
         share_N = kept_N / kept_N.sum()
         index_N = target_N.where(kept_N, 0)
         loss = torch.zeros((), device=x_ND.device)
-        grad_x, grad_weight = torch.empty_like(x_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_x, grad_weight = torch.empty_like(x_ND), None
+        if ctx.needs_input_grad[1]:  # a frozen head costs a third less
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         logits_NV = x_ND.new_empty(min(_CHUNK, len(x_ND)), len(weight_VD))
         parts = (values.split(_CHUNK) for values in (x_ND, index_N, share_N, grad_x))
         for x, index, share, to_x in zip(*parts, strict=True):
@@ -49,14 +51,16 @@ class _MeanCrossEntropy(torch.autograd.Function):
             grad[torch.arange(len(x), device=x.device), index] -= 1
             grad = grad.mul_(share[:, None]).to(x.dtype)
             torch.mm(grad, weight_VD, out=to_x)
+            if grad_weight is None:
+                continue
             if x.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), x)
             else:  # a sum over all chunks in bfloat16 would lose more with every one
                 grad_weight += grad.t() @ x
-        ctx.save_for_backward(grad_x, grad_weight.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None
+        return grad_x * grad, None if grad_weight is None else grad_weight * grad, None

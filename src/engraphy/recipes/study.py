@@ -8,24 +8,22 @@ from the same seed as well, but arms draw different numbers from it: the same se
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__, _native
-from ..errors import ConfigError, EngraphyError
+from ..errors import ConfigError
 from ..lm import NgramCounts
 from ..lm.loop import Run, TrainConfig, train
 from . import machine, measure
-from .arms import LABELS, ArmConfig, build, tuned_malloc
+from .arms import LABELS, ArmConfig, build
 from .corpus import Corpus, CorpusConfig, prepare
+from .jobs import read_json, run_missing, write_result
 from .progress import curves
 
 RATES = (3e-3, 6e-3, 1e-2)
@@ -98,14 +96,10 @@ def chosen_rates(config: StudyConfig, found: dict[Job, Result]) -> dict[str, flo
 
 def read_result(job: Job, out: Path) -> Result:
     """The result of a run. Raises ConfigError for a damaged file and for one of other settings."""
-    path = out / job.name
-    try:
-        result = json.loads(path.read_text())
-        found, dtype = result["job"], result["machine"].rpartition(", ")[2]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: expected the result of a run, found {type(error).__name__}: {error}") from None
-    if found != asdict(job) or dtype != DTYPE:
-        raise ConfigError(f"{path}: expected a result of {asdict(job)}, {DTYPE}, found one of {found}, {dtype}")
+    result = read_json(out / job.name, asdict(job))
+    dtype = str(result.get("machine")).rpartition(", ")[2]
+    if dtype != DTYPE:
+        raise ConfigError(f"{out / job.name}: expected a result in {DTYPE}, found one of {dtype}")
     return result
 
 
@@ -121,31 +115,7 @@ def run_queue(queue: Sequence[Job], out: Path, work: Path, workers: int, report:
         if not (folder / "corpus.json").exists():
             prepare(corpus).save(folder)
         Corpus.load(folder, expected=corpus)
-    with tuned_malloc():
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        try:
-            _follow(pool, missing, out, work, workers, report)
-        except BaseException:  # Ctrl-C as well; every worker gets that too, and writes a checkpoint
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        pool.shutdown()
-
-
-def _follow(pool: ProcessPoolExecutor, missing: Sequence[Job], out: Path, work: Path, workers: int,
-            report: Callable[[str], None]) -> None:
-    waiting, running = list(missing), dict[Future[str], Job]()
-    while waiting or running:
-        # No more than there are workers: what the pool has fetched ahead would still run after an interrupt.
-        while waiting and len(running) < workers:
-            job = waiting.pop(0)
-            running[pool.submit(run_job, job, out, work)] = job
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            job = running.pop(future)
-            try:
-                report(future.result())
-            except Exception as error:
-                beside = f" ({len(running)} runs beside it finish first)" if running else ""
-                raise EngraphyError(f"{job.name}: {type(error).__name__}: {error}{beside}") from error
+    run_missing(missing, out, workers, partial(run_job, out=out, work=work), report)
 
 
 def run_job(job: Job, out: Path, work: Path) -> str:
@@ -167,7 +137,5 @@ def run_job(job: Job, out: Path, work: Path) -> str:
               "max_expert_load": told["max_expert_load"], "minutes": round(told["seconds"] / 60, 2),
               "version": __version__, "commit": commit,
               "machine": f"{machine.cpu()}, {_native.level()}, one thread, {config.train.dtype}"}
-    partial = out / f".{job.name}"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, out / job.name)
+    write_result(result, out / job.name)
     return f"{job.name}: validation loss {result['validation_loss']:.4f} in {result['minutes']} minutes"

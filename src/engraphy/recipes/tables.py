@@ -76,7 +76,7 @@ def _pair_table(config: StudyConfig, found: Found, chosen: dict[str, float]) -> 
         for bucket in buckets:
             pairs = [(a["loss_by_frequency"].get(bucket), b["loss_by_frequency"].get(bucket)) for a, b in runs]
             gaps.append([a - b for a, b in pairs if a is not None and b is not None])
-        cells = [_mean_and_error(gap) if len(gap) == len(runs) else _NONE for gap in gaps]
+        cells = [mean_and_error(gap) if len(gap) == len(runs) else _NONE for gap in gaps]
         yield f"| {LABELS[one]} minus {LABELS[other]} | {len(runs)} | " + " | ".join(cells) + " |"
 
 
@@ -110,8 +110,9 @@ def _fixed(value: float | None) -> str:
     return _NONE if value is None else f"{value:.4f}"
 
 
-def _mean_and_error(values: Sequence[float]) -> str:
+def mean_and_error(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and, of two values or more, its standard error."""
     mean = statistics.mean(values)
     if len(values) < 2:
-        return f"{mean:+.4f}"
-    return f"{mean:+.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+        return f"{mean:+.{digits}f}"
+    return f"{mean:+.{digits}f} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"

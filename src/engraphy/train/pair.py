@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError, InputError
-from .rows import RowOptimizer, SummedGrad, check_finite, coalesce
+from .replicated import drain_mean
+from .rows import RowOptimizer, SummedGrad, check_finite
 
 Schedule = Callable[[float], float]
 
@@ -34,11 +36,14 @@ class OptimizerPair:
     """Dense step first, then the rows, both at base rate x schedule(progress), clipped by their common norm.
 
     dense: any torch optimiser over `parameters()`. rows: a RowOptimizer, or None for a model without memory.
-    clip: largest allowed norm over dense and summed row gradients together; None = no clipping.
+    clip: largest allowed norm over dense and summed row gradients together; None = no clipping. replicas: the group of
+    `replica_group`, where several processes train copies of the table together; the dense parameters are then those of
+    a DistributedDataParallel model.
     """
 
-    def __init__(self, dense: torch.optim.Optimizer, rows: RowOptimizer | None, schedule: Schedule, clip: float | None):
-        self.dense, self.rows, self.schedule, self.clip = dense, rows, schedule, clip
+    def __init__(self, dense: torch.optim.Optimizer, rows: RowOptimizer | None, schedule: Schedule, clip: float | None,
+                 replicas: dist.ProcessGroup | None = None):
+        self.dense, self.rows, self.schedule, self.clip, self.replicas = dense, rows, schedule, clip, replicas
         self._dense_rates = [group["lr"] for group in dense.param_groups]
         self._row_rate = rows.lr if rows is not None else 0.0
 
@@ -48,19 +53,9 @@ class OptimizerPair:
         progress: 0..1, share of the run that is done. Raises InputError where a gradient is not finite: nothing is
         updated then, and all gradients of the step are dropped.
         """
-        parameters = [p for group in self.dense.param_groups for p in group["params"] if p.grad is not None]
-        summed = coalesce(self.rows.memory.drain_row_grads()) if self.rows is not None else {}
-        norm = gradient_norm(parameters, summed)
-        if not math.isfinite(norm):
-            self.dense.zero_grad(set_to_none=False)
-            check_finite(summed)
-            raise InputError(f"the dense gradients are not finite: the norm of all gradients is {norm}")
-        if self.clip is not None and norm > self.clip:
-            scale = self.clip / norm
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_(scale)
-            summed = {layer: SummedGrad(ids, grad * np.float32(scale)) for layer, (ids, grad) in summed.items()}
+        parameters = [p for group in self.dense.param_groups for p in group["params"]]
+        summed = {} if self.rows is None else drain_mean(self.rows.memory, self.replicas)
+        norm, summed = clip_together(parameters, summed, self.clip)
         share = self.schedule(progress)
         for group, rate in zip(self.dense.param_groups, self._dense_rates, strict=True):
             group["lr"] = rate * share
@@ -70,6 +65,27 @@ class OptimizerPair:
             self.rows.lr = self._row_rate * share
             self.rows.step(summed)
         return norm
+
+
+def clip_together(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad],
+                  clip: float | None) -> tuple[float, dict[int, SummedGrad]]:
+    """(common norm before clipping, row gradients to step with); dense gradients are scaled in place.
+
+    clip: largest allowed norm, None = none. Raises InputError where a gradient is not finite; dense ones are dropped.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = gradient_norm(parameters, summed)
+    if not math.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+        check_finite(summed)
+        raise InputError(f"the dense gradients are not finite: the norm of all gradients is {norm}")
+    if clip is None or norm <= clip:
+        return norm, summed
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.mul_(clip / norm)
+    return norm, {layer: SummedGrad(ids, grad * np.float32(clip / norm)) for layer, (ids, grad) in summed.items()}
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad]) -> float:

@@ -133,9 +133,14 @@ class RowOptimizer:
         return Table.create(path, config, self._moment_format, self.memory.vocab)
 
     def load(self, path: str | Path, table_id: str) -> None:
-        """Read what `save` wrote. Raises DigestMismatch where the moments belong to another table."""
-        state = json.loads((Path(path) / "optimizer.json").read_text())
-        if state.pop("rows") != table_id:
+        """Read what `save` wrote. Raises ConfigError where nothing of the kind is there or the optimiser is another,
+        DigestMismatch where the moments belong to another table."""
+        try:
+            state = json.loads((Path(path) / "optimizer.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: expected the moments of a row optimiser, "
+                              f"found {type(error).__name__}: {error}") from None
+        if state.pop("rows", None) != table_id:
             raise DigestMismatch(f"{path}: the moments belong to another table than {table_id}")
         self.load_state_dict(state)
         table = Table.open(path)

@@ -1,0 +1,246 @@
+"""An attached memory under transformers' Trainer: an optimiser that steps the rows too, and its part of a checkpoint.
+
+    args = TrainingArguments("runs/a", learning_rate=2e-4, max_grad_norm=1.0, bf16=True)
+    trainer = Trainer(model=model, train_dataset=data, **trainer_kwargs(memory, args))
+
+Trainer knows parameters only. The rows join it in two places: `MemoryAdamW` takes their gradients into the norm and
+the step, and `MemoryCallback` puts `memory/` into each checkpoint folder: what `memory.save` writes, and the moments.
+Such a folder and the optimiser's own state in optimizer.pt name the same state id, drawn anew after every step, so that
+a checkpoint in which they do not belong together is refused, whatever cut its writing short.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .. import saved
+from ..errors import ConfigError
+from ..manifest import sync_directory, sync_tree
+from ..memory import EngramMemory
+from ..train import RowAdam, RowOptimizer, clip_together, drain_mean, replica_group, weight_decay_groups
+from .backbone import unwrapped
+
+_FOLDER = "memory"  # not "engraphy": that is where the model itself puts it that was loaded with its memory as one
+_PARTIAL = "memory.partial"
+_ROW_RATE_SCALE = 5.0  # the paper's (arXiv 2601.07372): the table learns at five times the base rate
+
+
+class MemoryAdamW(torch.optim.AdamW):
+    """AdamW for the parameters of a model, and a row optimiser for its memory's table, as one torch optimiser.
+
+    The last parameter group is empty: its learning rate is the rows', so a scheduler drives both. Matrices decay;
+    norms, convs, biases and rows do not. rows: None = the table stays as it is. clip: largest allowed norm of dense and
+    row gradients together, None = any. replicas: as in OptimizerPair. adamw: lr, betas, eps, fused.
+    Raises ConfigError where `memory` is not attached to `model`.
+    """
+
+    def __init__(self, model: nn.Module, memory: EngramMemory, rows: RowOptimizer | None, clip: float | None,
+                 replicas: dist.ProcessGroup | None, weight_decay: float, **adamw: Any) -> None:
+        found = getattr(unwrapped(model), "engraphy", None)
+        if found is not memory:
+            raise ConfigError(f"{type(model).__name__}: expected the memory attached to it, found "
+                              f"{'no memory' if found is None else f'another {type(found).__name__}'} (a memory is not "
+                              "one of PEFT's modules_to_save)")
+        self.memory, self.rows, self.clip, self.replicas = memory, rows, clip, replicas
+        self.folder = ""  # where the run keeps its checkpoints; only a hint to find them again
+        self.loaded: dict[str, str] | None = None  # state_id and folder of a loaded state, until the next step
+        self._state_id: str | None = None
+        groups = weight_decay_groups(model, weight_decay)
+        if rows is not None:
+            groups.append({"params": [], "lr": rows.lr, "weight_decay": 0.0})
+        super().__init__(groups, **adamw)
+
+    @property
+    def state_id(self) -> str:
+        """Name of the rows and moments as they are: random, a new one after each change."""
+        if self._state_id is None:
+            self._state_id = secrets.token_hex(16)
+        return self._state_id
+
+    def set_state_id(self, state_id: str | None) -> None:
+        """The rows are others now: those of a checkpoint by its id, or None for rows that have no name yet."""
+        self._state_id = state_id
+
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of parameters and rows from the gradients since the last; row gradients are gone afterwards.
+
+        Raises ConfigError for a closure, and after `load_state_dict` until the rows of that state are there;
+        InputError where a gradient is not finite: nothing is updated then.
+        """
+        if closure is not None:
+            raise ConfigError("MemoryAdamW.step: expected no closure")
+        if self.loaded is not None and self.loaded["state_id"] != self.state_id:
+            raise ConfigError(f"the optimiser's state was loaded, the rows that belong to it (state "
+                              f"{self.loaded['state_id']}) were not: give the Trainer all of trainer_kwargs")
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        summed = {} if self.rows is None else drain_mean(self.memory, self.replicas)
+        _, summed = clip_together(parameters, summed, self.clip)
+        super().step()
+        if self.rows is not None:
+            self.rows.lr = self.param_groups[-1]["lr"]
+            self.rows.step(summed)
+        self.loaded = None
+        self.set_state_id(None)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of parameters and rows."""
+        super().zero_grad(set_to_none)
+        self.memory.drain_row_grads()
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, and the state id of rows and moments, which lie in the checkpoint folder."""
+        return {**super().state_dict(), "engraphy": {"state_id": self.state_id, "folder": self.folder}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, save for rows and moments: the callback reads those.
+
+        Raises ConfigError for the state of another optimiser.
+        """
+        if "engraphy" not in state_dict:
+            raise ConfigError("expected an optimiser state of a run with this memory, found one without")
+        super().load_state_dict(state_dict)
+        self.loaded = dict(state_dict["engraphy"])
+
+
+class MemoryCallback(TrainerCallback):
+    """Writes and reads the memory's part of checkpoints: `memory/` in each folder checkpoint-N.
+
+    It is written whole under another name, synced, and renamed; by the process that writes the rest of the checkpoint,
+    and where possible before the rest, so that an older checkpoint is not rotated away before this one is complete.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reads rows, moments and dense weights where training is resumed. Raises ConfigError where they are missing,
+        and for arguments and optimisers other than those of `trainer_kwargs`."""
+        optimizer = _memory_optimizer(kwargs["optimizer"])
+        if args.max_grad_norm:
+            raise ConfigError("expected the args that trainer_kwargs gives: its optimiser clips, by the norm of dense "
+                              f"and row gradients together; found max_grad_norm = {args.max_grad_norm} left to Trainer")
+        if state.global_step > 0:
+            _resume(optimizer, _find_checkpoint(args, state, optimizer))
+        optimizer.memory.drain_row_grads()
+        optimizer.folder = os.path.abspath(args.output_dir)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes early what is about to be saved; what is decided on later is written by `on_save`."""
+        if control.should_save:
+            self.on_save(args, state, control, **kwargs)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = _memory_optimizer(kwargs["optimizer"])
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and _state_id_of(folder) != optimizer.state_id:
+            _write(optimizer, folder, with_moments=not args.save_only_model)
+        if optimizer.replicas is not None:
+            dist.barrier(group=optimizer.replicas)  # nobody reads what is not there yet
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """With load_best_model_at_end: the rows and dense weights of the best checkpoint, as Trainer loads the model's.
+        """
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            optimizer = _memory_optimizer(kwargs["optimizer"])
+            saved.restore(optimizer.memory, Path(state.best_model_checkpoint) / _FOLDER)
+            optimizer.set_state_id(None)
+
+
+def trainer_kwargs(memory: EngramMemory, args: TrainingArguments, rows: RowOptimizer | None = None) -> dict[str, Any]:
+    """What a Trainer needs to train `memory` with its model: the keyword arguments `args`, `optimizer_cls_and_kwargs`
+    and `callbacks` (more of the latter: `trainer.add_callback`).
+
+    args: as for any training; learning_rate, weight_decay, adam_*, max_grad_norm and the schedule mean what they always
+    do, max_grad_norm the norm of dense and row gradients together. What is returned is a copy of them in which
+    max_grad_norm is 0, since the optimiser clips; the grad_norm in Trainer's log is that of the dense gradients.
+    rows: the row optimiser, whose lr the schedule scales; default: RowAdam at 5 * learning_rate, or none where
+    `memory.rows_require_grad` is False. Started by torchrun, every process trains a copy of the table (replica_group).
+    Raises ConfigError for what cannot be: another optimiser, fp16, FSDP, DeepSpeed, several devices in one process.
+    """
+    _check_args(args)
+    if rows is None and memory.rows_require_grad is not False:
+        rows = RowAdam(memory, _ROW_RATE_SCALE * args.learning_rate, (args.adam_beta1, args.adam_beta2),
+                       args.adam_epsilon)
+    if rows is not None and rows.memory is not memory:
+        raise ConfigError("rows: expected a row optimiser of the memory, found another memory's")
+    settings = {"memory": memory, "rows": rows, "clip": args.max_grad_norm or None,
+                "replicas": replica_group(memory) if args.world_size > 1 else None, "lr": args.learning_rate,
+                "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
+                "weight_decay": args.weight_decay, "fused": args.optim == "adamw_torch_fused"}
+    args = copy.copy(args)
+    args.max_grad_norm = 0.0
+    return {"args": args, "optimizer_cls_and_kwargs": (lambda: MemoryAdamW, settings), "callbacks": [MemoryCallback()]}
+
+
+def _check_args(args: TrainingArguments) -> None:
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ConfigError(f"optim: expected adamw_torch or adamw_torch_fused, found {args.optim}")
+    if args.fp16:
+        raise ConfigError("fp16: expected bf16 or float32; fp16 scales the loss, and with it the rows' gradients")
+    if args.fsdp or args.deepspeed:
+        raise ConfigError("expected DistributedDataParallel for several processes, found FSDP or DeepSpeed")
+    if args.n_gpu > 1:
+        raise ConfigError(f"expected one device a process (torchrun), found {args.n_gpu}")
+
+
+def _memory_optimizer(optimizer: Any) -> MemoryAdamW:
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if not isinstance(inner, MemoryAdamW):
+        raise ConfigError(f"expected the optimiser of trainer_kwargs, found {type(inner).__name__}")
+    return inner
+
+
+def _find_checkpoint(args: Any, state: Any, optimizer: MemoryAdamW) -> Path:
+    """The folder that the run resumes from, which Trainer does not tell: known by its state id."""
+    name, loaded = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", optimizer.loaded or {"state_id": "?", "folder": ""}
+    places = [Path(args.resume_from_checkpoint or ""), Path(args.output_dir) / name, Path(loaded["folder"]) / name]
+    for place in places:
+        if _state_id_of(place) == loaded["state_id"]:
+            return place
+    raise ConfigError(f"expected a checkpoint of step {state.global_step} whose rows have state {loaded['state_id']}, "
+                      f"found none in {list(map(str, places))}: its {_FOLDER}/ was not written to the end, its "
+                      "optimizer.pt is missing (save_only_model), or it has moved: then name it in TrainingArguments("
+                      "resume_from_checkpoint=)")
+
+
+def _resume(optimizer: MemoryAdamW, folder: Path) -> None:
+    table_id = saved.restore(optimizer.memory, folder / _FOLDER)
+    if optimizer.rows is not None:
+        optimizer.rows.load(folder / _FOLDER / "moments", table_id)
+    optimizer.set_state_id(_state_id_of(folder))
+
+
+def _write(optimizer: MemoryAdamW, folder: Path, with_moments: bool) -> None:
+    memory, rows, partial = optimizer.memory, optimizer.rows, folder / _PARTIAL
+    folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(f"*{_PARTIAL}*"):
+        shutil.rmtree(abandoned)
+    info = next(iter(memory.stores.values())).info
+    sealed = rows is None and info.table_id is not None and not info.writable
+    memory.save(partial, table="link" if sealed else "copy")
+    if rows is not None and with_moments:
+        rows.save(partial / "moments", json.loads((partial / "memory.json").read_text())["table_id"])
+    (partial / "state.json").write_text(json.dumps({"state_id": optimizer.state_id}))
+    sync_tree(partial)
+    if (folder / _FOLDER).exists():  # of a run that came this far before
+        shutil.rmtree(folder / _FOLDER)
+    os.rename(partial, folder / _FOLDER)
+    sync_directory(folder)
+
+
+def _state_id_of(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / _FOLDER / "state.json").read_text())["state_id"]
+    except (OSError, ValueError, KeyError):
+        return None

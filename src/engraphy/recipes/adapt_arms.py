@@ -1,0 +1,122 @@
+"""Ways to adapt a frozen language model to a domain, at sizes that can be compared: a memory, its controls, LoRA.
+
+Counted as trainable: every value that training may change. Of a memory these are its dense layers and its whole table;
+an optimiser over `parameters()` sees the dense layers alone, which is why LoRA is compared at two sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..hf import attach
+from ..memory import EngramMemory
+from ..spec import EngramConfig
+from ..train import OptimizerPair, RowAdam
+from ..train.pair import warmup_cosine, weight_decay_groups
+from ..vocab import VocabMap
+
+LABELS = {
+    "memory": "memory",
+    "one-row": "memory, one row of each head in use",
+    "frozen-rows": "memory, random rows that do not learn",
+    "lora-dense": "LoRA, as many parameters as the memory's dense layers",
+    "lora-total": "LoRA, as many bytes as the whole memory",
+}
+RATES = {"memory": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3)}
+"""Learning rates that are tried; those of the rows are five times as high."""
+ROW_RATE = 5.0
+ROW_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values that training may change, and what they take as float32. rank: of LoRA."""
+
+    dense: int
+    table: int
+    rank: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return 4 * (self.dense + self.table)
+
+
+@dataclass
+class Adapted:
+    """A frozen model with what is trained beside it."""
+
+    model: nn.Module
+    sizes: Sizes
+    memory: EngramMemory | None
+
+    def optimizers(self, lr: float) -> OptimizerPair:
+        """AdamW without decay, RowAdam at ROW_RATE times its rate; warm-up, then a cosine down to a tenth."""
+        trained = [p for group in weight_decay_groups(self.model, 0.0) for p in group["params"]]
+        rows = None
+        if self.memory is not None and self.memory.rows_require_grad is None:
+            rows = RowAdam(self.memory, lr * ROW_RATE)
+        return OptimizerPair(torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), rows, warmup_cosine(), clip=1.0)
+
+
+def rates(arm: str) -> tuple[float, ...]:
+    """The learning rates to try for an arm, one of LABELS. Raises ConfigError for another."""
+    if arm not in LABELS:
+        raise ConfigError(f"arm: expected one of {list(LABELS)}, found {arm!r}")
+    return RATES["lora" if arm.startswith("lora") else "memory"]
+
+
+def memory_config(model_config: Any, vocab: VocabMap, rows_per_head: int) -> EngramConfig:
+    """The memory of the study: two layers, orders 2 and 3, eight heads each, E about D/2."""
+    return EngramConfig.for_model(model_config, rows_per_head=rows_per_head, vocab_size=len(vocab))
+
+
+def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) -> Adapted:
+    """Freeze `model` and give it what `arm` trains, drawn from `seed`. Raises ConfigError for an unknown arm."""
+    rates(arm)
+    model.requires_grad_(False)
+    config = memory_config(model.config, vocab, rows_per_head)
+    torch.manual_seed(seed)
+    if arm.startswith("lora"):
+        wanted = config.dense_parameters() + (config.table_parameters() if arm == "lora-total" else 0)
+        rank = max(1, round(wanted / _per_rank(model)))
+        adapted = _lora(model, rank)
+        return Adapted(adapted, Sizes(_trainable(adapted), 0, rank), None)
+    if arm == "one-row":  # every token has the same address
+        vocab = VocabMap(np.zeros(vocab.raw_size, dtype=np.int64))
+        config = memory_config(model.config, vocab, rows_per_head)
+    memory = attach(model, config, vocab, std=ROW_STD, seed=seed)
+    table = {"memory": config.table_parameters(), "one-row": len(memory.layers) * config.hash.columns * config.dim}
+    if arm == "frozen-rows":
+        memory.rows_require_grad = False
+    return Adapted(model, Sizes(_trainable(model), table.get(arm, 0)), memory)
+
+
+def merged_hash(config: EngramConfig) -> dict[str, Any]:
+    """What a result says of the memory's shape."""
+    return {"layers": list(config.hash.layer_ids), "orders": list(config.hash.orders), "heads": config.hash.heads,
+            "rows_per_head": list(config.hash.rows_per_head), "dim": config.dim,
+            **{key: dataclasses.asdict(config.layer)[key] for key in ("width", "kernel")}}
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _per_rank(model: Any) -> int:
+    """Parameters that one rank of LoRA adds: a row and a column of every projection."""
+    blocks = model.get_decoder()
+    return sum(part.in_features + part.out_features for part in blocks.modules() if isinstance(part, nn.Linear))
+
+
+def _lora(model: Any, rank: int) -> Any:
+    import peft
+
+    wanted = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, wanted)

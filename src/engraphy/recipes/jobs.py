@@ -1,0 +1,75 @@
+"""A resumable queue of runs: each is a process with one thread and leaves one small JSON file."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ConfigError, EngraphyError
+from .arms import tuned_malloc
+
+
+class Job(Protocol):
+    """What a queue needs of a run. name: of its result file."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def run_missing(jobs: Sequence[Any], out: Path, workers: int, run: Callable[[Any], str],
+                report: Callable[[str], None]) -> None:
+    """Run what has no result in `out`, `workers` at a time. run: takes a job, writes its result, returns a line; it has
+    to be picklable.
+
+    Raises EngraphyError naming the first run that fails; no other is started then, those beside it finish.
+    """
+    missing = [job for job in jobs if not (out / job.name).exists()]
+    with tuned_malloc():
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            _follow(pool, missing, workers, run, report)
+        except BaseException:  # Ctrl-C as well; every worker gets that too
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """The result appears complete or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def read_json(path: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run of these settings. Raises ConfigError for a damaged file and for one of others."""
+    try:
+        result = json.loads(path.read_text())
+        found = result["job"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: expected the result of a run, found {type(error).__name__}: {error}") from None
+    if found != job:
+        raise ConfigError(f"{path}: expected a result of {job}, found one of {found}")
+    return result
+
+
+def _follow(pool: ProcessPoolExecutor, missing: Sequence[Any], workers: int, run: Callable[[Any], str],
+            report: Callable[[str], None]) -> None:
+    waiting, running = list(missing), dict[Future[str], Any]()
+    while waiting or running:
+        # No more than there are workers: what the pool has fetched ahead would still run after an interrupt.
+        while waiting and len(running) < workers:
+            job = waiting.pop(0)
+            running[pool.submit(run, job)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            try:
+                report(future.result())
+            except Exception as error:
+                beside = f" ({len(running)} runs beside it finish first)" if running else ""
+                raise EngraphyError(f"{job.name}: {type(error).__name__}: {error}{beside}") from error

@@ -1,0 +1,44 @@
+"""A transformers model and its tokenizer, by folder or hub name, or one line that says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from .. import hf  # noqa: F401  registers the model type of a model saved with its memory
+from ..doctor import bf16_is_fast
+from ..errors import DataUnavailable, EngraphyError
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that lies with a model. Raises DataUnavailable where there is none."""
+    _load(name, "a model with a tokenizer", AutoConfig.from_pretrained)
+    return _load(name, "a tokenizer beside the model", AutoTokenizer.from_pretrained)
+
+
+def load_model(name: str) -> Any:
+    """The model, on a GPU where there is one, in eval mode. Raises DataUnavailable where there is none.
+
+    In bfloat16 on a GPU and on a CPU that is fast at it, else in float32, whatever the file holds.
+    """
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" or bf16_is_fast() else torch.float32
+    model = _load(name, "a model", lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
+    return model.to(device)
+
+
+def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
+    try:
+        return load(name)
+    except EngraphyError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataUnavailable(f"{name}: expected {what}, as a folder or a name on the hub, "
+                              f"found {type(error).__name__}: {reason}") from error

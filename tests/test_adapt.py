@@ -1,0 +1,158 @@
+"""The adaptation study: arms of the sizes they claim, stages that are never done twice, tables that add up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from engraphy import VocabMap
+from engraphy.errors import ConfigError
+from engraphy.recipes import adapt as recipe
+from engraphy.recipes.adapt import BASE, AdaptConfig, Job, Texts, adapt_study, chosen_rates, hidden, train
+from engraphy.recipes.adapt_arms import LABELS, adapt, memory_config, rates
+from engraphy.recipes.adapt_tables import tables
+
+VOCAB = 61
+BEST = {"memory": 3e-3, "one-row": 1e-2, "frozen-rows": 1e-3, "lora-dense": 1e-3, "lora-total": 3e-4}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture
+def texts():
+    random = np.random.default_rng(0)
+    return Texts([random.integers(1, VOCAB, 700) for _ in range(4)], [], [], {}, 0, {})
+
+
+@pytest.fixture
+def config(tmp_path):
+    return AdaptConfig(tmp_path / "model", tmp_path / "general.txt", tokens=5000)
+
+
+def made_up(job: Job) -> dict:
+    """Each arm gains 0.5 at its rate of BEST and less elsewhere; the memory gains seed / 100 more."""
+    gain = 0.0 if job.arm == BASE else 0.5 - abs(job.lr - BEST[job.arm]) + (job.seed / 100) * (job.arm == "memory")
+    score = {"accuracy": 0.5 + gain / 10, "accuracy_stderr": 0.05}
+    domain = {"loss": 4 - gain, "stderr": 0.01, "tokens": 100,
+              "by_frequency": {"never": {"loss": 5 - gain, "tokens": 75}, "31+": {"loss": 1 - gain, "tokens": 25}}}
+    return {"job": asdict(job), "domain": domain, "general": {"loss": 3 + gain / 10, "stderr": 0.01, "tokens": 9},
+            "items": {"general": score}, "commit": "abc1234", "machine": "a CPU", "minutes": 2.0,
+            "sizes": {"dense": 1_000_000, "table": 0, "bytes": 4_000_000, "table_updated": 10},
+            "text": {"source": "ICD", "tokens": {"training": 9, "heldout": 5, "general": 7}}}
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    stages = []
+
+    def fake(jobs, out, workers, run, report):
+        stages.append([job for job in jobs if not (out / job.name).exists()])
+        for job in stages[-1]:
+            (out / job.name).write_text(json.dumps(made_up(job)))
+
+    monkeypatch.setattr(recipe, "run_missing", fake)
+    return stages
+
+
+def test_the_rates_are_chosen_on_the_first_seed_and_nothing_runs_twice(config, queued, tmp_path):
+    adapt_study(config, tmp_path / "out", 2, print)
+    first, second = queued
+    assert [job.arm for job in first[:6]] == [BASE, *LABELS]
+    assert {(job.arm, job.lr) for job in first[1:]} == {(arm, lr) for arm in LABELS for lr in rates(arm)}
+    assert {(job.arm, job.seed, job.lr) for job in second} == {(a, s, lr) for a, lr in BEST.items() for s in (1, 2)}
+    adapt_study(config, tmp_path / "out", 2, print)
+    assert queued[2:] == [[], []]
+
+
+def test_tables_tell_gains_forgetting_and_what_is_missing(config, queued, tmp_path):
+    adapt_study(config, tmp_path / "out", 2, print)
+    text = tables(config, tmp_path / "out")
+    assert "Missing: nothing." in text
+    row = next(line for line in text.splitlines() if line.startswith("| memory | 0.003 | 3 |"))
+    assert "-0.5100 ± 0.0058" in row and "+0.0510 ± 0.0006" in row
+    assert "| memory minus LoRA, as many bytes as the whole memory | 3 | -0.0100 ± 0.0058 |" in text
+    (tmp_path / "out" / "memory-seed2-lr0.003.json").unlink()
+    text = tables(config, tmp_path / "out")
+    assert "Missing: memory-seed2-lr0.003.json." in text and "| 2 | -0.0050 ± 0.0050 |" in text
+
+
+def test_results_of_other_settings_are_refused(config, queued, tmp_path):
+    adapt_study(config, tmp_path / "out", 2, print)
+    other = AdaptConfig(config.model, config.general, tokens=6000)
+    for call in (lambda: adapt_study(other, tmp_path / "out", 2, print), lambda: tables(other, tmp_path / "out")):
+        with pytest.raises(ConfigError, match="'tokens'"):
+            call()
+    with pytest.raises(ConfigError, match="found none"):
+        tables(config, tmp_path / "nothing")
+
+
+def test_an_arm_without_all_of_its_rates_has_no_choice_yet(config):
+    jobs = [job for job in config.rate_jobs() if (job.arm, job.lr) != ("memory", 1e-3)]
+    assert chosen_rates(config, {job: made_up(job) for job in jobs}) == {a: lr for a, lr in BEST.items()
+                                                                        if a != "memory"}
+
+
+@pytest.mark.parametrize("settings, match", [(dict(seeds=()), "seeds"), (dict(seeds=(1, 1)), "seeds"),
+                                             (dict(tokens=10), "tokens")])
+def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, match):
+    with pytest.raises(ConfigError, match=match):
+        AdaptConfig(tmp_path, tmp_path, **settings)
+    with pytest.raises(ConfigError, match="expected one of"):
+        rates("lora")
+
+
+@pytest.mark.parametrize("arm", LABELS)
+def test_only_what_an_arm_says_is_trained(model, texts, arm):
+    vocab = VocabMap.identity(VOCAB)
+    frozen = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = adapt(model, vocab, arm, rows_per_head=50, seed=1)
+    rows = {layer: store.gather(np.arange(store.info.rows)) for layer, store in adapted.memory.stores.items()} \
+        if adapted.memory is not None else {}
+    told = train(adapted, texts, Job(arm, 1, 3e-3, 2048, 50, "tiny"))
+    for name, value in adapted.model.state_dict().items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if plain in frozen:
+            assert torch.equal(value, frozen[plain]), name
+    assert told["steps"] == 4 and len(told["training_curve"]) == 4
+    learnt = any((adapted.memory.stores[layer].gather(np.arange(len(raw))) != raw).any() for layer, raw in rows.items())
+    assert learnt == (arm in ("memory", "one-row"))
+    assert (told["sizes"]["table_updated"] > 0) == learnt
+    if arm == "one-row":
+        assert told["sizes"]["table_updated"] == told["sizes"]["table"]
+        assert all(len(np.unique(part)) == 16 for part in
+                   adapted.memory.addresser.all_rows(np.arange(1, 50)[None]).reshape(2, -1))
+
+
+def test_lora_has_the_sizes_that_it_is_compared_at(model):
+    vocab = VocabMap.identity(VOCAB)
+    wanted = memory_config(model.config, vocab, 50)
+    per_rank = adapt(model, vocab, "lora-dense", 50, 0).sizes
+    assert abs(per_rank.dense - wanted.dense_parameters()) <= per_rank.dense / per_rank.rank / 2
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    total = adapt(fresh, vocab, "lora-total", 50, 0).sizes
+    assert abs(total.dense - wanted.dense_parameters() - wanted.table_parameters()) <= total.dense / total.rank / 2
+
+
+def test_packed_documents_do_not_see_each_other(model):
+    ids = torch.randint(1, VOCAB, (1, 20))
+    starts = torch.zeros(1, 20, dtype=torch.bool)
+    starts[0, [0, 12]] = True
+    adapted = adapt(model, VocabMap.identity(VOCAB), "memory", 50, 0)
+    with torch.no_grad():
+        for parameter in adapted.memory.parameters():
+            parameter.normal_(std=0.3)
+        both, head = hidden(adapted.model, ids, starts)
+        alone, _ = hidden(adapted.model, ids[:, 12:], starts[:, 12:])
+    torch.testing.assert_close(both[:, 12:], alone, rtol=1e-4, atol=1e-5)
+    assert head.shape == (VOCAB, 32)
