@@ -31,7 +31,7 @@ demo: $(VENV)/installed-user
 	$(VENV)/bin/engraphy demo
 
 test: $(VENV)/installed-dev
-	$(PY) -m pytest -q --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

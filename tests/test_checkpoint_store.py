@@ -109,6 +109,8 @@ def test_a_memory_can_be_saved_without_its_table_and_served_from_the_checkpoint_
     path = write_v41(tmp_path / "c")
     checkpoint = Checkpoint.open(path)
     memory = EngramMemory(checkpoint.config, checkpoint.vocab(), f"checkpoint:{path}")
+    with pytest.raises(ConfigError, match='table="link": expected file: stores, found a checkpoint store'):
+        memory.save(tmp_path / "m", table="link")
     memory.save(tmp_path / "m", table="skip")
     again = EngramMemory.load(tmp_path / "m", store=f"checkpoint:{path}")
     ids_BT = torch.arange(8)[None]

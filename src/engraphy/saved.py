@@ -37,6 +37,9 @@ def save(memory: EngramMemory, path: str | os.PathLike[str], table: str) -> None
     if table != "copy" and (info.table_id is None or info.writable):
         found = "one open for writing" if info.table_id else f"a {info.kind} store"
         raise ConfigError(f'table="{table}": expected stores over a sealed table on disk, found {found}')
+    if table == "link" and info.kind != "file":
+        raise ConfigError(f'table="link": expected file: stores, found a {info.kind} store; table="skip" leaves the '
+                          "table out, and load takes its URL")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path}: expected a new or empty directory")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,9 @@ def load_texts(general: Path, tokenizer: Any) -> Texts:
     about = {**domain.about, "general": domains.describe(seen),
              "tokens": {name: sum(map(len, part)) for name, part in
                         (("training", training), ("heldout", heldout), ("general", other))}}
-    return Texts(training, heldout, other, items, tokenizer.eos_token_id, about)
+    # What divides documents where a model was pre-trained; the EOS of a chat model ends a turn.
+    end_id = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    return Texts(training, heldout, other, items, end_id, about)
 
 
 def run_job(job: Job, config: AdaptConfig, out: Path) -> str:
