@@ -264,7 +264,7 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", sys.argv[2]], 
 try:
     open_store(f"pool:{sys.argv[2]}/pool?from={sys.argv[1]}", layer=3)
 except StoreError as error:
-    print(error)
+    print(error, flush=True)  # before what ls prints
 subprocess.run(["ls", "-A", sys.argv[2]])
 subprocess.run(["mount", "-o", "remount,size=16m", sys.argv[2]], check=True)
 store = open_store(f"pool:{sys.argv[2]}/pool?from={sys.argv[1]}", layer=3)
