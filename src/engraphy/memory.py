@@ -206,9 +206,10 @@ class EngramMemory(nn.Module):
                           "first; memory.save and EngramMemory.load make another one")
 
     def _learns(self, layer: int) -> bool:
+        if not (self.training and torch.is_grad_enabled()):
+            return False
         follow = any(parameter.requires_grad for parameter in self.blocks[str(layer)].parameters())
-        wanted = follow if self.rows_require_grad is None else self.rows_require_grad
-        return wanted and self.training and torch.is_grad_enabled()
+        return follow if self.rows_require_grad is None else self.rows_require_grad
 
     def _ask(self, layer: int, ids_BTC: np.ndarray) -> Callable[[], Tensor]:
         """Submit the reading of rows [B, T, E]. Returns what waits for them; whether they learn is decided now."""

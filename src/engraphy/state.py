@@ -46,21 +46,23 @@ class SequenceState:
         self._room = 0  # tokens that can be taken back: no more than were seen, than margin, than are left of it
         self._ids = np.empty((self.batch, 0), dtype=np.int64)  # dead positions are -1
         self._starts = np.empty((self.batch, 0), dtype=bool)
+        self._sizes: dict[int, int] = {}
         self._windows: dict[int, _Window] = {}
         if order is not None and windows is not None:
             self.bind(order, windows)
 
     def bind(self, order: int, windows: Mapping[int, int]) -> SequenceState:
         """Fix N and each layer's window length. Raises ConfigError where a memory of other sizes has done so."""
+        if (self.order, self._sizes) == (order, windows):
+            return self
         if not _is_int(order) or order < 1 or not all(_is_int(w) and w >= 0 for w in windows.values()):
             raise InputError(f"expected order >= 1 and windows >= 0, found {order!r} and {dict(windows)!r}")
-        if self.order is None:
-            self.order = int(order)
-            self._windows = {layer: _Window(int(size), self.margin) for layer, size in windows.items()}
-        bound = {layer: window.size for layer, window in self._windows.items()}
-        if (self.order, bound) != (order, dict(windows)):
-            raise ConfigError(f"the state belongs to a memory of order {self.order} with conv windows {bound}; "
+        if self.order is not None:
+            raise ConfigError(f"the state belongs to a memory of order {self.order} with conv windows {self._sizes}; "
                               f"this one has order {order} and {dict(windows)}")
+        self.order = int(order)
+        self._sizes = {layer: int(size) for layer, size in windows.items()}
+        self._windows = {layer: _Window(size, self.margin) for layer, size in self._sizes.items()}
         return self
 
     @property
@@ -69,10 +71,11 @@ class SequenceState:
         recent document start, or dead. As Addresser takes it."""
         past = self._bound() - 1
         first = max(self._ids.shape[1] - past, 0)
-        history = np.full((self.batch, past), -1, dtype=np.int64)
-        ids, starts = self._ids[:, first:], self._starts[:, first:]
-        history[:, past - ids.shape[1]:] = np.where(_since_start(starts), ids, -1)
-        return history
+        ids, starts = self._ids[:, first:].copy(), self._starts[:, first:]
+        if starts.any():
+            ids[~_since_start(starts)] = -1
+        missing = past - ids.shape[1]
+        return np.pad(ids, ((0, 0), (missing, 0)), constant_values=-1) if missing else ids
 
     def extend(self, ids_BT: Any, live: Any = None, starts: Any = None) -> SequenceState:
         """Append T tokens: raw ids, int [B, T]. live, starts: bool [B, T] as in `Addresser.all_rows`.
@@ -83,10 +86,15 @@ class SequenceState:
         ids = _array(ids_BT)
         if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
             raise InputError(f"ids: expected integers [{self.batch}, T], found {ids.dtype} {list(ids.shape)}")
-        begins = _flags("starts", starts, ids.shape, default=False)
-        ids = np.where(_flags("live", live, ids.shape, default=True), ids.astype(np.int64), -1)
-        if live is None and (ids < 0).any() or live is not None and (ids[_array(live)] < 0).any():
-            raise InputError(f"ids: expected no negative id at a live position, found {int(ids.min())}")
+        begins, alive = _flags("starts", starts, ids.shape), _flags("live", live, ids.shape)
+        ids = ids.astype(np.int64)
+        given = ids if alive is None else ids[alive]
+        if (given < 0).any():
+            raise InputError(f"ids: expected no negative id at a live position, found {int(given.min())}")
+        if alive is not None:
+            ids[~alive] = -1
+        if begins is None:
+            begins = np.zeros(ids.shape, dtype=bool)
         self._ids = _last(np.concatenate([self._ids, ids], axis=1), keep)
         self._starts = _last(np.concatenate([self._starts, begins], axis=1), keep)
         self.length += ids.shape[1]
@@ -97,8 +105,9 @@ class SequenceState:
 
     def window(self, layer: int) -> Tensor | None:
         """The last W conv inputs of a memory layer, [B, W, S, D], as EngramLayer takes it: zero where nothing is and
-        before the most recent start. None before the layer's first push, and for a layer without a conv."""
-        return self._window(layer).read()
+        before the most recent start. None before the layer's first push, and for a layer without a conv. Of use until
+        the next push, which may write to it."""
+        return self._window(layer).read() if self.length else None
 
     def push(self, layer: int, inputs_BTSD: Tensor, starts: Any = None) -> SequenceState:
         """Append a chunk's conv inputs of a memory layer, [B, T, S, D] unmasked, and the chunk's starts, bool [B, T].
@@ -113,7 +122,7 @@ class SequenceState:
         if inputs_BTSD.ndim != 4 or inputs_BTSD.shape[:2] != (self.batch, tokens):
             raise InputError(f"layer {layer}: expected the next chunk's conv inputs [{self.batch}, {tokens}, S, D], "
                              f"found {list(inputs_BTSD.shape)}")
-        window.append(inputs_BTSD.detach(), _flags("starts", starts, tuple(inputs_BTSD.shape[:2]), default=False))
+        window.append(inputs_BTSD.detach(), _flags("starts", starts, tuple(inputs_BTSD.shape[:2])))
         return self
 
     def crop(self, tokens: int) -> SequenceState:
@@ -160,7 +169,7 @@ class SequenceState:
     def to(self, device: torch.device | str) -> SequenceState:
         """Move the conv windows; ids stay in the CPU's memory."""
         for window in self._windows.values():
-            window.chunks = [(inputs.to(device), starts) for inputs, starts in window.chunks]
+            window.to(device)
         return self
 
     def _bound(self) -> int:
@@ -191,44 +200,58 @@ class SequenceState:
 
 
 class _Window:
-    """The last conv inputs of one layer, at least size + margin of them, as a list of chunks: a decoding step appends
-    one position and copies none of the others. Tensors and arrays in it are never written."""
+    """The last conv inputs of one layer: the columns before `end` of a buffer, in front of them `size` zeros.
+
+    A decoding step writes one column; where the buffer is full, the last size + margin move to a new one with room
+    behind them."""
 
     def __init__(self, size: int, margin: int):
         self.size, self.keep = size, size + margin
         self.ahead: list[int] = []  # lengths of the chunks whose ids are known and whose inputs are still to come
-        self.chunks: list[tuple[Tensor, np.ndarray]] = []  # inputs [B, t, S, D], starts [B, t]
+        self.end = size
+        self.inputs: Tensor | None = None  # [B, columns, S, D]
+        self.starts = np.zeros((0, 0), dtype=bool)  # [B, columns]
 
     def expect(self, tokens: int) -> None:
         if tokens and self.size:
             self.ahead.append(tokens)
 
-    def append(self, inputs: Tensor, starts: np.ndarray) -> None:
+    def append(self, inputs: Tensor, starts: np.ndarray | None) -> None:
         if not inputs.shape[1]:
             return
         self.ahead.pop(0)
-        first = max(inputs.shape[1] - self.keep, 0)
-        self.chunks.append((inputs[:, first:].clone(), starts[:, first:]))  # a view would keep the whole chunk alive
-        spare = sum(part.shape[1] for part, _ in self.chunks) - self.keep
-        while spare >= self.chunks[0][0].shape[1]:
-            spare -= self.chunks.pop(0)[0].shape[1]
+        inputs = inputs[:, -self.keep:]
+        end = self.end + inputs.shape[1]
+        if self.inputs is None or end > self.inputs.shape[1] or self._foreign(inputs):
+            self._move(inputs)
+            end = self.end + inputs.shape[1]
+        assert self.inputs is not None
+        self.inputs.narrow(1, self.end, inputs.shape[1]).copy_(inputs)
+        self.starts[:, self.end:end] = False if starts is None else starts[:, -self.keep:]
+        self.end = end
+
+    def _foreign(self, inputs: Tensor) -> bool:
+        """Whether the buffer cannot be written to as it is: another dtype, or made in inference mode and used after."""
+        assert self.inputs is not None
+        return inputs.dtype != self.inputs.dtype or self.inputs.is_inference() and not torch.is_inference_mode_enabled()
+
+    def _move(self, inputs: Tensor) -> None:
+        """To a new buffer that has room for these inputs."""
+        kept = min(self.end, self.keep - inputs.shape[1])
+        batch, columns = len(inputs), kept + inputs.shape[1] + self.keep // 4 + 1
+        dtype = inputs.dtype if self.inputs is None else torch.promote_types(inputs.dtype, self.inputs.dtype)
+        buffer = inputs.new_zeros(batch, columns, *inputs.shape[2:], dtype=dtype)
+        starts = np.zeros((batch, columns), dtype=bool)
+        if self.inputs is not None:
+            buffer[:, :kept] = self.inputs[:, self.end - kept:self.end]
+            starts[:, :kept] = self.starts[:, self.end - kept:self.end]
+        self.inputs, self.starts, self.end = buffer, starts, kept
 
     def read(self) -> Tensor | None:
-        if not self.chunks:
+        if self.inputs is None:
             return None
-        wanted, parts = self.size, []
-        for inputs, starts in reversed(self.chunks):
-            first = max(inputs.shape[1] - wanted, 0)
-            parts.append((inputs[:, first:], starts[:, first:]))
-            wanted -= inputs.shape[1] - first
-            if not wanted:
-                break
-        if wanted:
-            inputs = parts[-1][0]
-            nothing = inputs.new_zeros(inputs.shape[0], wanted, *inputs.shape[2:])
-            parts.append((nothing, np.zeros(nothing.shape[:2], dtype=bool)))
-        window = torch.cat([inputs for inputs, _ in reversed(parts)], dim=1)
-        starts = np.concatenate([starts for _, starts in reversed(parts)], axis=1)
+        window = self.inputs.narrow(1, self.end - self.size, self.size)
+        starts = self.starts[:, self.end - self.size:self.end]
         if not starts.any():
             return window
         seen = torch.from_numpy(_since_start(starts)).to(window.device)
@@ -240,22 +263,22 @@ class _Window:
             if length > tokens:
                 self.ahead.append(length - tokens)
             tokens = max(tokens - length, 0)
-        while tokens and self.size:
-            inputs, starts = self.chunks.pop()
-            left = inputs.shape[1] - tokens
-            if left > 0:
-                self.chunks.append((inputs[:, :left], starts[:, :left]))
-            tokens = max(-left, 0)
+        if self.size:
+            self.end -= tokens
 
     def take(self, index: np.ndarray) -> None:
-        if self.chunks:
-            inputs = torch.cat([part for part, _ in self.chunks], dim=1)
-            starts = np.concatenate([part for _, part in self.chunks], axis=1)
-            self.chunks = [(inputs.index_select(0, torch.from_numpy(index).to(inputs.device)), starts[index])]
+        if self.inputs is not None:
+            self.inputs = self.inputs.index_select(0, torch.from_numpy(index).to(self.inputs.device))
+            self.starts = self.starts[index]
+
+    def to(self, device: torch.device | str) -> None:
+        if self.inputs is not None:
+            self.inputs = self.inputs.to(device)
 
     def clone(self) -> _Window:
         other = copy.copy(self)
-        other.ahead, other.chunks = list(self.ahead), list(self.chunks)
+        other.ahead, other.starts = list(self.ahead), self.starts.copy()
+        other.inputs = None if self.inputs is None else self.inputs.clone()
         return other
 
 
@@ -280,9 +303,9 @@ def _array(values: Any) -> np.ndarray:
         raise InputError(f"expected an array, found {type(values).__name__}: {error}") from None
 
 
-def _flags(name: str, values: Any, shape: tuple[int, ...], default: bool) -> np.ndarray:
+def _flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     if values is None:
-        return np.full(shape, default)
+        return None
     flags = _array(values)
     if flags.dtype != np.bool_ or flags.shape != tuple(shape):
         raise InputError(f"{name}: expected bool {list(shape)}, found {flags.dtype} {list(flags.shape)}")

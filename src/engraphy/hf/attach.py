@@ -149,9 +149,9 @@ class _Attachment:
         decoder = self.backbone.decoder
         self.handles = [decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
                         decoder.register_forward_hook(self.after_decoder, with_kwargs=True)]
-        for layer, block in enumerate(blocks):
-            hook = partial(self.before_layer, layer) if layer in memory.layers else _drop_lookup
-            self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        for layer in memory.layers:
+            hook = partial(self.before_layer, layer)
+            self.handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self, model: Any) -> None:
         for handle in self.handles:
@@ -186,11 +186,10 @@ class _Attachment:
 
     @_uncompiled
     def before_layer(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        lookup = kwargs.get(_LOOKUP)
+        lookup = kwargs.pop(_LOOKUP, None)
         if not isinstance(lookup, Lookup):
             raise InputError(f"layer {layer}: expected a lookup from the decoder's forward, found none: the block was "
                              f"called by itself, or {type(self.backbone.decoder).__name__} hands no keyword on")
-        kwargs = {name: value for name, value in kwargs.items() if name != _LOOKUP}
         if args:
             return (self._remember(layer, args[0], lookup), *args[1:]), kwargs
         kwargs["hidden_states"] = self._remember(layer, kwargs["hidden_states"], lookup)
@@ -219,11 +218,6 @@ class _Attachment:
             warnings.warn("the attached memory has nothing trainable: call memory.requires_grad_(True) after "
                           "get_peft_model, or set memory.rows_require_grad = False to say that this is meant",
                           stacklevel=3)
-
-
-def _drop_lookup(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Attention kernels that are handed a block's keyword arguments do not see the memory's."""
-    return args, {name: value for name, value in kwargs.items() if name != _LOOKUP}
 
 
 def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store: str | Table,

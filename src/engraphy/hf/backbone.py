@@ -88,8 +88,8 @@ def read_batch(arguments: dict[str, Any], seen: int) -> tuple[Tensor, Tensor | N
     if positions is not None:
         if positions.ndim != 2 or positions.shape[1] != tokens or positions.shape[0] not in (1, batch):
             raise InputError(f"position_ids: expected [{batch} or 1, {tokens}], found {list(positions.shape)}")
-        starts = (positions == 0).expand(batch, tokens)
-        starts = starts if bool(starts.any()) else None
+        if not bool(positions.all()):
+            starts = (positions == 0).expand(batch, tokens)
     if mask is None:
         return ids, None, starts
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -106,9 +106,9 @@ def read_batch(arguments: dict[str, Any], seen: int) -> tuple[Tensor, Tensor | N
 def _live(mask: Tensor, tokens: int, starts: Tensor | None) -> Tensor | None:
     """Which of the last `tokens` columns of a 2-D mask are tokens; None = all."""
     before = max(mask.shape[1] - tokens - 1, 0)  # the column before the chunk, if there is one
-    live = mask != 0
-    if bool(live[:, before:].all()):
+    if bool(mask[:, before:].all()):
         return None
+    live = mask != 0
     resumed = live[:, before + 1:] & ~live[:, before:-1] & (live.cumsum(1)[:, before:-1] > 0)
     if starts is not None:
         resumed &= ~starts[:, tokens - resumed.shape[1]:]
