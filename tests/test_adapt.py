@@ -124,7 +124,7 @@ def test_only_what_an_arm_says_is_trained(model, texts, arm):
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if plain in frozen:
             assert torch.equal(value, frozen[plain]), name
-    assert told["steps"] == 4 and len(told["training_curve"]) == 4
+    assert told["steps"] == 8 and len(told["training_curve"]) == 8
     learnt = any((adapted.memory.stores[layer].gather(np.arange(len(raw))) != raw).any() for layer, raw in rows.items())
     assert learnt == (arm in ("memory", "one-row"))
     assert (told["sizes"]["table_updated"] > 0) == learnt

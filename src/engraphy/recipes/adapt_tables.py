@@ -50,7 +50,7 @@ def _rate_table(config: AdaptConfig, found: Found) -> Iterator[str]:
 
 def _arm_table(base: Result, runs: Runs, chosen: dict[str, float]) -> Iterator[str]:
     yield ("| arm | lr | seeds | dense parameters | table parameters (updated) | MB | domain loss | change | general "
-           "loss | change | change of the domain per million parameters | minutes |")
+           "loss | change | change of the domain per million parameters | CPU minutes |")
     yield "|---|" + "---|" * 11
     yield (f"| the model as it is | {_NONE} | {_NONE} | {_NONE} | {_NONE} | {_NONE} | {base['domain']['loss']:.4f} "
            f"| {_NONE} | {base['general']['loss']:.4f} | {_NONE} | {_NONE} | {_NONE} |")
