@@ -24,7 +24,7 @@ LAYERS = (
     ("vocab", "address", "rows", "codecs", "rowinit", "table", "manifest", "shards", "headers",
      "checkpoint", "convert", "quantize", "inspection", "usage"),
     ("store",),
-    ("buffers", "prefetch", "metrics", "layer", "state"),
+    ("buffers", "prefetch", "metrics", "layer", "past", "state"),
     ("memory", "saved"),
     ("train",),
     ("lm", "hf", "analysis", "vision"),

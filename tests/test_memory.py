@@ -212,6 +212,30 @@ def test_each_layer_waits_for_its_own_rows_alone():
     assert torch.equal(slow.apply(LAYERS[1], torch.tanh(x), lookup), run(memory, ids, sample(2, 9)[1]))
 
 
+@pytest.mark.parametrize("taken_back, cancelled", [(2, 0), (3, 2), (6, 2), (7, 4)])
+def test_rows_of_tokens_that_are_all_taken_back_are_not_read_any_more(taken_back, cancelled):
+    memory = make_memory()
+    gated = {layer: Gated(store) for layer, store in memory.stores.items()}
+    slow = EngramMemory(memory.config, memory.vocab, gated, row_format="f32")
+    state = slow.state(2)
+    slow.lookup(sample(2, 20)[0], state)
+    lookups = [slow.lookup(sample(2, tokens)[0], state) for tokens in (4, 3)]
+    other = state.clone()
+    other.crop(7)
+    assert slow.prefetcher.stats.cancelled == 0
+    state.crop(taken_back)
+    assert slow.prefetcher.stats.cancelled == cancelled
+    for store in gated.values():
+        store.gate.set()
+    for lookup, gone in zip(lookups, (cancelled > 2, cancelled > 0), strict=True):
+        for layer in LAYERS:
+            if gone:
+                with pytest.raises(StoreError, match="cancelled"):
+                    lookup.rows[layer]
+            else:
+                assert lookup.rows[layer].isfinite().all()
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_rows_read_ahead_by_the_thread_learn_like_those_read_at_once(here, monkeypatch):
     memory, (ids, x) = make_memory().train(), sample(2, 9)

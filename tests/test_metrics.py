@@ -166,6 +166,19 @@ def test_prometheus_gets_histograms_that_grow_to_their_count(stores):
     assert found['engraphy_store_gather_seconds_sum{layer="1",store="cache"}'] > 0
 
 
+def test_calls_that_have_not_returned_are_counted_and_those_that_failed_are_not():
+    class Slow(NotMapped):
+        def _gather(self, ids_N, out_NR):
+            seen.append((self.stats.under_way, prometheus({LAYER: self})))
+            raise OSError("as a disk does")
+
+    store, seen = Slow(5, 8), []
+    with pytest.raises(OSError, match="disk"):
+        store.gather(np.zeros(1, np.int64))
+    assert seen[0][0] == 1 and 'engraphy_store_under_way{layer="3",store="slow"} 1' in seen[0][1]
+    assert store.stats.under_way == 0 and store.stats.gathers == 0
+
+
 def test_every_metric_has_one_help_and_one_type_before_its_samples(stores):
     text = prometheus(stores, Prefetcher({}).stats)
     assert text.endswith("\n") and not text.endswith("\n\n")

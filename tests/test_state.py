@@ -270,7 +270,7 @@ def test_what_is_kept_is_bounded_however_it_was_fed():
     for seed in range(300):
         feed(state, Sequences.random(1, 1, seed))
     assert state._windows[1].inputs.untyped_storage().size() <= 2 * (WINDOWS[1] + MARGIN) * STREAMS * HIDDEN * 4
-    assert state._ids.shape == state._starts.shape == (1, ORDER - 1 + MARGIN)
+    assert state._past.ids.size <= 2 * (ORDER - 1 + MARGIN) and state._past.ids.shape == state._past.starts.shape
 
 
 def test_a_state_without_sizes_is_bound_by_its_first_memory_and_by_no_other():

@@ -22,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import _native
 from .errors import ConfigError, InputError
 from .spec import LayerSpec
+from .state import Columns
 
 _GATE_FLOOR = 1e-6
+_FEW = 8  # sequences that are decoded natively; for more, a matrix product that keeps weights in registers is faster
 _FP8_BLOCK = 32  # side of the square blocks that share a scale in DeepSeek-V4.1's fp8 weights
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +61,8 @@ class EngramLayer(nn.Module):
     def __init__(self, spec: LayerSpec):
         super().__init__()
         self.spec = spec
+        self._known: Any = None  # weights that `_fixed` has looked at, and what came of it
+        self._arguments: tuple[Any, ...] = ()
         streams, hidden = spec.streams, spec.hidden_size
         self.key = Projection(spec.width, streams * hidden, bias=spec.bias)
         self.value = Projection(spec.width, hidden, bias=spec.bias)
@@ -124,6 +129,54 @@ class EngramLayer(nn.Module):
         if live is not None:
             update_BTSD = torch.where(live[:, :, None, None], update_BTSD, 0.0)
         return update_BTSD.to(x_BTSD.dtype), gate_BTS, inputs_BTSD if conv_inputs else window
+
+    def decode(self, x_B1SD: Tensor, rows_B1E: Tensor, live: Tensor | None,
+               columns: Columns) -> tuple[Tensor, Tensor] | None:
+        """(x + update, gate), update and gate as of `forward`, for one token of each of a few sequences: one native
+        call. columns: where the conv's inputs lie, from the sequences' state.
+
+        None where that is not possible and `forward` has to do it: the kernel takes float32 or float64 for everything,
+        on the CPU, without gradients and without hooks.
+        """
+        spec, batch, at = self.spec, len(rows_B1E), Tensor.data_ptr
+        if (_native.core is None or torch.is_grad_enabled() or not 0 < batch <= _FEW or torch.compiler.is_compiling()
+                or x_B1SD.shape != (batch, 1, spec.streams, spec.hidden_size) or type(x_B1SD) is not Tensor
+                or not (x_B1SD.is_cpu and x_B1SD.is_contiguous())):
+            return None
+        fixed = self._fixed(x_B1SD.dtype)
+        if fixed is None:
+            return None
+        if rows_B1E.dtype is not x_B1SD.dtype:
+            rows_B1E = rows_B1E.to(x_B1SD.dtype)
+        rows_B1E, live = rows_B1E.contiguous(), None if live is None else live.contiguous()
+        out, gate = torch.empty_like(x_B1SD), x_B1SD.new_empty(batch, 1, spec.streams)
+        _native.core.fuse_token(*fixed, batch, at(x_B1SD), at(rows_B1E), *columns, 0 if live is None else at(live),
+                                at(out), at(gate))
+        return out, gate
+
+    def _fixed(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """What of the kernel's arguments is the same for each token: sizes, and the weights' addresses, 0 for those
+        that are not there. None unless all weights are of `dtype` and as the kernel takes them."""
+        key, value = self.key, self.value
+        for part in (self, key, value):
+            if type(part) not in (EngramLayer, Projection) or part._forward_hooks or part._forward_pre_hooks:
+                return None
+        own, keys, values = self._parameters, key._parameters, value._parameters
+        weights = (keys["weight"], keys.get("bias"), values["weight"], values.get("bias"), own["query_norm"],
+                   own["key_norm"], own.get("conv_norm"), own.get("conv"))
+        known = [None if weight is None else (weight.data_ptr(), weight.dtype) for weight in weights]
+        if self._known == (known, dtype):  # they have been looked at
+            return self._arguments
+        if dtype not in (torch.float32, torch.float64) or not all(
+                type(weight) is nn.Parameter and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()
+                for weight in weights if weight is not None):
+            return None
+        spec = self.spec
+        eps = torch.finfo(dtype).eps if spec.eps is None else spec.eps
+        self._known = known, dtype
+        self._arguments = (dtype is torch.float64, spec.streams, spec.hidden_size, spec.width, spec.kernel, spec.order,
+                           eps, spec.conv_eps, spec.unit_offset, *[0 if each is None else each[0] for each in known])
+        return self._arguments
 
     def _convolve(self, inputs_BTSD: Tensor, window: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self.conv is not None

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError
 from .layer import EngramLayer
 from .metrics import describe
-from .prefetch import Prefetcher
+from .prefetch import Prefetcher, Ticket
 from .rowinit import normal_rows
 from .rows import RowFormat
 from .spec import EngramConfig
@@ -110,6 +111,7 @@ class EngramMemory(nn.Module):
         self.format, self.stores = _open(config, self.address_digest, store, row_format)
         self.prefetcher = Prefetcher({layer: (each, self.format) for layer, each in self.stores.items()})
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
+        self._windows = dict.fromkeys(self.layers, config.layer.window)
         self.row_grads: list[RowGrad] = []
         self.rows_require_grad: bool | None = None
         logging.getLogger("engraphy").info("serving %s", describe(self.stores))
@@ -121,10 +123,7 @@ class EngramMemory(nn.Module):
 
     def state(self, batch: int, margin: int = 64) -> SequenceState:
         """A fresh state for `batch` sequences that can be cropped by up to `margin` tokens."""
-        return SequenceState(batch, margin).bind(self.config.hash.order, self._windows())
-
-    def _windows(self) -> dict[int, int]:
-        return {layer: self.config.layer.window for layer in self.layers}
+        return SequenceState(batch, margin).bind(self.config.hash.order, self._windows)
 
     @torch.compiler.disable
     def lookup(self, ids_BT: Tensor, state: SequenceState | None = None, live: Tensor | None = None,
@@ -143,7 +142,7 @@ class EngramMemory(nn.Module):
         ids, alive, begins = _numpy(ids_BT), _numpy(live), _numpy(starts)
         history = None
         if state is not None:
-            state.bind(self.config.hash.order, self._windows())
+            state.bind(self.config.hash.order, self._windows)
             if state.batch != len(ids):
                 raise InputError(f"state: expected one for {len(ids)} sequences, found {state.batch}")
             history = state.history
@@ -152,12 +151,21 @@ class EngramMemory(nn.Module):
             valid = np.ones(ids.shape, dtype=bool) if alive is None else alive
             alive = valid & (self.vocab.table[np.where(valid, ids, 0)] >= 0)
             live = torch.from_numpy(alive)
+            if alive.all():
+                live = alive = None
         if state is not None:
             state.extend(ids, alive, begins)
-        rows = _Rows({layer: self._ask(layer, row_ids_LBTC[i]) for i, layer in enumerate(self.layers)})
+        row_ids = dict(zip(self.layers, row_ids_LBTC, strict=True))
         if trace is not None:
-            trace.row_ids.update({layer: row_ids_LBTC[i] for i, layer in enumerate(self.layers)})
-        return Lookup(rows, live, starts, state, trace)
+            trace.row_ids.update(row_ids)
+        tickets = {layer: self.prefetcher.submit({layer: ids_BTC}) for layer, ids_BTC in row_ids.items()}
+        if state is not None:
+            for ticket in tickets.values():
+                if ticket.state == "waiting":
+                    state.watch(ticket, ids.shape[1])
+        rows = {layer: partial(self._rows, layer, row_ids[layer], ticket, self._learns(layer))
+                for layer, ticket in tickets.items()}
+        return Lookup(_Rows(rows), live, starts, state, trace)
 
     def apply(self, layer: Any, x_BTSD: Any = None, lookup: Any = None) -> Any:  # type: ignore[override]
         """x + what the memory of `layer` adds to it, [B, T, S, D], for the chunk that `lookup` was made for.
@@ -174,14 +182,20 @@ class EngramMemory(nn.Module):
         block, state = self.blocks[str(layer)], lookup.state
         assert isinstance(block, EngramLayer)
         rows_BTE = lookup.rows[layer].to(x_BTSD.device)
+        if state is not None and lookup.starts is None and x_BTSD.ndim == 4 and x_BTSD.shape[1] == 1:
+            columns = state.columns(layer, x_BTSD)
+            decoded = None if columns is None else block.decode(x_BTSD, rows_BTE, lookup.live, columns)
+            if decoded is not None:
+                state.advance(layer)
+                _trace(lookup, layer, decoded[1])
+                return decoded[0]
         window = None if state is None else state.window(layer)
         live, starts = (None if flags is None else flags.to(x_BTSD.device) for flags in (lookup.live, lookup.starts))
         update_BTSD, gate_BTS, inputs_BTSD = block(x_BTSD, rows_BTE, window, live, starts,
                                                    conv_inputs=state is not None)
         if state is not None and inputs_BTSD is not None:
             state.push(layer, inputs_BTSD, lookup.starts)
-        if lookup.trace is not None:
-            lookup.trace.gates[layer] = gate_BTS.detach().float().cpu()
+        _trace(lookup, layer, gate_BTS)
         return x_BTSD + update_BTSD
 
     def init_rows(self, std: float, seed: int, chunk: int = 1 << 18) -> None:
@@ -211,9 +225,11 @@ class EngramMemory(nn.Module):
         follow = any(parameter.requires_grad for parameter in self.blocks[str(layer)].parameters())
         return follow if self.rows_require_grad is None else self.rows_require_grad
 
-    def _ask(self, layer: int, ids_BTC: np.ndarray) -> Callable[[], Tensor]:
-        """Submit the reading of rows [B, T, E]. Returns what waits for them; whether they learn is decided now."""
-        ticket, learn = self.prefetcher.submit({layer: ids_BTC}), self._learns(layer)
+    def _rows(self, layer: int, ids_BTC: np.ndarray, ticket: Ticket, learn: bool) -> Tensor:
+        """Rows [B, T, E], when they are read. learn: they are a leaf whose gradient reaches `row_grads`."""
+        leaf_BTE = ticket.wait()[layer]
+        if not learn:
+            return leaf_BTE
 
         def hand_over(leaf: Tensor) -> None:
             assert leaf.grad is not None
@@ -224,13 +240,8 @@ class EngramMemory(nn.Module):
             self.row_grads.append(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
             leaf.grad = None
 
-        def leaf() -> Tensor:
-            leaf_BTE = ticket.wait()[layer]
-            if learn:
-                leaf_BTE.requires_grad_().register_post_accumulate_grad_hook(hand_over)
-            return leaf_BTE
-
-        return leaf
+        leaf_BTE.requires_grad_().register_post_accumulate_grad_hook(hand_over)
+        return leaf_BTE
 
     def write_table(self, path: str | os.PathLike[str], parent: str | None = None) -> str:
         """Copy the rows to a new sealed table at `path`, as they are. Returns its table_id."""
@@ -321,5 +332,10 @@ def _open(config: EngramConfig, digest: str, store: str | Table | Mapping[int, R
     return row_format, stores
 
 
+def _trace(lookup: Lookup, layer: int, gate_BTS: Tensor) -> None:
+    if lookup.trace is not None:
+        lookup.trace.gates[layer] = gate_BTS.detach().float().cpu()
+
+
 def _numpy(values: Tensor | None) -> Any:
-    return None if values is None else values.detach().cpu().numpy()
+    return None if values is None else values.numpy(force=True)

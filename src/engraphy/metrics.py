@@ -38,11 +38,12 @@ def describe(stores: Mapping[int, RowStore]) -> str:
 def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> Table:
     """The counters of {layer: store}, a wrapper's followed by those of the store behind it."""
     found = Table("layer", "store", caption=None if prefetch is None else _in_words(prefetch))
-    for name in ("calls", "rows", "MiB", "hit rate", "read/used", "p50", "p99"):
+    for name in ("calls", "now", "rows", "MiB", "hit rate", "read/used", "p50", "p99"):
         found.add_column(name, justify="right")
     for layer, store in stores.items():
         for name, stats in _chain(store):
-            found.add_row(str(layer), name, f"{stats.gathers:,}", f"{stats.rows:,}", f"{stats.bytes / 2**20:,.1f}",
+            found.add_row(str(layer), name, f"{stats.gathers:,}", str(stats.under_way), f"{stats.rows:,}",
+                          f"{stats.bytes / 2**20:,.1f}",
                           "" if stats.hit_rate is None else f"{stats.hit_rate:.1%}",
                           "" if stats.amplification is None else f"{stats.amplification:.1f}",
                           *(_duration(stats.latency.quantile(q)) for q in (0.5, 0.99)))
@@ -58,6 +59,8 @@ def prometheus(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = 
     for name, text in _STORE_COUNTERS.items():
         values = [(labels, getattr(stats, name)) for labels, stats in chains if getattr(stats, name) is not None]
         lines += _metric(f"engraphy_store_{name}_total", "counter", text, values) if values else []
+    lines += _metric("engraphy_store_under_way", "gauge", "Calls that have not returned.",
+                     [(labels, stats.under_way) for labels, stats in chains])
     lines += _histogram("engraphy_store_gather_seconds", "How long calls took.",
                         [(labels, stats.latency) for labels, stats in chains])
     if prefetch is not None:

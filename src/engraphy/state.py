@@ -8,14 +8,22 @@ tokens can be taken back across a start, and what lies before the start counts a
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import ConfigError, InputError, StateTooShort
+from .past import NO_COLUMNS, Columns, Past, Window, since_start
+
+
+class Cancellable(Protocol):
+    """What can be given up: a prefetcher's ticket."""
+
+    def cancel(self) -> None: ...
 
 
 class SequenceState:
@@ -44,10 +52,10 @@ class SequenceState:
         self.length = 0  # tokens seen, those taken back not counted
         self.order: int | None = None
         self._room = 0  # tokens that can be taken back: no more than were seen, than margin, than are left of it
-        self._ids = np.empty((self.batch, 0), dtype=np.int64)  # dead positions are -1
-        self._starts = np.empty((self.batch, 0), dtype=bool)
+        self._past = Past(self.batch)
+        self._readings: list[tuple[int, weakref.ref[Cancellable]]] = []  # by the first token that they are for
         self._sizes: dict[int, int] = {}
-        self._windows: dict[int, _Window] = {}
+        self._windows: dict[int, Window] = {}
         if order is not None and windows is not None:
             self.bind(order, windows)
 
@@ -62,7 +70,7 @@ class SequenceState:
                               f"this one has order {order} and {dict(windows)}")
         self.order = int(order)
         self._sizes = {layer: int(size) for layer, size in windows.items()}
-        self._windows = {layer: _Window(size, self.margin) for layer, size in self._sizes.items()}
+        self._windows = {layer: Window(size, self.margin) for layer, size in self._sizes.items()}
         return self
 
     @property
@@ -70,12 +78,11 @@ class SequenceState:
         """The raw ids before the next chunk, int64 [B, N-1]; -1 = nothing there: before the sequence, before the most
         recent document start, or dead. As Addresser takes it."""
         past = self._bound() - 1
-        first = max(self._ids.shape[1] - past, 0)
-        ids, starts = self._ids[:, first:].copy(), self._starts[:, first:]
+        ids, starts = self._past.last(past)
         if starts.any():
-            ids[~_since_start(starts)] = -1
+            ids = np.where(since_start(starts), ids, -1)
         missing = past - ids.shape[1]
-        return np.pad(ids, ((0, 0), (missing, 0)), constant_values=-1) if missing else ids
+        return np.pad(ids, ((0, 0), (missing, 0)), constant_values=-1) if missing else ids.copy()
 
     def extend(self, ids_BT: Any, live: Any = None, starts: Any = None) -> SequenceState:
         """Append T tokens: raw ids, int [B, T]. live, starts: bool [B, T] as in `Addresser.all_rows`.
@@ -87,16 +94,12 @@ class SequenceState:
         if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
             raise InputError(f"ids: expected integers [{self.batch}, T], found {ids.dtype} {list(ids.shape)}")
         begins, alive = _flags("starts", starts, ids.shape), _flags("live", live, ids.shape)
-        ids = ids.astype(np.int64)
         given = ids if alive is None else ids[alive]
-        if (given < 0).any():
+        if given.size and given.min() < 0:
             raise InputError(f"ids: expected no negative id at a live position, found {int(given.min())}")
         if alive is not None:
-            ids[~alive] = -1
-        if begins is None:
-            begins = np.zeros(ids.shape, dtype=bool)
-        self._ids = _last(np.concatenate([self._ids, ids], axis=1), keep)
-        self._starts = _last(np.concatenate([self._starts, begins], axis=1), keep)
+            ids = np.where(alive, ids, -1)
+        self._past.append(ids, begins, keep)
         self.length += ids.shape[1]
         for window in self._windows.values():
             window.expect(ids.shape[1])
@@ -125,8 +128,26 @@ class SequenceState:
         window.append(inputs_BTSD.detach(), _flags("starts", starts, tuple(inputs_BTSD.shape[:2])))
         return self
 
+    def columns(self, layer: int, x_B1SD: Tensor) -> Columns | None:
+        """Where a layer's next conv inputs go, one column for each sequence, to be written in place of `push` and then
+        told to `advance`; None where only `window` and `push` will do. x_B1SD: has the conv inputs' shape and dtype."""
+        window = self._window(layer)
+        return window.columns(x_B1SD) if window.size else NO_COLUMNS
+
+    def advance(self, layer: int) -> SequenceState:
+        """The next column of a layer has been written."""
+        window = self._window(layer)
+        if window.size:
+            window.advance()
+        return self
+
+    def watch(self, reading: Cancellable, tokens: int) -> None:
+        """`reading` is under way for the last `tokens` tokens: `crop` cancels it where it takes all of them back."""
+        self._readings = [each for each in self._readings if each[1]() is not None]
+        self._readings.append((self.length - tokens, weakref.ref(reading)))
+
     def crop(self, tokens: int) -> SequenceState:
-        """Take back the last tokens, in the ids and in every layer that has seen them.
+        """Take back the last tokens, in the ids and in every layer that has seen them; give up reading rows for them.
 
         Raises StateTooShort beyond the margin: the state stays as it is.
         """
@@ -135,12 +156,16 @@ class SequenceState:
         if tokens > self._room:
             raise StateTooShort(f"crop: asked to take back {tokens} tokens, {self._room} are possible: "
                                 f"{self.length} were seen, and the margin is {self.margin} since the longest point")
-        kept = self._ids.shape[1] - int(tokens)
-        self._ids, self._starts = self._ids[:, :kept], self._starts[:, :kept]
+        self._past.end -= int(tokens)
         self.length -= int(tokens)
         self._room -= int(tokens)
         for window in self._windows.values():
             window.crop(int(tokens))
+        for first, reference in self._readings:
+            reading = reference()
+            if first >= self.length and reading is not None:
+                reading.cancel()
+        self._readings = [each for each in self._readings if each[0] < self.length]
         return self
 
     def reorder(self, index_B: Any) -> SequenceState:
@@ -163,8 +188,12 @@ class SequenceState:
     def clone(self) -> SequenceState:
         """An independent state with the same past."""
         other = copy.copy(self)
+        other._past = self._past.clone()
         other._windows = {layer: window.clone() for layer, window in self._windows.items()}
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readings": []}  # what copies and pickles of it take back is still read for this one
 
     def to(self, device: torch.device | str) -> SequenceState:
         """Move the conv windows; ids stay in the CPU's memory."""
@@ -177,7 +206,7 @@ class SequenceState:
             raise InputError("the state is not bound to a memory: give order and windows, or use memory.state(batch)")
         return self.order
 
-    def _window(self, layer: int) -> _Window:
+    def _window(self, layer: int) -> Window:
         self._bound()
         if layer not in self._windows:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {sorted(self._windows)}")
@@ -193,103 +222,10 @@ class SequenceState:
 
     def _take(self, index: np.ndarray) -> SequenceState:
         self.batch = len(index)
-        self._ids, self._starts = self._ids[index], self._starts[index]
+        self._past.take(index)
         for window in self._windows.values():
             window.take(index)
         return self
-
-
-class _Window:
-    """The last conv inputs of one layer: the columns before `end` of a buffer, in front of them `size` zeros.
-
-    A decoding step writes one column; where the buffer is full, the last size + margin move to a new one with room
-    behind them."""
-
-    def __init__(self, size: int, margin: int):
-        self.size, self.keep = size, size + margin
-        self.ahead: list[int] = []  # lengths of the chunks whose ids are known and whose inputs are still to come
-        self.end = size
-        self.inputs: Tensor | None = None  # [B, columns, S, D]
-        self.starts = np.zeros((0, 0), dtype=bool)  # [B, columns]
-
-    def expect(self, tokens: int) -> None:
-        if tokens and self.size:
-            self.ahead.append(tokens)
-
-    def append(self, inputs: Tensor, starts: np.ndarray | None) -> None:
-        if not inputs.shape[1]:
-            return
-        self.ahead.pop(0)
-        inputs = inputs[:, -self.keep:]
-        end = self.end + inputs.shape[1]
-        if self.inputs is None or end > self.inputs.shape[1] or self._foreign(inputs):
-            self._move(inputs)
-            end = self.end + inputs.shape[1]
-        assert self.inputs is not None
-        self.inputs.narrow(1, self.end, inputs.shape[1]).copy_(inputs)
-        self.starts[:, self.end:end] = False if starts is None else starts[:, -self.keep:]
-        self.end = end
-
-    def _foreign(self, inputs: Tensor) -> bool:
-        """Whether the buffer cannot be written to as it is: another dtype, or made in inference mode and used after."""
-        assert self.inputs is not None
-        return inputs.dtype != self.inputs.dtype or self.inputs.is_inference() and not torch.is_inference_mode_enabled()
-
-    def _move(self, inputs: Tensor) -> None:
-        """To a new buffer that has room for these inputs."""
-        kept = min(self.end, self.keep - inputs.shape[1])
-        batch, columns = len(inputs), kept + inputs.shape[1] + self.keep // 4 + 1
-        dtype = inputs.dtype if self.inputs is None else torch.promote_types(inputs.dtype, self.inputs.dtype)
-        buffer = inputs.new_zeros(batch, columns, *inputs.shape[2:], dtype=dtype)
-        starts = np.zeros((batch, columns), dtype=bool)
-        if self.inputs is not None:
-            buffer[:, :kept] = self.inputs[:, self.end - kept:self.end]
-            starts[:, :kept] = self.starts[:, self.end - kept:self.end]
-        self.inputs, self.starts, self.end = buffer, starts, kept
-
-    def read(self) -> Tensor | None:
-        if self.inputs is None:
-            return None
-        window = self.inputs.narrow(1, self.end - self.size, self.size)
-        starts = self.starts[:, self.end - self.size:self.end]
-        if not starts.any():
-            return window
-        seen = torch.from_numpy(_since_start(starts)).to(window.device)
-        return torch.where(seen[:, :, None, None], window, 0.0)
-
-    def crop(self, tokens: int) -> None:
-        while tokens and self.ahead:
-            length = self.ahead.pop()
-            if length > tokens:
-                self.ahead.append(length - tokens)
-            tokens = max(tokens - length, 0)
-        if self.size:
-            self.end -= tokens
-
-    def take(self, index: np.ndarray) -> None:
-        if self.inputs is not None:
-            self.inputs = self.inputs.index_select(0, torch.from_numpy(index).to(self.inputs.device))
-            self.starts = self.starts[index]
-
-    def to(self, device: torch.device | str) -> None:
-        if self.inputs is not None:
-            self.inputs = self.inputs.to(device)
-
-    def clone(self) -> _Window:
-        other = copy.copy(self)
-        other.ahead, other.starts = list(self.ahead), self.starts.copy()
-        other.inputs = None if self.inputs is None else self.inputs.clone()
-        return other
-
-
-def _since_start(starts_Bn: np.ndarray) -> np.ndarray:
-    """bool [B, n]: no later position begins a document."""
-    from_here = np.cumsum(starts_Bn[:, ::-1], axis=1)[:, ::-1]
-    return from_here == starts_Bn
-
-
-def _last(values_Bn: np.ndarray, count: int) -> np.ndarray:
-    return values_Bn[:, max(values_Bn.shape[1] - count, 0):]
 
 
 def _is_int(value: Any) -> bool:
@@ -298,7 +234,7 @@ def _is_int(value: Any) -> bool:
 
 def _array(values: Any) -> np.ndarray:
     try:
-        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
     except (TypeError, ValueError) as error:  # ragged lists
         raise InputError(f"expected an array, found {type(values).__name__}: {error}") from None
 

@@ -43,6 +43,44 @@ def gather_rows(shards: int, shard_rows: int, rows: int, row_bytes: int, ids: in
     """Writes rows `ids` as they are to out: uint8 [count, row_bytes]. Arguments as of `read_rows`; the caller has
     checked the ids. Raises ValueError for sizes that cannot be."""
 
+def fuse_token(
+    wide: bool,
+    streams: int,
+    hidden: int,
+    width: int,
+    taps: int,
+    dilation: int,
+    eps: float,
+    conv_eps: float,
+    unit_offset: bool,
+    key: int,
+    key_bias: int,
+    value: int,
+    value_bias: int,
+    query_norm: int,
+    key_norm: int,
+    conv_norm: int,
+    conv: int,
+    batch: int,
+    x: int,
+    rows: int,
+    window: int,
+    inputs: int,
+    stride: int,
+    live: int,
+    out: int,
+    gate: int,
+) -> None:
+    """The fusion layer for one token of each of `batch` sequences; B, S, D, E, K = batch, streams, hidden, width, taps.
+
+    Arrays of float32, of float64 where `wide`. Weights as EngramLayer has them, biases 0 where there are none,
+    conv_norm, conv, window and inputs 0 where taps is. x: [B, S, D]. rows: [B, E]. window: where the first sequence's
+    oldest conv input [S, D] lies, (taps - 1) * dilation columns before the present; `stride` values further lie the
+    next sequence's. live: bool [B]; 0 = all. Writes x and what the layer adds to out [B, S, D], the gate to gate
+    [B, S], and the present's conv inputs to inputs, [S, D] for each sequence, as far apart as the window's. Raises
+    ValueError for sizes that cannot be and for what is missing.
+    """
+
 def threads() -> int:
     """Threads that share one call of `read_rows`, `decode_rows` or `gather_rows` on 4096 rows or more."""
 

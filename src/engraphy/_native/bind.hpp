@@ -5,6 +5,7 @@
 
 namespace engraphy {
 
+void bind_fuse(nanobind::module_ &m);
 void bind_gather(nanobind::module_ &m);
 void bind_guard(nanobind::module_ &m);
 void bind_hash(nanobind::module_ &m);

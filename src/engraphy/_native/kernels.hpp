@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "fuse.hpp"
 #include "hash.hpp"
 #include "rows.hpp"
 
@@ -17,13 +18,22 @@ struct Kernels {
     FirstBadFunction *first_bad;
     RowsFunction *rows;
     GatherFunction *gather;
+    FuseFunction *fuse;
 };
 
 // What the kernel files define, each once per level.
-namespace scalar { HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows; }
+#define ENGRAPHY_KERNELS(level) \
+    namespace level { \
+    HashFunction hash; \
+    FirstBadFunction first_bad; \
+    RowsFunction read_rows; \
+    GatherFunction gather_rows; \
+    FuseFunction fuse; \
+    }
+ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)
-namespace avx2 { HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows; }
-namespace avx512 { HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows; }
+ENGRAPHY_KERNELS(avx2)
+ENGRAPHY_KERNELS(avx512)
 #endif
 
 // The table in use. Set before any work by select_level; plain, since it changes only then.

@@ -64,7 +64,8 @@ class StoreStats:
     """What has been read since the store was opened: calls, rows, bytes. And what the system was asked for, by stores
     that read files instead of mapping them: reads, and their bytes, which divided by `bytes` is the amplification.
 
-    hits, misses: of a cache, rows that it had, and rows that it read from the store behind it. latency: of the calls.
+    hits, misses: of a cache, rows that it had, and rows that it read from the store behind it. under_way: calls of
+    `gather` that have not returned, now. latency: of the calls.
     """
 
     gathers: int
@@ -74,6 +75,7 @@ class StoreStats:
     read_bytes: int = 0
     hits: int | None = None
     misses: int | None = None
+    under_way: int = field(default=0, compare=False)
     latency: Latency = field(default=Latency(), compare=False)
 
     @property
@@ -100,7 +102,7 @@ class RowStore(ABC):
     def __init__(self) -> None:
         self._closed = False
         self._count_lock = threading.Lock()
-        self._gathers = self._rows_read = self._reads = self._read_bytes = self._nanoseconds = 0
+        self._gathers = self._rows_read = self._reads = self._read_bytes = self._nanoseconds = self._under_way = 0
         self._buckets = [0] * BUCKETS
         _ALL.add(self)
 
@@ -123,7 +125,8 @@ class RowStore(ABC):
         """Counters so far."""
         with self._count_lock:
             return StoreStats(self._gathers, self._rows_read, self._rows_read * self.info.row_bytes, self._reads,
-                              self._read_bytes, latency=latency_of(self._buckets, self._nanoseconds))
+                              self._read_bytes, under_way=self._under_way,
+                              latency=latency_of(self._buckets, self._nanoseconds))
 
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `ids_N` (int64 [N]) as uint8 [N, row_bytes], in `out` (C-contiguous) where it is given.
@@ -137,7 +140,13 @@ class RowStore(ABC):
         if out is None:
             out = np.empty((len(ids_N), info.row_bytes), np.uint8)
         check_out(out, (len(ids_N), info.row_bytes), (np.uint8,))
-        self._gather(ids_N, out)
+        with self._count_lock:
+            self._under_way += 1
+        try:
+            self._gather(ids_N, out)
+        finally:
+            with self._count_lock:
+                self._under_way -= 1
         self.count_read(len(ids_N), begun)
         return out
 
@@ -185,7 +194,7 @@ class RowStore(ABC):
 
     def _after_fork(self) -> None:
         """In a forked child: the threads are gone that held locks."""
-        self._count_lock = threading.Lock()
+        self._count_lock, self._under_way = threading.Lock(), 0
 
     @abstractmethod
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None: ...

@@ -1,0 +1,33 @@
+// The fusion layer for one token of each of a few sequences: what the kernel reads. The plain version in
+// engraphy/layer.py is its specification, up to the order of sums.
+#pragma once
+
+#include <stdint.h>
+
+namespace engraphy {
+
+// Arrays are of float, or of double where `wide`; C-contiguous, null where the layer has none. B, S, D, E, K = batch,
+// streams, hidden, width, taps.
+struct FuseCall {
+    bool wide;
+    int64_t streams, hidden, width, taps;
+    int64_t dilation;                // positions between two taps
+    double eps, conv_eps;
+    bool unit_offset;                // norms scale by 1 + weight
+    const void *key, *key_bias;      // [S*D, E], [S*D]
+    const void *value, *value_bias;  // [D, E], [D]
+    const void *query_norm, *key_norm, *conv_norm;  // [S, D]
+    const void *conv;                // [S, D, K], the last tap is the present
+    int64_t batch;
+    const void *x, *rows;            // [B, S, D], [B, E]
+    const void *window;              // the conv's inputs before: (K - 1) * dilation columns [S, D] of each sequence
+    void *inputs;                    // the column of its inputs now, [S, D] of each sequence
+    int64_t stride;                  // values from one sequence's columns to the next one's
+    const bool *live;                // [B]; null = all
+    void *out, *gate;                // [B, S, D], [B, S]: x with what the layer adds, and the gate
+    void *keys, *values;             // [B, S*D], [B, D], for the kernel's own use
+};
+
+using FuseFunction = void(const FuseCall &);
+
+}  // namespace engraphy

@@ -1,0 +1,192 @@
+"""A token that is decoded natively is changed as the layer's plain version changes it, and its past goes on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from engraphy import _native
+from engraphy.layer import EngramLayer
+from engraphy.spec import LayerSpec
+from engraphy.state import Columns, SequenceState
+
+LEVELS = _native.core.levels() if _native.core else ()
+pytestmark = pytest.mark.skipif(not LEVELS, reason=_native.reason)
+
+LAYER, MARGIN = 4, 5
+SPECS = {"demo": LayerSpec.demo(37, 19), "demo, streams": LayerSpec.demo(24, 64, streams=3),
+         "qwen4": LayerSpec.qwen4(40, 33), "deepseek_v41": LayerSpec.deepseek_v41(48, 40, streams=4)}
+DTYPES = {torch.float32: 3e-6, torch.float64: 1e-14}
+
+
+def make(spec: LayerSpec, dtype: torch.dtype) -> EngramLayer:
+    torch.manual_seed(0)
+    layer = EngramLayer(spec).to(dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return layer
+
+
+def sample(layer: EngramLayer, batch: int, tokens: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    spec, dtype = layer.spec, layer.value.weight.dtype
+    return (torch.randn(batch, tokens, spec.streams, spec.hidden_size, dtype=dtype),
+            torch.randn(batch, tokens, spec.width))
+
+
+def filled(layer: EngramLayer, batch: int, tokens: int = 20) -> SequenceState:
+    """A state that has seen tokens."""
+    state = SequenceState(batch, MARGIN, order=layer.spec.order, windows={LAYER: layer.spec.window})
+    state.extend(torch.zeros(batch, tokens, dtype=torch.int64))
+    if layer.spec.kernel:
+        state.push(LAYER, torch.randn(batch, tokens, layer.spec.streams, layer.spec.hidden_size,
+                                      dtype=layer.value.weight.dtype))
+    return state
+
+
+def plain(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None,
+          state: SequenceState) -> tuple[torch.Tensor, torch.Tensor]:
+    update, gate, inputs = layer(x, rows, state.window(LAYER), live, conv_inputs=True)
+    if inputs is not None:
+        state.push(LAYER, inputs)
+    return x + update, gate
+
+
+def native(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None,
+           state: SequenceState) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = state.columns(LAYER, x)
+    assert columns is not None
+    decoded = layer.decode(x, rows, live, columns)
+    assert decoded is not None
+    state.advance(LAYER)
+    return decoded
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_native_tokens_follow_the_plain_ones_through_refilled_and_cropped_buffers(name, dtype, level):
+    layer, batch = make(SPECS[name], dtype), 3
+    ours = filled(layer, batch)
+    theirs, native_tokens = ours.clone(), 0
+    for step in range(60):
+        x, rows = sample(layer, batch)
+        live = torch.tensor([[True], [False], [True]]) if step % 7 == 0 else None
+        for state in (ours, theirs):
+            state.extend(torch.full((batch, 1), step), live)
+        expected = plain(layer, x, rows, live, theirs)
+        with _native.forced(level):
+            if ours.columns(LAYER, x) is None:  # the buffer is full
+                found = plain(layer, x, rows, live, ours)
+            else:
+                native_tokens += 1
+                found = native(layer, x, rows, live, ours)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+        if step % 10 == 5:
+            ours.crop(3), theirs.crop(3)
+    assert native_tokens >= 45
+    if layer.spec.kernel:
+        torch.testing.assert_close(ours.window(LAYER), theirs.window(LAYER), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state)),
+                                    SequenceState.clone, lambda state: state.clone().select([1, 0]).select([1, 0])])
+def test_a_copy_of_a_state_and_the_state_write_to_buffers_of_their_own(copied):
+    layer = make(SPECS["demo"], torch.float32)
+    state = filled(layer, 2).extend([[1], [2]])
+    first, rows = sample(layer, 2)
+    native(layer, first, rows, None, state)
+    other = copied(state)
+    expected = state.clone()
+    for each in (state, other, expected):
+        each.extend([[3], [4]])
+    x, rows = sample(layer, 2)
+    out = native(layer, x, rows, None, other)[0]
+    torch.testing.assert_close(out, plain(layer, x, rows, None, expected)[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(native(layer, x, rows, None, state)[0], out)
+    assert torch.equal(state.window(LAYER), other.window(LAYER))
+
+
+@torch.no_grad()
+def test_a_dead_token_is_not_changed_even_by_rows_that_are_not_finite():
+    layer = make(SPECS["demo"], torch.float32)
+    state = filled(layer, 2).extend([[1], [1]])
+    x, rows = sample(layer, 2)
+    rows[1] = float("inf")
+    out, gate = native(layer, x, rows, torch.tensor([[True], [False]]), state)
+    assert torch.isfinite(out).all() and torch.equal(out[1], x[1]) and not gate[1].any() and not (out[0] == x[0]).any()
+
+
+@torch.no_grad()
+def test_nan_in_a_row_reaches_the_gate_as_in_the_plain_version():
+    layer = make(SPECS["deepseek_v41"], torch.float32)
+    state = filled(layer, 1).extend([[1]])
+    x, rows = sample(layer, 1)
+    rows[0, 0, 3] = float("nan")
+    out, gate = native(layer, x, rows, None, state)
+    assert gate.isnan().all() and out.isnan().all()
+
+
+@torch.no_grad()
+def test_a_fresh_memory_adds_exactly_nothing():
+    layer = make(SPECS["demo"], torch.float32)
+    layer.zero_value()
+    state = filled(layer, 1, 1).extend([[1]])
+    state._windows[LAYER].inputs.zero_()
+    x, rows = sample(layer, 1)
+    out, _ = native(layer, x, rows, None, state)
+    assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("case", ["gradients", "bfloat16", "many sequences", "hook", "key hook", "other key",
+                                  "transposed weight", "other shape", "switched off"])
+def test_what_the_kernel_does_not_do_is_left_to_the_plain_version(case):
+    layer = make(SPECS["demo"], torch.bfloat16 if case == "bfloat16" else torch.float32)
+    batch = 9 if case == "many sequences" else 2
+    x, rows = sample(layer, batch)
+    if case == "hook":
+        layer.register_forward_hook(lambda *_: None)
+    if case == "key hook":
+        layer.key.register_forward_pre_hook(lambda *_: None)
+    if case == "other key":
+        layer.key = nn.Sequential(layer.key)
+    if case == "transposed weight":
+        layer.value.weight = nn.Parameter(layer.value.weight.T.contiguous().T)
+    if case == "other shape":
+        x = x[..., :-1]
+    columns = Columns(0, 0, 0)  # never used
+    if case == "gradients":
+        assert layer.decode(x, rows, None, columns) is None
+        return
+    with torch.no_grad(), _native.forced("off" if case == "switched off" else "auto"):
+        assert layer.decode(x, rows, None, columns) is None
+
+
+def test_columns_are_refused_where_a_document_begins_in_sight_or_the_chunk_is_another():
+    layer = make(SPECS["demo"], torch.float32)
+    x, _ = sample(layer, 1)
+    state = filled(layer, 1)
+    assert state.columns(LAYER, x) is None  # no token's ids are known
+    state.extend([[1, 2]])
+    assert state.columns(LAYER, x) is None
+    state = filled(layer, 1).extend([[1]], starts=torch.tensor([[True]]))
+    state.push(LAYER, x, torch.tensor([[True]]))
+    state.extend([[2]])
+    assert state.columns(LAYER, x) is None
+    for _ in range(layer.spec.window):
+        state.push(LAYER, x).extend([[3]])
+    assert state.columns(LAYER, x) is not None
+    assert state.columns(LAYER, x.double()) is None
+
+
+def test_the_kernel_refuses_what_is_missing():
+    with pytest.raises(ValueError, match="positive"):
+        _native.core.fuse_token(False, 1, 0, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
+    with pytest.raises(ValueError, match="present"):
+        _native.core.fuse_token(False, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
