@@ -43,7 +43,7 @@ def gathered(level: str, store, ids: np.ndarray, width: int, skip: int = 0) -> n
 
 @every_level
 @settings(max_examples=150)
-@given(seed=st.integers(0, 2**32), width=st.integers(1, 300) | st.sampled_from([64, 128, 264, 512, 5000]),
+@given(seed=st.integers(0, 2**32), width=st.integers(1, 300) | st.sampled_from([64, 128, 160, 256, 264, 512, 5000]),
        shard_rows=st.integers(1, 50), total=st.integers(1, 120), count=st.sampled_from([0, 1, 7, 8, 9, 40]),
        skip=st.integers(0, 3))
 def test_rows_of_any_width_are_copied_from_and_to_any_byte(level, seed, width, shard_rows, total, count, skip):
@@ -73,7 +73,8 @@ def test_any_number_of_threads_gives_the_same_rows(level, count, used, threads):
 
 
 @every_level
-@pytest.mark.parametrize(("width", "skip"), [(64, 0), (64, 16), (128, 0), (264, 0), (63, 0), (4096, 0)])
+@pytest.mark.parametrize(("width", "skip"), [(64, 0), (64, 16), (128, 0), (160, 0), (192, 0), (256, 0), (264, 0),
+                                             (512, 0), (63, 0), (4096, 0)])
 def test_a_large_output_is_written_whole_wherever_it_begins(level, width, skip, threads):
     threads(3)
     raw = np.random.default_rng(0).integers(0, 256, (999, width), np.uint8)

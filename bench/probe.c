@@ -1,0 +1,195 @@
+// What this machine can do at best, without the library: copying random rows of memory, reading random pages of a file.
+// Each call starts its threads, lets them begin together and returns the seconds that they took; less than 0 is an
+// errno. Compiled by bench/probe.py.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define MOST_THREADS 256
+#define MOST_AHEAD 64
+#define LINE 64
+#define STAGED 8 // rows whose bytes together are whole lines
+#define MOST_ROW 512
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + time.tv_nsec * 1e-9;
+}
+
+typedef struct {
+    void (*work)(void *context, int thread);
+    void *context;
+    int thread;
+    pthread_barrier_t *start;
+} Worker;
+
+static void *worker_main(void *argument) {
+    Worker *worker = argument;
+    pthread_barrier_wait(worker->start);
+    worker->work(worker->context, worker->thread);
+    return NULL;
+}
+
+static double run(int threads, void (*work)(void *, int), void *context) {
+    static Worker workers[MOST_THREADS];
+    pthread_t handles[MOST_THREADS];
+    pthread_barrier_t start;
+    if (threads < 1 || threads > MOST_THREADS) return -EINVAL;
+    pthread_barrier_init(&start, NULL, threads);
+    for (int i = 1; i < threads; i++) {
+        workers[i] = (Worker){work, context, i, &start};
+        if (pthread_create(&handles[i], NULL, worker_main, &workers[i])) abort(); // the others wait for it
+    }
+    pthread_barrier_wait(&start);
+    const double begun = now();
+    work(context, 0);
+    for (int i = 1; i < threads; i++) pthread_join(handles[i], NULL);
+    const double taken = now() - begun;
+    pthread_barrier_destroy(&start);
+    return taken;
+}
+
+// Rows `ids` of a table into `out`. Each thread copies its share, call_rows at a time to the same place.
+typedef struct {
+    const uint8_t *table;
+    const int64_t *ids;
+    int64_t count, row_bytes, call_rows;
+    uint8_t *out;
+    int threads, ahead, stream;
+} Gather;
+
+static inline __attribute__((always_inline)) void fetch(const uint8_t *row, int64_t size) {
+    for (int64_t at = 0; at < size; at += LINE) __builtin_prefetch(row + at);
+    if (size % LINE) __builtin_prefetch(row + size - 1);
+}
+
+// Past the caches; whole lines.
+static inline __attribute__((always_inline)) void put_lines(uint8_t *to, const uint8_t *from, int64_t size) {
+#if defined(__AVX__)
+    for (int64_t at = 0; at < size; at += 32)
+        _mm256_stream_si256((__m256i *)(to + at), _mm256_loadu_si256((const __m256i *)(from + at)));
+#elif defined(__SSE2__)
+    for (int64_t at = 0; at < size; at += 16)
+        _mm_stream_si128((__m128i *)(to + at), _mm_loadu_si128((const __m128i *)(from + at)));
+#else
+    memcpy(to, from, size);
+#endif
+}
+
+// `size` is a constant where it is inlined.
+static inline __attribute__((always_inline)) void copy_rows(const Gather *g, const int64_t *ids, int64_t count,
+                                                            uint8_t *out, int64_t size) {
+    uint8_t staged[STAGED * MOST_ROW] __attribute__((aligned(LINE)));
+    for (int64_t i = 0; i < g->ahead && i < count; i++) fetch(g->table + ids[i] * size, size);
+    for (int64_t i = 0; i < count; i++) {
+        const uint8_t *row = g->table + ids[i] * size;
+        if (i + g->ahead < count) fetch(g->table + ids[i + g->ahead] * size, size);
+        if (!g->stream) {
+            memcpy(out + i * size, row, size);
+        } else if (size % LINE == 0) {
+            put_lines(out + i * size, row, size);
+        } else {
+            memcpy(staged + i % STAGED * size, row, size);
+            if (i % STAGED == STAGED - 1) put_lines(out + (i - i % STAGED) * size, staged, STAGED * size);
+        }
+    }
+    if (g->stream && size % LINE) memcpy(out + (count - count % STAGED) * size, staged, count % STAGED * size);
+#if defined(__SSE2__)
+    if (g->stream) _mm_sfence();
+#endif
+}
+
+static void gather_share(void *context, int thread) {
+    const Gather *g = context;
+    const int64_t share = g->count / g->threads, first = share * thread;
+    uint8_t *out = g->out + (g->call_rows < share ? g->call_rows * thread : first) * g->row_bytes;
+    for (int64_t done = 0; done < share; done += g->call_rows) {
+        const int64_t *ids = g->ids + first + done;
+        const int64_t count = share - done < g->call_rows ? share - done : g->call_rows;
+        switch (g->row_bytes) {
+        case 64: copy_rows(g, ids, count, out, 64); break;
+        case 128: copy_rows(g, ids, count, out, 128); break;
+        case 256: copy_rows(g, ids, count, out, 256); break;
+        case 264: copy_rows(g, ids, count, out, 264); break;
+        case 512: copy_rows(g, ids, count, out, 512); break;
+        }
+    }
+}
+
+// `count`: a multiple of threads * STAGED, as call_rows is one of STAGED; `out` begins with a line.
+double probe_gather(const uint8_t *table, const int64_t *ids, int64_t count, int64_t row_bytes, int64_t call_rows,
+                    uint8_t *out, int threads, int ahead, int stream) {
+    const int known = row_bytes == 64 || row_bytes == 128 || row_bytes == 256 || row_bytes == 264 || row_bytes == 512;
+    if (!known || threads < 1 || ahead > MOST_AHEAD || call_rows < 1 || call_rows % STAGED || (uintptr_t)out % LINE ||
+        count % (threads * STAGED))
+        return -EINVAL;
+    Gather call = {table, ids, count, row_bytes, call_rows, out, threads, ahead, stream};
+    return run(threads, gather_share, &call);
+}
+
+// `count` reads of `size` bytes, `depth` of them under way.
+typedef struct {
+    const int *files;
+    const int64_t *offsets;
+    int64_t count, size;
+    atomic_llong next;
+    atomic_int failed; // an errno
+} Reads;
+
+static void read_share(void *context, int thread) {
+    Reads *reads = context;
+    void *page;
+    (void)thread;
+    if (posix_memalign(&page, 4096, reads->size)) {
+        reads->failed = ENOMEM;
+        return;
+    }
+    for (int64_t i; (i = atomic_fetch_add(&reads->next, 1)) < reads->count;) {
+        const ssize_t found = pread(reads->files[i], page, reads->size, reads->offsets[i]);
+        if (found != reads->size) reads->failed = found < 0 ? errno : EIO;
+    }
+    free(page);
+}
+
+double probe_pread(const int *files, const int64_t *offsets, int64_t count, int64_t size, int depth) {
+    Reads reads = {.files = files, .offsets = offsets, .count = count, .size = size};
+    const double taken = run(depth, read_share, &reads);
+    return reads.failed ? -reads.failed : taken;
+}
+
+// Pages of a file that are in the page cache; less than 0: an errno.
+int64_t probe_resident(int file, int64_t size) {
+    const int64_t page = sysconf(_SC_PAGESIZE), pages = (size + page - 1) / page;
+    unsigned char *there = malloc(pages);
+    void *memory = mmap(NULL, size, PROT_READ, MAP_SHARED, file, 0);
+    int64_t found = 0;
+    if (!there || memory == MAP_FAILED || mincore(memory, size, there)) found = -errno;
+    else
+        for (int64_t i = 0; i < pages; i++) found += there[i] & 1;
+    if (memory != MAP_FAILED) munmap(memory, size);
+    free(there);
+    return found;
+}
+
+// The same part of several files, one after the other in memory; offset and size: whole pages. Null: see errno.
+uint8_t *probe_map(const int *files, int64_t count, int64_t offset, int64_t size) {
+    uint8_t *memory = mmap(NULL, count * size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return NULL;
+    for (int64_t i = 0; i < count; i++)
+        if (mmap(memory + i * size, size, PROT_READ, MAP_SHARED | MAP_FIXED, files[i], offset) == MAP_FAILED) return NULL;
+    return memory;
+}
+
+int probe_unmap(uint8_t *memory, int64_t size) { return munmap(memory, size); }

@@ -1,0 +1,146 @@
+"""The limits of the machine, probed by probe.c, and what the machine is; for the other benchmarks.
+
+The probe is compiled when it is needed, for this very machine, and shares no code with the library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+AHEAD = (4, 8, 16, 32)  # rows that are prefetched
+DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+PAGE = 4096
+
+
+class Probe:
+    """Copies rows and reads pages as fast as a small C program can. Each call returns seconds."""
+
+    def __init__(self) -> None:
+        compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        if compiler is None:
+            raise SystemExit("the limits are probed by a C program: expected a compiler (cc, gcc or clang), found none")
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder, "probe.so")
+            command = [compiler, "-O3", "-march=native", "-pthread", "-shared", "-fPIC", "-o", str(library),
+                       str(Path(__file__).with_name("probe.c"))]
+            built = subprocess.run(command, capture_output=True, text=True)
+            if built.returncode:
+                raise SystemExit(f"{' '.join(command)}: the probe does not compile:\n{built.stderr}")
+            self._library = ctypes.CDLL(str(library))
+        address, long = ctypes.c_void_p, ctypes.c_int64
+        self._library.probe_gather.argtypes = [address, address, long, long, long, address] + [ctypes.c_int] * 3
+        self._library.probe_pread.argtypes = [address, address, long, long, ctypes.c_int]
+        self._library.probe_resident.argtypes = [ctypes.c_int, long]
+        self._library.probe_map.argtypes = [address, long, long, long]
+        self._library.probe_map.restype = address
+        self._library.probe_unmap.argtypes = [address, long]
+        self._library.probe_gather.restype = self._library.probe_pread.restype = ctypes.c_double
+        self._library.probe_resident.restype = long
+
+    def gather(self, table: np.ndarray, ids_N: np.ndarray, row_bytes: int, out: np.ndarray, threads: int, ahead: int,
+               stream: bool, call_rows: int | None = None) -> float:
+        """Rows of a table (uint8, contiguous) to `out`; call_rows: each thread writes so many to the same place."""
+        if ids_N.dtype != np.int64 or int(ids_N.max()) >= table.nbytes // row_bytes or \
+                out.nbytes < row_bytes * (len(ids_N) if call_rows is None else threads * call_rows):
+            raise ValueError("probe: ids, table and out do not fit each other")
+        return _seconds(self._library.probe_gather(table.ctypes.data, ids_N.ctypes.data, len(ids_N), row_bytes,
+                                                   call_rows or len(ids_N), out.ctypes.data, threads, ahead, stream))
+
+    def pread(self, files_N: np.ndarray, offsets_N: np.ndarray, depth: int) -> float:
+        """A page at each offset of the file beside it, `depth` reads under way."""
+        files_N, offsets_N = np.ascontiguousarray(files_N, np.int32), np.ascontiguousarray(offsets_N, np.int64)
+        return _seconds(self._library.probe_pread(files_N.ctypes.data, offsets_N.ctypes.data, len(offsets_N), PAGE,
+                                                  depth))
+
+    def resident(self, paths: Sequence[Path]) -> float:
+        """Share of the files that lies in the page cache."""
+        found = total = 0
+        for path in paths:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                pages = self._library.probe_resident(file.fileno(), size)
+            if pages < 0:
+                raise OSError(-pages, os.strerror(-pages), str(path))
+            found, total = found + pages, total - (-size // PAGE)
+        return found / total
+
+    @contextlib.contextmanager
+    def mapped(self, paths: Sequence[Path], offset: int, size: int) -> Iterator[np.ndarray]:
+        """The same part of several files as one array, uint8 [all], each page in the page table. offset, size: whole
+        pages."""
+        with contextlib.ExitStack() as stack:
+            files = np.array([stack.enter_context(open(path, "rb")).fileno() for path in paths], np.int32)
+            memory = self._library.probe_map(files.ctypes.data, len(files), offset, size)
+        if not memory:
+            raise OSError("the system refuses to map the files of the table")
+        try:
+            found = np.ctypeslib.as_array((ctypes.c_uint8 * (len(files) * size)).from_address(memory))
+            found[::PAGE].max()
+            yield found
+        finally:
+            self._library.probe_unmap(memory, len(files) * size)
+
+
+def _seconds(answer: float) -> float:
+    if answer < 0:
+        raise OSError(int(-answer), os.strerror(int(-answer)))
+    return answer
+
+
+def huge(size: int) -> np.ndarray:
+    """uint8 [size], zero, on huge pages where there are any."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """What figures depend on; folder: the disk in question."""
+    text = _first("/proc/cpuinfo", "model name") or platform.processor()
+    mount = max((line.split() for line in Path("/proc/mounts").read_text().splitlines()
+                 if folder.resolve().is_relative_to(line.split()[1])), key=lambda words: len(words[1]))
+    return {"cpu": text, "cores": len(os.sched_getaffinity(0)),
+            "l3": _read("/sys/devices/system/cpu/cpu0/cache/index3/size"),
+            "memory": _first("/proc/meminfo", "MemTotal"),
+            "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+            "disk": {"device": mount[0], "file_system": mount[2], **_disk(folder)}, "kernel": platform.release(),
+            "python": platform.python_version(), "numpy": np.__version__, "command": " ".join(sys.argv)}
+
+
+def _disk(folder: Path) -> dict[str, str]:
+    number = os.stat(folder).st_dev
+    found = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not found.exists():
+        return {}
+    device = found.resolve()
+    device = device.parent if (device / "partition").exists() else device
+    return {"name": device.name, "model": _read(str(device / "device/model")),
+            "rotational": _read(str(device / "queue/rotational"))}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return "not known"
+
+
+def _first(path: str, key: str) -> str:
+    for line in _read(path).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""

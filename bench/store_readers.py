@@ -1,0 +1,170 @@
+"""Many readers of one table: what they get together, and how often the table lies in memory.
+
+Part of bench/store.py. Each reader asks for the same hot rows, in an order of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from probe import AHEAD, Probe, huge
+from store_disk import ROW_BYTES, OnDisk
+from store_ram import LIMIT, use_threads
+from turns import Result, Variant, best_first, rows_a_second
+
+from engraphy.shards import HEADER_BYTES
+from engraphy.store import CacheStore, RowStore, open_store
+
+COUNTS = (1, 2, 4, 8)
+HOT, CALL, ORDERS = 16_384, 1024, 8  # rows; rows a call; calls of a reader until its ids come again
+KEPT = 0.8  # of what one reader gets, with more of them: less is a collapse
+PATIENCE = 300  # seconds until a reader is given up
+forked = multiprocessing.get_context("fork")
+
+
+def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result]:
+    """1 to 8 threads and processes, each with so many calls, on a mapped file; threads on a cache before it."""
+    use_threads(1)
+    hot = np.random.default_rng(10).choice(table.shard_rows, HOT, replace=False)
+    url = f"file:{table.path}?read=mmap"
+    store, cache = open_store(url, layer=0), CacheStore(open_store(url, layer=0), 4 * HOT * (ROW_BYTES + 12))
+    memory = np.memmap(table.shards[0], np.uint8, "r", HEADER_BYTES)
+    kinds: dict[str, Callable[[int], Variant]] = {
+        LIMIT: lambda count: _probe_readers(probe, memory, hot, count, calls),
+        "threads, file:": lambda count: _thread_readers(store, hot, count, calls),
+        "threads, cache": lambda count: _thread_readers(cache, hot, count, max(1, calls // 4)),
+        "processes, file:": lambda count: _process_readers(url, hot, count, calls)}
+    variants = {f"{kind}, {count}": make(count) for kind, make in kinds.items() for count in COUNTS}
+    speeds = rows_a_second(variants, rounds, seed=11)
+    store.close()
+    cache.close()
+    results = []
+    for kind in list(kinds)[1:]:
+        own = {name: speed for name, speed in speeds.items() if name.startswith((LIMIT, kind))}
+        asked = {f"{kind}, {count}": [(KEPT, f"{kind}, 1")] for count in COUNTS[1:]}
+        results.append(Result(f"readers of {HOT} hot rows: {kind}, together", ROW_BYTES, best_first(own, LIMIT), LIMIT,
+                              asked))
+        print(results[-1].markdown(), flush=True)
+    return results
+
+
+def _batches(hot: np.ndarray, reader: int) -> np.ndarray:
+    return np.random.default_rng(reader).choice(hot, (ORDERS, CALL))
+
+
+def _probe_readers(probe: Probe, memory: np.ndarray, hot: np.ndarray, count: int, calls: int) -> Variant:
+    ids_N, out = np.concatenate([_batches(hot, reader).reshape(-1) for reader in range(count)]), huge(
+        count * CALL * ROW_BYTES)
+    times = max(1, calls // ORDERS)
+    ids_N = np.concatenate([np.tile(part, times) for part in np.split(ids_N, count)])
+    return Variant(len(ids_N), lambda: None, lambda _: probe.gather(memory, ids_N, ROW_BYTES, out, count, AHEAD[1],
+                                                                    False, call_rows=CALL))
+
+
+def _thread_readers(store: RowStore, hot: np.ndarray, count: int, calls: int) -> Variant:
+    def run(_: None) -> float:
+        spans: list[tuple[float, float]] = []
+        start = threading.Barrier(count)
+
+        def one(reader: int) -> None:
+            spans.append(_read(store, hot, reader, calls, start))
+
+        each = [threading.Thread(target=one, args=(reader,)) for reader in range(count)]
+        for thread in each:
+            thread.start()
+        for thread in each:
+            thread.join()
+        return _between(spans, count)
+
+    return Variant(count * calls * CALL, lambda: None, run)
+
+
+def _process_readers(url: str, hot: np.ndarray, count: int, calls: int) -> Variant:
+    def one(reader: int, start: Any, answers: Any) -> None:
+        store = open_store(url, layer=0)
+        answers.put(_read(store, hot, reader, calls, start))
+
+    return Variant(count * calls * CALL, lambda: None, lambda _: _between(_in_processes(one, count), count))
+
+
+def _read(store: RowStore, hot: np.ndarray, reader: int, calls: int, start: Any) -> tuple[float, float]:
+    """When this reader began and when it ended; the clock is the same in all processes."""
+    batches, out_NR = _batches(hot, reader), np.zeros((CALL, ROW_BYTES), np.uint8)
+    store.gather(hot)
+    start.wait(PATIENCE)
+    begun = time.monotonic()
+    for call in range(calls):
+        store.gather(batches[call % ORDERS], out=out_NR)
+    return begun, time.monotonic()
+
+
+def _between(spans: list[tuple[float, float]], count: int) -> float:
+    if len(spans) != count:
+        raise SystemExit(f"readers: expected {count} to end, {len(spans)} did")
+    return max(end for _, end in spans) - min(begun for begun, _ in spans)
+
+
+def _in_processes(work: Callable[[int, Any, Any], None], count: int) -> list[Any]:
+    """What `work(number, barrier, answers)` puts into `answers`, once in each of `count` forked processes."""
+    start, answers = forked.Barrier(count), forked.Queue()
+    children = [forked.Process(target=work, args=(number, start, answers), daemon=True) for number in range(count)]
+    for child in children:
+        child.start()
+    found = [answers.get(timeout=PATIENCE) for _ in children]
+    for child in children:
+        child.join()
+    return found
+
+
+def copies(table: OnDisk, shared: Path, count: int = 8) -> list[dict[str, Any]]:
+    """How many copies of the table lie in memory while `count` processes have all of it mapped: the proportional set
+    sizes of their mappings, summed. A pool is made in `shared`, where there is room for one."""
+    found = [_copies(f"file:{table.path}?populate=1", table.path, count)]
+    folder = Path(tempfile.mkdtemp(prefix="engraphy-bench-", dir=shared))
+    try:
+        found.append(_copies(f"pool:{folder / 'pool'}?from={table.path}", folder / "pool", count))
+    finally:
+        shutil.rmtree(folder)
+    print(f"\n### {count} processes, the whole table in the page table of each\n\n| path | copies in memory | asked |\n"
+          "|---|---|---|")
+    for each in found:
+        print(f"| {each['path']} | {each['copies']:.3f} | at most 1.05 |", flush=True)
+    return found
+
+
+def _copies(url: str, folder: Path, count: int) -> dict[str, Any]:
+    open_store(url, layer=0).close()  # fills a pool
+
+    def one(number: int, all_there: Any, answers: Any) -> None:
+        store = open_store(url, layer=0)
+        all_there.wait(PATIENCE)
+        sizes = _mapped_sizes(folder)
+        all_there.wait(PATIENCE)
+        store.close()
+        answers.put(sizes)
+
+    sizes = _in_processes(one, count)
+    rows_mapped = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"path": url.partition(":")[0] + ":", "processes": count, "table_bytes": rows_mapped,
+            "resident_bytes_each": sizes[0]["Rss:"], "proportional_bytes_of_all": sum(each["Pss:"] for each in sizes),
+            "copies": round(sum(each["Pss:"] for each in sizes) / rows_mapped, 4)}
+
+
+def _mapped_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of this process' mappings of files in `folder`: resident, and in proportion to who else maps them."""
+    found, ours = {"Rss:": 0, "Pss:": 0}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            ours = words[-1].startswith(f"{folder}/")
+        elif ours and words[0] in found:
+            found[words[0]] += int(words[1]) * 1024
+    return found
