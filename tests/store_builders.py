@@ -8,25 +8,38 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import releases
 
 from engraphy.rows import RowFormat
 from engraphy.spec import EngramConfig, HashSpec, LayerSpec
-from engraphy.store import RamStore, RowStore, StoreInfo, open_store
+from engraphy.store import CacheStore, RamStore, ReloadableStore, RowStore, StoreInfo, open_store
 from engraphy.table import Table
 
 LAYER, D = 3, 32
-TO_WRITE = ("ram", "file open for writing", "pread open for writing", "not mapped")
-MAPPED = ("ram", "file", "file in shards", "file open for writing", "pool")
-NOT_MAPPED = ("pread", "pread in shards", "pread direct", "pread open for writing", "not mapped")
+KINDS = ("f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4")
+TO_WRITE = ("ram", "file open for writing", "pread open for writing", "not mapped", "tiny cache around ram",
+            "tiny cache around file open for writing", "cache by URL around pread open for writing",
+            "reloadable file open for writing")
+MAPPED = ("ram", "file", "file in shards", "file open for writing", "pool", "checkpoint in parts", "reloadable file",
+          "reloadable file open for writing")
+NOT_MAPPED = ("pread", "pread in shards", "pread direct", "pread open for writing", "not mapped",
+              "checkpoint with scales", "tiny cache around ram", "tiny cache around file in shards",
+              "large cache around file", "tiny cache around pread in shards", "large cache around pread",
+              "tiny cache around pread direct", "tiny cache around pool", "tiny cache around checkpoint with scales",
+              "cache by URL around file in shards", "cache by URL around pread direct",
+              "tiny cache around file open for writing", "cache by URL around pread open for writing",
+              "reloadable pread in shards", "reloadable tiny cache around pread direct")
 STORES = (*MAPPED, *NOT_MAPPED)
 OPTIONS = {"pread": "?read=pread", "pread in shards": "?read=pread&threads=3", "pread direct": "?direct=1",
            "pread open for writing": "?read=pread"}
+WHOLE = ("ram", "file", "pread", "not mapped")  # one shard; the others have more
+CHECKPOINTS = {"checkpoint in parts": "bf16", "checkpoint with scales": "fp8"}  # the kind of rows that each has
 
 
 @dataclass(frozen=True)
@@ -81,18 +94,64 @@ def sealed(path: Path, fmt: RowFormat | None = None, shard_rows: int | None = No
     return expected
 
 
-def build(name: str, path: Path, fmt: RowFormat) -> tuple[RowStore, np.ndarray]:
-    """A store of this name and the records in it."""
+def kinds_of(name: str) -> tuple[str, ...]:
+    """Kinds of rows to try: all, one that a checkpoint has, two of a wrapper, which knows nothing of them."""
+    kinds = ("bf16", "int8") if "around" in name or "reloadable" in name else KINDS
+    return next(((kind,) for checkpoint, kind in CHECKPOINTS.items() if checkpoint in name), kinds)
+
+
+def usual(name: str) -> RowFormat:
+    """The format of the rows that a store of this name has where the test does not say it."""
+    return fmt_of("int8" if "int8" in kinds_of(name) else kinds_of(name)[0])
+
+
+def build(name: str, path: Path, fmt: RowFormat | None = None) -> tuple[RowStore, np.ndarray]:
+    """A store of this name and the records in it; fmt: see `usual`."""
+    fmt = fmt or usual(name)
     path.mkdir(exist_ok=True)
-    expected = sealed(path / "table", fmt, None if name in ("ram", "file", "pread", "not mapped") else 7)
+    for wrapper in ("reloadable ", "tiny cache around ", "large cache around ", "cache by URL around "):
+        if name.startswith(wrapper):
+            inner = name.removeprefix(wrapper)
+            if "URL" in wrapper:
+                return _by_url(inner, path, fmt, _two_sets(fmt))
+            store, expected = build(inner, path, fmt)
+            if wrapper == "reloadable ":
+                return ReloadableStore(store), expected
+            return CacheStore(store, _two_sets(fmt) if wrapper.startswith("tiny") else 1 << 20), expected
     if name in ("ram", "not mapped"):
+        expected = sealed(path / "table", fmt)
         store = (RamStore if name == "ram" else NotMapped)(*expected.shape)
         store.scatter(np.arange(len(expected)), expected)
         return store, expected
-    if name == "pool":
-        return open_store(f"pool:{path / 'pool'}?from={path / 'table'}", layer=LAYER), expected
-    url = f"file:{path / 'table'}{OPTIONS.get(name, '')}"
+    return _by_url(name, path, fmt)
+
+
+def _two_sets(fmt: RowFormat) -> int:
+    """A budget for 32 rows, of 80 and more."""
+    return 2 * (192 + 16 * fmt.row_bytes)
+
+
+def _by_url(name: str, path: Path, fmt: RowFormat, cache: int | None = None) -> tuple[RowStore, np.ndarray]:
+    url, expected = make(name, path, fmt)
+    if cache is not None:
+        url += f"{'&' if '?' in url else '?'}cache={cache}"
     return open_store(url, layer=LAYER, mode="w" if "writing" in name else "r"), expected
+
+
+def make(name: str, path: Path, fmt: RowFormat) -> tuple[str, np.ndarray]:
+    """The URL of a store of this name, and the records in it; once its files are made."""
+    if name in CHECKPOINTS:
+        if name == "checkpoint in parts":
+            config = releases.QWEN | {"ple_layer_ids": [LAYER + 1]}
+            releases.write_qwen(path / "release", config)
+            return f"checkpoint:{path / 'release'}", releases.records(releases.qwen_tensors(config), LAYER)
+        config = releases.V41 | {"engram_head_dim": D}
+        releases.write_v41(path / "release", config)
+        return f"checkpoint:{path / 'release'}", releases.records(releases.v41_tensors(config), LAYER)
+    expected = sealed(path / "table", fmt, None if name in WHOLE else 7)
+    if name == "pool":
+        return f"pool:{path / 'pool'}?from={path / 'table'}", expected
+    return f"file:{path / 'table'}{OPTIONS.get(name, '')}", expected
 
 
 def some_ids(rows: int, count: int = 500, seed: int = 0) -> np.ndarray:
@@ -101,17 +160,25 @@ def some_ids(rows: int, count: int = 500, seed: int = 0) -> np.ndarray:
 
 def check_in_child(check: Callable[[], bool]) -> None:
     """Assert that `check()` is true in a forked child, which is killed where it hangs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forking beside threads; here it is meant
-        child = os.fork()
-    if not child:
-        signal.alarm(20)
-        good = False
-        try:
-            good = check()
-        finally:
-            os._exit(0 if good else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    check_in_children([check])
+
+
+def check_in_children(checks: Sequence[Callable[[], bool]]) -> None:
+    """The same in as many children at once."""
+    children = []
+    for check in checks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forking beside threads; it is meant
+            child = os.fork()
+        if not child:
+            signal.alarm(20)
+            good = False
+            try:
+                good = check()
+            finally:
+                os._exit(0 if good else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
 
 
 def open_fds() -> int:

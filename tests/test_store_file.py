@@ -8,12 +8,11 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from store_builders import LAYER, fmt_of, in_own_namespace, mappings_of, open_fds, resident, sealed
+from store_builders import LAYER, create, fmt_of, in_own_namespace, mappings_of, open_fds, resident, sealed
 
 from engraphy import _native
 from engraphy.errors import ConfigError, EngraphyError, ShardTruncated, StoreError
@@ -197,13 +196,31 @@ def test_a_shard_that_was_truncated_is_an_error_before_any_row_is_handed_out(tab
         both_ways(store, np.array([5000, 9000]))
         shard = sorted(path.glob("layer-00003-*"))[1]
         os.truncate(shard, size)
-        if size > 2**20:  # the page that the last row lies in is there: only the size tells
-            time.sleep(2 * mapping._LOOK_EVERY)
         out, fmt = np.empty((1, 64), np.float32), fmt_of("f32", 64)
         for use in (store.gather, lambda ids: read(store, ids, fmt, out)):
             with pytest.raises(ShardTruncated, match=rf"{shard}: expected 1052672 bytes, found {size}"):
                 use(np.array([8191]))
         assert store.stats.gathers == 2
+        store.close()
+
+
+@every_engine
+@every_read
+@pytest.mark.parametrize("size", [4096 + 256 * 3, 4096 + 256 * 17 + 100, 4096 + 256 * 4096 - 300])
+def test_a_cut_within_a_page_is_an_error_of_the_next_read_also_where_rows_end_with_zeros(tmp_path, engine, reads, size):
+    """Nothing faults: the rows lie in the page in which the file now ends, and its rest reads as zeros."""
+    table = create(tmp_path / "table", fmt_of("f32", 64), shard_rows=4096, rows=5000)
+    rows = np.zeros((4096, 256), np.uint8)
+    rows[:, 100] = 1
+    table.write_rows(LAYER, 0, rows)
+    table.seal()
+    with _native.forced(engine):
+        store, shard = opened(table.path, reads), sorted(table.path.glob("layer-00003-*"))[0]
+        store.gather(np.array([7]))  # has just looked at the size
+        os.truncate(shard, size)
+        for _ in range(2):
+            with pytest.raises(ShardTruncated, match=rf"expected 1052672 bytes, found {size}"):
+                store.gather(np.array([(size - 4096) // 256 + 1]))
         store.close()
 
 

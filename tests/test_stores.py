@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -15,18 +18,33 @@ from store_builders import (
     D,
     build,
     check_in_child,
+    check_in_children,
     create,
     fmt_of,
+    kinds_of,
+    make,
     records,
     some_ids,
+    usual,
 )
 
 from engraphy.errors import ConfigError, EngraphyError, InputError, RowOutOfRange, StoreError, TableError, TableUnsealed
-from engraphy.rows import read
-from engraphy.store import FileStore, PreadStore, RamStore, StoreInfo, StoreStats, copy_rows, open_store
+from engraphy.rows import RowFormat, read
+from engraphy.store import (
+    CacheStore,
+    FileStore,
+    PreadStore,
+    RamStore,
+    RowStore,
+    StoreInfo,
+    StoreStats,
+    copy_rows,
+    open_store,
+)
 from engraphy.table import Table
 
-KINDS = ("f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4")
+BY_URL = ("file", "file in shards", "pread", "pread in shards", "pread direct", "pool", "checkpoint in parts",
+          "checkpoint with scales")
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +55,32 @@ def quick_sync(monkeypatch):
 
 @pytest.fixture(params=STORES)
 def filled(request, tmp_path):
-    store, expected = build(request.param, tmp_path, fmt_of("int8"))
+    store, expected = build(request.param, tmp_path)
     yield store, expected
     store.close()
 
 
 @pytest.fixture(params=TO_WRITE)
 def writable(request, tmp_path):
-    store, expected = build(request.param, tmp_path, fmt_of("int8"))
+    store, expected = build(request.param, tmp_path)
     yield store, expected
     store.close()
+
+
+def format_of(store: RowStore) -> RowFormat:
+    """Of a store that `filled` gave; memory does not know its own."""
+    return store.info.format or usual(store.info.kind)
+
+
+def good_in_any_order(store: RowStore, expected: np.ndarray, seed: int, times: int = 5) -> bool:
+    """Whether every row, bytes and numbers, is the right one each time."""
+    fmt, rng = format_of(store), np.random.default_rng(seed)
+    for _ in range(times):
+        ids = rng.permutation(len(expected))
+        values = read(store, ids, fmt, np.full((len(ids), fmt.d), np.nan, np.float32))
+        if not (np.array_equal(store.gather(ids), expected[ids]) and np.array_equal(values, fmt.decode(expected[ids]))):
+            return False
+    return True
 
 
 # Reading.
@@ -68,17 +102,16 @@ def test_gather_takes_ids_that_are_not_contiguous(filled):
     np.testing.assert_array_equal(store.gather(ids), expected[ids])
 
 
-@pytest.mark.parametrize("name", STORES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
-def test_reading_mapped_rows_and_gathering_then_decoding_give_the_same_bytes(tmp_path, name, kind, dtype):
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in STORES for kind in kinds_of(name)])
+def test_reading_mapped_rows_and_gathering_then_decoding_give_the_same_bytes(tmp_path, name, kind):
     fmt = fmt_of(kind)
     store, expected = build(name, tmp_path, fmt)
     ids = some_ids(len(expected), 2 * 9 * 5).reshape(2, 9, 5)
-    decoded = fmt.decode(expected[ids.reshape(-1)], out=np.empty((ids.size, D), dtype))
-    poisoned = np.frombuffer(b"\xff" * decoded.nbytes, dtype).reshape(2, 9, 5 * D).copy()
-    read(store, ids, fmt, poisoned)
-    assert poisoned.tobytes() == decoded.tobytes()
+    for dtype in (np.float32, np.uint16):
+        decoded = fmt.decode(expected[ids.reshape(-1)], out=np.empty((ids.size, D), dtype))
+        poisoned = np.frombuffer(b"\xff" * decoded.nbytes, dtype).reshape(2, 9, 5 * D).copy()
+        read(store, ids, fmt, poisoned)
+        assert poisoned.tobytes() == decoded.tobytes()
     assert (store.shards is None) == (name in NOT_MAPPED)
     store.close()
 
@@ -87,53 +120,83 @@ def test_a_batch_of_more_than_a_chunk_is_read_whole(filled):
     store, expected = filled
     ids = some_ids(len(expected), 20_011)
     out = np.full((len(ids), D), np.nan, np.float32)
-    read(store, ids, fmt_of("int8"), out)
-    np.testing.assert_array_equal(out, fmt_of("int8").decode(expected[ids]))
+    read(store, ids, format_of(store), out)
+    np.testing.assert_array_equal(out, format_of(store).decode(expected[ids]))
 
 
-def test_many_threads_read_the_same_rows(filled):
+def test_eight_threads_read_every_row_at_once(filled):
     store, expected = filled
-    fmt, wrong = fmt_of("int8"), []
-
-    def work(seed: int) -> None:
-        for step in range(20):
-            ids = some_ids(len(expected), 300, seed * 1000 + step)
-            out = np.full((300, D), np.nan, np.float32)
-            good = np.array_equal(store.gather(ids), expected[ids])
-            good &= np.array_equal(read(store, ids, fmt, out), fmt.decode(expected[ids]))
-            if not good:
-                wrong.append(seed)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    good: list[bool] = []
+    threads = [threading.Thread(target=lambda seed=seed: good.append(good_in_any_order(store, expected, seed)))
+               for seed in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
-    assert store.stats.gathers == 8 * 20 * 2 and store.stats.rows == 8 * 20 * 2 * 300
+    assert good == [True] * 8
+    assert store.stats.gathers == 8 * 5 * 2 and store.stats.rows == 8 * 5 * 2 * len(expected)
 
 
 def test_a_forked_child_reads_the_same_rows(filled):
     store, expected = filled
-    ids, fmt = some_ids(len(expected)), fmt_of("int8")
-    store.gather(ids)
+    store.gather(some_ids(len(expected)))
+    check_in_child(lambda: good_in_any_order(store, expected, 0))
+    assert good_in_any_order(store, expected, 1)
 
-    def check() -> bool:
-        values = read(store, ids, fmt, np.full((len(ids), D), np.nan, np.float32))
-        return np.array_equal(store.gather(ids), expected[ids]) and np.array_equal(values, fmt.decode(expected[ids]))
 
-    check_in_child(check)
-    assert check()
+def test_four_forked_children_and_their_parent_read_every_row_at_once(filled):
+    store, expected = filled
+    store.gather(some_ids(len(expected)))
+    parent = threading.Thread(target=lambda: good.append(good_in_any_order(store, expected, 9, times=10)))
+    good: list[bool] = []
+    parent.start()
+    check_in_children([lambda seed=seed: good_in_any_order(store, expected, seed) for seed in range(4)])
+    parent.join()
+    assert good == [True]
+
+
+SPAWNED = """
+import json, sys
+import numpy as np
+from engraphy.rows import read
+from engraphy.store import CacheStore, open_store
+for name, url in json.loads(sys.argv[1]).items():
+    for cached in (False, True):
+        store = open_store(url, layer=3)
+        expected = np.load(f"{sys.argv[2]}/{name}.npy")
+        fmt = store.info.format
+        store = CacheStore(store, 5000) if cached else store
+        for seed in range(5):
+            ids = np.random.default_rng((int(sys.argv[3]), seed)).permutation(len(expected))
+            assert np.array_equal(store.gather(ids), expected[ids]), url
+            values = read(store, ids, fmt, np.full((len(ids), fmt.d), np.nan, np.float32))
+            assert np.array_equal(values, fmt.decode(expected[ids])), url
+        store.close()
+"""
+
+
+def test_four_spawned_processes_read_every_row_of_every_store_that_has_a_url(tmp_path):
+    urls = {}
+    for name in BY_URL:
+        (tmp_path / name).mkdir()
+        urls[name], expected = make(name, tmp_path / name, usual(name))
+        np.save(tmp_path / f"{name}.npy", expected)
+    workers = [subprocess.Popen([sys.executable, "-c", SPAWNED, json.dumps(urls), str(tmp_path), str(seed)],
+                                stderr=subprocess.PIPE, text=True) for seed in range(4)]
+    assert [worker.communicate(timeout=100)[1] for worker in workers] == [""] * 4
+    assert [worker.returncode for worker in workers] == [0] * 4
 
 
 def test_stats_count_gathers_and_reads_alike(filled):
     store, _ = filled
-    assert store.stats == StoreStats(0, 0, 0)
+    cache = isinstance(store, CacheStore)
+    assert store.stats == StoreStats(0, 0, 0, hits=0 if cache else None, misses=0 if cache else None)
     store.gather(np.array([1, 2, 3]))
-    read(store, np.array([[4, 5]]), fmt_of("int8"), np.empty((1, 2 * D), np.float32))
+    read(store, np.array([[4, 5]]), format_of(store), np.empty((1, 2 * D), np.float32))
     stats = store.stats
     assert (stats.gathers, stats.rows, stats.bytes) == (2, 5, 5 * store.info.row_bytes)
     assert bool(stats.reads) == bool(stats.read_bytes) == isinstance(store, PreadStore)
+    assert (stats.hits, stats.misses) == ((0, 5) if cache else (None, None))
 
 
 def test_shards_are_the_rows_in_equal_parts_but_the_last_and_cannot_be_written(filled):
@@ -151,20 +214,23 @@ def test_shards_are_the_rows_in_equal_parts_but_the_last_and_cannot_be_written(f
 # What is refused, before anything is written.
 
 
-@pytest.mark.parametrize(("ids", "error", "message"), [
+WRONG_IDS = [
     (np.array([3, 10**6, 4]), RowOutOfRange, "row id 1000000 at position 1: expected 0 to {last}"),
     (np.array([-1]), RowOutOfRange, "row id -1 at position 0: expected 0 to {last}"),
     (np.array([2**63 - 1, -(2**63)]), RowOutOfRange, "at position 0"),
     (np.array([1, 2], np.int32), InputError, r"row ids: expected int64 \[N\], found int32 \[2\]"),
     (np.array([1.0]), InputError, "float64"), (np.array([True]), InputError, "bool"),
     (np.array([[1, 2]]), InputError, r"found int64 \[1, 2\]"), (np.array(1), InputError, r"found int64 \[\]"),
-    ([1, 2], InputError, "found list"), (None, InputError, "found NoneType")])
-def test_wrong_ids_are_refused(filled, ids, error, message):
+    ([1, 2], InputError, "found list"), (None, InputError, "found NoneType")]
+
+
+def test_wrong_ids_are_refused(filled):
     store, expected = filled
-    out = np.full((np.size(ids), store.info.row_bytes), 0xA5, np.uint8)
-    with pytest.raises(error, match=message.format(last=len(expected) - 1)):
-        store.gather(ids, out=out)
-    assert (out == 0xA5).all() and store.stats.gathers == 0
+    for ids, error, message in WRONG_IDS:
+        out = np.full((np.size(ids), store.info.row_bytes), 0xA5, np.uint8)
+        with pytest.raises(error, match=message.format(last=len(expected) - 1)):
+            store.gather(ids, out=out)
+        assert (out == 0xA5).all() and store.stats.gathers == 0
 
 
 def test_the_last_row_is_read_and_the_next_is_not(filled):
@@ -277,12 +343,12 @@ def test_closing_a_store_opened_by_url_lets_the_next_writer_in(tmp_path):
     open_store(f"file:{tmp_path / 'table'}", layer=LAYER, mode="w").close()
 
 
-@pytest.mark.parametrize("chunk", [1, 13, 10**6])
-def test_rows_are_copied_between_stores_whatever_the_chunk(filled, chunk):
+def test_rows_are_copied_between_stores_whatever_the_chunk(filled):
     source, expected = filled
-    target = RamStore(*expected.shape)
-    copy_rows(source, target, chunk=chunk)
-    np.testing.assert_array_equal(target.gather(np.arange(len(expected))), expected)
+    for chunk in (7, 13, 10**6):
+        target = RamStore(*expected.shape)
+        copy_rows(source, target, chunk=chunk)
+        np.testing.assert_array_equal(target.gather(np.arange(len(expected))), expected)
 
 
 def test_rows_are_not_copied_between_stores_of_different_sizes(filled):

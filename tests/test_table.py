@@ -377,6 +377,16 @@ DAMAGES = {
         lambda t: edit(t, lambda j: j.update(row_format={"kind": "f16", "d": 8})), TableError, "row_format.d"),
     "a row format of another width": (
         lambda t: edit(t, lambda j: j.update(row_format={"kind": "f32", "d": 4})), TableError, "row_bytes|bytes"),
+    "a row format of the same width": (
+        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f16", "d": 4})), TableError, "checksum: expected"),
+    "a checksum that is none": (lambda t: edit(t, lambda j: j.update(checksum=7)), TableError, "checksum: .* found 7"),
+    "a field under another name": (
+        lambda t: edit(t, lambda j: j.update(next_ID=j.pop("next_id"))), TableError, "next_id: .*no such field"),
+    "a directory in the place of engram.json": (
+        lambda t: ((t / "engram.json").unlink(), (t / "engram.json").mkdir()), TableError, "cannot be read"),
+    "a directory in the place of a shard": (
+        lambda t: (shard(t).unlink(), (t / shard_name(1, 1)).mkdir()), TableError,
+        "the shard cannot be read|opened"),
     "an unknown row format": (
         lambda t: edit(t, lambda j: j.update(row_format={"kind": "f8", "d": 4})), TableError, "row format"),
     "an unknown dialect": (
@@ -402,7 +412,7 @@ def test_opening_names_the_damage(tmp_path, damage, mode):
     path = sealed(tmp_path / "t").path
     apply, error, message = DAMAGES[damage]
     apply(path)
-    before = (path / "engram.json").read_bytes() if (path / "engram.json").exists() else None
+    before = (path / "engram.json").read_bytes() if (path / "engram.json").is_file() else None
     with pytest.raises(error, match=message) as caught:
         Table.open(path, mode)
     assert str(tmp_path / "t") in str(caught.value)
@@ -434,6 +444,12 @@ def test_a_shard_of_another_table_and_of_the_same_table_before_training_are_fore
     shutil.copy(old, shard(ours.path))
     with pytest.raises(ShardForeign, match=f"{trained.table_id}, found one of table {ours.table_id}"):
         Table.open(ours.path)
+
+
+def test_a_table_of_before_there_was_a_checksum_opens(tmp_path):
+    path = sealed(tmp_path / "t").path
+    edit(path, lambda j: j.pop("checksum"))
+    assert holds(Table.open(path), 0)
 
 
 def test_damage_after_opening_is_found_when_rows_are_mapped(tmp_path):

@@ -156,7 +156,7 @@ def test_padding_the_vocabulary_changes_the_digest():
     assert VocabMap.from_tokenizer(tokenizer, 3).digest != VocabMap.from_tokenizer(tokenizer).digest
 
 
-@pytest.mark.parametrize("raw_size", [2, 0, -1, 4.0, "4"])
+@pytest.mark.parametrize("raw_size", [2, 0, -1, 4.0, "4", 2**28 + 1, 10**18])
 def test_a_raw_size_that_does_not_hold_the_tokenizer_is_refused(raw_size):
     with pytest.raises(ConfigError, match="raw_size.*3"):
         VocabMap.from_tokenizer(words("a", "b", "c"), raw_size=raw_size)
@@ -182,7 +182,7 @@ def test_the_identity_maps_every_id_to_itself(n):
     assert (vocab(np.arange(n)) == np.arange(n)).all()
 
 
-@pytest.mark.parametrize("n", [0, -1, 2.0, True, None, "7"])
+@pytest.mark.parametrize("n", [0, -1, 2.0, True, None, "7", 2**28 + 1, 10**18])
 def test_an_identity_of_no_size_is_refused(n):
     with pytest.raises(ConfigError, match="positive size"):
         VocabMap.identity(n)

@@ -152,7 +152,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: expected a checkpoint's config.json, found no file") from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected JSON, found something else ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected an object, found {type(data).__name__}")
@@ -198,7 +198,7 @@ def _table(directory: Path, files: Mapping[str, Path], find: Find, config: Engra
 
 def _names(directory: Path, files: Mapping[str, Path], table: str, layer: int) -> tuple[str, list[str]]:
     """What the names of a layer's weights begin with, and the names in row order."""
-    pattern = re.compile(rf"((?:.*\.)?layers\.{layer}\.{re.escape(table)})(?:\.shard_(\d+))?\.weight")
+    pattern = re.compile(rf"((?:.*\.)?layers\.{layer}\.{re.escape(table)})(?:\.shard_(\d{{1,9}}))?\.weight")
     found = {match: name for name in files if (match := pattern.fullmatch(name))}
     stems = sorted({match[1] for match in found})
     if len(stems) != 1:

@@ -13,6 +13,8 @@ import numpy as np
 
 from .errors import ConfigError
 
+MOST_IDS = 1 << 28  # of a vocabulary: what a map of them takes is some memory, and not all of it
+
 
 def config_fields(config: Any) -> Mapping[str, Any]:
     """The fields of a config (object or mapping), or of the `text_config` in it.
@@ -27,7 +29,10 @@ def config_fields(config: Any) -> Mapping[str, Any]:
     if config is None:
         raise ConfigError("expected a model's config: a mapping or an object with fields")
     nested = config.get("text_config")
-    return config if nested is None else config_fields(nested)
+    try:
+        return config if nested is None else config_fields(nested)
+    except RecursionError:
+        raise ConfigError("expected a model's config, found text_config within text_config without an end") from None
 
 
 def hash_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def layer_arguments(fields: Mapping[str, Any], columns: int) -> tuple[int, dict[
 def _qwen_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
     counted_from_one = as_ints("ple_layer_ids", fields["ple_layer_ids"])
     _check_depth("ple_layer_ids", counted_from_one, 1, fields)
-    order = as_int("ngram_size", fields.get("ngram_size", 3))
+    order = _order("ngram_size", fields.get("ngram_size", 3))
     return {"dialect": "qwen4", "layer_ids": [layer - 1 for layer in sorted(set(counted_from_one))],
             "orders": range(2, order + 1), "heads": fields.get("heads_per_ngram", 8),
             "rows_per_head": fields.get("ngram_vocab_size_base", 20_000_000), "vocab_size": need(fields, "vocab_size"),
@@ -73,7 +78,7 @@ def _qwen_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _deepseek_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
     layers = as_ints("engram_layer_ids", fields["engram_layer_ids"])
     _check_depth("engram_layer_ids", layers, 0, fields)
-    order = as_int("engram_max_ngram_size", need(fields, "engram_max_ngram_size"))
+    order = _order("engram_max_ngram_size", need(fields, "engram_max_ngram_size"))
     compressed = as_int("engram_compressed_vocab_size", need(fields, "engram_compressed_vocab_size"))
     raw = fields.get("vocab_size")
     if raw is not None and compressed > as_int("vocab_size", raw):
@@ -81,6 +86,12 @@ def _deepseek_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"dialect": "deepseek_v41", "layer_ids": layers, "orders": range(2, order + 1),
             "heads": need(fields, "engram_n_heads"), "rows_per_head": need(fields, "engram_vocab_size"),
             "vocab_size": compressed, "filler_id": need(fields, "engram_pad_token_id", "engram_pad_id")}
+
+
+def _order(name: str, value: Any) -> int:
+    if not 2 <= (order := as_int(name, value)) <= 32:  # before a list is made of them
+        raise ConfigError(f"{name}: expected the largest of the orders, 2 to 32, found {order}")
+    return order
 
 
 def _check_depth(name: str, layers: Sequence[int], lowest: int, fields: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from .errors import ShardCorrupt, ShardMissing, ShardTruncated, TableError
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_DIMENSIONS = 64  # what torch and numpy have
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
                "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -50,15 +51,18 @@ class StoredTensor:
     def read(self, first: int, out_nR: np.ndarray) -> None:
         """Rows from row `first` on into uint8 [n, row_bytes], C-contiguous, past the mapping.
 
-        Raises ShardTruncated where the file has become shorter.
+        Raises ShardTruncated where the file has become shorter, TableError where it cannot be read.
         """
         left, at = out_nR.reshape(-1).data, self.offset + first * self.row_bytes
-        with open(self.path, "rb", buffering=0) as file:
-            while left:
-                count = os.preadv(file.fileno(), [left], at)
-                if not count:
-                    raise ShardTruncated(f"{self.path}: expected {len(left)} more bytes at {at}, found the end")
-                left, at = left[count:], at + count
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while left:
+                    count = os.preadv(file.fileno(), [left], at)
+                    if not count:
+                        raise ShardTruncated(f"{self.path}: expected {len(left)} more bytes at {at}, found the end")
+                    left, at = left[count:], at + count
+        except OSError as error:
+            raise TableError(f"{self.path}: rows cannot be read ({error})") from error
 
 
 def read_rows(tensors: Sequence[StoredTensor], first: int, out_nR: np.ndarray) -> None:
@@ -74,7 +78,8 @@ def read_rows(tensors: Sequence[StoredTensor], first: int, out_nR: np.ndarray) -
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name; those of dtypes that no table has are left out.
 
-    Raises ShardMissing, ShardTruncated (too short or too long for its header), ShardCorrupt (the header).
+    Raises ShardMissing, ShardTruncated (too short or too long for its header), ShardCorrupt (the header: tensors that
+    overlap or leave gaps, too), TableError for what cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -87,6 +92,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             text = file.read(length)
     except FileNotFoundError:
         raise ShardMissing(f"{path}: expected a safetensors file, found none") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise TableError(f"{str(path)!r}: it cannot be read ({error})") from error
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
@@ -97,6 +104,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     data, end = 8 + length, max((end for _, _, _, end in parsed.values()), default=0)
     if size != data + end:
         raise ShardTruncated(f"{path}: expected {data + end} bytes, as its header says, found {size}")
+    spans = sorted((begin, end) for _, _, begin, end in parsed.values())
+    if any(begin != before for (begin, _), before in zip(spans, [0, *(end for _, end in spans)], strict=False)):
+        raise ShardCorrupt(f"{path}: expected tensors that lie one after the other, found some that overlap or a gap")
     tensors = {name: StoredTensor(path, name, dtype, shape, data + begin, end - begin)
                for name, (dtype, shape, begin, end) in parsed.items() if dtype in _ITEM_BYTES}
     for tensor in tensors.values():
@@ -108,7 +118,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     (begin, end), shape = entry["data_offsets"], entry["shape"]
     numbers = [begin, end, *shape]
-    if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers) or begin > end:
+    impossible = any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or len(shape) > _MAX_DIMENSIONS
+    if not isinstance(entry["dtype"], str) or impossible or begin > end:
         raise ValueError(f"an entry that cannot be: {dict(entry)}")
     return entry["dtype"], tuple(shape), begin, end
 
@@ -127,7 +138,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
         names = json.loads(path.read_bytes())["weight_map"]
         files = {name: directory / file for name, file in names.items()}
         outside = [file for file in names.values() if Path(file).name != file]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise TableError(f"{path}: expected an index with a weight_map, found something else "
                          f"({type(error).__name__}: {error})") from None
     if outside:

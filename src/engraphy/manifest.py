@@ -1,11 +1,13 @@
 """engram.json: what a table says of itself, as a frozen value that is written and read as a whole.
 
 Everything that follows from the configuration (rows, shards, sizes, digest) is written for readers without this
-library, and on reading has to be what follows from it: a field that was changed by hand is found.
+library, and on reading has to be what follows from it: a field that was changed by hand is found. What follows from
+nothing else is under a checksum of all fields.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -62,6 +64,12 @@ class Manifest:
         """Shards of all layers."""
         return [shard for layer in self.config.hash.layer_ids for shard in self.shards(layer)]
 
+    def _check_count(self, path: Path, listed: int) -> None:
+        """Before a list is made of them: shards of a row each are as many as memory holds, and more."""
+        count = sum(-(-self.config.hash.row_count(layer) // self.shard_rows) for layer in self.config.hash.layer_ids)
+        if count != listed:
+            raise TableError(f"{path}: layers: expected {count} shards of {self.shard_rows} rows, found {listed}")
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: see docs/table-format.md."""
         return {
@@ -77,9 +85,9 @@ class Manifest:
 
     def write(self) -> None:
         """Replace engram.json in one step that survives a crash."""
-        temporary = self.directory / (FILE_NAME + ".tmp")
+        temporary, data = self.directory / (FILE_NAME + ".tmp"), self.to_json()
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file, indent=1)
+            json.dump(data | {"checksum": _checksum(data)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / FILE_NAME)
@@ -93,13 +101,23 @@ class Manifest:
             data = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise TableError(f"{path}: expected a table's {FILE_NAME}, found no file") from None
+        except OSError as error:
+            raise TableError(f"{path}: it cannot be read ({error})") from error
         except (ValueError, RecursionError) as error:
             raise TableError(f"{path}: expected JSON, found something else ({error})") from error
+        try:
+            return cls._of(directory, path, data)
+        except (ValueError, RecursionError) as error:  # numbers too long to be told, values nested too deep
+            raise TableError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of(cls, directory: Path, path: Path, data: Any) -> Manifest:
         _check_fields(path, data)
+        checksum = data.pop("checksum", None)  # tables of before there was one have none
         hashes = _hashes(path, data["layers"])
         try:
             config, fmt = EngramConfig.from_json(data["config"]), RowFormat.from_json(data["row_format"])
-        except (ConfigError, TypeError) as error:
+        except (ConfigError, TypeError, OverflowError) as error:
             raise TableError(f"{path}: {error}") from error
         if fmt.d != config.dim:
             raise TableError(f"{path}: row_format.d: expected the config's dim {config.dim}, found {fmt.d}")
@@ -108,11 +126,14 @@ class Manifest:
         if data["address_digest"] != manifest.address_digest:
             raise DigestMismatch(f"{path}: address_digest: expected {manifest.address_digest}, which its config and "
                                  f"vocab_digest give, found {data['address_digest']}")
+        manifest._check_count(path, sum(len(layer["shards"]) for layer in data["layers"]))
         difference = _first_difference(manifest.to_json(), data)
         if difference:
             raise TableError(f"{path}: {difference}")
         if manifest.next_id is None and None in hashes.values():
             raise TableError(f"{path}: sha256: expected one for each shard of a sealed table, found null")
+        if checksum not in (None, _checksum(data)):  # the row format, say, follows from nothing else
+            raise TableError(f"{path}: checksum: expected {_checksum(data)} of its other fields, found {checksum!r}")
         return manifest
 
 
@@ -142,13 +163,18 @@ def _check_fields(path: Path, data: Any) -> None:
     if found != (FORMAT, VERSION):
         raise TableError(f"{path}: expected format {FORMAT}, version {VERSION}; found {found!r}")
     for name, kind in _FIELDS.items():
-        if not isinstance(data.get(name), kind) or isinstance(data.get(name), bool):
-            raise TableError(f"{path}: {name}: expected {kind}, found {data.get(name)!r}")
+        if name not in data or not isinstance(data[name], kind) or isinstance(data[name], bool):
+            raise TableError(f"{path}: {name}: expected {kind}, found {data.get(name, 'no such field')!r}")
     for name in ("table_id", "parent", "next_id"):
         if data[name] is not None and not re.fullmatch("[0-9a-f]{32}", data[name]):
             raise TableError(f"{path}: {name}: expected 32 hex digits, found {data[name]!r}")
     if data["shard_rows"] < 1:
         raise TableError(f"{path}: shard_rows: expected at least 1, found {data['shard_rows']}")
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    """SHA-256 of the fields as JSON with sorted keys and no spaces, as hex."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _hashes(path: Path, layers: list[Any]) -> dict[str, str | None]:

@@ -109,10 +109,13 @@ class Shard:
             os.fsync(fd)
 
     def hash_rows(self) -> str:
-        """SHA-256 of the rows (all bytes after the header), as hex."""
-        with open(self.path, "rb") as file:
-            file.seek(HEADER_BYTES)
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """SHA-256 of the rows (all bytes after the header), as hex. Raises TableError where they cannot be read."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(HEADER_BYTES)
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise self._unreadable(error) from error
 
     @contextmanager
     def _open(self, flags: int) -> Iterator[int]:
@@ -131,7 +134,10 @@ class Shard:
             raise TableError(f"{self.path}: the shard cannot be opened ({error})") from error
 
     def _check(self, fd: int, table_ids: Collection[str]) -> str:
-        found, size = os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size
+        try:
+            found, size = os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size
+        except OSError as error:  # a directory in its place, a broken disk
+            raise self._unreadable(error) from error
         matching = [table_id for table_id in table_ids if found == self.header(table_id)]
         if not matching:
             raise self._diagnosis(found, size, table_ids)
@@ -140,14 +146,17 @@ class Shard:
                                  f"found {size}")
         return matching[0]
 
+    def _unreadable(self, error: OSError) -> TableError:
+        return TableError(f"{self.path}: the shard cannot be read ({error})")
+
     def _diagnosis(self, found: bytes, size: int, table_ids: Collection[str]) -> Exception:
         if size < HEADER_BYTES:
             return ShardTruncated(f"{self.path}: expected {self.size} bytes, found {size}: less than the header")
         try:
             header = json.loads(found[8:])
             metadata, rows = header["__metadata__"], header["rows"]
-            table_id, name, shape = metadata["table_id"], metadata["shard"], list(rows["shape"])
-        except (ValueError, KeyError, TypeError) as error:
+            table_id, name, shape = str(metadata["table_id"]), str(metadata["shard"]), str(list(rows["shape"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return ShardCorrupt(f"{self.path}: expected a shard's header of {HEADER_BYTES} bytes, found "
                                 f"{found[:32]!r}... ({type(error).__name__}: {error})")
         if table_id not in table_ids:
@@ -155,7 +164,7 @@ class Shard:
                                 f"found one of table {table_id}")
         if name != self.name:
             return ShardForeign(f"{self.path}: expected shard {self.name}, found shard {name} in its place")
-        if shape != [self.rows, self.row_bytes]:
+        if shape != str([self.rows, self.row_bytes]):
             return ShardCorrupt(f"{self.path}: expected rows of shape {[self.rows, self.row_bytes]}, found {shape}")
         return ShardCorrupt(f"{self.path}: the header differs from that of the shard it names")
 

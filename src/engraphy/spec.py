@@ -21,7 +21,9 @@ import numpy as np
 
 from .dialects import DIALECTS, all_primes, multipliers
 from .errors import ConfigError
-from .fields import as_int, as_ints, config_fields, first, hash_arguments, layer_arguments, need
+from .fields import MOST_IDS, as_int, as_ints, config_fields, first, hash_arguments, layer_arguments, need
+
+_MOST_COLUMNS = 4096  # each takes the search for a prime
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,9 @@ def _check_hash_spec(spec: HashSpec) -> None:
                           f"found {list(spec.rows_per_head)}")
     for name, least in (("heads", 1), ("vocab_size", 1), ("filler_id", 0), ("seed", 0), ("pad_to", 1)):
         as_int(name, getattr(spec, name), least)
+    if spec.columns > _MOST_COLUMNS or spec.vocab_size > MOST_IDS:
+        raise ConfigError(f"heads, vocab_size: expected at most {_MOST_COLUMNS} heads of all orders together and "
+                          f"{MOST_IDS} ids, found {spec.columns}, {spec.vocab_size}")
     if max(spec.rows_per_head) * spec.columns >= 2**62:
         raise ConfigError(f"rows_per_head: {max(spec.rows_per_head)} rows a head do not fit int64 row ids")
 

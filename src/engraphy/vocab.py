@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Regex, normalizers
 
 from .errors import ConfigError, DigestMismatch, InputError
+from .fields import MOST_IDS
 
 _FORMAT = "engraphy-vocab-1"
 _LONE_SPACE = "\ue000"  # keeps a token that is one space apart from the empty string
@@ -62,8 +63,9 @@ class VocabMap:
             raise ConfigError("expected a tokenizers.Tokenizer or a transformers fast tokenizer, "
                               f"found {type(tok).__name__}")
         size = tok.get_vocab_size(with_added_tokens=True)
-        if raw_size is not None and (not isinstance(raw_size, (int, np.integer)) or raw_size < size):
-            raise ConfigError(f"raw_size: expected at least the tokenizer's {size} ids, found {raw_size!r}")
+        if raw_size is not None and (not isinstance(raw_size, (int, np.integer)) or not size <= raw_size <= MOST_IDS):
+            raise ConfigError(f"raw_size: expected at least the tokenizer's {size} ids and at most {MOST_IDS}, "
+                              f"found {raw_size!r}")
         texts = tok.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
         ids: dict[str, int] = {}
         table = np.full(size if raw_size is None else raw_size, -1, dtype=np.int32)
@@ -77,8 +79,8 @@ class VocabMap:
     @classmethod
     def identity(cls, n: int) -> VocabMap:
         """No compression: n raw ids map to themselves (the Qwen dialect)."""
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-            raise ConfigError(f"identity vocabulary: expected a positive size, found {n!r}")
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= MOST_IDS:
+            raise ConfigError(f"identity vocabulary: expected a positive size up to {MOST_IDS}, found {n!r}")
         return cls(np.arange(n, dtype=np.int32))
 
     @property
@@ -123,7 +125,7 @@ class VocabMap:
         try:
             body = json.loads(Path(path).read_text())
             kind, digest, vocab = body["format"], body["digest"], cls(np.array(body["table"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             found = f"{type(error).__name__}: {error}"
             raise ConfigError(f"{path}: expected a vocabulary map ({_FORMAT}), found {found}") from None
         if kind != _FORMAT:

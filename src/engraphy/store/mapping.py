@@ -3,10 +3,10 @@
 Touching a page that a truncated file no longer has, or that the disk cannot read, is a SIGBUS, which ends the process;
 the rest of the page in which a shortened file now ends reads as zeros. With the native part such a fault is caught: it
 is noted, and the memory reads as zeros from then on (`_native/guard.cpp`). A `Watch` asks for that after each read,
-and for the sizes of the files every 50 ms: so long the rows of one page, cut in the middle, may go unnoticed. Without
-the native part it looks at the sizes before each read; a file that is truncated between that look and the read still
-ends the process. A file that another is renamed over is not damaged: the old one stays mapped until the store is
-closed.
+when it has looked at the last byte of each file: wherever a file was cut, that byte is gone or zero, and where it is
+zero the size tells. Every 50 ms it asks for the sizes of all files. Without the native part it looks at the sizes
+before each read; a file that is truncated between that look and the read still ends the process. A file that another
+is renamed over is not damaged: the old one stays mapped until the store is closed.
 """
 
 from __future__ import annotations
@@ -71,6 +71,14 @@ class MappedFile:
         """Raise ShardTruncated unless the file still has the size that was mapped."""
         check_size(self.path, self.size, self._memory.size())
 
+    def check_end(self) -> None:
+        """Raise ShardTruncated if its last byte is one of the zeros that a file which is cut in a page ends with.
+
+        Where that page is gone, looking is a fault, which `check_memory` tells of.
+        """
+        if not self._memory[-1]:
+            self.check_size()
+
     def check_memory(self) -> None:
         """Raise ShardTruncated or StoreError if a page of it could not be had."""
         if self._core is not None and self._core.damaged(self._guard):
@@ -119,7 +127,11 @@ class Watch:
 
     def after(self) -> None:
         """To be called after memory was read or written. Raises ShardTruncated or StoreError if that went wrong."""
-        if self._core is not None and (faults := self._core.damage_count()) != self._seen:
+        if self._core is None:
+            return
+        for file in self._alive():
+            file.check_end()
+        if (faults := self._core.damage_count()) != self._seen:
             for file in self._alive():
                 file.check_memory()
             self._seen = faults

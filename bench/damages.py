@@ -1,0 +1,204 @@
+"""Ways in which a table may be damaged, for bench/damage.py: each a function that changes files of a `Specimen`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engraphy.rows import RowFormat
+from engraphy.shards import HEADER_BYTES
+
+MANIFEST = "engram.json"
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A sealed table at `path`, which is damaged and put right again.
+
+    records: its rows by layer, uint8 [rows, row_bytes]. files: what it consists of. before: the same table before its
+    rows were changed, under an older table_id. twin: another table of the same addresses, sizes and names of shards.
+    """
+
+    path: Path
+    fmt: RowFormat
+    records: dict[int, np.ndarray]
+    files: dict[str, bytes]
+    before: dict[str, bytes]
+    twin: dict[str, bytes]
+    touched: set[str] = field(default_factory=set)
+
+    @property
+    def shards(self) -> list[str]:
+        return [name for name in self.files if name != MANIFEST]
+
+    def put(self, name: str, data: bytes | None, in_place: bool = False) -> None:
+        """Give a file this content (None: remove it), under a new inode or under the one that it has."""
+        self.touched.add(name)
+        path = self.path / name
+        if not in_place:
+            path.unlink(missing_ok=True)
+        if data is None:
+            return
+        with open(path, "r+b" if in_place else "xb") as file:
+            file.write(data)
+            file.truncate()
+
+    def cut(self, name: str, size: int) -> None:
+        """Give a file another size, under the inode that it has."""
+        self.touched.add(name)
+        os.truncate(self.path / name, size)
+
+    def replace_by_directory(self, name: str) -> None:
+        self.put(name, None)
+        (self.path / name).mkdir()
+
+    def rows_changed(self) -> bool:
+        """Whether bytes of rows differ from those written, in files that are there."""
+        return any((self.path / name).is_file()
+                   and (self.path / name).read_bytes()[HEADER_BYTES:] != self.files[name][HEADER_BYTES:]
+                   for name in self.touched if name != MANIFEST)
+
+    def restore(self, all_of_it: bool = False) -> None:
+        """Put right what was touched, under new inodes."""
+        for name in self.files if all_of_it else self.touched:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+            self.put(name, self.files[name])
+        self.touched.clear()
+
+
+@dataclass(frozen=True)
+class Damage:
+    """kind: what is counted. apply: does it."""
+
+    kind: str
+    apply: Callable[[Specimen, Rng], None]
+
+
+def changed(data: bytes, rng: Rng, first: int, last: int) -> bytes:
+    """A bit, a byte or a run of bytes within first..last-1 is another."""
+    raw, how = bytearray(data), rng.integers(4)
+    at = int(rng.integers(first, last))
+    if how == 0:
+        raw[at] ^= 1 << int(rng.integers(8))
+    elif how == 1:
+        raw[at] = (raw[at] + int(rng.integers(1, 256))) % 256
+    else:
+        end = min(last, at + int(rng.integers(1, 64 if how == 2 else 4097)))
+        raw[at:end] = rng.bytes(end - at) if rng.random() < 0.7 else bytes(end - at)
+    return bytes(raw)
+
+
+def shard_of(specimen: Specimen, rng: Rng) -> str:
+    return str(rng.choice(specimen.shards))
+
+
+def manifest_bytes(specimen: Specimen, rng: Rng) -> None:
+    data = specimen.files[MANIFEST]
+    specimen.put(MANIFEST, changed(data, rng, 0, len(data)))
+
+
+def manifest_digit(specimen: Specimen, rng: Rng) -> None:
+    """A digit or letter becomes another: JSON that can still be read."""
+    raw = bytearray(specimen.files[MANIFEST])
+    at = int(rng.choice([i for i, byte in enumerate(raw) if chr(byte).isalnum()]))
+    raw[at] = ord(rng.choice(list("0123456789" if chr(raw[at]).isdigit() else "abcdefABCDEF")))
+    specimen.put(MANIFEST, bytes(raw))
+
+
+def header_bytes(specimen: Specimen, rng: Rng) -> None:
+    name = shard_of(specimen, rng)
+    text = len(specimen.files[name][:HEADER_BYTES].rstrip())
+    specimen.put(name, changed(specimen.files[name], rng, 0, text if rng.random() < 0.7 else HEADER_BYTES))
+
+
+def row_bytes(specimen: Specimen, rng: Rng, in_place: bool = False) -> None:
+    name = shard_of(specimen, rng)
+    data = specimen.files[name]
+    specimen.put(name, changed(data, rng, HEADER_BYTES, len(data)), in_place)
+
+
+def row_block(specimen: Specimen, rng: Rng) -> None:
+    """A block of a disk that reads as another block, or as zeros."""
+    name, size = shard_of(specimen, rng), int(rng.choice([512, 4096]))
+    data = bytearray(specimen.files[name])
+    to, source = (int(rng.integers(HEADER_BYTES // size, -(-len(data) // size))) * size for _ in range(2))
+    end = min(to + size, len(data))
+    data[to:end] = (bytes(data[source:source + end - to]) if rng.random() < 0.5 else b"").ljust(end - to, b"\0")
+    specimen.put(name, bytes(data))
+
+
+def cut_length(data: bytes, rng: Rng) -> int:
+    """Any, those near an end and at pages as often as the others."""
+    size = len(data)
+    return int(rng.choice([rng.integers(0, size), size - 1 - rng.integers(0, min(size, 300)),
+                           rng.integers(0, -(-size // 4096)) * 4096]))
+
+
+def cut_shard(specimen: Specimen, rng: Rng) -> None:
+    name = shard_of(specimen, rng)
+    specimen.cut(name, cut_length(specimen.files[name], rng))
+
+
+def cut_manifest(specimen: Specimen, rng: Rng) -> None:
+    specimen.cut(MANIFEST, cut_length(specimen.files[MANIFEST], rng))
+
+
+def extend(name: str, specimen: Specimen, rng: Rng) -> None:
+    count = int(rng.integers(1, 9000))
+    more = (rng.bytes(count), bytes(count), b" " * count)[rng.integers(3)]
+    specimen.put(name, specimen.files[name] + more, in_place=True)
+
+
+def swap(specimen: Specimen, rng: Rng) -> None:
+    first, second = rng.choice(specimen.shards, 2, replace=False)
+    specimen.put(str(first), specimen.files[str(second)])
+    specimen.put(str(second), specimen.files[str(first)])
+
+
+def shard_from(other: str, specimen: Specimen, rng: Rng, in_place: bool = False) -> None:
+    name = shard_of(specimen, rng)
+    specimen.put(name, getattr(specimen, other)[name], in_place)
+
+
+def any_name(specimen: Specimen, rng: Rng) -> str:
+    return MANIFEST if rng.random() < 0.3 else shard_of(specimen, rng)
+
+
+BEFORE = [Damage(kind, apply) for kind, apply in {
+    "engram.json: bits, bytes": manifest_bytes,
+    "engram.json: a digit or letter": manifest_digit,
+    "engram.json: cut": cut_manifest,
+    "engram.json: extended": lambda s, rng: extend(MANIFEST, s, rng),
+    "engram.json: older": lambda s, rng: s.put(MANIFEST, s.before[MANIFEST]),
+    "engram.json: of another table": lambda s, rng: s.put(MANIFEST, s.twin[MANIFEST]),
+    "shard's header: bits, bytes": header_bytes,
+    "rows: bits, bytes": row_bytes,
+    "rows: a block": row_block,
+    "shard: cut": cut_shard,
+    "shard: extended": lambda s, rng: extend(shard_of(s, rng), s, rng),
+    "shards: two swapped": swap,
+    "shard: of another table": lambda s, rng: shard_from("twin", s, rng),
+    "shard: older": lambda s, rng: shard_from("before", s, rng),
+    "file: gone": lambda s, rng: s.put(any_name(s, rng), None),
+    "file: empty": lambda s, rng: s.put(any_name(s, rng), b""),
+    "file: a directory": lambda s, rng: s.replace_by_directory(any_name(s, rng)),
+}.items()]
+SERVED = [Damage(kind, apply) for kind, apply in {
+    "shard: cut": cut_shard,
+    "shard: extended": lambda s, rng: extend(shard_of(s, rng), s, rng),
+    "shard: empty": lambda s, rng: s.cut(shard_of(s, rng), 0),
+    "shard: gone": lambda s, rng: s.put(shard_of(s, rng), None),
+    "shard: another table's renamed over it": lambda s, rng: shard_from("twin", s, rng),
+    "shard: another table's copied over it": lambda s, rng: shard_from("twin", s, rng, in_place=True),
+    "rows: bits, bytes": lambda s, rng: row_bytes(s, rng, in_place=True),
+    "engram.json: older": lambda s, rng: s.put(MANIFEST, s.before[MANIFEST]),
+}.items()]
+# Bytes of rows are changed where they lie: what opening does not look at, and `verify` does.
+ROWS = {"rows: bits, bytes", "rows: a block", "shard: another table's copied over it"}
