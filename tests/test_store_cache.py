@@ -1,4 +1,7 @@
-"""The row cache gives the rows of the store behind it, whatever is read and written, and keeps those that are read."""
+"""The row cache gives the rows of the store behind it, whatever is read and written, and keeps those that are read.
+
+All of it is true of the plain version and of the native one.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store_builders import LAYER, sealed
 
+from engraphy import _native
 from engraphy.errors import ConfigError, InputError, RowOutOfRange, StoreError
 from engraphy.rows import RowFormat, read
 from engraphy.store import RamStore, RowStore, StoreInfo, open_store
 from engraphy.store import cache as cache_module
-from engraphy.store.cache import GHOSTS, SMALL, WAYS, CacheStore
+from engraphy.store.cache import CacheStore
 from engraphy.store.reload import ReloadableStore
+from engraphy.store.sets import GHOSTS, SMALL, WAYS, place
 from engraphy.table import Table
 
 WIDTH = 12
 SET_BYTES = 192 + WAYS * WIDTH  # what one set of 16 rows takes
+
+
+@pytest.fixture(autouse=True, scope="module", params=["off", "auto"] if _native.core else ["off"])
+def version(request):
+    with _native.forced(request.param):
+        yield
 
 
 class Behind(RowStore):
@@ -54,7 +65,7 @@ class Behind(RowStore):
 def cached(rows: int = 400, sets: int = 3) -> tuple[CacheStore, Behind]:
     behind = Behind(rows)
     cache = CacheStore(behind, sets * SET_BYTES)
-    cache._rows[...] = 0xA5  # what is not written must not be seen
+    cache._sets.rows[...] = 0xA5  # what is not written must not be seen
     return cache, behind
 
 
@@ -232,23 +243,23 @@ class Model:
 
 
 @pytest.mark.parametrize("exponent", [1.1, 1.5, 2.5])
-def test_each_set_keeps_what_the_policy_keeps(exponent, monkeypatch):
-    monkeypatch.setattr(cache_module, "_place", lambda rows, sets: cache_module._Place(rows % sets, (rows + 1).astype(
-        np.uint16)))  # fingerprints without collisions
+def test_each_set_keeps_what_the_policy_keeps(exponent):
     cache, _ = cached(300, 3)
+    set_N, print_N = place(np.arange(300), 3)
+    assert len({*zip(set_N.tolist(), print_N.tolist(), strict=True)}) == 300  # the policy's ghosts mistake no row
     models = [Model() for _ in range(3)]
     rng = np.random.default_rng(2)
     for _ in range(2000):
         row = int(rng.zipf(exponent) % 300)
         cache.gather(ids(row))
-        models[row % 3].ask(row)
+        models[set_N[row]].ask(row)
         assert set(cache.kept().tolist()) == {kept for model in models for kept in model.reads}
 
 
 def test_nothing_leaves_while_its_set_has_room():
     cache, _ = cached(400, 20)
     cache.gather(np.arange(200))
-    found = np.bincount(cache_module._place(np.arange(200), 20).set_N, minlength=20)
+    found = np.bincount(place(np.arange(200), 20).set_N, minlength=20)
     assert len(cache.kept()) == np.minimum(found, WAYS).sum() >= 190
 
 
@@ -275,7 +286,7 @@ def test_kept_rows_come_with_the_most_read_first():
 def test_all_that_it_keeps_stays_within_the_budget():
     for budget in (SET_BYTES, 10 * SET_BYTES - 1, 123_456):
         cache = CacheStore(Behind(400), budget)
-        assert budget - SET_BYTES < cache._sets.nbytes + cache._rows.nbytes <= budget
+        assert budget - SET_BYTES < cache._sets.records.nbytes + cache._sets.rows.nbytes <= budget
         assert cache.capacity == budget // SET_BYTES * WAYS
 
 
@@ -352,17 +363,22 @@ def test_closing_closes_the_store_behind_it_too():
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("held", [False, True])
-def test_a_forked_child_reads_the_right_rows_whatever_other_threads_were_doing(held):
+@pytest.mark.parametrize("amid", ["nothing", "a change", "a write"])
+def test_a_forked_child_reads_the_right_rows_whatever_other_threads_were_doing(amid):
     cache, behind = cached()
     cache.gather(np.arange(20))
-    if held:  # as if a thread were half-way through a change
-        cache._lock.acquire()
+    if amid == "a write":  # as if a thread had written to the store, and not yet to the cache
+        cache._writer.acquire()
+        behind.rows_NR[:5] = 7
+    if amid == "a change":  # or were half-way through one of the cache
+        cache._sets.lock.acquire()
         behind._count_lock.acquire()
-        cache._rows[...] = 0xA5
+        cache._sets.rows[...] = 0xA5
     child = os.fork()
     if not child:
         signal.alarm(20)  # a lock that nobody will ever open ends it
         right = np.array_equal(cache.gather(np.arange(30)), behind.rows_NR[:30])
+        cache.scatter(ids(1), records(1, 9))
+        right &= np.array_equal(cache.gather(ids(1)), records(1, 9))
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

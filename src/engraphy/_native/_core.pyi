@@ -81,8 +81,41 @@ def fuse_token(
     ValueError for sizes that cannot be and for what is missing.
     """
 
+def cache_look(
+    sets: int, set_count: int, rows: int, row_bytes: int, ids: int, count: int, out: int, missing: int
+) -> int:
+    """Writes those of the rows `ids` (int64 [count], checked by the caller) that a cache has to their places in out:
+    uint8 [count, row_bytes]. Returns how many it has not, M.
+
+    sets: SET [set_count] of store/sets.py. rows: uint8 [set_count * 16, row_bytes]. missing: int64 [2, count], of which
+    M are written in each row: positions, ascending, and versions. May be called beside itself and one of the three
+    below; of these only one may be under way. Raises ValueError for sizes that cannot be, as those do.
+    """
+
+def cache_keep(
+    sets: int,
+    set_count: int,
+    rows: int,
+    row_bytes: int,
+    ids: int,
+    versions: int,
+    reads: int,
+    from_rows: int,
+    count: int,
+) -> None:
+    """Keeps rows that `cache_look` missed: `Sets.keep`. ids, versions, reads: int64 [count], ids distinct. from_rows:
+    uint8 [count, row_bytes]."""
+
+def cache_hold(sets: int, set_count: int, rows: int, row_bytes: int, ids: int, count: int) -> None:
+    """`Sets.hold`."""
+
+def cache_write(
+    sets: int, set_count: int, rows: int, row_bytes: int, ids: int, from_rows: int, count: int
+) -> None:
+    """`Sets.write`; from_rows: uint8 [count, row_bytes], or 0 where nobody knows what was written."""
+
 def threads() -> int:
-    """Threads that share one call of `read_rows`, `decode_rows` or `gather_rows` on 4096 rows or more."""
+    """Threads that share one call of `read_rows`, `decode_rows`, `gather_rows` or `cache_look` on 4096 rows or more."""
 
 def set_threads(count: int) -> None:
     """Raises ValueError unless count is positive."""

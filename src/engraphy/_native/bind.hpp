@@ -5,6 +5,7 @@
 
 namespace engraphy {
 
+void bind_cache(nanobind::module_ &m);
 void bind_fuse(nanobind::module_ &m);
 void bind_gather(nanobind::module_ &m);
 void bind_guard(nanobind::module_ &m);

@@ -24,10 +24,10 @@ bool runs_here(const char *name) {
 }
 
 constexpr Level compiled[] = {
-    {"scalar", {scalar::hash, scalar::first_bad, scalar::read_rows, scalar::gather_rows, scalar::fuse}},
+    {"scalar", scalar::kernels},
 #if defined(__x86_64__)
-    {"avx2", {avx2::hash, avx2::first_bad, avx2::read_rows, avx2::gather_rows, avx2::fuse}},
-    {"avx512", {avx512::hash, avx512::first_bad, avx512::read_rows, avx512::gather_rows, avx512::fuse}},
+    {"avx2", avx2::kernels},
+    {"avx512", avx512::kernels},
 #endif
 };
 constexpr int compiled_count = sizeof(compiled) / sizeof(compiled[0]);

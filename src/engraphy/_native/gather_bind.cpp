@@ -10,8 +10,6 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
-constexpr int64_t streamed_from = 8 << 20;  // bytes of an output: more than a core has for itself
-
 void gather_rows(uintptr_t shards, int64_t shard_rows, int64_t rows, int64_t row_bytes, uintptr_t ids, int64_t count,
                  uintptr_t out) {
     if (shard_rows < 1 || rows < 0 || row_bytes < 1 || count < 0 || (count && !ids))

@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "cache.hpp"
 #include "fuse.hpp"
 #include "hash.hpp"
 #include "rows.hpp"
@@ -19,22 +20,27 @@ struct Kernels {
     RowsFunction *rows;
     GatherFunction *gather;
     FuseFunction *fuse;
+    CacheLookFunction *cache_look;
+    CacheKeepFunction *cache_keep;
+    CacheHoldFunction *cache_hold;
+    CacheWriteFunction *cache_write;
 };
 
 // What the kernel files define, each once per level.
-#define ENGRAPHY_KERNELS(level) \
-    namespace level { \
-    HashFunction hash; \
-    FirstBadFunction first_bad; \
-    RowsFunction read_rows; \
-    GatherFunction gather_rows; \
-    FuseFunction fuse; \
+#define ENGRAPHY_KERNELS(level)                                                                                  \
+    namespace level {                                                                                            \
+    HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows;           \
+    FuseFunction fuse; CacheLookFunction cache_look; CacheKeepFunction cache_keep; CacheHoldFunction cache_hold; \
+    CacheWriteFunction cache_write;                                                                              \
+    constexpr Kernels kernels = {hash, first_bad, read_rows, gather_rows, fuse, cache_look, cache_keep,          \
+                                 cache_hold, cache_write};                                                       \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)
 ENGRAPHY_KERNELS(avx2)
 ENGRAPHY_KERNELS(avx512)
 #endif
+#undef ENGRAPHY_KERNELS
 
 // The table in use. Set before any work by select_level; plain, since it changes only then.
 const Kernels &kernels();

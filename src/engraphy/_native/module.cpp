@@ -16,6 +16,7 @@ NB_MODULE(_core, m) {
     });
     m.def("level", [] { return engraphy::current_level(); });
     m.def("set_level", [](const std::string &name) { return engraphy::select_level(name.c_str()); });
+    engraphy::bind_cache(m);
     engraphy::bind_fuse(m);
     engraphy::bind_gather(m);
     engraphy::bind_guard(m);

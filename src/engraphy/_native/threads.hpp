@@ -37,4 +37,7 @@ void set_threads(int count);
 // Into how many parts to cut the work on `count` rows.
 int parts_of(int64_t count);
 
+// Bytes of an output from which on it is written past the caches: more than a core has for itself.
+constexpr int64_t streamed_from = 8 << 20;
+
 }  // namespace engraphy

@@ -1,0 +1,271 @@
+// The row cache, compiled once per instruction set (see kernels.hpp for what that forbids).
+//
+// Readers take no lock. Whoever changes a set makes its version odd, and even again when it is done; a reader notes the
+// version, copies, and copies anew where it is another one by then. What was copied meanwhile may be torn, tags may be
+// of two moments: nothing is believed, nothing followed out of the memory of the set, until the version is looked at.
+// `reads` alone is written by readers: a byte at a time, a lost one does not matter.
+//
+// Two things of each row are waited for, its set and then the row itself: both are prefetched some way ahead.
+#include <sched.h>
+#include <stdint.h>
+
+#include "copy.hpp"
+#include "kernels.hpp"
+#include "mapped.hpp"
+
+namespace engraphy::ENGRAPHY_LEVEL {
+namespace {
+
+constexpr int ahead = 8;            // rows that are on their way; as many sets before them
+constexpr int ways = cache_ways, least_small = 4, most_reads = 3;
+constexpr uint8_t main_queue = 16;  // added to the order of what is in it
+constexpr int patience = 200;       // looks at a set that is being changed before others may run
+
+struct Place {
+    CacheSet *set;
+    uint16_t print;
+};
+
+inline Place place_of(const CacheMemory &memory, int64_t id) {
+    uint64_t mixed = (uint64_t)id * 0x9E3779B97F4A7C15u;
+    mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93u;
+    const uint16_t print = (uint16_t)mixed;
+    return {memory.sets + ((mixed >> 32) * (uint64_t)memory.count >> 32), print ? print : (uint16_t)1};
+}
+
+inline void prefetch_set(const CacheSet *set) {
+    for (int at = 0; at < (int)sizeof(CacheSet); at += line) __builtin_prefetch((const uint8_t *)set + at);
+}
+
+// The first way that a tag is in, -1: in none.
+inline int way_of(const CacheSet &set, int64_t tag) {
+#if defined(__AVX512F__)
+    const __m512i wanted = _mm512_set1_epi64(tag);
+    const uint32_t same = _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(set.tags), wanted) |
+                          (uint32_t)_mm512_cmpeq_epi64_mask(_mm512_loadu_si512(set.tags + 8), wanted) << 8;
+    return same ? __builtin_ctz(same) : -1;
+#elif defined(__AVX2__)
+    const __m256i wanted = _mm256_set1_epi64x(tag);
+    uint32_t same = 0;
+    for (int w = 0; w < ways; w += 4) {
+        const __m256i equal = _mm256_cmpeq_epi64(_mm256_loadu_si256((const __m256i *)(set.tags + w)), wanted);
+        same |= (uint32_t)_mm256_movemask_pd(_mm256_castsi256_pd(equal)) << w;
+    }
+    return same ? __builtin_ctz(same) : -1;
+#else
+    int way = -1;
+    for (int w = ways - 1; w >= 0; w--) way = set.tags[w] == tag ? w : way;
+    return way;
+#endif
+}
+
+inline uint8_t *row_of(const CacheMemory &memory, const CacheSet &set, int way) {
+    return memory.rows + ((&set - memory.sets) * ways + way) * memory.row_bytes;
+}
+
+struct Wanted {
+    CacheSet *set;
+    int64_t tag;
+    const uint8_t *row;
+    uint32_t version;
+    int way;  // -1: it is not here
+};
+
+inline void find(const CacheMemory &memory, Wanted &wanted) {
+    wanted.version = __atomic_load_n(&wanted.set->version, __ATOMIC_ACQUIRE);
+    wanted.way = way_of(*wanted.set, wanted.tag);
+    wanted.row = row_of(memory, *wanted.set, wanted.way);
+}
+
+inline bool unchanged(const Wanted &wanted) {
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    return __atomic_load_n(&wanted.set->version, __ATOMIC_RELAXED) == wanted.version;
+}
+
+inline void count_read(const Wanted &wanted) {
+    uint8_t *reads = wanted.set->reads + wanted.way;
+    const uint8_t before = __atomic_load_n(reads, __ATOMIC_RELAXED);
+    if (before < most_reads) __atomic_store_n(reads, before + 1, __ATOMIC_RELAXED);
+}
+
+// Put the row in its place, or know that it is missing, at a moment when nothing changed.
+template <class Put> inline void settle(const CacheMemory &memory, Wanted &wanted, uint8_t *out, Put put) {
+    for (int tries = 1;; tries++) {
+        if (!(wanted.version & 1)) {
+            if (wanted.way >= 0) put(out, wanted.row, memory.row_bytes);
+            if (unchanged(wanted)) return;
+        }
+        if (tries % patience == 0) sched_yield();
+        find(memory, wanted);
+    }
+}
+
+template <class Put> int64_t look(const CacheLook &call, Put put) {
+    const CacheMemory &memory = call.memory;
+    const int64_t first = call.first, last = call.last;
+    int64_t *missing = call.missing + first, *versions = call.versions + first;
+    Wanted coming[2 * ahead];
+    for (int64_t i = first; i < last + 2 * ahead; i++) {
+        Wanted &now = coming[i % (2 * ahead)], &next = coming[(i + ahead) % (2 * ahead)];
+        if (const int64_t at = i - 2 * ahead; at >= first) {
+            settle(memory, now, call.out + at * memory.row_bytes, put);
+            if (now.way >= 0) {
+                count_read(now);
+            } else {
+                *missing++ = at;
+                *versions++ = now.version;
+            }
+        }
+        if (i < last) {
+            const int64_t id = ((const I64 *)call.ids)[i];
+            now = {place_of(memory, id).set, id + 1, nullptr, 0, -1};
+            prefetch_set(now.set);
+        }
+        if (i - ahead >= first && i - ahead < last) {
+            find(memory, next);
+            if (next.way >= 0) prefetched(next.row, memory.row_bytes);
+        }
+    }
+    return missing - (call.missing + first);
+}
+
+// While it lives the set is being changed. Nobody else changes one, so versions need no exchange.
+class Change {
+  public:
+    explicit Change(CacheSet &set) : set_(set), version_(set.version) {
+        __atomic_store_n(&set_.version, version_ + 1, __ATOMIC_RELAXED);
+        __atomic_thread_fence(__ATOMIC_RELEASE);
+    }
+    ~Change() { __atomic_store_n(&set_.version, version_ + 2, __ATOMIC_RELEASE); }
+    Change(const Change &) = delete;
+
+  private:
+    CacheSet &set_;
+    const uint32_t version_;
+};
+
+// Make some ways (bits) the latest, in the order in which they are.
+void to_the_end(CacheSet &set, uint32_t moved) {
+    uint8_t by_age[ways], rank = 0;
+    const bool fresh = set.order[0] % ways == set.order[1] % ways;  // zeros, in the order of their ways
+    for (int w = 0; w < ways; w++) by_age[fresh ? w : set.order[w] % ways] = w;
+    for (uint32_t last = 0; last < 2; last++)
+        for (int age = 0; age < ways; age++) {
+            const int w = by_age[age];
+            if ((moved >> w & 1) == last) set.order[w] = set.order[w] / main_queue * main_queue + rank++;
+        }
+}
+
+// The way that leaves the main queue: the first that is not read any more while the oldest, each time, goes to the end
+// with one read less.
+int least_read(CacheSet &set) {
+    uint8_t reads[ways];  // readers go on counting
+    for (int w = 0; w < ways; w++) reads[w] = __atomic_load_n(set.reads + w, __ATOMIC_RELAXED);
+    int way = -1;
+    for (int w = 0; w < ways; w++) {
+        if (set.order[w] < main_queue) continue;
+        if (way < 0 || reads[w] < reads[way] || (reads[w] == reads[way] && set.order[w] < set.order[way])) way = w;
+    }
+    uint32_t passed = 0;
+    for (int w = 0; w < ways; w++) {
+        if (set.order[w] < main_queue) continue;
+        const bool older = set.order[w] < set.order[way];
+        passed |= (uint32_t)older << w;
+        __atomic_store_n(set.reads + w, (uint8_t)(reads[w] - reads[way] - older), __ATOMIC_RELAXED);
+    }
+    to_the_end(set, passed);
+    return way;
+}
+
+// A way that nothing is in any more.
+int free_way(const CacheMemory &memory, CacheSet &set) {
+    if (const int way = way_of(set, 0); way >= 0) return way;
+    for (;;) {
+        int oldest = -1, small = 0;
+        for (int w = 0; w < ways; w++) {
+            if (set.order[w] >= main_queue) continue;
+            small++;
+            if (oldest < 0 || set.order[w] < set.order[oldest]) oldest = w;
+        }
+        if (small < least_small) return least_read(set);
+        if (!__atomic_load_n(set.reads + oldest, __ATOMIC_RELAXED)) {
+            set.ghosts[set.ghost_next] = place_of(memory, set.tags[oldest] - 1).print;
+            set.ghost_next = (set.ghost_next + 1) % cache_ghosts;
+            return oldest;
+        }
+        to_the_end(set, 1u << oldest);  // of the main queue
+        set.order[oldest] += main_queue;
+        __atomic_store_n(set.reads + oldest, (uint8_t)0, __ATOMIC_RELAXED);
+    }
+}
+
+void insert(const CacheMemory &memory, int64_t id, int64_t reads, const uint8_t *row) {
+    const auto [at, print] = place_of(memory, id);
+    CacheSet &set = *at;
+    const Change change(set);
+    bool known = false;
+    for (int g = 0; g < cache_ghosts && !known; g++)
+        if (set.ghosts[g] == print) {
+            set.ghosts[g] = 0;
+            known = true;
+        }
+    const int way = free_way(memory, set);
+    set.tags[way] = id + 1;
+    __atomic_store_n(set.reads + way, (uint8_t)(reads - 1 < most_reads ? reads - 1 : most_reads), __ATOMIC_RELAXED);
+    copy(row_of(memory, set, way), row, memory.row_bytes);
+    to_the_end(set, 1u << way);
+    set.order[way] = set.order[way] % main_queue + known * main_queue;
+}
+
+// work(i, set of ids[i]) for all of them, one after the other.
+template <class Work> void each_set(const CacheMemory &memory, const int64_t *ids, int64_t count, Work work) {
+    for (int64_t i = 0; i < count + ahead; i++) {
+        if (i < count) prefetch_set(place_of(memory, ((const I64 *)ids)[i]).set);
+        if (i >= ahead) work(i - ahead, *place_of(memory, ((const I64 *)ids)[i - ahead]).set);
+    }
+}
+
+}  // namespace
+
+int64_t cache_look(const CacheLook &call) {
+    if (!call.stream || call.memory.row_bytes % line || (uintptr_t)call.out % line) return look(call, copy);
+    const int64_t missing = look(call, stream);
+    streamed();
+    return missing;
+}
+
+void cache_keep(const CacheKeep &call) {
+    const CacheMemory &memory = call.memory;
+    each_set(memory, call.ids, call.count, [&](int64_t i, CacheSet &set) {
+        call.kept[i] = set.version == call.versions[i] && set.taken < ways;
+        set.taken += call.kept[i];
+    });
+    each_set(memory, call.ids, call.count, [&](int64_t i, CacheSet &set) {
+        if (!call.kept[i]) return;
+        set.taken = 0;
+        insert(memory, ((const I64 *)call.ids)[i], call.reads[i], call.rows + i * memory.row_bytes);
+    });
+}
+
+void cache_hold(const CacheMemory &memory, const int64_t *ids, int64_t count) {
+    each_set(memory, ids, count, [&](int64_t i, CacheSet &set) {
+        const Change change(set);
+        set.taken = ways;
+        const int64_t tag = ((const I64 *)ids)[i] + 1;
+        if (const int way = way_of(set, tag); way >= 0) set.tags[way] = -tag;
+    });
+}
+
+void cache_write(const CacheMemory &memory, const int64_t *ids, const uint8_t *rows, int64_t count) {
+    each_set(memory, ids, count, [&](int64_t i, CacheSet &set) {
+        const Change change(set);
+        set.taken = 0;
+        const int64_t tag = ((const I64 *)ids)[i] + 1;
+        const int held = way_of(set, -tag), way = held < 0 ? way_of(set, tag) : held;
+        if (way < 0) return;
+        set.tags[way] = rows ? tag : 0;
+        if (rows) copy(row_of(memory, set, way), rows + i * memory.row_bytes, memory.row_bytes);
+    });
+}
+
+}  // namespace engraphy::ENGRAPHY_LEVEL
