@@ -16,7 +16,7 @@ from test_native_rows import Guarded
 from engraphy import _native
 from engraphy.errors import StoreError
 from engraphy.store import CacheStore, RowStore, StoreInfo
-from engraphy.store.sets import SET, WAYS, NativeSets, Sets
+from engraphy.store.sets import MOST_ROWS, SET, WAYS, NativeSets, Sets, set_bytes
 
 LEVELS = _native.core.levels() if _native.core else ()
 pytestmark = pytest.mark.skipif(not LEVELS, reason=_native.reason)
@@ -82,7 +82,8 @@ class Both:
         np.testing.assert_array_equal(plain.kept(), native.kept())
 
 
-any_ids = st.lists(st.integers(0, 60) | st.integers(0, 2**62), max_size=60).map(lambda ids: np.array(ids, np.int64))
+any_id = st.integers(0, 60) | st.integers(MOST_ROWS - 99, MOST_ROWS - 1) | st.integers(0, MOST_ROWS - 1)
+any_ids = st.lists(any_id, max_size=60).map(lambda ids: np.array(ids, np.int64))
 steps = st.lists(
     st.tuples(st.just("look"), any_ids, st.integers(0, 7))
     | st.tuples(st.just("keep"), st.integers(0, 3), st.integers(0, 5))
@@ -132,11 +133,11 @@ def test_traffic_like_that_of_text_leaves_the_same_rows_kept(level, count, width
 def test_large_outputs_and_several_threads_find_the_same_rows(level, width, skip, used, threads):
     threads(used)
     both, rng = Both(400, width), np.random.default_rng(0)
-    known = rng.integers(0, 2**40, 5000)
+    known = rng.integers(0, MOST_ROWS, 5000)
     both.look(known)
     both.keep(0, 0)
     count = LARGE // width + 1
-    chosen = np.where(rng.random(count) < 0.9, rng.choice(known, count), rng.integers(0, 2**40, count))
+    chosen = np.where(rng.random(count) < 0.9, rng.choice(known, count), rng.integers(0, MOST_ROWS, count))
     memory = np.full(count * width + 256, 0xA5, np.uint8)
     begin = -_native.core.address(memory) % 64 + 64 + skip
     out = memory[begin:begin + count * width].reshape(count, width)
@@ -150,11 +151,11 @@ def test_large_outputs_and_several_threads_find_the_same_rows(level, width, skip
     assert (memory[:begin] == 0xA5).all() and (memory[begin + count * width:] == 0xA5).all()
 
 
-@pytest.mark.parametrize("wrong", [{"sets": 0}, {"set_count": 0}, {"set_count": 2**32}, {"rows": 0}, {"row_bytes": 0},
+@pytest.mark.parametrize("wrong", [{"memory": 0}, {"set_count": 0}, {"set_count": 2**32}, {"row_bytes": 0},
                                    {"count": -1}])
 def test_sizes_that_cannot_be_are_refused(wrong):
     sets, ids = NativeSets(_native.core, 2, 8), np.zeros(1, np.int64)
-    sound = dict(zip(("sets", "set_count", "rows", "row_bytes"), sets._memory, strict=True), count=1)
+    sound = dict(zip(("memory", "set_count", "row_bytes"), sets._place, strict=True), count=1)
     others = {"cache_look": ("out", "missing"), "cache_keep": ("versions", "reads", "from_rows"), "cache_hold": (),
               "cache_write": ("from_rows",)}
     for name, more in others.items():
@@ -223,7 +224,7 @@ def test_eight_readers_beside_a_writer_see_whole_rows_that_only_grow_newer(level
             calls[number] += 1
 
     with _native.forced(level):
-        cache = CacheStore(behind, sets * (SET.itemsize + WAYS * words * 4))
+        cache = CacheStore(behind, sets * set_bytes(words * 4))
         readers = [threading.Thread(target=look, args=(number,)) for number in range(8)]
         for each in readers:
             each.start()
@@ -260,7 +261,7 @@ def test_rows_that_are_kept_are_read_while_another_thread_changes_the_cache():
 
 
 def test_a_set_is_read_when_its_change_is_over():
-    cache = CacheStore(Written(100, 8), SET.itemsize + WAYS * 32)  # one set
+    cache = CacheStore(Written(100, 8), set_bytes(32))  # one set
     cache.gather(np.array([5]))
     sets, found = cache._sets, []
     assert sets is not None
@@ -279,7 +280,7 @@ def test_a_set_is_read_when_its_change_is_over():
 def test_while_rows_are_written_they_are_read_from_the_store_and_nothing_of_their_sets_is_kept(demand):
     behind = Written(100, 8)
     with _native.forced(demand):
-        cache = CacheStore(behind, SET.itemsize + WAYS * 32)  # one set
+        cache = CacheStore(behind, set_bytes(32))  # one set
     cache.gather(np.array([5, 6]))
     new, write, amid = stamped(np.array([5]), np.ones(1), 8).view(np.uint8), behind._scatter, []
 

@@ -24,11 +24,11 @@ from engraphy.store import RamStore, RowStore, StoreInfo, open_store
 from engraphy.store import cache as cache_module
 from engraphy.store.cache import CacheStore
 from engraphy.store.reload import ReloadableStore
-from engraphy.store.sets import GHOSTS, SMALL, WAYS, place
+from engraphy.store.sets import GHOSTS, SMALL, WAYS, place, set_bytes
 from engraphy.table import Table
 
 WIDTH = 12
-SET_BYTES = 192 + WAYS * WIDTH  # what one set of 16 rows takes
+SET_BYTES = set_bytes(WIDTH)  # what one set of 16 rows takes
 
 
 @pytest.fixture(autouse=True, scope="module", params=["off", "auto"] if _native.core else ["off"])
@@ -286,7 +286,7 @@ def test_kept_rows_come_with_the_most_read_first():
 def test_all_that_it_keeps_stays_within_the_budget():
     for budget in (SET_BYTES, 10 * SET_BYTES - 1, 123_456):
         cache = CacheStore(Behind(400), budget)
-        assert budget - SET_BYTES < cache._sets.records.nbytes + cache._sets.rows.nbytes <= budget
+        assert budget - SET_BYTES < cache._sets.memory.nbytes <= budget
         assert cache.capacity == budget // SET_BYTES * WAYS
 
 
@@ -312,6 +312,14 @@ def test_wrong_ids_are_refused_before_anything_is_asked(wrong, error):
         with pytest.raises(error):
             use()
     assert not behind.asked and cache.stats.hits == cache.stats.misses == 0 and not len(cache.kept())
+
+
+def test_a_store_whose_ids_do_not_fit_the_tags_is_refused():
+    class Huge(Behind):
+        info = StoreInfo("behind", 2**31 - 1, WIDTH, writable=True)  # pyright: ignore[reportAssignmentType]
+
+    with pytest.raises(ConfigError, match="at most 2147483646 rows, found 2147483647"):
+        CacheStore(Huge(10), 10 * SET_BYTES)
 
 
 @pytest.mark.parametrize("budget", [0, SET_BYTES - 1, -5, True, 1e9, "2GiB", None])

@@ -48,7 +48,7 @@ def opened(path: Path, how: str = "", mode: str = "r"):
 def test_what_fits_into_free_memory_is_mapped_and_what_does_not_is_read(table, monkeypatch):
     path, expected = table
     size = 2 * expected.nbytes  # of both layers
-    for free, kind, how in ((size * 10, FileStore, "mmap"), (size, PreadStore, "pread, 32 threads")):
+    for free, kind, how in ((size * 10, FileStore, "mmap"), (size, PreadStore, "pread, 128 threads")):
         monkeypatch.setattr(options, "free_memory", lambda free=free: free)
         store = opened(path)
         assert type(store) is kind and store.info.reads == how and how in repr(store)
@@ -58,7 +58,7 @@ def test_what_fits_into_free_memory_is_mapped_and_what_does_not_is_read(table, m
 
 @pytest.mark.parametrize(("how", "reads"), [
     ("read=mmap", "mmap"), ("populate=1", "mmap, populated"), ("read=mmap&populate=1", "mmap, populated"),
-    ("read=pread", "pread, 32 threads"), ("read=pread&threads=1", "pread, 1 thread"),
+    ("read=pread", "pread, 128 threads"), ("read=pread&threads=1", "pread, 1 thread"),
     ("direct=1&threads=2", "pread, 2 threads, direct"), ("read=auto&threads=5&direct=0&populate=0", "mmap")])
 def test_what_is_said_by_hand_counts_and_the_store_tells_it(table, how, reads, monkeypatch):
     if "auto" not in how and "populate" not in how:
@@ -71,7 +71,7 @@ def test_what_is_said_by_hand_counts_and_the_store_tells_it(table, how, reads, m
 
 def test_a_table_that_is_written_is_mapped_unless_told_otherwise(table, monkeypatch):
     monkeypatch.setattr(options, "free_memory", lambda: 0)
-    for how, reads in (("", "mmap"), ("read=pread", "pread, 32 threads")):
+    for how, reads in (("", "mmap"), ("read=pread", "pread, 128 threads")):
         store = opened(table[0], how, "w")
         assert store.info.reads == reads and repr(store).endswith(", writable>")
         store.close()

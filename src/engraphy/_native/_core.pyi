@@ -81,21 +81,18 @@ def fuse_token(
     ValueError for sizes that cannot be and for what is missing.
     """
 
-def cache_look(
-    sets: int, set_count: int, rows: int, row_bytes: int, ids: int, count: int, out: int, missing: int
-) -> int:
+def cache_look(memory: int, set_count: int, row_bytes: int, ids: int, count: int, out: int, missing: int) -> int:
     """Writes those of the rows `ids` (int64 [count], checked by the caller) that a cache has to their places in out:
     uint8 [count, row_bytes]. Returns how many it has not, M.
 
-    sets: SET [set_count] of store/sets.py. rows: uint8 [set_count * 16, row_bytes]. missing: int64 [2, count], of which
-    M are written in each row: positions, ascending, and versions. May be called beside itself and one of the three
+    memory: of `Sets` in store/sets.py, which begins with a cache line. missing: int64 [2, count], of which M are written
+    in each row: positions, ascending, and versions. May be called beside itself and one of the three
     below; of these only one may be under way. Raises ValueError for sizes that cannot be, as those do.
     """
 
 def cache_keep(
-    sets: int,
+    memory: int,
     set_count: int,
-    rows: int,
     row_bytes: int,
     ids: int,
     versions: int,
@@ -106,12 +103,10 @@ def cache_keep(
     """Keeps rows that `cache_look` missed: `Sets.keep`. ids, versions, reads: int64 [count], ids distinct. from_rows:
     uint8 [count, row_bytes]."""
 
-def cache_hold(sets: int, set_count: int, rows: int, row_bytes: int, ids: int, count: int) -> None:
+def cache_hold(memory: int, set_count: int, row_bytes: int, ids: int, count: int) -> None:
     """`Sets.hold`."""
 
-def cache_write(
-    sets: int, set_count: int, rows: int, row_bytes: int, ids: int, from_rows: int, count: int
-) -> None:
+def cache_write(memory: int, set_count: int, row_bytes: int, ids: int, from_rows: int, count: int) -> None:
     """`Sets.write`; from_rows: uint8 [count, row_bytes], or 0 where nobody knows what was written."""
 
 def threads() -> int:

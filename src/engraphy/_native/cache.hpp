@@ -13,15 +13,16 @@ struct CacheSet {
     uint8_t ghost_next, taken, unused[2];
     uint8_t order[cache_ways], reads[cache_ways];
     uint16_t ghosts[cache_ghosts];
-    int64_t tags[cache_ways];
+    int32_t tags[cache_ways];
 };
-static_assert(sizeof(CacheSet) == 192, "as in sets.py");
+static_assert(sizeof(CacheSet) == 128, "as in sets.py");
 
+// Behind each record its rows, and the next one where a line begins.
 struct CacheMemory {
-    CacheSet *sets;  // [count]
-    int64_t count;
-    uint8_t *rows;   // [count * 16, row_bytes]
-    int64_t row_bytes;
+    uint8_t *begin;
+    int64_t count, row_bytes;
+
+    int64_t set_bytes() const { return ((int64_t)sizeof(CacheSet) + cache_ways * row_bytes + 63) / 64 * 64; }
 };
 
 // ids, rows and out may begin at any byte; ids have been checked.

@@ -13,21 +13,21 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
-CacheMemory memory_of(uintptr_t sets, int64_t sets_count, uintptr_t rows, int64_t row_bytes, int64_t count) {
-    if (!sets || !rows || sets_count < 1 || sets_count >> 32 || row_bytes < 1 || count < 0)
-        throw std::invalid_argument("there must be sets, rows and bytes of a row, and no negative count");
-    return {(CacheSet *)sets, sets_count, (uint8_t *)rows, row_bytes};
+CacheMemory memory_of(uintptr_t memory, int64_t sets_count, int64_t row_bytes, int64_t count) {
+    if (!memory || sets_count < 1 || sets_count >> 32 || row_bytes < 1 || count < 0)
+        throw std::invalid_argument("there must be memory, sets and bytes of a row, and no negative count");
+    return {(uint8_t *)memory, sets_count, row_bytes};
 }
 
-int64_t look(uintptr_t sets, int64_t sets_count, uintptr_t rows, int64_t row_bytes, uintptr_t ids, int64_t count,
+int64_t look(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, int64_t count,
              uintptr_t out, uintptr_t missing) {
-    const CacheMemory memory = memory_of(sets, sets_count, rows, row_bytes, count);
+    const CacheMemory cache = memory_of(memory, sets_count, row_bytes, count);
     int64_t *const positions = (int64_t *)missing, *const versions = positions + count;
     const int64_t parts = parts_of(count);
     std::vector<int64_t> found(parts);
     const auto begin = [&](int64_t part) { return count * part / parts; };
     computing().each(parts, threads(), [&](int64_t part) {
-        found[part] = kernels().cache_look({memory, (const int64_t *)ids, (uint8_t *)out, begin(part), begin(part + 1),
+        found[part] = kernels().cache_look({cache, (const int64_t *)ids, (uint8_t *)out, begin(part), begin(part + 1),
                                             count * row_bytes >= streamed_from, positions, versions});
     });
     int64_t total = found[0];
@@ -38,21 +38,21 @@ int64_t look(uintptr_t sets, int64_t sets_count, uintptr_t rows, int64_t row_byt
     return total;
 }
 
-void keep(uintptr_t sets, int64_t sets_count, uintptr_t rows, int64_t row_bytes, uintptr_t ids, uintptr_t versions,
+void keep(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, uintptr_t versions,
           uintptr_t reads, uintptr_t from, int64_t count) {
-    const CacheMemory memory = memory_of(sets, sets_count, rows, row_bytes, count);
+    const CacheMemory cache = memory_of(memory, sets_count, row_bytes, count);
     const std::unique_ptr<bool[]> kept(new bool[count]);
-    kernels().cache_keep({memory, (const int64_t *)ids, (const int64_t *)versions, (const int64_t *)reads,
+    kernels().cache_keep({cache, (const int64_t *)ids, (const int64_t *)versions, (const int64_t *)reads,
                           (const uint8_t *)from, count, kept.get()});
 }
 
-void hold(uintptr_t sets, int64_t sets_count, uintptr_t rows, int64_t row_bytes, uintptr_t ids, int64_t count) {
-    kernels().cache_hold(memory_of(sets, sets_count, rows, row_bytes, count), (const int64_t *)ids, count);
+void hold(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, int64_t count) {
+    kernels().cache_hold(memory_of(memory, sets_count, row_bytes, count), (const int64_t *)ids, count);
 }
 
-void write(uintptr_t sets, int64_t sets_count, uintptr_t rows, int64_t row_bytes, uintptr_t ids, uintptr_t from,
+void write(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, uintptr_t from,
            int64_t count) {
-    kernels().cache_write(memory_of(sets, sets_count, rows, row_bytes, count), (const int64_t *)ids,
+    kernels().cache_write(memory_of(memory, sets_count, row_bytes, count), (const int64_t *)ids,
                           (const uint8_t *)from, count);
 }
 
@@ -61,13 +61,13 @@ void write(uintptr_t sets, int64_t sets_count, uintptr_t rows, int64_t row_bytes
 void bind_cache(nb::module_ &m) {
     using nb::arg;
     using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-    m.def("cache_look", &look, Unlocked(), arg("sets"), arg("set_count"), arg("rows"), arg("row_bytes"), arg("ids"),
+    m.def("cache_look", &look, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
           arg("count"), arg("out"), arg("missing"));
-    m.def("cache_keep", &keep, Unlocked(), arg("sets"), arg("set_count"), arg("rows"), arg("row_bytes"), arg("ids"),
+    m.def("cache_keep", &keep, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
           arg("versions"), arg("reads"), arg("from_rows"), arg("count"));
-    m.def("cache_hold", &hold, Unlocked(), arg("sets"), arg("set_count"), arg("rows"), arg("row_bytes"), arg("ids"),
+    m.def("cache_hold", &hold, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
           arg("count"));
-    m.def("cache_write", &write, Unlocked(), arg("sets"), arg("set_count"), arg("rows"), arg("row_bytes"), arg("ids"),
+    m.def("cache_write", &write, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
           arg("from_rows"), arg("count"));
 }
 

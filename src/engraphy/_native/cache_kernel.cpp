@@ -30,7 +30,8 @@ inline Place place_of(const CacheMemory &memory, int64_t id) {
     uint64_t mixed = (uint64_t)id * 0x9E3779B97F4A7C15u;
     mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93u;
     const uint16_t print = (uint16_t)mixed;
-    return {memory.sets + ((mixed >> 32) * (uint64_t)memory.count >> 32), print ? print : (uint16_t)1};
+    const int64_t number = (mixed >> 32) * (uint64_t)memory.count >> 32;
+    return {(CacheSet *)(memory.begin + number * memory.set_bytes()), print ? print : (uint16_t)1};
 }
 
 inline void prefetch_set(const CacheSet *set) {
@@ -38,18 +39,16 @@ inline void prefetch_set(const CacheSet *set) {
 }
 
 // The first way that a tag is in, -1: in none.
-inline int way_of(const CacheSet &set, int64_t tag) {
+inline int way_of(const CacheSet &set, int32_t tag) {
 #if defined(__AVX512F__)
-    const __m512i wanted = _mm512_set1_epi64(tag);
-    const uint32_t same = _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(set.tags), wanted) |
-                          (uint32_t)_mm512_cmpeq_epi64_mask(_mm512_loadu_si512(set.tags + 8), wanted) << 8;
+    const uint32_t same = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(set.tags), _mm512_set1_epi32(tag));
     return same ? __builtin_ctz(same) : -1;
 #elif defined(__AVX2__)
-    const __m256i wanted = _mm256_set1_epi64x(tag);
+    const __m256i wanted = _mm256_set1_epi32(tag);
     uint32_t same = 0;
-    for (int w = 0; w < ways; w += 4) {
-        const __m256i equal = _mm256_cmpeq_epi64(_mm256_loadu_si256((const __m256i *)(set.tags + w)), wanted);
-        same |= (uint32_t)_mm256_movemask_pd(_mm256_castsi256_pd(equal)) << w;
+    for (int w = 0; w < ways; w += 8) {
+        const __m256i equal = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i *)(set.tags + w)), wanted);
+        same |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(equal)) << w;
     }
     return same ? __builtin_ctz(same) : -1;
 #else
@@ -59,13 +58,13 @@ inline int way_of(const CacheSet &set, int64_t tag) {
 #endif
 }
 
-inline uint8_t *row_of(const CacheMemory &memory, const CacheSet &set, int way) {
-    return memory.rows + ((&set - memory.sets) * ways + way) * memory.row_bytes;
+inline uint8_t *row_of(const CacheMemory &memory, CacheSet &set, int way) {
+    return (uint8_t *)&set + sizeof(CacheSet) + way * memory.row_bytes;
 }
 
 struct Wanted {
     CacheSet *set;
-    int64_t tag;
+    int32_t tag;
     const uint8_t *row;
     uint32_t version;
     int way;  // -1: it is not here
@@ -89,10 +88,10 @@ inline void count_read(const Wanted &wanted) {
 }
 
 // Put the row in its place, or know that it is missing, at a moment when nothing changed.
-template <class Put> inline void settle(const CacheMemory &memory, Wanted &wanted, uint8_t *out, Put put) {
+template <bool past> ALWAYS void settle(const CacheMemory &memory, Wanted &wanted, uint8_t *out, int64_t row_bytes) {
     for (int tries = 1;; tries++) {
         if (!(wanted.version & 1)) {
-            if (wanted.way >= 0) put(out, wanted.row, memory.row_bytes);
+            if (wanted.way >= 0) past ? stream(out, wanted.row, row_bytes) : copy(out, wanted.row, row_bytes);
             if (unchanged(wanted)) return;
         }
         if (tries % patience == 0) sched_yield();
@@ -100,15 +99,15 @@ template <class Put> inline void settle(const CacheMemory &memory, Wanted &wante
     }
 }
 
-template <class Put> int64_t look(const CacheLook &call, Put put) {
-    const CacheMemory &memory = call.memory;
+template <bool past> ALWAYS int64_t look(const CacheLook &call, int64_t row_bytes) {
+    const CacheMemory memory = {call.memory.begin, call.memory.count, row_bytes};
     const int64_t first = call.first, last = call.last;
     int64_t *missing = call.missing + first, *versions = call.versions + first;
     Wanted coming[2 * ahead];
     for (int64_t i = first; i < last + 2 * ahead; i++) {
         Wanted &now = coming[i % (2 * ahead)], &next = coming[(i + ahead) % (2 * ahead)];
         if (const int64_t at = i - 2 * ahead; at >= first) {
-            settle(memory, now, call.out + at * memory.row_bytes, put);
+            settle<past>(memory, now, call.out + at * row_bytes, row_bytes);
             if (now.way >= 0) {
                 count_read(now);
             } else {
@@ -118,15 +117,28 @@ template <class Put> int64_t look(const CacheLook &call, Put put) {
         }
         if (i < last) {
             const int64_t id = ((const I64 *)call.ids)[i];
-            now = {place_of(memory, id).set, id + 1, nullptr, 0, -1};
+            now = {place_of(memory, id).set, (int32_t)(id + 1), nullptr, 0, -1};
             prefetch_set(now.set);
         }
         if (i - ahead >= first && i - ahead < last) {
             find(memory, next);
-            if (next.way >= 0) prefetched(next.row, memory.row_bytes);
+            if (next.way >= 0) prefetched(next.row, row_bytes);
         }
     }
     return missing - (call.missing + first);
+}
+
+// As in gather_kernel.cpp: with the usual sizes as constants.
+template <bool past> int64_t look_for(const CacheLook &call) {
+    switch (call.memory.row_bytes) {
+    case 64: return look<past>(call, 64);
+    case 128: return look<past>(call, 128);
+    case 256: return look<past>(call, 256);
+    case 512: return look<past>(call, 512);
+    case 160: return look<false>(call, 160);  // no whole lines: never past the caches
+    case 264: return look<false>(call, 264);
+    default: return look<past>(call, call.memory.row_bytes);
+    }
 }
 
 // While it lives the set is being changed. Nobody else changes one, so versions need no exchange.
@@ -210,7 +222,7 @@ void insert(const CacheMemory &memory, int64_t id, int64_t reads, const uint8_t 
             known = true;
         }
     const int way = free_way(memory, set);
-    set.tags[way] = id + 1;
+    set.tags[way] = (int32_t)(id + 1);
     __atomic_store_n(set.reads + way, (uint8_t)(reads - 1 < most_reads ? reads - 1 : most_reads), __ATOMIC_RELAXED);
     copy(row_of(memory, set, way), row, memory.row_bytes);
     to_the_end(set, 1u << way);
@@ -228,9 +240,9 @@ template <class Work> void each_set(const CacheMemory &memory, const int64_t *id
 }  // namespace
 
 int64_t cache_look(const CacheLook &call) {
-    if (!call.stream || call.memory.row_bytes % line || (uintptr_t)call.out % line) return look(call, copy);
-    const int64_t missing = look(call, stream);
-    streamed();
+    const bool past = call.stream && call.memory.row_bytes % line == 0 && (uintptr_t)call.out % line == 0;
+    const int64_t missing = past ? look_for<true>(call) : look_for<false>(call);
+    if (past) streamed();
     return missing;
 }
 
@@ -251,7 +263,7 @@ void cache_hold(const CacheMemory &memory, const int64_t *ids, int64_t count) {
     each_set(memory, ids, count, [&](int64_t i, CacheSet &set) {
         const Change change(set);
         set.taken = ways;
-        const int64_t tag = ((const I64 *)ids)[i] + 1;
+        const int32_t tag = (int32_t)(((const I64 *)ids)[i] + 1);
         if (const int way = way_of(set, tag); way >= 0) set.tags[way] = -tag;
     });
 }
@@ -260,7 +272,7 @@ void cache_write(const CacheMemory &memory, const int64_t *ids, const uint8_t *r
     each_set(memory, ids, count, [&](int64_t i, CacheSet &set) {
         const Change change(set);
         set.taken = 0;
-        const int64_t tag = ((const I64 *)ids)[i] + 1;
+        const int32_t tag = (int32_t)(((const I64 *)ids)[i] + 1);
         const int held = way_of(set, -tag), way = held < 0 ? way_of(set, tag) : held;
         if (way < 0) return;
         set.tags[way] = rows ? tag : 0;

@@ -27,7 +27,7 @@ def open_store(url: str, layer: int | None = None, rows: int | None = None, row_
     "ram:" holds `rows` rows of `row_bytes` bytes, zero at first, always writable. "file:DIR?read=auto" serves `layer`
     of the table at DIR (a path as it is, not percent-encoded); mode "w" opens the table for writing,
     `store.table.seal()` ends that, and closing the store closes the table. Options of file:, joined by "&":
-    read=mmap|pread|auto, threads=32 and direct=0|1 (of pread), populate=0|1 (of mmap): see `FileOptions`, whose
+    read=mmap|pread|auto, threads=128 and direct=0|1 (of pread), populate=0|1 (of mmap): see `FileOptions`, whose
     `choose` tells what "auto" does. `info.reads` says what it has come to. cache=2GiB: rows that are asked for often
     are kept in so much memory for this layer (KiB, MiB, GiB, or bytes). "checkpoint:DIR?vocab=FILE" serves `layer`
     of a released checkpoint from its own shards, read-only; FILE: a saved vocabulary map, by default its tokenizer's.

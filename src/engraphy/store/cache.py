@@ -12,7 +12,7 @@ from .. import _native
 from ..errors import ConfigError
 from .base import RowStore, StoreInfo, StoreStats
 from .reload import ReloadableStore
-from .sets import SET, WAYS, NativeSets, Sets
+from .sets import MOST_ROWS, WAYS, NativeSets, Sets, set_bytes
 
 
 class CacheStore(RowStore):
@@ -21,7 +21,7 @@ class CacheStore(RowStore):
     Owns the store: closing closes both. Scattered rows go to the store, and to the cache where they are in it. Writing
     to the store behind its back is not seen, and neither is another process that writes the same table.
     A call reads each missing row once. `stats`: misses are rows read from the store, hits all others.
-    Raises ConfigError for a budget below one set of 16 rows, StoreError where the system refuses the memory.
+    Raises ConfigError for a budget below one set of 16 rows and for more than 2**31 - 2 rows, StoreError where the system refuses the memory.
     """
 
     def __init__(self, store: RowStore, budget: int) -> None:
@@ -29,7 +29,9 @@ class CacheStore(RowStore):
         if isinstance(store, ReloadableStore):
             raise ConfigError("cache: expected a store whose rows stay; put a cache around each table that is loaded")
         row_bytes = store.info.row_bytes
-        least = SET.itemsize + WAYS * row_bytes
+        if store.info.rows > MOST_ROWS:
+            raise ConfigError(f"cache: expected a store of at most {MOST_ROWS} rows, found {store.info.rows}")
+        least = set_bytes(row_bytes)
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < least:
             raise ConfigError(f"cache: expected a budget of {least} bytes or more, {WAYS} rows of {row_bytes} bytes "
                               f"and what is noted of them, found {budget!r}")

@@ -10,7 +10,7 @@ from ..errors import ConfigError, StoreError
 from ..table import Table
 
 READS = ("auto", "mmap", "pread")
-THREADS, MAX_THREADS = 32, 1024
+THREADS, MAX_THREADS = 128, 1024
 _SHARE_OF_MEMORY = 0.9  # the rest is for what else runs
 
 

@@ -22,29 +22,40 @@ _MAIN = 16  # added to the order of what is in the main queue
 # version: changes whenever rows of the set do, odd meanwhile. ghost_next: the ghost that is forgotten next. taken: rows
 # that the call under way keeps here, 16 while rows of the set are being written. order: 0 to 15, in which rows came to
 # the end of their queue. reads: of each row since then. ghosts, tags: 0 = none. tags: row id + 1, negative: held.
+# Two cache lines. The rows follow at once: a row and what is noted of it mostly lie in one page, and in a large cache
+# finding pages is half of the time.
 SET = np.dtype([("version", "<u4"), ("ghost_next", "u1"), ("taken", "u1"), ("_", "u1", 2), ("order", "u1", WAYS),
-                ("reads", "u1", WAYS), ("ghosts", "<u2", GHOSTS), ("tags", "<i8", WAYS)])
+                ("reads", "u1", WAYS), ("ghosts", "<u2", GHOSTS), ("tags", "<i4", WAYS)])
+MOST_ROWS = 2**31 - 2  # of a store: its ids have to fit the tags
+_LINE = 64
+
+
+def set_bytes(row_bytes: int) -> int:
+    """What a set takes: its record and 16 rows, in whole cache lines."""
+    return -(-(SET.itemsize + WAYS * row_bytes) // _LINE) * _LINE
 
 
 class Sets:
     """`count` sets of 16 rows. Many threads may use them at once: whoever changes rows holds `lock`, and the native
     `look` takes none. It looks at `version` before and after, and adds to `reads`, which is for hints alone.
 
-    records: SET [count], three cache lines each. rows: uint8 [count * 16, row_bytes]. Memory is taken as it is used.
-    The methods are the plain version, which is the native one's specification.
+    memory: uint8 [count, set_bytes(row_bytes)], taken as it is used; records: SET [count], and rows: uint8
+    [count, 16, row_bytes], are views of it. The methods are the plain version, which is the native one's specification.
     """
 
     def __init__(self, count: int, row_bytes: int) -> None:
         self.lock = threading.Lock()
-        self.records = zeros(count, SET.itemsize).view(SET)[:, 0]
-        self.rows = zeros(count * WAYS, row_bytes)
+        self.memory = zeros(count, set_bytes(row_bytes))
+        self.records = self.memory[:, :SET.itemsize].view(SET)[:, 0]
+        rows = self.memory[:, SET.itemsize:SET.itemsize + WAYS * row_bytes]
+        self.rows = np.lib.stride_tricks.as_strided(rows, (count, WAYS, row_bytes), (*rows.strides[:1], row_bytes, 1))
 
     def kept(self) -> np.ndarray:
         """Ids, int64 [N]: the main queues' first, and of these the most read first."""
         with self.lock:
             set_N, way_N = np.nonzero(self.records["tags"] > _EMPTY)
             worth_N = self.records["order"][set_N, way_N] // _MAIN * WAYS + self.records["reads"][set_N, way_N]
-            return self.records["tags"][set_N, way_N][np.argsort(-worth_N.astype(np.int64), kind="stable")] - 1
+            return self.records["tags"][set_N, way_N][np.argsort(-worth_N.astype(np.int64), kind="stable")].astype(np.int64) - 1
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copy the rows that are here to their places in out_NR. Returns the positions of the others, int64 [M],
@@ -52,7 +63,7 @@ class Sets:
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
             hit_N, slot_N = self._find(ids_N, set_N, held=False)
-            out_NR[hit_N] = self.rows[slot_N[hit_N]]
+            out_NR[hit_N] = self.rows[np.divmod(slot_N[hit_N], WAYS)]
             slot_H, reads_H = np.unique(slot_N[hit_N], return_counts=True)
             set_H, way_H = np.divmod(slot_H, WAYS)
             reads = self.records["reads"]
@@ -97,7 +108,7 @@ class Sets:
             hit_N, slot_N = self._find(ids_N, set_N)
             self.records["tags"][np.divmod(slot_N[hit_N], WAYS)] = _EMPTY if rows_NR is None else ids_N[hit_N] + 1
             if rows_NR is not None:
-                self.rows[slot_N[hit_N]] = rows_NR[hit_N]
+                self.rows[np.divmod(slot_N[hit_N], WAYS)] = rows_NR[hit_N]
 
     def _find(self, ids_N: np.ndarray, set_N: np.ndarray, held: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Which rows are here, bool [N], and in which slot: set * 16 + way. held: count those too."""
@@ -115,7 +126,7 @@ class Sets:
         way_N = self._free_way(set_N)
         records["tags"][set_N, way_N] = ids_N + 1
         records["reads"][set_N, way_N] = np.minimum(reads_N - 1, _MOST_READS)
-        self.rows[set_N * WAYS + way_N] = rows_NR
+        self.rows[set_N, way_N] = rows_NR
         self._to_the_end(set_N, _only(way_N))
         records["order"][set_N, way_N] = records["order"][set_N, way_N] % WAYS + known_N * _MAIN
 
@@ -176,30 +187,30 @@ class NativeSets(Sets):
     def __init__(self, core: Any, count: int, row_bytes: int) -> None:
         super().__init__(count, row_bytes)
         self._core = core
-        self._memory = core.address(self.records), count, core.address(self.rows), row_bytes
+        self._place = core.address(self.memory), count, row_bytes
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         at, ids_N = self._core.address, np.ascontiguousarray(ids_N)
         missing_2N = np.empty((2, len(ids_N)), np.int64)
-        count = self._core.cache_look(*self._memory, at(ids_N), len(ids_N), at(out_NR), at(missing_2N))
+        count = self._core.cache_look(*self._place, at(ids_N), len(ids_N), at(out_NR), at(missing_2N))
         return missing_2N[0, :count], missing_2N[1, :count]
 
     def keep(self, ids_M: np.ndarray, version_M: np.ndarray, reads_M: np.ndarray, rows_MR: np.ndarray) -> None:
         at = self._core.address
         with self.lock:
-            self._core.cache_keep(*self._memory, at(ids_M), at(version_M), at(reads_M), at(rows_MR), len(ids_M))
+            self._core.cache_keep(*self._place, at(ids_M), at(version_M), at(reads_M), at(rows_MR), len(ids_M))
 
     def hold(self, ids_N: np.ndarray) -> None:
         ids_N = np.ascontiguousarray(ids_N)
         with self.lock:
-            self._core.cache_hold(*self._memory, self._core.address(ids_N), len(ids_N))
+            self._core.cache_hold(*self._place, self._core.address(ids_N), len(ids_N))
 
     def write(self, ids_N: np.ndarray, rows_NR: np.ndarray | None) -> None:
         ids_N = np.ascontiguousarray(ids_N)
         rows_NR = None if rows_NR is None else np.ascontiguousarray(rows_NR)
         rows = 0 if rows_NR is None else self._core.address(rows_NR)
         with self.lock:
-            self._core.cache_write(*self._memory, self._core.address(ids_N), rows, len(ids_N))
+            self._core.cache_write(*self._place, self._core.address(ids_N), rows, len(ids_N))
 
 
 class _Place(NamedTuple):
