@@ -9,8 +9,9 @@ threads, O_DIRECT or not. Each round runs every variant once, in an order of its
 noise and cold rows meet all alike; figures are of the medians. Tables are far larger than the caches; nothing else
 should run.
 
-RAM: `out` is reused, except by nn.Embedding, which has no way to; the table under it and under `index_select` is the
-store's own memory, the probe has one of its own. Cold: the page cache is emptied of the table before each run, and
+RAM: `out` is reused, except by nn.Embedding, which has no way to. Probe, nn.Embedding and index_select read the store's
+own memory: of two tables of a virtual machine one may be backed by small pages of its host, which costs half. Cache:
+each row was read before as often as a cache counts. Cold: the page cache is emptied of the table before each run, and
 looked at. Warm: each page is in the page table of whoever maps the files; probe and numpy have all shards in one piece.
 Readers: threads, and processes, that ask for the same hot rows.
 

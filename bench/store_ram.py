@@ -16,17 +16,11 @@ from turns import Result, Variant, best_first, rows_a_second, threads_in_words
 from engraphy import _native
 from engraphy.rows import RowFormat, read
 from engraphy.store import CacheStore, RowStore, open_store, warm
+from engraphy.store.sets import WAYS, set_bytes
 
 LIMIT, GATHER, EMBEDDING, HITS = "C probe", "ram:, gather(out=)", "nn.Embedding", "cache, hits"
+READS = 3  # of each row before: as far as a cache counts them
 LOAD = 0.6  # of a cache's places that are asked for: sets fill unevenly
-
-
-def fill(memory: np.ndarray) -> None:
-    """Random bytes; no page may stay the one page of zeros."""
-    some = np.frombuffer(np.random.default_rng(0).bytes(1 << 22), np.uint8)
-    for first in range(0, len(memory), len(some)):
-        part = memory[first:first + len(some)]
-        part[:] = some[:len(part)]
 
 
 def filled(rows: int, row_bytes: int) -> RowStore:
@@ -45,14 +39,13 @@ def use_threads(threads: int) -> None:
 
 def ram(probe: Probe, table_bytes: int, sizes: list[int], ids: int, threads: list[int], rounds: int) -> list[Result]:
     """Tables of so many bytes, rows of each size, `ids` random ones a call into a reused buffer."""
-    memory, buffer = huge(table_bytes), huge(ids * max(sizes))
-    fill(memory)
+    buffer = huge(ids * max(sizes))
     results = []
     for row_bytes in sizes:
         store = filled(table_bytes // row_bytes, row_bytes)
         for count in threads:
             use_threads(count)
-            speeds = rows_a_second(_ram_variants(probe, memory, store, buffer, ids, count), rounds, seed=row_bytes)
+            speeds = rows_a_second(_ram_variants(probe, store, buffer, ids, count), rounds, seed=row_bytes)
             title = f"RAM, {row_bytes} B rows, {threads_in_words(count)}"
             results.append(Result(title, row_bytes, best_first(speeds, LIMIT), LIMIT,
                                   {GATHER: [(0.7, LIMIT), (3.0, EMBEDDING)]}))
@@ -71,10 +64,10 @@ def probes(probe: Probe, table: np.ndarray, row_bytes: int, fresh_ids: Callable[
             for ahead in AHEAD for stream in (False, True)}
 
 
-def _ram_variants(probe: Probe, memory: np.ndarray, store: RowStore, buffer: np.ndarray, ids: int,
-                  threads: int) -> dict[str, Variant]:
+def _ram_variants(probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, threads: int) -> dict[str, Variant]:
     rng, info = np.random.default_rng(1), store.info
     out_NR = buffer[:ids * info.row_bytes].reshape(ids, info.row_bytes)
+    assert store.shards is not None
     table = _as_tensor(store)
     table_out = torch.from_numpy(out_NR).view(torch.float32)
     module = torch.nn.Embedding.from_pretrained(table)
@@ -89,7 +82,7 @@ def _ram_variants(probe: Probe, memory: np.ndarray, store: RowStore, buffer: np.
     def tensor() -> torch.Tensor:
         return torch.from_numpy(fresh())
 
-    found = probes(probe, memory, info.row_bytes, fresh, ids, out_NR, threads)
+    found = probes(probe, store.shards[0], info.row_bytes, fresh, ids, out_NR, threads)
     found[GATHER] = Variant(ids, fresh, lambda ids_N: store.gather(ids_N, out=out_NR))
     if info.row_bytes == RowFormat("fp8", 256).row_bytes:
         numbers = np.zeros((ids, 256), np.uint16)
@@ -117,9 +110,11 @@ def cache(cache_bytes: int, asked: dict[int, float], ids: int, threads: list[int
     for row_bytes, least in asked.items():
         rows = cache_bytes // row_bytes
         behind = filled(rows, row_bytes)
-        store = CacheStore(behind, int(rows / LOAD) * (row_bytes + 12))
+        store = CacheStore(behind, int(rows / LOAD / WAYS) * set_bytes(row_bytes))
         warm(store, 1.0)
         kept, out_NR = store.kept(), huge(ids * row_bytes).reshape(ids, row_bytes)
+        for first in range(0, READS * len(kept), ids):  # as rows are that are worth keeping
+            store.gather(kept[np.arange(first, first + ids) % len(kept)], out=out_NR)
         for count in threads:
             use_threads(count)
             before = store.stats

@@ -25,7 +25,7 @@ from engraphy.store import CacheStore, RowStore, open_store
 
 COUNTS = (1, 2, 4, 8)
 HOT, CALL, ORDERS = 16_384, 1024, 8  # rows; rows a call; calls of a reader until its ids come again
-KEPT = 0.8  # of what one reader gets, with more of them: less is a collapse
+KEPT = 0.5  # of what one reader gets, by all of them together: less is a collapse
 PATIENCE = 300  # seconds until a reader is given up
 forked = multiprocessing.get_context("fork")
 

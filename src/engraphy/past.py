@@ -20,6 +20,7 @@ class Past:
         self.end = 0
         self.ids = np.empty((batch, 0), dtype=np.int64)  # [B, columns]
         self.starts = np.empty((batch, 0), dtype=bool)
+        self.marked = False  # whether a start was ever written: else none has to be taken away
 
     def append(self, ids: np.ndarray, starts: np.ndarray | None, keep: int) -> None:
         ids = _last(ids, keep)
@@ -28,14 +29,16 @@ class Past:
             self._move(min(self.end, keep - ids.shape[1]), ids.shape[1] + keep)
             end = self.end + ids.shape[1]
         self.ids[:, self.end:end] = ids
-        self.starts[:, self.end:end] = False if starts is None else _last(starts, keep)
+        if self.marked or starts is not None:
+            self.starts[:, self.end:end] = False if starts is None else _last(starts, keep)
+            self.marked = True
         self.end = end
 
     def _move(self, kept: int, room: int) -> None:
         """To new buffers, the last `kept` columns and room for more."""
         buffers = []
         for old in (self.ids, self.starts):
-            new = np.empty((len(old), kept + room), old.dtype)
+            new = np.zeros((len(old), kept + room), old.dtype)
             new[:, :kept] = old[:, self.end - kept:self.end]
             buffers.append(new)
         self.ids, self.starts = buffers
@@ -129,7 +132,8 @@ class Window:
 
     def advance(self) -> None:
         self.ahead.pop(0)
-        self.starts[:, self.end] = False
+        if self.clear:
+            self.starts[:, self.end] = False
         self.end += 1
 
     def _foreign(self, inputs: Tensor) -> bool:

@@ -16,7 +16,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -86,11 +86,10 @@ class Prefetcher:
                                  f"{getattr(ids_BTC, 'dtype', type(ids_BTC).__name__)} {np.shape(ids_BTC)}")
         rows = sum([ids_BTC.size for ids_BTC in ids.values()])
         asked = [_Asked(layer, *self._sources[layer], ids_BTC) for layer, ids_BTC in ids.items()]
-        inline = rows <= _FEW_ROWS and all([each.store.in_memory for each in asked])
-        if not inline:
-            asked = [each._replace(ids_BTC=each.ids_BTC.copy()) for each in asked]
-        ticket = Ticket(self._queue, asked)
-        self._queue.put(ticket, rows, inline)
+        if rows <= _FEW_ROWS and all([each.store.in_memory for each in asked]):
+            return self._queue.at_once(asked, rows)
+        ticket = Ticket(self._queue, [each._replace(ids_BTC=each.ids_BTC.copy()) for each in asked])
+        self._queue.put(ticket, rows)
         return ticket
 
     @property
@@ -137,11 +136,12 @@ class Ticket:
         """Give up the rows: what is not read yet will not be, and `wait` raises. Tensors that `wait` gave stay."""
         self._queue.cancel(self)
 
-    def read(self, buffer: Callable[[tuple[int, ...]], np.ndarray]) -> None:
-        """Read the rows into float32 arrays that `buffer` gives, whatever comes of it. For the queue, once."""
+    def read(self) -> None:
+        """Read the rows, whatever comes of it. For the queue, once."""
         rows: dict[int, Tensor] = {}
         error = None
         try:
+            buffer = self._queue.buffer
             rows = self._queue.to_device({each.layer: each.read(buffer(each.shape)) for each in self._asked})
         except BaseException as caught:  # the waiter's to raise, in its own thread
             error = caught
@@ -185,25 +185,36 @@ class _Queue:
         self._buckets = [0] * BUCKETS
         _ALL.add(self)
 
-    def put(self, ticket: Ticket, rows: int, inline: bool) -> None:
-        """Read a ticket now, or let it wait in the queue."""
+    def at_once(self, asked: list[_Asked], rows: int) -> Ticket:
+        """A ticket that is read already, whatever came of it."""
         with self._changed:
-            while not inline and self._bytes and self._bytes + ticket.bytes > self._limit and not self._ended:
+            self._count(rows)
+            self._inline += 1
+        ticket = Ticket(self, [])
+        ticket.counted, ticket.state = True, "done"
+        try:
+            ticket._rows = self.to_device({each.layer: each.read(np.empty(each.shape, np.float32)) for each in asked})
+        except BaseException as caught:  # the waiter's to raise
+            ticket._error, ticket.state = caught, "failed"
+        return ticket
+
+    def put(self, ticket: Ticket, rows: int) -> None:
+        """Let a ticket wait in the queue."""
+        with self._changed:
+            while self._bytes and self._bytes + ticket.bytes > self._limit and not self._ended:
                 self._start()
                 self._changed.wait()
-            if self._ended:
-                raise StoreError("prefetch: it is closed")
-            self._tickets += 1
-            self._inline += inline
-            self._rows += rows
-            if not inline:
-                self._waiting.append(ticket)
-                self._bytes += ticket.bytes
-                self._start()
-                self._changed.notify_all()
-        if inline:
-            ticket.counted = True
-            ticket.read(_fresh)
+            self._count(rows)
+            self._waiting.append(ticket)
+            self._bytes += ticket.bytes
+            self._start()
+            self._changed.notify_all()
+
+    def _count(self, rows: int) -> None:
+        if self._ended:
+            raise StoreError("prefetch: it is closed")
+        self._tickets += 1
+        self._rows += rows
 
     def wait_for(self, ticket: Ticket) -> None:
         """Return when it is neither waiting nor being read."""
@@ -330,11 +341,7 @@ os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_at_exit)
 
 
-def _fresh(shape: tuple[int, ...]) -> np.ndarray:
-    return np.empty(shape, np.float32)  # small: the allocator reuses it without help
-
-
 def _work(queue: _Queue) -> None:
     while (ticket := queue._next()) is not None:
-        ticket.read(queue.buffer)
+        ticket.read()
         del ticket  # its rows are the caller's alone

@@ -79,7 +79,7 @@ class SequenceState:
         recent document start, or dead. As Addresser takes it."""
         past = self._bound() - 1
         ids, starts = self._past.last(past)
-        if starts.any():
+        if self._past.marked and starts.any():
             ids = np.where(since_start(starts), ids, -1)
         missing = past - ids.shape[1]
         return np.pad(ids, ((0, 0), (missing, 0)), constant_values=-1) if missing else ids.copy()

@@ -85,9 +85,9 @@ def cache_look(memory: int, set_count: int, row_bytes: int, ids: int, count: int
     """Writes those of the rows `ids` (int64 [count], checked by the caller) that a cache has to their places in out:
     uint8 [count, row_bytes]. Returns how many it has not, M.
 
-    memory: of `Sets` in store/sets.py, which begins with a cache line. missing: int64 [2, count], of which M are written
-    in each row: positions, ascending, and versions. May be called beside itself and one of the three
-    below; of these only one may be under way. Raises ValueError for sizes that cannot be, as those do.
+    memory: of `Sets` in store/sets.py, which begins with a cache line. missing: int64 [2, count], of which M are
+    written in each row: positions, ascending, and versions. May be called beside itself and one of the three below; of
+    these only one may be under way. Raises ValueError for sizes that cannot be, as those do.
     """
 
 def cache_keep(

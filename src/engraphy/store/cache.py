@@ -21,7 +21,8 @@ class CacheStore(RowStore):
     Owns the store: closing closes both. Scattered rows go to the store, and to the cache where they are in it. Writing
     to the store behind its back is not seen, and neither is another process that writes the same table.
     A call reads each missing row once. `stats`: misses are rows read from the store, hits all others.
-    Raises ConfigError for a budget below one set of 16 rows and for more than 2**31 - 2 rows, StoreError where the system refuses the memory.
+    Raises ConfigError for a budget below one set of 16 rows and for a store of more than 2**31 - 2 rows, StoreError
+    where the system refuses the memory.
     """
 
     def __init__(self, store: RowStore, budget: int) -> None:

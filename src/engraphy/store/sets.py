@@ -55,7 +55,8 @@ class Sets:
         with self.lock:
             set_N, way_N = np.nonzero(self.records["tags"] > _EMPTY)
             worth_N = self.records["order"][set_N, way_N] // _MAIN * WAYS + self.records["reads"][set_N, way_N]
-            return self.records["tags"][set_N, way_N][np.argsort(-worth_N.astype(np.int64), kind="stable")].astype(np.int64) - 1
+            tag_N = self.records["tags"][set_N, way_N].astype(np.int64)
+            return tag_N[np.argsort(-worth_N.astype(np.int64), kind="stable")] - 1
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copy the rows that are here to their places in out_NR. Returns the positions of the others, int64 [M],
