@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,7 +116,7 @@ def machine(folder: Path) -> dict[str, Any]:
             "memory": _first("/proc/meminfo", "MemTotal"),
             "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
             "disk": {"device": mount[0], "file_system": mount[2], **_disk(folder)}, "kernel": platform.release(),
-            "python": platform.python_version(), "numpy": np.__version__, "command": " ".join(sys.argv)}
+            "python": platform.python_version(), "numpy": np.__version__}
 
 
 def _disk(folder: Path) -> dict[str, str]:
