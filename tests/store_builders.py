@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import releases
+from forking import fork
 
 from engraphy.rows import RowFormat
 from engraphy.spec import EngramConfig, HashSpec, LayerSpec
@@ -167,9 +167,7 @@ def check_in_children(checks: Sequence[Callable[[], bool]]) -> None:
     """The same in as many children at once."""
     children = []
     for check in checks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forking beside threads; it is meant
-            child = os.fork()
+        child = fork()
         if not child:
             signal.alarm(20)
             good = False

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from forking import fork
 
 from engraphy.buffers import BufferPool
 from engraphy.errors import ConfigError, InputError, RowOutOfRange, StoreError
@@ -453,7 +454,7 @@ def test_a_forked_child_reads_its_own_tickets_and_those_that_its_parent_was_read
         other = threading.Thread(target=hold, args=(prefetcher._queue._changed, locked, unlock))
         other.start()
         assert locked.wait(20)
-        child = os.fork()
+        child = fork()
         if not child:
             signal.alarm(20)
             store.go_on = threading.Event()  # the parent's lock may be held by its thread

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from forking import fork
 from hypothesis import given
 from hypothesis import strategies as st
 from store_builders import LAYER, sealed
@@ -382,7 +383,7 @@ def test_a_forked_child_reads_the_right_rows_whatever_other_threads_were_doing(a
         cache._sets.lock.acquire()
         behind._count_lock.acquire()
         cache._sets.rows[...] = 0xA5
-    child = os.fork()
+    child = fork()
     if not child:
         signal.alarm(20)  # a lock that nobody will ever open ends it
         right = np.array_equal(cache.gather(np.arange(30)), behind.rows_NR[:30])

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from forking import fork
 from store_builders import LAYER, fmt_of, sealed
 
 from engraphy.errors import ConfigError, DigestMismatch, StoreError
@@ -192,7 +193,7 @@ def test_a_forked_child_can_read_and_reload_whatever_other_threads_were_doing():
     store = ReloadableStore(Numbered(1))
     store._switch.acquire()
     store._readers._lock.acquire()
-    child = os.fork()
+    child = fork()
     if not child:
         signal.alarm(20)
         store.reload(Numbered(2))
