@@ -1,6 +1,6 @@
 """Random damage to tables, and what came of it: a named error, the right rows, or, never, wrong ones.
 
-    python bench/damage.py [--trials 100000] [--seed 0] [--folder /dev/shm] [--out results/damage.json]
+    python bench/damage.py [--trials 100000] [--seed 0] [--folder /dev/shm] [--out results/damage/trials.json]
 
 Each trial damages one of seven small tables, one a row format, at a random place: before it is opened, or while it is
 served. It is then read whole through a random store, with or without the native core, as bytes and as numbers. Counted

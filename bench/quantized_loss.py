@@ -1,6 +1,6 @@
 """What rows of fewer bits cost a trained model: held-out loss with the table as trained, and quantised.
 
-    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32] [--out results/quantized_loss.json]
+    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32] [--out results/quantized/loss.json]
 
 Trains the memory arm of `engraphy demo` (its sizes, text and rates; f32 rows), writes the table, has `quantize` make
 one of each kind that d allows, and serves them to the same model: only rows differ. Losses are of all held-out

@@ -22,10 +22,11 @@ from turns import Result, Variant, best_first, rows_a_second
 
 from engraphy.shards import HEADER_BYTES
 from engraphy.store import CacheStore, RowStore, open_store
+from engraphy.store.sets import WAYS, set_bytes
 
 COUNTS = (1, 2, 4, 8)
 HOT, CALL, ORDERS = 16_384, 1024, 8  # rows; rows a call; calls of a reader until its ids come again
-KEPT = 0.5  # of what one reader gets, by all of them together: less is a collapse
+KEPT = 0.8  # of what one reader gets, by all of them together
 PATIENCE = 300  # seconds until a reader is given up
 forked = multiprocessing.get_context("fork")
 
@@ -35,7 +36,8 @@ def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result
     use_threads(1)
     hot = np.random.default_rng(10).choice(table.shard_rows, HOT, replace=False)
     url = f"file:{table.path}?read=mmap"
-    store, cache = open_store(url, layer=0), CacheStore(open_store(url, layer=0), 4 * HOT * (ROW_BYTES + 12))
+    store = open_store(url, layer=0)
+    cache = CacheStore(open_store(url, layer=0), 4 * HOT // WAYS * set_bytes(ROW_BYTES))
     memory = np.memmap(table.shards[0], np.uint8, "r", HEADER_BYTES)
     kinds: dict[str, Callable[[int], Variant]] = {
         LIMIT: lambda count: _probe_readers(probe, memory, hot, count, calls),

@@ -26,14 +26,6 @@ U8, I64 = np.dtype(np.uint8), np.dtype(np.int64)
 LARGE = 8 << 20  # bytes: an output from here on is written past the caches
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for the length of a test."""
-    before = _native.threads()
-    yield _native.set_threads
-    _native.set_threads(before)
-
-
 def rows_of(ids_N: np.ndarray, width: int, written: int = 0) -> np.ndarray:
     """What a store would hold, after so many writes: uint8 [N, width]."""
     first_N1 = (ids_N * 37 + (ids_N >> 7) + written * 101)[:, None]

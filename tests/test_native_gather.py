@@ -25,14 +25,6 @@ U8 = np.dtype(np.uint8)
 LARGE = 8 << 20  # bytes: an output from here on is written past the caches
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for the length of a test."""
-    before = _native.threads()
-    yield _native.set_threads
-    _native.set_threads(before)
-
-
 def gathered(level: str, store, ids: np.ndarray, width: int, skip: int = 0) -> np.ndarray:
     out = Guarded((len(ids), width), U8, skip)
     with _native.forced(level):

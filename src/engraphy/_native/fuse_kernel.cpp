@@ -1,7 +1,7 @@
 // The fusion layer for one token, compiled once per instruction set (see kernels.hpp for what that forbids).
 //
-// A decoded token meets weights that the model's own have driven out of the caches: two thirds of the time are spent
-// waiting for them, and each is read once for all sequences.
+// A decoded token meets weights that the model's own have driven out of the caches, so each is read once for all
+// sequences.
 #include <stdint.h>
 #include <string.h>
 

@@ -22,8 +22,7 @@ _MAIN = 16  # added to the order of what is in the main queue
 # version: changes whenever rows of the set do, odd meanwhile. ghost_next: the ghost that is forgotten next. taken: rows
 # that the call under way keeps here, 16 while rows of the set are being written. order: 0 to 15, in which rows came to
 # the end of their queue. reads: of each row since then. ghosts, tags: 0 = none. tags: row id + 1, negative: held.
-# Two cache lines. The rows follow at once: a row and what is noted of it mostly lie in one page, and in a large cache
-# finding pages is half of the time.
+# Two cache lines. The rows follow at once, so that a row and what is noted of it mostly lie in one page.
 SET = np.dtype([("version", "<u4"), ("ghost_next", "u1"), ("taken", "u1"), ("_", "u1", 2), ("order", "u1", WAYS),
                 ("reads", "u1", WAYS), ("ghosts", "<u2", GHOSTS), ("tags", "<i4", WAYS)])
 MOST_ROWS = 2**31 - 2  # of a store: its ids have to fit the tags
