@@ -5,7 +5,8 @@
 A Llama of 135 M parameters (random weights in float32, the shape of SmolLM2-135M), a table of 77 M parameters over two
 of its layers. The same memory is attached and detached in turns: for each prompt, and while decoding for each token, so
 that noise meets both alike; which of the two comes first alternates too. Medians; the difference is the median of the
-pairs' differences. At the end, the parts of a decoded token's difference, each by itself and in warm caches.
+pairs' differences, with its standard error (bootstrap). At the end, what a decoded token spends in the memory's hooks,
+clocked where they run: the same cost without the noise of all the rest, and without what the memory does to that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -24,7 +26,6 @@ from engraphy import EngramConfig, EngramMemory
 
 PROMPT = 512
 WITH, WITHOUT = "with memory", "without"
-CALLS = 200  # of a part in a row, per turn
 
 
 def model_and_memory() -> tuple[Any, EngramMemory]:
@@ -70,30 +71,42 @@ def decode(model: Any, memory: EngramMemory, tokens: int) -> dict[str, list[floa
     return taking_turns(model, memory, step, tokens)  # the first turn, not counted, is the prompt
 
 
-def parts(memory: EngramMemory, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a decoded token's look-up (of all layers) and of one layer's application."""
-    layer, state = memory.layers[0], memory.state(1)
-    ids, x = torch.randint(3, 49_152, (1, 1)), torch.randn(1, 1, 1, memory.config.layer.hidden_size)
-    seconds: dict[str, list[float]] = {"look-up": [], "layer": []}
-    for _ in range(rounds * CALLS):
+def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
+    """Median milliseconds that a decoded token spends in the memory's hooks before the decoder, before all of its
+    layers, and after the decoder."""
+    seconds: dict[str, list[float]] = {}
+    begun = 0.0
+
+    def start(*_: Any) -> None:
+        nonlocal begun
         begun = time.perf_counter()
-        lookup = memory.lookup(ids, state)
-        looked_up = time.perf_counter()
-        memory.apply(layer, x, lookup)
-        seconds["layer"].append(time.perf_counter() - looked_up)
-        seconds["look-up"].append(looked_up - begun)
-        for other in memory.layers[1:]:
-            memory.apply(other, x, lookup)
-    return {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+
+    def stop(name: str) -> Callable[..., None]:
+        return lambda *_: seconds.setdefault(name, []).append(time.perf_counter() - begun)
+
+    engraphy.attach(model, memory)
+    decoder, cache, last = model.model, DynamicCache(config=model.config), torch.randint(3, 49_152, (1, PROMPT))
+    handles = [decoder.register_forward_hook(start, prepend=True), decoder.register_forward_hook(stop("after"))]
+    for name, module in [("look-up", decoder), *(("layers", decoder.layers[layer]) for layer in memory.layers)]:
+        handles += [module.register_forward_pre_hook(start, prepend=True),
+                    module.register_forward_pre_hook(stop(name))]
+    for _ in range(tokens + 1):
+        last = model(last, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    for handle in handles:
+        handle.remove()
+    engraphy.detach(model)
+    return {name: statistics.median(np.reshape(values, (tokens + 1, -1)).sum(1)[1:]) * 1e3
+            for name, values in seconds.items()}
 
 
 def report(name: str, seconds: dict[str, list[float]], tokens: int, layers: int) -> None:
     """tokens: that one of the timed calls computes."""
     both, bare = (statistics.median(seconds[key]) * 1e3 / tokens for key in (WITH, WITHOUT))
-    pairs = [a - b for a, b in zip(seconds[WITH], seconds[WITHOUT], strict=True)]
-    more = statistics.median(pairs) * 1e3 / tokens
-    print(f"{name:8}{both:12.4f}{bare:12.4f}{1e3 / both:12.1f}{1e3 / bare:12.1f}{more / layers:14.4f}"
-          f"{1 + more / bare:9.3f}")
+    pairs = np.subtract(seconds[WITH], seconds[WITHOUT]) * 1e3 / tokens
+    again = np.median(np.random.default_rng(0).choice(pairs, (1000, len(pairs))), axis=1)
+    more, error = float(np.median(pairs)), float(again.std())
+    print(f"{name:8}{both:10.3f}{bare:10.3f}{1e3 / both:10.1f}{1e3 / bare:10.1f}{more / layers:12.3f} +- "
+          f"{error / layers:5.3f}{1 + more / bare:9.3f}")
 
 
 @torch.no_grad()
@@ -109,13 +122,14 @@ def main() -> None:
 
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {options.threads} threads; "
           f"memory at layers {list(memory.layers)}: {engraphy.hf.cost(memory.config)}")
-    print(f"{'':8}{'ms a token':>24}{'tokens/s':>24}{'ms more a':>14}{'ratio':>9}")
-    print(f"{'':8}{'with':>12}{'without':>12}{'with':>12}{'without':>12}{'memory layer':>14}")
+    print(f"{'':8}{'ms a token':>20}{'tokens/s':>20}{'ms more a':>21}{'ratio':>9}")
+    print(f"{'':8}{'with':>10}{'without':>10}{'with':>10}{'without':>10}{'memory layer':>21}")
     report("prefill", prefill(model, memory, options.rounds), PROMPT, layers)
     report("decode", decode(model, memory, options.tokens), 1, layers)
-    apart = parts(memory, options.rounds)
-    print(f"a decoded token, by itself: look-up {apart['look-up']:.4f} ms for all memory layers, "
-          f"a layer {apart['layer']:.4f} ms")
+    inside = in_hooks(model, memory, options.tokens)
+    print(f"a decoded token, in the memory's hooks: look-up {inside['look-up']:.3f} ms, its {layers} layers "
+          f"{inside['layers']:.3f} ms, after {inside['after']:.3f} ms: {sum(inside.values()) / layers:.3f} ms a memory "
+          "layer")
 
 
 if __name__ == "__main__":

@@ -59,10 +59,13 @@ def native(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.
            state: SequenceState) -> tuple[torch.Tensor, torch.Tensor]:
     columns = state.columns(LAYER, x)
     assert columns is not None
-    decoded = layer.decode(x, rows, live, columns)
-    assert decoded is not None
+    gate = x.new_full((len(x), 1, layer.spec.streams), torch.nan)
+    out = layer.decode(x, rows, live, columns, gate)
+    assert out is not None
+    unasked = layer.decode(x, rows, live, columns)
+    torch.testing.assert_close(unasked, out, rtol=0, atol=0, equal_nan=True)
     state.advance(LAYER)
-    return decoded
+    return out, gate
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -91,17 +91,22 @@ class Addresser:
             history = _integers("history", history, (batch, past))
         return _Call(ids_BT, history, _flags("live", live, ids_BT.shape), _flags("starts", starts, ids_BT.shape))
 
-    def _native(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
-        """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`)."""
+    @property
+    def plan(self) -> Any:
+        """A `HashPlan` of the native core, made when it is first asked for."""
         if self._plan is None:
             self._plan = _native.core.HashPlan(
                 map=_address(self.vocab.table), vocab=self.vocab.raw_size, filler=self.filler, stop=self.stop_id,
                 orders=self.spec.orders, heads=self.spec.heads, layers=len(self.spec.layer_ids),
                 multipliers=_address(self._multipliers_LN), primes=_address(self._primes_LC),
                 offsets=_address(self._offsets_LC))
+        return self._plan
+
+    def _native(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
+        """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`)."""
         batch, tokens = call.ids_BT.shape
         every = layers.stop - layers.start == len(self.spec.layer_ids)
-        wrong = self._plan.rows(_address(call.ids_BT), batch, tokens, _address(call.history), _address(call.live),
+        wrong = self.plan.rows(_address(call.ids_BT), batch, tokens, _address(call.history), _address(call.live),
                                 _address(call.starts), _address(out_LBTC), -1 if every else layers.start)
         if wrong >= 0:
             sequence, position = divmod(wrong, tokens)

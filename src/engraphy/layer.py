@@ -130,17 +130,18 @@ class EngramLayer(nn.Module):
             update_BTSD = torch.where(live[:, :, None, None], update_BTSD, 0.0)
         return update_BTSD.to(x_BTSD.dtype), gate_BTS, inputs_BTSD if conv_inputs else window
 
-    def decode(self, x_B1SD: Tensor, rows_B1E: Tensor, live: Tensor | None,
-               columns: Columns) -> tuple[Tensor, Tensor] | None:
-        """(x + update, gate), update and gate as of `forward`, for one token of each of a few sequences: one native
-        call. columns: where the conv's inputs lie, from the sequences' state.
+    def decode(self, x_B1SD: Tensor, rows_B1E: Tensor, live: Tensor | None, columns: Columns,
+               gate_B1S: Tensor | None = None) -> Tensor | None:
+        """x + update as of `forward`, for one token of each of a few sequences, by one native call. x_B1SD: [B, 1, D]
+        will do for one stream. columns: where the conv's inputs lie, from the sequences' state. gate_B1S: is filled.
 
         None where that is not possible and `forward` has to do it: the kernel takes float32 or float64 for everything,
         on the CPU, without gradients and without hooks.
         """
         spec, batch, at = self.spec, len(rows_B1E), Tensor.data_ptr
         if (_native.core is None or torch.is_grad_enabled() or not 0 < batch <= _FEW or torch.compiler.is_compiling()
-                or x_B1SD.shape != (batch, 1, spec.streams, spec.hidden_size) or type(x_B1SD) is not Tensor
+                or x_B1SD.shape[::x_B1SD.ndim - 1] != (batch, spec.hidden_size)
+                or x_B1SD.numel() != batch * spec.streams * spec.hidden_size or type(x_B1SD) is not Tensor
                 or not (x_B1SD.is_cpu and x_B1SD.is_contiguous())):
             return None
         fixed = self._fixed(x_B1SD.dtype)
@@ -149,10 +150,10 @@ class EngramLayer(nn.Module):
         if rows_B1E.dtype is not x_B1SD.dtype:
             rows_B1E = rows_B1E.to(x_B1SD.dtype)
         rows_B1E, live = rows_B1E.contiguous(), None if live is None else live.contiguous()
-        out, gate = torch.empty_like(x_B1SD), x_B1SD.new_empty(batch, 1, spec.streams)
+        out_B1SD = torch.empty_like(x_B1SD)
         _native.core.fuse_token(*fixed, batch, at(x_B1SD), at(rows_B1E), *columns, 0 if live is None else at(live),
-                                at(out), at(gate))
-        return out, gate
+                                at(out_B1SD), 0 if gate_B1S is None else at(gate_B1S))
+        return out_B1SD
 
     def _fixed(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What of the kernel's arguments is the same for each token: sizes, and the weights' addresses, 0 for those

@@ -32,6 +32,7 @@ from .spec import EngramConfig
 from .state import SequenceState
 from .store import FileStore, RowStore, copy_rows, open_store, write_layer
 from .table import Table
+from .token_reader import TokenReader
 from .vocab import VocabMap
 
 _MANY_PENDING = 1024
@@ -110,6 +111,7 @@ class EngramMemory(nn.Module):
         self.address_digest = config.address_digest(vocab.digest)
         self.format, self.stores = _open(config, self.address_digest, store, row_format)
         self.prefetcher = Prefetcher({layer: (each, self.format) for layer, each in self.stores.items()})
+        self._tokens = TokenReader(self.addresser, self.stores, self.format, self.prefetcher)
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
         self._windows = dict.fromkeys(self.layers, config.layer.window)
         self.row_grads: list[RowGrad] = []
@@ -139,13 +141,16 @@ class EngramMemory(nn.Module):
         """
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
             raise InputError(f"ids: expected a tensor [B, T], found {getattr(ids_BT, 'shape', type(ids_BT).__name__)}")
-        ids, alive, begins = _numpy(ids_BT), _numpy(live), _numpy(starts)
-        history = None
         if state is not None:
             state.bind(self.config.hash.order, self._windows)
-            if state.batch != len(ids):
-                raise InputError(f"state: expected one for {len(ids)} sequences, found {state.batch}")
-            history = state.history
+            if state.batch != len(ids_BT):
+                raise InputError(f"state: expected one for {len(ids_BT)} sequences, found {state.batch}")
+            if ids_BT.shape[1] == 1 and live is starts is trace is None and not torch.is_grad_enabled():
+                rows_B1E = self._tokens.read(ids_BT, state)
+                if rows_B1E is not None:
+                    return Lookup(rows_B1E, None, None, state, None)
+        ids, alive, begins = _numpy(ids_BT), _numpy(live), _numpy(starts)
+        history = None if state is None else state.history
         row_ids_LBTC = self.addresser.all_rows(ids, history, alive, begins)
         if self.vocab.has_dead_ids:
             valid = np.ones(ids.shape, dtype=bool) if alive is None else alive
@@ -168,7 +173,8 @@ class EngramMemory(nn.Module):
         return Lookup(_Rows(rows), live, starts, state, trace)
 
     def apply(self, layer: Any, x_BTSD: Any = None, lookup: Any = None) -> Any:  # type: ignore[override]
-        """x + what the memory of `layer` adds to it, [B, T, S, D], for the chunk that `lookup` was made for.
+        """x + what the memory of `layer` adds to it, [B, T, S, D], for the chunk that `lookup` was made for. Where
+        there is one stream x may be [B, T, D], and so is what is returned.
 
         Raises ConfigError for a layer without memory. With one callable argument it is nn.Module.apply, which
         walks over the modules of any model that the memory belongs to.
@@ -179,19 +185,35 @@ class EngramMemory(nn.Module):
             raise InputError("apply: expected layer, x and lookup (or one callable), found less")
         if layer not in lookup.rows:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layers)}")
-        block, state = self.blocks[str(layer)], lookup.state
+        decoded = self._decode(layer, x_BTSD, lookup)
+        if decoded is not None:
+            return decoded
+        if x_BTSD.ndim == 3:
+            return self._add(layer, x_BTSD[:, :, None], lookup)[:, :, 0]
+        return self._add(layer, x_BTSD, lookup)
+
+    def _decode(self, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:
+        """One token of each sequence by one native call; None where that is not possible."""
+        state, block = lookup.state, self.blocks[str(layer)]
+        if state is None or lookup.starts is not None or x.ndim < 3 or x.shape[1] != 1 or not x.is_cpu:
+            return None
         assert isinstance(block, EngramLayer)
-        rows_BTE = lookup.rows[layer].to(x_BTSD.device)
-        if state is not None and lookup.starts is None and x_BTSD.ndim == 4 and x_BTSD.shape[1] == 1:
-            columns = state.columns(layer, x_BTSD)
-            decoded = None if columns is None else block.decode(x_BTSD, rows_BTE, lookup.live, columns)
-            if decoded is not None:
-                state.advance(layer)
-                _trace(lookup, layer, decoded[1])
-                return decoded[0]
+        columns = state.columns(layer, x)
+        if columns is None:
+            return None
+        gate_B1S = None if lookup.trace is None else x.new_empty(len(x), 1, block.spec.streams)
+        out = block.decode(x, lookup.rows[layer], lookup.live, columns, gate_B1S)
+        if out is not None:
+            state.advance(layer)
+            if gate_B1S is not None:
+                _trace(lookup, layer, gate_B1S)
+        return out
+
+    def _add(self, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor:
+        block, state, device = self.blocks[str(layer)], lookup.state, x_BTSD.device
         window = None if state is None else state.window(layer)
-        live, starts = (None if flags is None else flags.to(x_BTSD.device) for flags in (lookup.live, lookup.starts))
-        update_BTSD, gate_BTS, inputs_BTSD = block(x_BTSD, rows_BTE, window, live, starts,
+        live, starts = (None if flags is None else flags.to(device) for flags in (lookup.live, lookup.starts))
+        update_BTSD, gate_BTS, inputs_BTSD = block(x_BTSD, lookup.rows[layer].to(device), window, live, starts,
                                                    conv_inputs=state is not None)
         if state is not None and inputs_BTSD is not None:
             state.push(layer, inputs_BTSD, lookup.starts)

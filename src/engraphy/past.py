@@ -12,6 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _native
+
+
+class Columns(NamedTuple):
+    """Addresses of two columns of a buffer, those of the first sequence: the oldest that is looked at now, and the next
+    one to be written; `stride` values further lie those of the second sequence."""
+
+    oldest: int
+    next: int
+    stride: int
+
+
+NO_COLUMNS = Columns(0, 0, 0)  # of a layer without a conv
+
 
 class Past:
     """The last ids of each sequence, -1 = dead, and where documents began: the columns before `end` of two buffers."""
@@ -21,6 +35,7 @@ class Past:
         self.ids = np.empty((batch, 0), dtype=np.int64)  # [B, columns]
         self.starts = np.empty((batch, 0), dtype=bool)
         self.marked = False  # whether a start was ever written: else none has to be taken away
+        self.clear = 0  # from this column on no document begins
 
     def append(self, ids: np.ndarray, starts: np.ndarray | None, keep: int) -> None:
         ids = _last(ids, keep)
@@ -32,7 +47,23 @@ class Past:
         if self.marked or starts is not None:
             self.starts[:, self.end:end] = False if starts is None else _last(starts, keep)
             self.marked = True
+        if starts is not None:
+            self.clear = end
         self.end = end
+
+    def columns(self, count: int) -> Columns | None:
+        """The `count` before the next id, and where that goes; None where only `append` will do."""
+        ids, first = self.ids, self.end - count
+        if first < self.clear or self.end == ids.shape[1]:
+            return None
+        begin = _native.core.address(ids)
+        return Columns(begin + first * 8, begin + self.end * 8, ids.shape[1])
+
+    def advance(self) -> None:
+        """The next column of ids has been written."""
+        if self.marked:
+            self.starts[:, self.end] = False
+        self.end += 1
 
     def _move(self, kept: int, room: int) -> None:
         """To new buffers, the last `kept` columns and room for more."""
@@ -42,6 +73,7 @@ class Past:
             new[:, :kept] = old[:, self.end - kept:self.end]
             buffers.append(new)
         self.ids, self.starts = buffers
+        self.clear = max(self.clear - (self.end - kept), 0)
         self.end = kept
 
     def last(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,28 +90,18 @@ class Past:
         return other
 
 
-class Columns(NamedTuple):
-    """Addresses in a layer's buffer of conv inputs: of the oldest column that a conv sees now and of the next one to
-    be written, for the first sequence, each [S, D]; `stride` values further lie those of the second."""
-
-    oldest: int
-    next: int
-    stride: int
-
-
 class _Place(NamedTuple):
-    """What a buffer of conv inputs is: the shape of one token's, and bytes between columns; asking it takes longer."""
+    """What a buffer of conv inputs is: sequences, values of one column of all of them, bytes between columns; asking it
+    takes longer."""
 
-    shape: tuple[int, ...]
+    batch: int
+    values: int
     dtype: torch.dtype
     cpu: bool
     inference: bool
     address: int
     column: int
     stride: int
-
-
-NO_COLUMNS = Columns(0, 0, 0)  # of a layer without a conv
 
 
 class Window:
@@ -121,11 +143,11 @@ class Window:
         first = self.end - self.size
         buffer = self.inputs
         if buffer is not None and (self.place is None or self.place.address != buffer.data_ptr()):  # deepcopy
-            self.place = _Place((len(buffer), 1, *buffer.shape[2:]), buffer.dtype, buffer.is_cpu, buffer.is_inference(),
+            self.place = _Place(len(buffer), buffer[:, 0].numel(), buffer.dtype, buffer.is_cpu, buffer.is_inference(),
                                 buffer.data_ptr(), buffer.stride(1) * buffer.itemsize, buffer.stride(0))
         at = self.place
-        if (at is None or x.shape != at.shape or x.dtype is not at.dtype or not at.cpu or self.ahead[:1] != [1]
-                or self.end == self.starts.shape[1] or first < self.clear
+        if (at is None or len(x) != at.batch or x.numel() != at.values or x.dtype is not at.dtype or not at.cpu
+                or self.ahead[:1] != [1] or self.end == self.starts.shape[1] or first < self.clear
                 or at.inference and not torch.is_inference_mode_enabled()):
             return None
         return Columns(at.address + first * at.column, at.address + self.end * at.column, at.stride)

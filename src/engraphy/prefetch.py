@@ -32,7 +32,7 @@ from .store import RowStore
 from .store.latency import BUCKETS, Latency, bucket_of, latency_of
 
 LIMIT = 1 << 30
-_FEW_ROWS = 1024  # read from memory in about the time that it takes to hand them to another thread and back
+FEW_ROWS = 1024  # read from memory in about the time that it takes to hand them to another thread and back
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,15 @@ class Prefetcher:
                                  f"{getattr(ids_BTC, 'dtype', type(ids_BTC).__name__)} {np.shape(ids_BTC)}")
         rows = sum([ids_BTC.size for ids_BTC in ids.values()])
         asked = [_Asked(layer, *self._sources[layer], ids_BTC) for layer, ids_BTC in ids.items()]
-        if rows <= _FEW_ROWS and all([each.store.in_memory for each in asked]):
+        if rows <= FEW_ROWS and all([each.store.in_memory for each in asked]):
             return self._queue.at_once(asked, rows)
         ticket = Ticket(self._queue, [each._replace(ids_BTC=each.ids_BTC.copy()) for each in asked])
         self._queue.put(ticket, rows)
         return ticket
+
+    def count_inline(self, rows: int) -> None:
+        """Put rows to the counters that the caller has read without a ticket. Raises StoreError once closed."""
+        self._queue.count_inline(rows)
 
     @property
     def stats(self) -> PrefetchStats:
@@ -187,9 +191,7 @@ class _Queue:
 
     def at_once(self, asked: list[_Asked], rows: int) -> Ticket:
         """A ticket that is read already, whatever came of it."""
-        with self._changed:
-            self._count(rows)
-            self._inline += 1
+        self.count_inline(rows)
         ticket = Ticket(self, [])
         ticket.counted, ticket.state = True, "done"
         try:
@@ -197,6 +199,11 @@ class _Queue:
         except BaseException as caught:  # the waiter's to raise
             ticket._error, ticket.state = caught, "failed"
         return ticket
+
+    def count_inline(self, rows: int) -> None:
+        with self._changed:
+            self._count(rows)
+            self._inline += 1
 
     def put(self, ticket: Ticket, rows: int) -> None:
         """Let a ticket wait in the queue."""

@@ -210,7 +210,7 @@ def _read_plain(shards: Sequence[np.ndarray], ids_N: np.ndarray, fmt: RowFormat,
 
 def _read_native(shards: Sequence[np.ndarray], info: Any, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> None:
     """Ids of any shape; the kernel checks them before it writes."""
-    core, at, flat = _native.core, _addresses(shards, info), np.ascontiguousarray(ids)
+    core, at, flat = _native.core, addresses(shards, info), np.ascontiguousarray(ids)
     wrong = core.read_rows(fmt.kind, fmt.d, fmt.scale or 1.0, at.address, at.shard_rows, at.rows, core.address(flat),
                            flat.size, out.dtype == np.uint16, core.address(out))
     if wrong >= 0:
@@ -230,8 +230,8 @@ class _Addresses(NamedTuple):
 _KNOWN: dict[int, _Addresses] = {}  # by id of the first shard, while it lives; asking many takes longer than a read
 
 
-def _addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
-    """Checks what the kernel relies on, once. Raises StoreError where a store gives other shards than it says."""
+def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
+    """Where shards lie. Checks what kernels rely on, once. Raises StoreError where they are not what the store says."""
     key = id(shards[0])
     known = _KNOWN.get(key)
     if known is not None and known.first() is shards[0] and known.rows == info.rows:
@@ -256,7 +256,7 @@ def gather_mapped(shards: Sequence[np.ndarray], info: Any, ids_N: np.ndarray, ou
     if (core := _native.core) is None:
         take(shards, ids_N, out_NR)
     else:
-        at, flat_N = _addresses(shards, info), np.ascontiguousarray(ids_N)
+        at, flat_N = addresses(shards, info), np.ascontiguousarray(ids_N)
         core.gather_rows(at.address, at.shard_rows, at.rows, info.row_bytes, core.address(flat_N), len(flat_N),
                          core.address(out_NR))
 

@@ -100,11 +100,25 @@ class SequenceState:
         if alive is not None:
             ids = np.where(alive, ids, -1)
         self._past.append(ids, begins, keep)
-        self.length += ids.shape[1]
-        for window in self._windows.values():
-            window.expect(ids.shape[1])
-        self._room = min(self.margin, self._room + ids.shape[1])
+        self._lengthen(ids.shape[1])
         return self
+
+    def next_ids(self) -> Columns | None:
+        """Where the next id of each sequence goes and the N-1 before it lie, int64, to be written in place of `extend`
+        and then told to `advance_ids`; None where only `history` and `extend` will do."""
+        return self._past.columns(self._bound() - 1)
+
+    def advance_ids(self) -> SequenceState:
+        """The next token of each sequence has been written: ids that are in the vocabulary, no document's beginning."""
+        self._past.advance()
+        self._lengthen(1)
+        return self
+
+    def _lengthen(self, tokens: int) -> None:
+        self.length += tokens
+        for window in self._windows.values():
+            window.expect(tokens)
+        self._room = min(self.margin, self._room + tokens)
 
     def window(self, layer: int) -> Tensor | None:
         """The last W conv inputs of a memory layer, [B, W, S, D], as EngramLayer takes it: zero where nothing is and
@@ -129,8 +143,9 @@ class SequenceState:
         return self
 
     def columns(self, layer: int, x_B1SD: Tensor) -> Columns | None:
-        """Where a layer's next conv inputs go, one column for each sequence, to be written in place of `push` and then
-        told to `advance`; None where only `window` and `push` will do. x_B1SD: has the conv inputs' shape and dtype."""
+        """Where a layer's next conv inputs go and the W before them lie, columns [S, D], to be written in place of
+        `push` and then told to `advance`; None where only `window` and `push` will do. x_B1SD: has their size and
+        dtype."""
         window = self._window(layer)
         return window.columns(x_B1SD) if window.size else NO_COLUMNS
 

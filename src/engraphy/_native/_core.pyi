@@ -77,8 +77,8 @@ def fuse_token(
     conv_norm, conv, window and inputs 0 where taps is. x: [B, S, D]. rows: [B, E]. window: where the first sequence's
     oldest conv input [S, D] lies, (taps - 1) * dilation columns before the present; `stride` values further lie the
     next sequence's. live: bool [B]; 0 = all. Writes x and what the layer adds to out [B, S, D], the gate to gate
-    [B, S], and the present's conv inputs to inputs, [S, D] for each sequence, as far apart as the window's. Raises
-    ValueError for sizes that cannot be and for what is missing.
+    [B, S] (0 = nobody asks), and the present's conv inputs to inputs, [S, D] for each sequence, as far apart as the
+    window's. Raises ValueError for sizes that cannot be and for what is missing.
     """
 
 def cache_look(memory: int, set_count: int, row_bytes: int, ids: int, count: int, out: int, missing: int) -> int:
@@ -188,4 +188,28 @@ class HashPlan:
         ids: int64 [batch, tokens] raw. history: int64 [batch, N - 1] raw, -1 = nothing there; 0 = all of it. live,
         starts: bool [batch, tokens]; 0 = all live, no starts. Returns -1. Otherwise nothing is written and an id is
         outside [0, vocab): p >= 0 is its flat position in ids, p <= -2 means position -2 - p in history.
+        """
+
+class TokenReader:
+    """Rows of all layers for one token of each of a few sequences. It keeps its plan, not the tables."""
+
+    def __init__(
+        self,
+        plan: HashPlan,
+        kind: str,
+        d: int,
+        scale: float,
+        shards: Sequence[int],
+        shard_rows: Sequence[int],
+        rows: Sequence[int],
+    ) -> None:
+        """kind, d, scale, and of each layer shards, shard_rows and rows: as for `read_rows`. Raises ValueError for
+        sizes that cannot be."""
+
+    def read(self, ids: int, batch: int, oldest: int, next: int, stride: int, out: int) -> bool:
+        """Writes rows as numbers to out: float32 [layers, batch, C * d], and the ids to the column `next`.
+
+        ids: int64 [batch] raw. oldest: where the first sequence's N - 1 ids before it begin, int64, -1 = nothing there;
+        `stride` ids further begin the next sequence's. Returns whether it was done: not for an id without a token or
+        outside the vocabulary, in the past too; `next` is as it was then.
         """

@@ -12,5 +12,6 @@ void bind_guard(nanobind::module_ &m);
 void bind_hash(nanobind::module_ &m);
 void bind_pread(nanobind::module_ &m);
 void bind_rows(nanobind::module_ &m);
+void bind_token(nanobind::module_ &m);
 
 }  // namespace engraphy

@@ -24,7 +24,8 @@ struct FuseCall {
     void *inputs;                    // the column of its inputs now, [S, D] of each sequence
     int64_t stride;                  // values from one sequence's columns to the next one's
     const bool *live;                // [B]; null = all
-    void *out, *gate;                // [B, S, D], [B, S]: x with what the layer adds, and the gate
+    void *out;                       // [B, S, D] x with what the layer adds
+    void *gate;                      // [B, S]; null = nobody asks
     void *keys, *values;             // [B, S*D], [B, D], for the kernel's own use
 };
 

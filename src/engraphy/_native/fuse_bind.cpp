@@ -17,7 +17,7 @@ void fuse_token(bool wide, int64_t streams, int64_t hidden, int64_t width, int64
                 uintptr_t live, uintptr_t out, uintptr_t gate) {
     if (batch < 1 || streams < 1 || hidden < 1 || width < 1 || taps < 0 || dilation < 1)
         throw std::invalid_argument("sizes must be positive");
-    if (!x || !rows || !key || !value || !query_norm || !key_norm || !out || !gate ||
+    if (!x || !rows || !key || !value || !query_norm || !key_norm || !out ||
         (taps && !(conv_norm && conv && window && inputs)))
         throw std::invalid_argument("x, rows, weights and outputs must be present");
     const int64_t size = wide ? sizeof(double) : sizeof(float), keys = batch * streams * hidden;

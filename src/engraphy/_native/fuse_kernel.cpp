@@ -89,7 +89,7 @@ template <class F> void fuse_one(const FuseCall &call, int64_t b, int64_t s) {
     const bool live = !call.live || call.live[b];
     F gate = gate_of(call, x, update, query_norm, key_norm);
     if (!live) gate = 0;
-    ((F *)call.gate)[b * call.streams + s] = gate;
+    if (call.gate) ((F *)call.gate)[b * call.streams + s] = gate;
     for (int64_t i = 0; i < hidden; i++) update[i] = gate * value[i];
     if (call.taps) {
         const F *conv_norm = (const F *)call.conv_norm + norm;

@@ -23,4 +23,5 @@ NB_MODULE(_core, m) {
     engraphy::bind_hash(m);
     engraphy::bind_pread(m);
     engraphy::bind_rows(m);
+    engraphy::bind_token(m);
 }

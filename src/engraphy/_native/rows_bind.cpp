@@ -1,29 +1,15 @@
 // Reading rows from Python: checks of what would read or write out of bounds, and the GIL.
 #include "bind.hpp"
 
-#include <cstring>
 #include <stdexcept>
 
-#include "kernels.hpp"
+#include "kind.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
 
 namespace engraphy {
 namespace {
-
-constexpr const char *kind_names[] = {"f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4"};  // as in RowKind
-
-RowKind kind_of(const char *name, int64_t d) {
-    for (int i = 0; i < int(sizeof(kind_names) / sizeof(kind_names[0])); i++) {
-        if (std::strcmp(kind_names[i], name)) continue;
-        const RowKind kind = RowKind(i);
-        const int multiple = kind == RowKind::fp8 ? fp8_block : kind == RowKind::int4 ? 2 : 1;
-        if (d < 1 || d % multiple) throw std::invalid_argument("d must be positive and fit the kind");
-        return kind;
-    }
-    throw std::invalid_argument("unknown kind of rows");
-}
 
 // By as many threads as it is worth; ids have been checked.
 void read_parts(const RowsCall &whole, int64_t count) {

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ConfigError, DigestMismatch, InputError
@@ -165,12 +165,13 @@ class _Attachment:
         given = dict(zip(self.backbone.arguments, args, strict=False)) | kwargs
         trace = given.pop("engraphy_trace", None)
         cache = given.get("past_key_values")
-        ids_BT, live, starts = read_batch(given, tokens_seen(cache))
+        seen = tokens_seen(cache)
+        ids_BT, live, starts = read_batch(given, seen)
         if cache is None and self._makes_cache(given):
             cache = given["past_key_values"] = DynamicCache(config=decoder.config)
         layer = None
         if cache is not None:
-            layer = ready_layer(cache, self.memory, len(self.backbone.blocks), len(ids_BT), self.margin)
+            layer = ready_layer(cache, self.memory, len(self.backbone.blocks), len(ids_BT), seen, self.margin)
         self._warn_if_frozen()
         lookup: Any = self.memory.lookup
         given[_LOOKUP] = lookup(ids_BT, layer and layer.state, live, starts, trace)
@@ -191,15 +192,9 @@ class _Attachment:
             raise InputError(f"layer {layer}: expected a lookup from the decoder's forward, found none: the block was "
                              f"called by itself, or {type(self.backbone.decoder).__name__} hands no keyword on")
         if args:
-            return (self._remember(layer, args[0], lookup), *args[1:]), kwargs
-        kwargs["hidden_states"] = self._remember(layer, kwargs["hidden_states"], lookup)
+            return (self.memory.apply(layer, args[0], lookup), *args[1:]), kwargs
+        kwargs["hidden_states"] = self.memory.apply(layer, kwargs["hidden_states"], lookup)
         return args, kwargs
-
-    def _remember(self, layer: int, x: Tensor, lookup: Lookup) -> Tensor:
-        one_stream = x.ndim == 3
-        x_BTSD = x[:, :, None] if one_stream else x
-        out_BTSD = self.memory.apply(layer, x_BTSD, lookup)
-        return out_BTSD.squeeze(2) if one_stream else out_BTSD
 
     def _makes_cache(self, given: dict[str, Any]) -> bool:
         """Whether the decoder would make a cache of its own: it then has to carry the memory's state."""

@@ -74,7 +74,8 @@ class MemoryCacheLayer(LinearAttentionLayer):
 
 def memory_layer(cache: Any) -> MemoryCacheLayer | None:
     """The memory's layer of a cache; None where it has none, or where there is no cache."""
-    return next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, MemoryCacheLayer)), None)
+    layers = reversed(getattr(cache, "layers", ()))
+    return next((layer for layer in layers if isinstance(layer, MemoryCacheLayer)), None)
 
 
 def tokens_seen(cache: Any) -> int:
@@ -86,9 +87,10 @@ def tokens_seen(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def ready_layer(cache: Cache, memory: EngramMemory, depth: int, batch: int, margin: int) -> MemoryCacheLayer:
+def ready_layer(cache: Cache, memory: EngramMemory, depth: int, batch: int, seen: int,
+                margin: int) -> MemoryCacheLayer:
     """The layer of `cache` that carries the state for `memory`; on the first call a fresh one. depth: the model's own
-    cache layers.
+    cache layers. seen: tokens in the cache.
 
     Raises InputError for a cache that has seen tokens which the memory has not (filled before the memory was attached,
     or by another model), for one that an error left half filled, and for one that belongs to another memory.
@@ -107,7 +109,7 @@ def ready_layer(cache: Cache, memory: EngramMemory, depth: int, batch: int, marg
                          "more than others; reset it, or use a new one")
     if layer.state is None:
         layer.state = memory.state(batch, margin)
-    if (seen := tokens_seen(cache)) != layer.state.length:
+    if seen != layer.state.length:
         raise InputError(f"past_key_values: the model has seen {seen} tokens, the memory {layer.state.length}; "
                          "use a cache that was filled by this model with the memory attached")
     return layer

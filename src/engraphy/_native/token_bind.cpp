@@ -1,0 +1,77 @@
+// One token of each of a few sequences, looked up in all layers by one call: addresses, rows, and the ids' place in
+// what the sequences' state keeps. engraphy/address.py, rows.py and past.py are the plain version of its three steps.
+#include "bind.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "kind.hpp"
+#include "plan.hpp"
+
+namespace nb = nanobind;
+
+namespace engraphy {
+namespace {
+
+class TokenReader {
+  public:
+    TokenReader(const Plan &plan, const std::string &kind, int64_t d, float scale, std::vector<uintptr_t> shards,
+                std::vector<int64_t> shard_rows, std::vector<int64_t> rows)
+        : plan_(plan), d_(d), columns_(plan.sizes().order_count * plan.sizes().heads) {
+        const size_t layers = plan.sizes().layers;
+        require(shards.size() == layers && shard_rows.size() == layers && rows.size() == layers,
+                "shards, shard_rows and rows must be those of the plan's layers");
+        for (size_t i = 0; i < layers; i++) {
+            require(shards[i] && shard_rows[i] > 0 && rows[i] > 0, "sizes must be positive, shards present");
+            tables_.push_back({kind_of(kind.c_str(), d), d, scale, false, (const uint8_t *const *)shards[i],
+                               shard_rows[i], rows[i], nullptr, nullptr, 0, 0});
+        }
+    }
+    TokenReader(const TokenReader &) = delete;
+
+    bool read(uintptr_t ids, int64_t batch, uintptr_t oldest, uintptr_t next, int64_t stride, uintptr_t out) const {
+        require(ids && batch > 0 && next && out, "ids, a column for them and the output must be present");
+        const HashPlan &plan = plan_.sizes();
+        const int64_t *const token = (const int64_t *)ids, past = plan.longest - 1, count = batch * columns_;
+        for (int64_t b = 0; b < batch; b++)
+            if (token[b] < 0 || token[b] >= plan.vocab || (plan.map && plan.map[token[b]] < 0)) return false;
+        std::vector<int64_t> history(batch * past), row_ids(plan.layers * count);
+        for (int64_t b = 0; b < batch; b++)
+            std::copy_n((const int64_t *)oldest + b * stride, past, history.data() + b * past);
+        if (kernels().hash(plan, {token, batch, 1, history.data(), nullptr, nullptr, 0, plan.layers, row_ids.data()}) != -1)
+            return false;
+        for (int64_t layer = 0; layer < plan.layers; layer++) {
+            RowsCall call = tables_[layer];
+            call.ids = row_ids.data() + layer * count;
+            if (kernels().first_bad(call.ids, count, call.rows) != -1) return false;
+            call.out = (uint8_t *)((float *)out + layer * count * d_);
+            call.last = count;
+            kernels().rows(call);
+        }
+        for (int64_t b = 0; b < batch; b++) ((int64_t *)next)[b * stride] = token[b];
+        return true;
+    }
+
+  private:
+    const Plan &plan_;
+    const int64_t d_, columns_;
+    std::vector<RowsCall> tables_;
+};
+
+}  // namespace
+
+void bind_token(nb::module_ &m) {
+    using nb::arg;
+    nb::class_<TokenReader>(m, "TokenReader")
+        .def(nb::init<const Plan &, const std::string &, int64_t, float, std::vector<uintptr_t>, std::vector<int64_t>,
+                      std::vector<int64_t>>(),
+             nb::keep_alive<1, 2>(), arg("plan"), arg("kind"), arg("d"), arg("scale"), arg("shards"),
+             arg("shard_rows"), arg("rows"))
+        .def("read", &TokenReader::read, nb::call_guard<nb::gil_scoped_release>(), arg("ids"), arg("batch"),
+             arg("oldest"), arg("next"), arg("stride"), arg("out"));
+}
+
+}  // namespace engraphy

@@ -1,0 +1,83 @@
+"""TokenReader: the look-up of one token of each of a few sequences, of all layers, by one native call.
+
+What a decoded token asks for is a few dozen rows; the steps of a look-up, one by one, take far longer than reading
+them. They are its specification: SequenceState.history, Addresser.all_rows, SequenceState.extend, rows.read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native, rows
+from .address import Addresser
+from .errors import StoreError, TableError
+from .prefetch import FEW_ROWS, Prefetcher
+from .rows import RowFormat
+from .state import SequenceState
+from .store import RowStore
+
+
+class TokenReader:
+    """Rows of all layers for one token of each sequence. stores: of the addresser's layers.
+
+    Safe for many threads, of which each has states of its own.
+    """
+
+    def __init__(self, addresser: Addresser, stores: Mapping[int, RowStore], fmt: RowFormat,
+                 prefetcher: Prefetcher) -> None:
+        self._addresser, self._format, self._prefetcher = addresser, fmt, prefetcher
+        self._stores = {layer: stores[layer] for layer in addresser.spec.layer_ids}
+        self._known: tuple[list[Any], _Native | None] | None = None  # the stores' shards, and the native reader of them
+
+    def read(self, ids_B1: Tensor, state: SequenceState) -> dict[int, Tensor] | None:
+        """Rows by layer, f32 [B, 1, E]; `state` is extended by the ids.
+
+        None, and nothing is changed, where it takes the steps one by one: rows that are not in memory, ids without a
+        token or out of range, a document's beginning within the look-back, many sequences, something that is wrong.
+        """
+        begun, stores = time.perf_counter_ns(), self._stores
+        batch, layers, width = len(ids_B1), len(stores), self._addresser.spec.columns
+        count = batch * layers * width
+        if not (0 < count <= FEW_ROWS and ids_B1.dtype is torch.int64 and ids_B1.is_cpu and ids_B1.is_contiguous()):
+            return None
+        try:
+            shards = [store.shards for store in stores.values()]
+            known = self._known
+            if known is None or not all(map(is_, shards, known[0])):
+                self._known = known = shards, self._prepare(shards)
+            native = known[1]
+            if native is None or (columns := state.next_ids()) is None:
+                return None
+            rows_LB1E = torch.empty(layers, batch, 1, width * self._format.d, dtype=torch.float32, device="cpu")
+            if not native.reader.read(ids_B1.data_ptr(), batch, *columns, rows_LB1E.data_ptr()):
+                return None
+            for store in stores.values():
+                store.count_read(batch * width, begun)
+            self._prefetcher.count_inline(count)
+        except (StoreError, TableError):  # closed or damaged: the steps say it where it is expected
+            return None
+        state.advance_ids()
+        return dict(zip(stores, rows_LB1E.unbind(), strict=True))
+
+    def _prepare(self, shards: list[Any]) -> _Native | None:
+        """The native reader of mapped rows that are in memory, None for others."""
+        stores, fmt = self._stores.values(), self._format
+        if _native.core is None or None in shards or not all(store.in_memory for store in stores):
+            return None
+        at = [rows.addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
+        return _Native(_native.core.TokenReader(self._addresser.plan, fmt.kind, fmt.d, fmt.scale or 1.0,
+                                                [each.address for each in at], [each.shard_rows for each in at],
+                                                [each.rows for each in at]), at)
+
+
+class _Native(NamedTuple):
+    """The native reader, and what it has addresses of."""
+
+    reader: Any
+    at: list[Any]
