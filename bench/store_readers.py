@@ -26,28 +26,33 @@ from engraphy.store.sets import WAYS, set_bytes
 
 COUNTS = (1, 2, 4, 8)
 HOT, CALL, ORDERS = 16_384, 1024, 8  # rows; rows a call; calls of a reader until its ids come again
+LARGE = 16 * CALL  # rows a call whose copying takes far longer than handing over the interpreter's lock
 KEPT = 0.8  # of what one reader gets, by all of them together
 PATIENCE = 300  # seconds until a reader is given up
 forked = multiprocessing.get_context("fork")
 
 
 def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result]:
-    """1 to 8 threads and processes, each with so many calls, on a mapped file; threads on a cache before it."""
+    """1 to 8 threads and processes, each with so many calls, on a mapped file, in small calls and in as many rows in
+    large ones; threads on a cache before it."""
     use_threads(1)
     hot = np.random.default_rng(10).choice(table.shard_rows, HOT, replace=False)
     url = f"file:{table.path}?read=mmap"
     store = open_store(url, layer=0)
+    populated = open_store(f"{url}&populate=1", layer=0)
     cache = CacheStore(open_store(url, layer=0), 4 * HOT // WAYS * set_bytes(ROW_BYTES))
     memory = np.memmap(table.shards[0], np.uint8, "r", HEADER_BYTES)
     kinds: dict[str, Callable[[int], Variant]] = {
         LIMIT: lambda count: _probe_readers(probe, memory, hot, count, calls),
         "threads, file:": lambda count: _thread_readers(store, hot, count, calls),
+        "threads, populated file:": lambda count: _thread_readers(populated, hot, count, calls),
+        "threads, large calls, file:": lambda count: _thread_readers(store, hot, count, max(1, calls // 16), LARGE),
         "threads, cache": lambda count: _thread_readers(cache, hot, count, max(1, calls // 4)),
         "processes, file:": lambda count: _process_readers(url, hot, count, calls)}
     variants = {f"{kind}, {count}": make(count) for kind, make in kinds.items() for count in COUNTS}
     speeds = rows_a_second(variants, rounds, seed=11)
-    store.close()
-    cache.close()
+    for each in (store, populated, cache):
+        each.close()
     results = []
     for kind in list(kinds)[1:]:
         own = {name: speed for name, speed in speeds.items() if name.startswith((LIMIT, kind))}
@@ -58,8 +63,8 @@ def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result
     return results
 
 
-def _batches(hot: np.ndarray, reader: int) -> np.ndarray:
-    return np.random.default_rng(reader).choice(hot, (ORDERS, CALL))
+def _batches(hot: np.ndarray, reader: int, rows: int = CALL) -> np.ndarray:
+    return np.random.default_rng(reader).choice(hot, (ORDERS, rows))
 
 
 def _probe_readers(probe: Probe, memory: np.ndarray, hot: np.ndarray, count: int, calls: int) -> Variant:
@@ -71,13 +76,13 @@ def _probe_readers(probe: Probe, memory: np.ndarray, hot: np.ndarray, count: int
                                                                     False, call_rows=CALL))
 
 
-def _thread_readers(store: RowStore, hot: np.ndarray, count: int, calls: int) -> Variant:
+def _thread_readers(store: RowStore, hot: np.ndarray, count: int, calls: int, rows: int = CALL) -> Variant:
     def run(_: None) -> float:
         spans: list[tuple[float, float]] = []
         start = threading.Barrier(count)
 
         def one(reader: int) -> None:
-            spans.append(_read(store, hot, reader, calls, start))
+            spans.append(_read(store, hot, reader, calls, start, rows))
 
         each = [threading.Thread(target=one, args=(reader,)) for reader in range(count)]
         for thread in each:
@@ -86,7 +91,7 @@ def _thread_readers(store: RowStore, hot: np.ndarray, count: int, calls: int) ->
             thread.join()
         return _between(spans, count)
 
-    return Variant(count * calls * CALL, lambda: None, run)
+    return Variant(count * calls * rows, lambda: None, run)
 
 
 def _process_readers(url: str, hot: np.ndarray, count: int, calls: int) -> Variant:
@@ -97,9 +102,10 @@ def _process_readers(url: str, hot: np.ndarray, count: int, calls: int) -> Varia
     return Variant(count * calls * CALL, lambda: None, lambda _: _between(_in_processes(one, count), count))
 
 
-def _read(store: RowStore, hot: np.ndarray, reader: int, calls: int, start: Any) -> tuple[float, float]:
+def _read(store: RowStore, hot: np.ndarray, reader: int, calls: int, start: Any,
+          rows: int = CALL) -> tuple[float, float]:
     """When this reader began and when it ended; the clock is the same in all processes."""
-    batches, out_NR = _batches(hot, reader), np.zeros((CALL, ROW_BYTES), np.uint8)
+    batches, out_NR = _batches(hot, reader, rows), np.zeros((rows, ROW_BYTES), np.uint8)
     store.gather(hot)
     start.wait(PATIENCE)
     begun = time.monotonic()

@@ -143,11 +143,11 @@ def test_large_outputs_and_several_threads_find_the_same_rows(level, width, skip
     assert (memory[:begin] == 0xA5).all() and (memory[begin + count * width:] == 0xA5).all()
 
 
-@pytest.mark.parametrize("wrong", [{"memory": 0}, {"set_count": 0}, {"set_count": 2**32}, {"row_bytes": 0},
-                                   {"count": -1}])
+@pytest.mark.parametrize("wrong", [{"memory": 0}, {"changes": 0}, {"set_count": 0}, {"set_count": 2**32},
+                                   {"row_bytes": 0}, {"count": -1}])
 def test_sizes_that_cannot_be_are_refused(wrong):
     sets, ids = NativeSets(_native.core, 2, 8), np.zeros(1, np.int64)
-    sound = dict(zip(("memory", "set_count", "row_bytes"), sets._place, strict=True), count=1)
+    sound = dict(zip(("memory", "changes", "set_count", "row_bytes"), sets._place, strict=True), count=1)
     others = {"cache_look": ("out", "missing"), "cache_keep": ("versions", "reads", "from_rows"), "cache_hold": (),
               "cache_write": ("from_rows",)}
     for name, more in others.items():
@@ -252,13 +252,69 @@ def test_rows_that_are_kept_are_read_while_another_thread_changes_the_cache():
         assert found and np.array_equal(found[0].view(np.uint32), stamped(np.arange(50), np.zeros(50), 8))
 
 
+@every_level
+def test_readers_of_rows_that_change_amid_their_call_see_whole_rows_that_only_grow_newer(level):
+    rows, words, many = 16, 512, np.tile(np.arange(16), 300)
+    sets, stop, wrong, times_read = NativeSets(_native.core, 3, words * 4), threading.Event(), [], set()
+    missing_M, version_M = sets.look(np.arange(rows), np.empty((rows, words * 4), np.uint8))
+    sets.keep(np.arange(rows), version_M, np.ones(rows, np.int64), stamped(missing_M, np.zeros(rows), words))
+
+    def look() -> None:
+        out, newest = np.empty((len(many), words * 4), np.uint8), np.zeros(rows, np.int64)
+        while not stop.is_set() and not wrong:
+            missing_M, _ = sets.look(many, out)
+            found, chosen = np.delete(out.view(np.uint32), missing_M, 0), np.delete(many, missing_M)
+            times = found[:, 1].astype(np.int64)
+            if not np.array_equal(found, stamped(chosen, times, words)):
+                wrong.append("torn or another's")
+            if (times < newest[chosen]).any():
+                wrong.append("old")
+            np.maximum.at(newest, chosen, times)
+            times_read.update(times.tolist())
+
+    with _native.forced(level):
+        readers = [threading.Thread(target=look) for _ in range(2)]
+        for each in readers:
+            each.start()
+        until, times = time.monotonic() + 1, 0
+        while time.monotonic() < until and not wrong:
+            times += 1
+            chosen = np.arange(times % 2, rows, 2)
+            sets.hold(chosen)
+            sets.write(chosen, stamped(chosen, np.full(len(chosen), times), words).view(np.uint8))
+        stop.set()
+        for each in readers:
+            each.join()
+    assert not wrong and times > 5 and len(times_read) > 5
+
+
+def test_calls_that_change_sets_are_changes_of_the_cache_and_reading_is_none():
+    sets, rows = NativeSets(_native.core, 3, 8), np.zeros((4, 8), np.uint8)
+    chosen, (_, version_M) = np.arange(4), sets.look(np.arange(4), rows)
+    for number, change in enumerate([lambda: sets.keep(chosen, version_M, chosen, rows), lambda: sets.hold(chosen),
+                                     lambda: sets.write(chosen, rows), lambda: sets.write(chosen, None)]):
+        change()
+        assert sets.changes[0] == 2 * number + 2 and sets.look(chosen, rows) and sets.changes[0] == 2 * number + 2
+
+
+def test_while_sets_are_being_changed_the_others_are_read():
+    cache = CacheStore(Written(100, 8), 50_000)
+    cache.gather(np.arange(50))
+    assert isinstance(cache._sets, NativeSets)
+    cache._sets.changes += 1  # odd
+    assert np.array_equal(cache.gather(np.arange(50)).view(np.uint32), stamped(np.arange(50), np.zeros(50), 8))
+    assert cache.stats.misses == 50
+
+
 def test_a_set_is_read_when_its_change_is_over():
     cache = CacheStore(Written(100, 8), set_bytes(32))  # one set
-    cache.gather(np.array([5]))
+    many = np.full(1 << 15, 5)  # so many that this thread may run meanwhile
+    cache.gather(many)
     sets, found = cache._sets, []
-    assert sets is not None
-    sets.records["version"] += 1  # odd
-    reader = threading.Thread(target=lambda: found.append(cache.gather(np.array([5]))))
+    assert isinstance(sets, NativeSets)
+    sets.changes += 1  # odd
+    sets.records["version"] += 1
+    reader = threading.Thread(target=lambda: found.append(cache.gather(many)))
     reader.start()
     reader.join(0.1)
     assert not found

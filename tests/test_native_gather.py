@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from test_native_rows import Guarded, any_bytes, assert_same_bits, decoded, fmt_
 
 from engraphy import _native, rows
 from engraphy.errors import ConfigError, RowOutOfRange
-from engraphy.store import RamStore
+from engraphy.store import CacheStore, RamStore
 
 LEVELS = _native.core.levels() if _native.core else ()
 pytestmark = pytest.mark.skipif(not LEVELS, reason=_native.reason)
@@ -180,7 +182,55 @@ except ConfigError as error:
 def test_the_kernel_refuses_what_cannot_be_meant(wrong):
     address, buffer = _native.core.address, Guarded((64,), U8)
     call = {"shards": address(np.zeros(1, np.uint64)), "shard_rows": 1, "rows": 1, "row_bytes": 8,
-            "ids": address(np.zeros(1, np.int64)), "count": 1, "out": address(buffer.array)}
+            "ids": address(np.zeros(1, np.int64)), "count": 1, "out": address(buffer.array), "waits": True}
     with pytest.raises(ValueError, match="must"):
         _native.core.gather_rows(**call | wrong)
     assert buffer.untouched()
+
+
+def others_ran(work: Callable[[], object], seconds: float) -> bool:
+    """Whether another thread of Python ran during one of the calls of `work`, made for so long if none did."""
+    turns, over, switches = [0], threading.Event(), sys.getswitchinterval()
+
+    def other() -> None:
+        while not over.is_set():
+            turns[0] += 1
+            time.sleep(0)
+
+    thread, until = threading.Thread(target=other), time.monotonic() + seconds
+    sys.setswitchinterval(60)  # nobody is made to let others run
+    try:
+        thread.start()
+        before = turns[0]
+        while turns[0] == before and time.monotonic() < until:
+            work()
+        return turns[0] > before
+    finally:
+        over.set()
+        sys.setswitchinterval(switches)
+        thread.join()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_few_rows_in_memory_are_read_at_once_and_many_or_those_of_a_file_while_others_run(cached, monkeypatch):
+    store = RamStore(5000, 264)
+    store = CacheStore(store, 8 << 20) if cached else store
+    few, many, out = np.arange(1024), np.arange(4096), np.empty((4096, 264), np.uint8)
+    store.gather(many)
+    assert not others_ran(lambda: store.gather(few, out=out[:1024]), 0.5)
+    assert others_ran(lambda: store.gather(many, out=out), 20)
+    if not cached:
+        monkeypatch.setattr(RamStore, "in_memory", False)
+        assert others_ran(lambda: store.gather(few, out=out[:1024]), 20)
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 1 << 17])
+def test_the_first_bad_id_is_found_wherever_it_is(count):
+    ids = np.random.default_rng(0).integers(0, 2**62, (count, 2))[:, 0]
+    for array in (ids, ids.copy()):  # not one piece, and one
+        rows.check_ids(array, 2**62)
+        for at in {0, count // 2, count - 1} if count else ():
+            bad = array.copy() if array.flags.c_contiguous else np.repeat(array, 2)[::2]
+            bad[at:] = -1
+            with pytest.raises(RowOutOfRange, match=f"row id -1 at position {at}: expected 0 to {2**62 - 1}"):
+                rows.check_ids(bad, 2**62)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from store_builders import LAYER, create, fmt_of, in_own_namespace, mappings_of, open_fds, resident, sealed
+from test_native_gather import others_ran
 
 from engraphy import _native
 from engraphy.errors import ConfigError, EngraphyError, ShardTruncated, StoreError
@@ -118,6 +119,16 @@ def test_populating_brings_every_page_in_and_what_does_not_fit_is_refused(table,
     with pytest.raises(StoreError, match=rf"populate=1: expected \d{{8}} bytes to fit into 90% of the free memory, "
                                          f"found {expected.nbytes} bytes free"):
         opened(path, "populate=1")
+
+
+@pytest.mark.skipif(_native.core is None, reason=_native.reason)
+def test_few_rows_of_a_populated_file_are_read_at_once_and_those_of_another_while_others_run(table, monkeypatch):
+    monkeypatch.setattr(mapping, "_LOOK_EVERY", 60)  # others may run at each look
+    few = np.arange(20)
+    for how, expected, seconds in (("populate=1", False, 0.3), ("read=mmap", True, 20)):
+        store = opened(table[0], how)
+        store.gather(few)
+        assert others_ran(lambda store=store: store.gather(few), seconds) is expected
 
 
 def test_a_kernel_that_cannot_populate_has_each_page_touched_and_the_store_says_so(table, monkeypatch):

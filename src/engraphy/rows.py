@@ -248,17 +248,19 @@ def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
     return known
 
 
-def gather_mapped(shards: Sequence[np.ndarray], info: Any, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
+def gather_mapped(shards: Sequence[np.ndarray], info: Any, ids_N: np.ndarray, out_NR: np.ndarray,
+                  waits: bool = True) -> None:
     """Copy rows `ids_N` (checked by the caller) of a store's mapped shards into out_NR, C-contiguous.
 
-    Raises StoreError where the shards are not what the store says.
+    waits: reading may have to wait for a disk; else few rows are copied without letting other threads of Python run,
+    which takes longer. Raises StoreError where the shards are not what the store says.
     """
     if (core := _native.core) is None:
         take(shards, ids_N, out_NR)
     else:
         at, flat_N = addresses(shards, info), np.ascontiguousarray(ids_N)
         core.gather_rows(at.address, at.shard_rows, at.rows, info.row_bytes, core.address(flat_N), len(flat_N),
-                         core.address(out_NR))
+                         core.address(out_NR), waits)
 
 
 def take(shards: Sequence[np.ndarray], ids_N: np.ndarray, out_NR: np.ndarray) -> None:
@@ -287,8 +289,13 @@ def by_shard(shards: Sequence[np.ndarray], ids_N: np.ndarray) -> Iterator[tuple[
 def check_ids(ids: np.ndarray, rows: int) -> None:
     """Raise InputError unless ids is an int64 array, RowOutOfRange unless all of it lies in 0..rows-1."""
     _check_id_type(ids)
-    if ids.size and int(ids.view(np.uint64).max()) >= rows:  # negative ids are the largest unsigned ones
-        raise _bad_id(ids, int(np.argmax(ids.view(np.uint64) >= rows)), rows)
+    if (core := _native.core) is not None and ids.flags.c_contiguous:  # numpy would let other threads run for this
+        bad = core.first_bad(core.address(ids), ids.size, rows)
+    else:
+        bad_F = ids.reshape(-1).view(np.uint64) >= rows  # negative ids are the largest unsigned ones
+        bad = int(bad_F.argmax()) if bad_F.any() else -1
+    if bad >= 0:
+        raise _bad_id(ids, bad, rows)
 
 
 def _check_id_type(ids: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """The compiled module. Arrays are passed as addresses (0 = absent), C-contiguous; the caller checks shapes and dtypes
-and keeps them alive during the call. The GIL is released while a kernel works."""
+and keeps them alive during the call. The GIL is released while a kernel works, except where `Unlocked` (bind.hpp)
+finds the work too little for that."""
 
 from collections.abc import Sequence
 
@@ -39,9 +40,16 @@ def read_rows(
 def decode_rows(kind: str, d: int, scale: float, raw: int, count: int, to_bf16: bool, out: int) -> None:
     """The same for the rows at raw, uint8 [count, row_bytes], in their order."""
 
-def gather_rows(shards: int, shard_rows: int, rows: int, row_bytes: int, ids: int, count: int, out: int) -> None:
+def first_bad(ids: int, count: int, rows: int) -> int:
+    """The position of the first of int64 [count] outside [0, rows), -1: none is. Raises ValueError for negative sizes.
+    """
+
+def gather_rows(
+    shards: int, shard_rows: int, rows: int, row_bytes: int, ids: int, count: int, out: int, waits: bool
+) -> None:
     """Writes rows `ids` as they are to out: uint8 [count, row_bytes]. Arguments as of `read_rows`; the caller has
-    checked the ids. Raises ValueError for sizes that cannot be."""
+    checked the ids. waits: for a disk, perhaps, so that the GIL is released for few rows too. Raises ValueError for
+    sizes that cannot be."""
 
 def fuse_token(
     wide: bool,
@@ -81,17 +89,20 @@ def fuse_token(
     window's. Raises ValueError for sizes that cannot be and for what is missing.
     """
 
-def cache_look(memory: int, set_count: int, row_bytes: int, ids: int, count: int, out: int, missing: int) -> int:
+def cache_look(
+    memory: int, changes: int, set_count: int, row_bytes: int, ids: int, count: int, out: int, missing: int
+) -> int:
     """Writes those of the rows `ids` (int64 [count], checked by the caller) that a cache has to their places in out:
     uint8 [count, row_bytes]. Returns how many it has not, M.
 
-    memory: of `Sets` in store/sets.py, which begins with a cache line. missing: int64 [2, count], of which M are
-    written in each row: positions, ascending, and versions. May be called beside itself and one of the three below; of
-    these only one may be under way. Raises ValueError for sizes that cannot be, as those do.
+    memory: of `Sets` in store/sets.py, which begins with a cache line; changes: of its `NativeSets`. missing: int64
+    [2, count], of which M are written in each row: positions, ascending, and versions. May be called beside itself and
+    one of the three below; of these only one may be under way. Raises ValueError for sizes that cannot be, as those do.
     """
 
 def cache_keep(
     memory: int,
+    changes: int,
     set_count: int,
     row_bytes: int,
     ids: int,
@@ -103,10 +114,12 @@ def cache_keep(
     """Keeps rows that `cache_look` missed: `Sets.keep`. ids, versions, reads: int64 [count], ids distinct. from_rows:
     uint8 [count, row_bytes]."""
 
-def cache_hold(memory: int, set_count: int, row_bytes: int, ids: int, count: int) -> None:
+def cache_hold(memory: int, changes: int, set_count: int, row_bytes: int, ids: int, count: int) -> None:
     """`Sets.hold`."""
 
-def cache_write(memory: int, set_count: int, row_bytes: int, ids: int, from_rows: int, count: int) -> None:
+def cache_write(
+    memory: int, changes: int, set_count: int, row_bytes: int, ids: int, from_rows: int, count: int
+) -> None:
     """`Sets.write`; from_rows: uint8 [count, row_bytes], or 0 where nobody knows what was written."""
 
 def threads() -> int:

@@ -2,8 +2,23 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <stdint.h>
+
+#include <optional>
 
 namespace engraphy {
+
+// Releases the GIL for work on so many bytes of memory, unless they are few: with other threads about, handing it over
+// and getting it back, tens of microseconds, would take longer than the work.
+class Unlocked {
+  public:
+    explicit Unlocked(int64_t bytes) {
+        if (bytes > 512 << 10) released_.emplace();
+    }
+
+  private:
+    std::optional<nanobind::gil_scoped_release> released_;
+};
 
 void bind_cache(nanobind::module_ &m);
 void bind_fuse(nanobind::module_ &m);

@@ -20,6 +20,7 @@ static_assert(sizeof(CacheSet) == 128, "as in sets.py");
 // Behind each record its rows, and the next one where a line begins.
 struct CacheMemory {
     uint8_t *begin;
+    uint64_t *changes;  // a version of all sets together, with a cache line of its own
     int64_t count, row_bytes;
 
     int64_t set_bytes() const { return ((int64_t)sizeof(CacheSet) + cache_ways * row_bytes + 63) / 64 * 64; }

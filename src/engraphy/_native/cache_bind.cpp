@@ -13,15 +13,16 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
-CacheMemory memory_of(uintptr_t memory, int64_t sets_count, int64_t row_bytes, int64_t count) {
-    if (!memory || sets_count < 1 || sets_count >> 32 || row_bytes < 1 || count < 0)
+CacheMemory memory_of(uintptr_t memory, uintptr_t changes, int64_t sets_count, int64_t row_bytes, int64_t count) {
+    if (!memory || !changes || sets_count < 1 || sets_count >> 32 || row_bytes < 1 || count < 0)
         throw std::invalid_argument("there must be memory, sets and bytes of a row, and no negative count");
-    return {(uint8_t *)memory, sets_count, row_bytes};
+    return {(uint8_t *)memory, (uint64_t *)changes, sets_count, row_bytes};
 }
 
-int64_t look(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, int64_t count,
-             uintptr_t out, uintptr_t missing) {
-    const CacheMemory cache = memory_of(memory, sets_count, row_bytes, count);
+int64_t look(uintptr_t memory, uintptr_t changes, int64_t sets_count, int64_t row_bytes, uintptr_t ids,
+             int64_t count, uintptr_t out, uintptr_t missing) {
+    const CacheMemory cache = memory_of(memory, changes, sets_count, row_bytes, count);
+    const Unlocked unlocked(count * row_bytes);
     int64_t *const positions = (int64_t *)missing, *const versions = positions + count;
     const int64_t parts = parts_of(count);
     std::vector<int64_t> found(parts);
@@ -38,21 +39,22 @@ int64_t look(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t 
     return total;
 }
 
-void keep(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, uintptr_t versions,
-          uintptr_t reads, uintptr_t from, int64_t count) {
-    const CacheMemory cache = memory_of(memory, sets_count, row_bytes, count);
+void keep(uintptr_t memory, uintptr_t changes, int64_t sets_count, int64_t row_bytes, uintptr_t ids,
+          uintptr_t versions, uintptr_t reads, uintptr_t from, int64_t count) {
+    const CacheMemory cache = memory_of(memory, changes, sets_count, row_bytes, count);
     const std::unique_ptr<bool[]> kept(new bool[count]);
     kernels().cache_keep({cache, (const int64_t *)ids, (const int64_t *)versions, (const int64_t *)reads,
                           (const uint8_t *)from, count, kept.get()});
 }
 
-void hold(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, int64_t count) {
-    kernels().cache_hold(memory_of(memory, sets_count, row_bytes, count), (const int64_t *)ids, count);
+void hold(uintptr_t memory, uintptr_t changes, int64_t sets_count, int64_t row_bytes, uintptr_t ids,
+          int64_t count) {
+    kernels().cache_hold(memory_of(memory, changes, sets_count, row_bytes, count), (const int64_t *)ids, count);
 }
 
-void write(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t ids, uintptr_t from,
-           int64_t count) {
-    kernels().cache_write(memory_of(memory, sets_count, row_bytes, count), (const int64_t *)ids,
+void write(uintptr_t memory, uintptr_t changes, int64_t sets_count, int64_t row_bytes, uintptr_t ids,
+           uintptr_t from, int64_t count) {
+    kernels().cache_write(memory_of(memory, changes, sets_count, row_bytes, count), (const int64_t *)ids,
                           (const uint8_t *)from, count);
 }
 
@@ -60,15 +62,15 @@ void write(uintptr_t memory, int64_t sets_count, int64_t row_bytes, uintptr_t id
 
 void bind_cache(nb::module_ &m) {
     using nb::arg;
-    using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-    m.def("cache_look", &look, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
+    using Released = nb::call_guard<nb::gil_scoped_release>;
+    m.def("cache_look", &look, arg("memory"), arg("changes"), arg("set_count"), arg("row_bytes"), arg("ids"),
           arg("count"), arg("out"), arg("missing"));
-    m.def("cache_keep", &keep, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
-          arg("versions"), arg("reads"), arg("from_rows"), arg("count"));
-    m.def("cache_hold", &hold, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
-          arg("count"));
-    m.def("cache_write", &write, Unlocked(), arg("memory"), arg("set_count"), arg("row_bytes"), arg("ids"),
-          arg("from_rows"), arg("count"));
+    m.def("cache_keep", &keep, Released(), arg("memory"), arg("changes"), arg("set_count"), arg("row_bytes"),
+          arg("ids"), arg("versions"), arg("reads"), arg("from_rows"), arg("count"));
+    m.def("cache_hold", &hold, Released(), arg("memory"), arg("changes"), arg("set_count"), arg("row_bytes"),
+          arg("ids"), arg("count"));
+    m.def("cache_write", &write, Released(), arg("memory"), arg("changes"), arg("set_count"), arg("row_bytes"),
+          arg("ids"), arg("from_rows"), arg("count"));
 }
 
 }  // namespace engraphy

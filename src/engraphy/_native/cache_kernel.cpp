@@ -1,11 +1,17 @@
 // The row cache, compiled once per instruction set (see kernels.hpp for what that forbids).
 //
-// Readers take no lock. Whoever changes a set makes its version odd, and even again when it is done; a reader notes the
-// version, copies, and copies anew where it is another one by then. What was copied meanwhile may be torn, tags may be
-// of two moments: nothing is believed, nothing followed out of the memory of the set, until the version is looked at.
-// `reads` alone is written by readers: a byte at a time, a lost one does not matter.
+// Readers take no lock. Whoever changes sets makes the changes of the cache odd, and the version of each set meanwhile,
+// and even again when that is done. A reader notes the changes before it looks at anything (acquire), copies, and looks
+// at them again (behind a fence, so that on no machine that look overtakes what it vouches for). The same even number:
+// all that was read between is of one moment. It was there when that number came (release), and whoever sees anything
+// of the next change sees its odd number too (release fence). Only where they differ does the version of the row's set
+// have to say so, in the same way, and until it does the row is looked for and copied anew. What was copied meanwhile
+// may be torn, tags may be of two moments: nothing is believed, nothing followed out of the memory of the set. `reads`
+// alone is written by readers: a byte at a time; one that is lost, or counts for the next row there, does not matter.
 //
-// Two things of each row are waited for, its set and then the row itself: both are prefetched some way ahead.
+// Two things of each row are waited for, its set and then the row itself: both are prefetched some way ahead. A few
+// rows at a time take each step together, and little is noted of a row on its way: loads of one step amid the stores of
+// another, which wait for memory, were seen to take far longer.
 #include <sched.h>
 #include <stdint.h>
 
@@ -16,7 +22,7 @@
 namespace engraphy::ENGRAPHY_LEVEL {
 namespace {
 
-constexpr int ahead = 8;            // rows that are on their way; as many sets before them
+constexpr int block = 8;            // rows that take a step together, a power of two
 constexpr int ways = cache_ways, least_small = 4, most_reads = 3;
 constexpr uint8_t main_queue = 16;  // added to the order of what is in it
 constexpr int patience = 200;       // looks at a set that is being changed before others may run
@@ -62,68 +68,79 @@ inline uint8_t *row_of(const CacheMemory &memory, CacheSet &set, int way) {
     return (uint8_t *)&set + sizeof(CacheSet) + way * memory.row_bytes;
 }
 
-struct Wanted {
-    CacheSet *set;
-    int32_t tag;
-    const uint8_t *row;
-    uint32_t version;
-    int way;  // -1: it is not here
-};
-
-inline void find(const CacheMemory &memory, Wanted &wanted) {
-    wanted.version = __atomic_load_n(&wanted.set->version, __ATOMIC_ACQUIRE);
-    wanted.way = way_of(*wanted.set, wanted.tag);
-    wanted.row = row_of(memory, *wanted.set, wanted.way);
+template <bool past> ALWAYS void put(uint8_t *out, const uint8_t *row, int64_t row_bytes) {
+    past ? stream(out, row, row_bytes) : copy(out, row, row_bytes);
 }
 
-inline bool unchanged(const Wanted &wanted) {
+inline int32_t tag_of(int64_t id) { return (int32_t)(id + 1); }
+
+// The changes so far. While there is one under way: what they were before, and never are again.
+inline uint64_t changes_of(const CacheMemory &memory) {
+    return __atomic_load_n(memory.changes, __ATOMIC_ACQUIRE) & ~(uint64_t)1;
+}
+
+// Whether all that was read since `changes_of` returned `seen` is of one moment.
+inline bool unchanged(const CacheMemory &memory, uint64_t seen) {
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    return __atomic_load_n(&wanted.set->version, __ATOMIC_RELAXED) == wanted.version;
+    return __atomic_load_n(memory.changes, __ATOMIC_RELAXED) == seen;
 }
 
-inline void count_read(const Wanted &wanted) {
-    uint8_t *reads = wanted.set->reads + wanted.way;
-    const uint8_t before = __atomic_load_n(reads, __ATOMIC_RELAXED);
-    if (before < most_reads) __atomic_store_n(reads, before + 1, __ATOMIC_RELAXED);
+inline void count_read(CacheSet &set, int way) {
+    const uint8_t before = __atomic_load_n(set.reads + way, __ATOMIC_RELAXED);
+    if (before < most_reads) __atomic_store_n(set.reads + way, before + 1, __ATOMIC_RELAXED);
 }
 
-// Put the row in its place, or know that it is missing, at a moment when nothing changed.
-template <bool past> ALWAYS void settle(const CacheMemory &memory, Wanted &wanted, uint8_t *out, int64_t row_bytes) {
+// Where the row seems to be, on its way from there; null: it seems to be missing.
+inline const uint8_t *find(const CacheMemory &memory, int64_t id) {
+    CacheSet &set = *place_of(memory, id).set;
+    const int way = way_of(set, tag_of(id));
+    if (way < 0) return nullptr;
+    count_read(set, way);
+    return prefetched(row_of(memory, set, way), memory.row_bytes);
+}
+
+// Put the row in its place, or know that it is missing, at a moment when its set did not change. The set's version at
+// that moment, where it is missing; -1: it is here.
+template <bool past> int64_t settle(const CacheMemory &memory, int64_t id, uint8_t *out) {
+    CacheSet &set = *place_of(memory, id).set;
     for (int tries = 1;; tries++) {
-        if (!(wanted.version & 1)) {
-            if (wanted.way >= 0) past ? stream(out, wanted.row, row_bytes) : copy(out, wanted.row, row_bytes);
-            if (unchanged(wanted)) return;
+        const uint32_t version = __atomic_load_n(&set.version, __ATOMIC_ACQUIRE);
+        if (!(version & 1)) {
+            const int way = way_of(set, tag_of(id));
+            if (way >= 0) put<past>(out, row_of(memory, set, way), memory.row_bytes);
+            __atomic_thread_fence(__ATOMIC_ACQUIRE);
+            if (__atomic_load_n(&set.version, __ATOMIC_RELAXED) == version) return way < 0 ? (int64_t)version : -1;
         }
         if (tries % patience == 0) sched_yield();
-        find(memory, wanted);
     }
 }
 
 template <bool past> ALWAYS int64_t look(const CacheLook &call, int64_t row_bytes) {
-    const CacheMemory memory = {call.memory.begin, call.memory.count, row_bytes};
+    const CacheMemory memory = {call.memory.begin, call.memory.changes, call.memory.count, row_bytes};
     const int64_t first = call.first, last = call.last;
     int64_t *missing = call.missing + first, *versions = call.versions + first;
-    Wanted coming[2 * ahead];
-    for (int64_t i = first; i < last + 2 * ahead; i++) {
-        Wanted &now = coming[i % (2 * ahead)], &next = coming[(i + ahead) % (2 * ahead)];
-        if (const int64_t at = i - 2 * ahead; at >= first) {
-            settle<past>(memory, now, call.out + at * row_bytes, row_bytes);
-            if (now.way >= 0) {
-                count_read(now);
-            } else {
-                *missing++ = at;
-                *versions++ = now.version;
+    uint64_t seen = changes_of(memory);
+    const uint8_t *coming[2 * block] = {};
+    const auto each = [&](int64_t begin, auto step) {
+        for (int64_t i = begin < first ? first : begin; i < begin + block && i < last; i++)
+            step(i, ((const I64 *)call.ids)[i], coming[i & (2 * block - 1)]);
+    };
+    for (int64_t begin = first - 2 * block; begin < last; begin += block) {
+        each(begin + 2 * block, [&](int64_t, int64_t id, auto &) { prefetch_set(place_of(memory, id).set); });
+        each(begin + block, [&](int64_t, int64_t id, auto &row) { row = find(memory, id); });
+        each(begin, [&](int64_t i, int64_t id, auto &row) {
+            uint8_t *const out = call.out + i * row_bytes;
+            if (row) put<past>(out, row, row_bytes);
+            const bool same = unchanged(memory, seen);
+            if (row && same) return;
+            if (const int64_t version = settle<past>(memory, id, out); version >= 0) {
+                *missing++ = i;
+                *versions++ = version;
             }
-        }
-        if (i < last) {
-            const int64_t id = ((const I64 *)call.ids)[i];
-            now = {place_of(memory, id).set, (int32_t)(id + 1), nullptr, 0, -1};
-            prefetch_set(now.set);
-        }
-        if (i - ahead >= first && i - ahead < last) {
-            find(memory, next);
-            if (next.way >= 0) prefetched(next.row, row_bytes);
-        }
+            if (same) return;
+            for (const uint8_t *&old : coming) old = nullptr;
+            seen = changes_of(memory);
+        });
     }
     return missing - (call.missing + first);
 }
@@ -141,19 +158,20 @@ template <bool past> int64_t look_for(const CacheLook &call) {
     }
 }
 
-// While it lives the set is being changed. Nobody else changes one, so versions need no exchange.
-class Change {
+// While it lives what a version is of is being changed: a set, or, outside of that, the cache. Nobody else changes
+// anything, so versions need no exchange.
+template <class Version> class Change {
   public:
-    explicit Change(CacheSet &set) : set_(set), version_(set.version) {
-        __atomic_store_n(&set_.version, version_ + 1, __ATOMIC_RELAXED);
+    explicit Change(Version &version) : version_(version), before_(version) {
+        __atomic_store_n(&version_, before_ + 1, __ATOMIC_RELAXED);
         __atomic_thread_fence(__ATOMIC_RELEASE);
     }
-    ~Change() { __atomic_store_n(&set_.version, version_ + 2, __ATOMIC_RELEASE); }
+    ~Change() { __atomic_store_n(&version_, before_ + 2, __ATOMIC_RELEASE); }
     Change(const Change &) = delete;
 
   private:
-    CacheSet &set_;
-    const uint32_t version_;
+    Version &version_;
+    const Version before_;
 };
 
 // Make some ways (bits) the latest, in the order in which they are.
@@ -214,7 +232,7 @@ int free_way(const CacheMemory &memory, CacheSet &set) {
 void insert(const CacheMemory &memory, int64_t id, int64_t reads, const uint8_t *row) {
     const auto [at, print] = place_of(memory, id);
     CacheSet &set = *at;
-    const Change change(set);
+    const Change change(set.version);
     bool known = false;
     for (int g = 0; g < cache_ghosts && !known; g++)
         if (set.ghosts[g] == print) {
@@ -222,7 +240,7 @@ void insert(const CacheMemory &memory, int64_t id, int64_t reads, const uint8_t 
             known = true;
         }
     const int way = free_way(memory, set);
-    set.tags[way] = (int32_t)(id + 1);
+    set.tags[way] = tag_of(id);
     __atomic_store_n(set.reads + way, (uint8_t)(reads - 1 < most_reads ? reads - 1 : most_reads), __ATOMIC_RELAXED);
     copy(row_of(memory, set, way), row, memory.row_bytes);
     to_the_end(set, 1u << way);
@@ -231,9 +249,9 @@ void insert(const CacheMemory &memory, int64_t id, int64_t reads, const uint8_t 
 
 // work(i, set of ids[i]) for all of them, one after the other.
 template <class Work> void each_set(const CacheMemory &memory, const int64_t *ids, int64_t count, Work work) {
-    for (int64_t i = 0; i < count + ahead; i++) {
+    for (int64_t i = 0; i < count + block; i++) {
         if (i < count) prefetch_set(place_of(memory, ((const I64 *)ids)[i]).set);
-        if (i >= ahead) work(i - ahead, *place_of(memory, ((const I64 *)ids)[i - ahead]).set);
+        if (i >= block) work(i - block, *place_of(memory, ((const I64 *)ids)[i - block]).set);
     }
 }
 
@@ -248,6 +266,7 @@ int64_t cache_look(const CacheLook &call) {
 
 void cache_keep(const CacheKeep &call) {
     const CacheMemory &memory = call.memory;
+    const Change change(*memory.changes);
     each_set(memory, call.ids, call.count, [&](int64_t i, CacheSet &set) {
         call.kept[i] = set.version == call.versions[i] && set.taken < ways;
         set.taken += call.kept[i];
@@ -260,19 +279,21 @@ void cache_keep(const CacheKeep &call) {
 }
 
 void cache_hold(const CacheMemory &memory, const int64_t *ids, int64_t count) {
+    const Change change(*memory.changes);
     each_set(memory, ids, count, [&](int64_t i, CacheSet &set) {
-        const Change change(set);
+        const Change change(set.version);
         set.taken = ways;
-        const int32_t tag = (int32_t)(((const I64 *)ids)[i] + 1);
+        const int32_t tag = tag_of(((const I64 *)ids)[i]);
         if (const int way = way_of(set, tag); way >= 0) set.tags[way] = -tag;
     });
 }
 
 void cache_write(const CacheMemory &memory, const int64_t *ids, const uint8_t *rows, int64_t count) {
+    const Change change(*memory.changes);
     each_set(memory, ids, count, [&](int64_t i, CacheSet &set) {
-        const Change change(set);
+        const Change change(set.version);
         set.taken = 0;
-        const int32_t tag = (int32_t)(((const I64 *)ids)[i] + 1);
+        const int32_t tag = tag_of(((const I64 *)ids)[i]);
         const int held = way_of(set, -tag), way = held < 0 ? way_of(set, tag) : held;
         if (way < 0) return;
         set.tags[way] = rows ? tag : 0;

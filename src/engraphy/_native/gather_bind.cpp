@@ -11,9 +11,10 @@ namespace engraphy {
 namespace {
 
 void gather_rows(uintptr_t shards, int64_t shard_rows, int64_t rows, int64_t row_bytes, uintptr_t ids, int64_t count,
-                 uintptr_t out) {
+                 uintptr_t out, bool waits) {
     if (shard_rows < 1 || rows < 0 || row_bytes < 1 || count < 0 || (count && !ids))
         throw std::invalid_argument("sizes must be positive, rows and count not negative, ids present");
+    const Unlocked unlocked(waits ? INT64_MAX : count * row_bytes);
     const int64_t parts = parts_of(count);
     const bool stream = count * row_bytes >= streamed_from;
     computing().each(parts, threads(), [&](int64_t part) {
@@ -26,8 +27,8 @@ void gather_rows(uintptr_t shards, int64_t shard_rows, int64_t rows, int64_t row
 
 void bind_gather(nb::module_ &m) {
     using nb::arg;
-    m.def("gather_rows", &gather_rows, nb::call_guard<nb::gil_scoped_release>(), arg("shards"), arg("shard_rows"),
-          arg("rows"), arg("row_bytes"), arg("ids"), arg("count"), arg("out"));
+    m.def("gather_rows", &gather_rows, arg("shards"), arg("shard_rows"), arg("rows"), arg("row_bytes"), arg("ids"),
+          arg("count"), arg("out"), arg("waits"));
     m.def("threads", &threads);
     m.def("set_threads", [](int count) {
         if (count < 1) throw std::invalid_argument("count must be positive");

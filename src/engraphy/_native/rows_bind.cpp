@@ -33,6 +33,12 @@ int64_t read_rows(const char *kind, int64_t d, float scale, uintptr_t shards, in
     return bad;
 }
 
+int64_t first_bad(uintptr_t ids, int64_t count, int64_t rows) {
+    if (count < 0 || rows < 0) throw std::invalid_argument("count and rows must not be negative");
+    const Unlocked unlocked(count * sizeof(int64_t));
+    return kernels().first_bad((const int64_t *)ids, count, rows);
+}
+
 void decode_rows(const char *kind, int64_t d, float scale, uintptr_t raw, int64_t count, bool to_bf16, uintptr_t out) {
     if (count < 0) throw std::invalid_argument("count must not be negative");
     const uint8_t *const shard = (const uint8_t *)raw;
@@ -51,11 +57,12 @@ uintptr_t address(nb::handle array) {
 
 void bind_rows(nb::module_ &m) {
     using nb::arg;
-    using Unlocked = nb::call_guard<nb::gil_scoped_release>;
-    m.def("read_rows", &read_rows, Unlocked(), arg("kind"), arg("d"), arg("scale"), arg("shards"), arg("shard_rows"),
+    using Released = nb::call_guard<nb::gil_scoped_release>;
+    m.def("read_rows", &read_rows, Released(), arg("kind"), arg("d"), arg("scale"), arg("shards"), arg("shard_rows"),
           arg("rows"), arg("ids"), arg("count"), arg("to_bf16"), arg("out"));
-    m.def("decode_rows", &decode_rows, Unlocked(), arg("kind"), arg("d"), arg("scale"), arg("raw"), arg("count"),
+    m.def("decode_rows", &decode_rows, Released(), arg("kind"), arg("d"), arg("scale"), arg("raw"), arg("count"),
           arg("to_bf16"), arg("out"));
+    m.def("first_bad", &first_bad, arg("ids"), arg("count"), arg("rows"));
     m.def("address", &address, arg("array"));
 }
 

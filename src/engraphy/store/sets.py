@@ -182,12 +182,17 @@ class Sets:
 
 
 class NativeSets(Sets):
-    """The same by native kernels. Reading rows that are here waits for nobody but who is just changing their set."""
+    """The same by native kernels. Reading rows that are here waits for nobody but who is just changing their set.
+
+    changes: uint64 [1], a version of all sets together, odd while a call changes some. A reader that finds it as it was
+    need not look at the version of each set again.
+    """
 
     def __init__(self, core: Any, count: int, row_bytes: int) -> None:
         super().__init__(count, row_bytes)
         self._core = core
-        self._place = core.address(self.memory), count, row_bytes
+        self.changes = np.zeros(2 * _LINE // 8, np.uint64)[7:8]  # amid two lines, so that its own is nobody else's
+        self._place = core.address(self.memory), core.address(self.changes), count, row_bytes
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         at, ids_N = self._core.address, np.ascontiguousarray(ids_N)
