@@ -136,16 +136,18 @@ def test_rows_on_disk_go_the_long_way_and_a_table_loaded_anew_is_read(tmp_path, 
     memory = make_memory(SPECS["demo"])
     memory.write_table(tmp_path / "table")
     disk = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}")
+    populated = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}?populate=1")
     other = make_memory(SPECS["demo"], seed=1)
     stores = {layer: ReloadableStore(memory.stores[layer]) for layer in LAYERS}
     reloaded = make_memory(SPECS["demo"], store=stores)
     ids, token = torch.tensor([[3, 4, 5]]), torch.tensor([[6]])
-    states = {each: each.state(1) for each in (memory, disk, other, reloaded)}
+    states = {each: each.state(1) for each in (memory, disk, populated, other, reloaded)}
     for each, state in states.items():
         each.lookup(ids, state)
-    rows = {each: each.lookup(token, states[each]).rows[1] for each in (memory, disk, other, reloaded)}
-    assert native == [True, False, True, True]
-    assert torch.equal(rows[memory], rows[disk]) and torch.equal(rows[memory], rows[reloaded])
+    rows = {each: each.lookup(token, states[each]).rows[1] for each in states}
+    assert native == [True, False, True, True, True]
+    assert torch.equal(rows[memory], rows[disk]) and torch.equal(rows[memory], rows[populated])
+    assert torch.equal(rows[memory], rows[reloaded])
     assert not torch.equal(rows[memory], rows[other])
     for layer in LAYERS:
         stores[layer].reload(other.stores[layer])

@@ -207,8 +207,6 @@ class MappedStore(RowStore):
     """A store whose rows can be addressed: uint8 [n, row_bytes] arrays, equal sizes but the last. watch: of the files
     that the memory is of, asked before and after each read."""
 
-    _populated = False  # all of it was brought into memory, where it had room
-
     def __init__(self, memory: Sequence[np.ndarray], watch: Watch | None = None) -> None:
         super().__init__()
         self._watch = watch
@@ -235,7 +233,7 @@ class MappedStore(RowStore):
         self._memory = self._readonly = ()
 
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        gather_mapped(self.shards, self.info, ids_N, out_NR, waits=not (self.in_memory or self._populated))
+        gather_mapped(self.shards, self.info, ids_N, out_NR, waits=not self.in_memory)
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
         for shard, local_n, where in by_shard(self._memory, ids_N):

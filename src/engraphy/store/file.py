@@ -20,8 +20,7 @@ class FileStore(MappedStore):
     """Rows of `layer` of an open table; writable while the table is open for writing, until it is sealed or closed.
 
     A table has one writer: for several layers open it once and make a store of each. close_table: close the table
-    with the store. populate: bring all rows into memory now; few of them are then read without letting other threads of
-    Python run, which would take longer than the read.
+    with the store. populate: bring all rows into memory now, and read them as what is there.
     Shards are sparse and take space as rows are written: a full disk is a StoreError, before any row is written. A
     shard that is truncated while it is served is ShardTruncated at the next read (see mapping.py); one that another
     file is renamed over stays mapped as it was.
@@ -37,7 +36,7 @@ class FileStore(MappedStore):
                           for shard, file in zip(shards, files, strict=True)], Watch(files))
         self.table, self._layer, self._close_table = table, layer, close_table
         self._reserved = Reserved(files) if table.mode == "w" else None
-        self._populated = populate
+        self.in_memory = self.in_memory or populate
         populated = {file.populate() for file in files} if populate else ()
         self._info = StoreInfo.of_layer(self.kind, table, layer, ", ".join(["mmap", *populated]))
 
