@@ -14,7 +14,7 @@ from engraphy import VocabMap
 from engraphy.errors import ConfigError
 from engraphy.recipes import adapt as recipe
 from engraphy.recipes.adapt import BASE, AdaptConfig, Job, Texts, adapt_study, chosen_rates, hidden, train
-from engraphy.recipes.adapt_arms import LABELS, adapt, memory_config, rates
+from engraphy.recipes.adapt_arms import LABELS, adapt, ladder, memory_config, rates_to_try
 from engraphy.recipes.adapt_tables import tables
 
 VOCAB = 61
@@ -54,25 +54,40 @@ def made_up(job: Job) -> dict:
 
 @pytest.fixture
 def queued(monkeypatch):
-    stages = []
+    ran = []
 
-    def fake(jobs, out, workers, run, report):
-        stages.append([job for job in jobs if not (out / job.name).exists()])
-        for job in stages[-1]:
-            (out / job.name).write_text(json.dumps(made_up(job)))
+    def fake(plan, out, workers, run, report):
+        while missing := [job for job in plan() if not (out / job.name).exists()]:
+            ran.append(missing[0])
+            (out / missing[0].name).write_text(json.dumps(made_up(missing[0])))
 
     monkeypatch.setattr(recipe, "run_missing", fake)
-    return stages
+    return ran
 
 
 def test_the_rates_are_chosen_on_the_first_seed_and_nothing_runs_twice(config, queued, tmp_path):
     adapt_study(config, tmp_path / "out", 2, print)
-    first, second = queued
-    assert [job.arm for job in first[:6]] == [BASE, *LABELS]
-    assert {(job.arm, job.lr) for job in first[1:]} == {(arm, lr) for arm in LABELS for lr in rates(arm)}
-    assert {(job.arm, job.seed, job.lr) for job in second} == {(a, s, lr) for a, lr in BEST.items() for s in (1, 2)}
+    assert list(dict.fromkeys(job.arm for job in queued)) == [BASE, *LABELS]
+    tried = {arm: sorted(job.lr for job in queued if job.arm == arm and job.seed == 0) for arm in LABELS}
+    assert tried == {"memory": [1e-3, 3e-3, 1e-2], "lora-dense": [3e-4, 1e-3, 3e-3],
+                     "lora-total": [1e-4, 3e-4, 1e-3, 3e-3], "one-row": [1e-3, 3e-3, 1e-2, 3e-2],
+                     "frozen-rows": [3e-4, 1e-3, 3e-3, 1e-2]}
+    assert {(job.arm, job.seed, job.lr) for job in queued if job.seed} == {(a, s, lr) for a, lr in BEST.items()
+                                                                           for s in (1, 2)}
+    assert len(set(queued)) == len(queued) == 1 + 18 + 10
     adapt_study(config, tmp_path / "out", 2, print)
-    assert queued[2:] == [[], []]
+    assert len(queued) == 29
+
+
+def test_an_arm_goes_on_beyond_its_best_rate_twice_at_most():
+    assert ladder("memory") == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    losses = {3e-3: 3.0, 1e-3: 4.0}
+    assert rates_to_try("memory", losses) == [3e-3, 1e-3, 1e-2]
+    for loss, lr, following in ((2.0, 1e-2, [3e-2]), (1.0, 3e-2, [3e-2, 1e-1]), (0.5, 1e-1, [3e-2, 1e-1])):
+        losses[lr] = loss
+        assert rates_to_try("memory", losses) == [3e-3, 1e-3, 1e-2, *following]
+    assert rates_to_try("memory", losses | {1e-1: 1.5}) == [3e-3, 1e-3, 1e-2, 3e-2, 1e-1]
+    assert rates_to_try("lora-dense", {1e-3: 1.0, 3e-4: 2.0, 3e-3: 2.0}) == [1e-3, 3e-4, 3e-3]
 
 
 def test_tables_tell_gains_forgetting_and_what_is_missing(config, queued, tmp_path):
@@ -98,7 +113,7 @@ def test_results_of_other_settings_are_refused(config, queued, tmp_path):
 
 
 def test_an_arm_without_all_of_its_rates_has_no_choice_yet(config):
-    jobs = [job for job in config.rate_jobs() if (job.arm, job.lr) != ("memory", 1e-3)]
+    jobs = [config.job(arm, 0, lr) for arm in LABELS for lr in ladder(arm) if (arm, lr) != ("memory", 1e-3)]
     assert chosen_rates(config, {job: made_up(job) for job in jobs}) == {a: lr for a, lr in BEST.items()
                                                                         if a != "memory"}
 
@@ -109,7 +124,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, match):
     with pytest.raises(ConfigError, match=match):
         AdaptConfig(tmp_path, tmp_path, **settings)
     with pytest.raises(ConfigError, match="expected one of"):
-        rates("lora")
+        ladder("lora")
 
 
 @pytest.mark.parametrize("arm", LABELS)

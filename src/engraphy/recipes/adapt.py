@@ -1,15 +1,16 @@
 """`engraphy adapt-study`: what a memory adds to a frozen model on a domain, what it forgets, and LoRA beside it.
 
 Every arm trains on the same tokens of the domain in the same order; measured are text of the domain held out, general
-text never seen, and multiple-choice items. First every arm runs at each of its rates on the first seed; the other seeds
-then run each arm at the rate of the lowest held-out loss. A resumable queue, one small JSON file a run.
+text never seen, and multiple-choice items. Each arm runs at each of its rates on the first seed, and beyond the best
+one where that is the lowest or highest tried; then on the other seeds at the rate of the lowest held-out loss. A
+resumable queue, one small JSON file a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..lm import Batches, NgramCounts, loss_by_band
 from ..lm.cross_entropy import mean_cross_entropy, token_cross_entropy
 from ..vocab import VocabMap
 from . import choices, domains, machine
-from .adapt_arms import LABELS, Adapted, adapt, memory_config, merged_hash, rates
+from .adapt_arms import LABELS, Adapted, adapt, ladder, memory_config, merged_hash, rates_to_try
 from .jobs import read_json, run_missing, write_result
 from .measure import mean_with_error
 
@@ -76,14 +77,10 @@ class AdaptConfig:
         """The model before anything is trained."""
         return dataclasses.replace(self.job(BASE, 0, 0.0), tokens=0)
 
-    def rate_jobs(self) -> list[Job]:
-        """The first stage: every arm at each of its rates on the first seed, the middle rate first."""
-        order = (1, 0, 2)
-        return [self.job(arm, self.seeds[0], rates(arm)[at]) for at in order for arm in LABELS]
-
-    def seed_jobs(self, chosen: dict[str, float]) -> list[Job]:
-        """The second stage: the other seeds, each arm at its chosen rate."""
-        return [self.job(arm, seed, lr) for seed in self.seeds[1:] for arm, lr in chosen.items()]
+    def ran(self, arm: str, found: Mapping[Job, Result]) -> dict[float, float]:
+        """Held-out loss of the domain on the first seed by rate, those that are there."""
+        jobs = {lr: self.job(arm, self.seeds[0], lr) for lr in ladder(arm)}
+        return {lr: found[job]["domain"]["loss"] for lr, job in jobs.items() if job in found}
 
 
 def adapt_study(config: AdaptConfig, out: Path, workers: int, report: Callable[[str], None]) -> None:
@@ -91,29 +88,34 @@ def adapt_study(config: AdaptConfig, out: Path, workers: int, report: Callable[[
     if workers < 1:
         raise ConfigError(f"workers: expected 1 or more, found {workers}")
     out.mkdir(parents=True, exist_ok=True)
-    first = [config.base_job(), *config.rate_jobs()]
-    _run(first, config, out, workers, report)
-    _run(config.seed_jobs(chosen_rates(config, read_results(first, out))), config, out, workers, report)
+    run_missing(lambda: [config.base_job(), *all_jobs(config, out)], out, workers,
+                partial(run_job, config=config, out=out), report)
 
 
-def chosen_rates(config: AdaptConfig, found: dict[Job, Result]) -> dict[str, float]:
-    """The rate of the lowest held-out loss on the first seed, of each arm that has run at all of its rates."""
+def all_jobs(config: AdaptConfig, out: Path) -> list[Job]:
+    """All runs that the results in `out` ask for, arm by arm. Raises as `read_results` does."""
+    found = read_results([config.job(arm, config.seeds[0], lr) for arm in LABELS for lr in ladder(arm)], out)
+    chosen = chosen_rates(config, found)
+    jobs = [config.job(arm, seed, lr) for arm in LABELS
+            for seed, lr in [*((config.seeds[0], lr) for lr in rates_to_try(arm, config.ran(arm, found))),
+                             *((seed, chosen[arm]) for seed in config.seeds[1:] if arm in chosen)]]
+    read_results(jobs, out)
+    return jobs
+
+
+def chosen_rates(config: AdaptConfig, found: Mapping[Job, Result]) -> dict[str, float]:
+    """The rate of the lowest held-out loss on the first seed, of each arm that has run at all rates that it tries."""
     chosen = {}
     for arm in LABELS:
-        jobs = [job for job in config.rate_jobs() if job.arm == arm]
-        if all(job in found for job in jobs):
-            chosen[arm] = min(jobs, key=lambda job: found[job]["domain"]["loss"]).lr
+        ran = config.ran(arm, found)
+        if all(lr in ran for lr in rates_to_try(arm, ran)):
+            chosen[arm] = min(ran, key=lambda lr: ran[lr])
     return chosen
 
 
 def read_results(jobs: Sequence[Job], out: Path) -> dict[Job, Result]:
     """The results that are there. Raises ConfigError for a damaged file and for one of other settings."""
     return {job: read_json(out / job.name, asdict(job)) for job in jobs if (out / job.name).exists()}
-
-
-def _run(jobs: Sequence[Job], config: AdaptConfig, out: Path, workers: int, report: Callable[[str], None]) -> None:
-    read_results(jobs, out)
-    run_missing(jobs, out, workers, partial(run_job, config=config, out=out), report)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ an optimiser over `parameters()` sees the dense layers alone, which is why LoRA 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,15 @@ from ..vocab import VocabMap
 
 LABELS = {
     "memory": "memory",
-    "one-row": "memory, one row of each head in use",
-    "frozen-rows": "memory, random rows that do not learn",
     "lora-dense": "LoRA, as many parameters as the memory's dense layers",
     "lora-total": "LoRA, as many bytes as the whole memory",
+    "one-row": "memory, one row of each head in use",
+    "frozen-rows": "memory, random rows that do not learn",
 }
-RATES = {"memory": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3)}
-"""Learning rates that are tried; those of the rows are five times as high."""
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""Learning rates that an arm may try; those of the rows are five times as high."""
+MIDDLE = {"memory": 3e-3, "lora": 1e-3}  # tried first, then the one below and the one above
+BEYOND = 2  # more rates, where the best is the last one on its side
 ROW_RATE = 5.0
 ROW_STD = 0.02
 
@@ -65,11 +68,29 @@ class Adapted:
         return OptimizerPair(torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), rows, warmup_cosine(), clip=1.0)
 
 
-def rates(arm: str) -> tuple[float, ...]:
-    """The learning rates to try for an arm, one of LABELS. Raises ConfigError for another."""
+def ladder(arm: str) -> tuple[float, ...]:
+    """The learning rates that an arm may try, ascending. Raises ConfigError for what is none of LABELS."""
     if arm not in LABELS:
         raise ConfigError(f"arm: expected one of {list(LABELS)}, found {arm!r}")
-    return RATES["lora" if arm.startswith("lora") else "memory"]
+    middle = RATES.index(MIDDLE["lora" if arm.startswith("lora") else "memory"])
+    return RATES[middle - 1 - BEYOND:middle + 2 + BEYOND]
+
+
+def rates_to_try(arm: str, losses: Mapping[float, float]) -> list[float]:
+    """The rates that an arm tries, as far as they are known. losses: by rate, of those that have run.
+
+    Its middle rate, the one below, the one above; and while the best so far is the lowest or the highest that has run,
+    the next one on that side.
+    """
+    steps, at = ladder(arm), BEYOND + 1
+    wanted = [steps[at], steps[at - 1], steps[at + 1]]
+    while all(lr in losses for lr in wanted):
+        best = steps.index(min(wanted, key=lambda lr: losses[lr]))
+        beyond = {steps.index(min(wanted)): best - 1, steps.index(max(wanted)): best + 1}.get(best, -1)
+        if not 0 <= beyond < len(steps):
+            break
+        wanted.append(steps[beyond])
+    return wanted
 
 
 def memory_config(model_config: Any, vocab: VocabMap, rows_per_head: int) -> EngramConfig:
@@ -79,7 +100,7 @@ def memory_config(model_config: Any, vocab: VocabMap, rows_per_head: int) -> Eng
 
 def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) -> Adapted:
     """Freeze `model` and give it what `arm` trains, drawn from `seed`. Raises ConfigError for an unknown arm."""
-    rates(arm)
+    ladder(arm)
     model.requires_grad_(False)
     config = memory_config(model.config, vocab, rows_per_head)
     torch.manual_seed(seed)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import ConfigError
-from .adapt import AdaptConfig, Job, Result, chosen_rates, read_results
-from .adapt_arms import LABELS, rates
+from .adapt import AdaptConfig, Job, Result, all_jobs, chosen_rates, read_results
+from .adapt_arms import LABELS
 from .tables import mean_and_error
 
 PAIRS = (("memory", "lora-dense"), ("memory", "lora-total"), ("memory", "one-row"), ("memory", "frozen-rows"))
@@ -22,10 +22,9 @@ def tables(config: AdaptConfig, out: Path) -> str:
     base = read_results([config.base_job()], out)
     if not base:
         raise ConfigError(f"{out}: expected the result of the model as it is, {config.base_job().name}, found none")
-    found = read_results(config.rate_jobs(), out)
+    jobs = all_jobs(config, out)
+    found = read_results(jobs, out)
     chosen = chosen_rates(config, found)
-    jobs = [*config.rate_jobs(), *config.seed_jobs(chosen)]
-    found |= read_results(jobs, out)
     runs = {arm: [(job, found[job]) for seed in config.seeds if (job := config.job(arm, seed, lr)) in found]
             for arm, lr in chosen.items()}
     told = next(iter(base.values()))
@@ -38,14 +37,12 @@ Runs = dict[str, list[tuple[Job, Result]]]
 
 
 def _rate_table(config: AdaptConfig, found: Found) -> Iterator[str]:
-    yield f"| held-out loss of the domain, seed {config.seeds[0]} | low rate | middle | high |"
-    yield "|---|---|---|---|"
-    for arm in LABELS:
-        cells = []
-        for lr in rates(arm):
-            job = config.job(arm, config.seeds[0], lr)
-            cells.append(f"{found[job]['domain']['loss']:.4f} ({lr:g})" if job in found else _NONE)
-        yield f"| {LABELS[arm]} | " + " | ".join(cells) + " |"
+    ran = {arm: config.ran(arm, found) for arm in LABELS}
+    tried = sorted({lr for losses in ran.values() for lr in losses})
+    yield f"| held-out loss of the domain, seed {config.seeds[0]} | " + " | ".join(f"lr {lr:g}" for lr in tried) + " |"
+    yield "|---|" + "---|" * len(tried)
+    for arm, losses in ran.items():
+        yield f"| {LABELS[arm]} | " + " | ".join(f"{losses[lr]:.4f}" if lr in losses else _NONE for lr in tried) + " |"
 
 
 def _arm_table(base: Result, runs: Runs, chosen: dict[str, float]) -> Iterator[str]:

@@ -21,18 +21,18 @@ class Job(Protocol):
     def name(self) -> str: ...
 
 
-def run_missing(jobs: Sequence[Any], out: Path, workers: int, run: Callable[[Any], str],
+def run_missing(plan: Callable[[], Sequence[Any]], out: Path, workers: int, run: Callable[[Any], str],
                 report: Callable[[str], None]) -> None:
-    """Run what has no result in `out`, `workers` at a time. run: takes a job, writes its result, returns a line; it has
-    to be picklable.
+    """Run what has no result in `out`, `workers` at a time. plan: all jobs, what comes first first; it is asked before
+    each start, since results may bring new ones. run: takes a job, writes its result, returns a line; it has to be
+    picklable.
 
     Raises EngraphyError naming the first run that fails; no other is started then, those beside it finish.
     """
-    missing = [job for job in jobs if not (out / job.name).exists()]
     with tuned_malloc():
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         try:
-            _follow(pool, missing, workers, run, report)
+            _follow(pool, plan, out, workers, run, report)
         except BaseException:  # Ctrl-C as well; every worker gets that too
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -58,14 +58,24 @@ def read_json(path: Path, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _follow(pool: ProcessPoolExecutor, missing: Sequence[Any], workers: int, run: Callable[[Any], str],
-            report: Callable[[str], None]) -> None:
-    waiting, running = list(missing), dict[Future[str], Any]()
-    while waiting or running:
-        # No more than there are workers: what the pool has fetched ahead would still run after an interrupt.
-        while waiting and len(running) < workers:
-            job = waiting.pop(0)
+def _follow(pool: ProcessPoolExecutor, plan: Callable[[], Sequence[Any]], out: Path, workers: int,
+            run: Callable[[Any], str], report: Callable[[str], None]) -> None:
+    running = dict[Future[str], Any]()
+
+    def start() -> bool:
+        busy = [job.name for job in running.values()]
+        waiting = (job for job in plan() if job.name not in busy and not (out / job.name).exists())
+        job = next(waiting, None)
+        if job is not None:
             running[pool.submit(run, job)] = job
+        return job is not None
+
+    while True:
+        # No more than there are workers: what the pool has fetched ahead would still run after an interrupt.
+        while len(running) < workers and start():
+            pass
+        if not running:
+            return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             job = running.pop(future)
             try:

@@ -115,7 +115,7 @@ def run_queue(queue: Sequence[Job], out: Path, work: Path, workers: int, report:
         if not (folder / "corpus.json").exists():
             prepare(corpus).save(folder)
         Corpus.load(folder, expected=corpus)
-    run_missing(missing, out, workers, partial(run_job, out=out, work=work), report)
+    run_missing(lambda: missing, out, workers, partial(run_job, out=out, work=work), report)
 
 
 def run_job(job: Job, out: Path, work: Path) -> str:
