@@ -13,12 +13,12 @@
 namespace engraphy::ENGRAPHY_LEVEL {
 namespace {
 
-constexpr int ahead = 8;  // rows that are on their way
-
 template <bool past> ALWAYS void each_row(const GatherCall &call, int64_t row_bytes) {
+    constexpr int most = 16;
+    const int ahead = row_bytes <= line ? most : 8;  // rows that are on their way
     const int64_t last = call.last;
     uint8_t *out = call.out + call.first * row_bytes;
-    const uint8_t *coming[ahead];
+    const uint8_t *coming[most];
     for (int64_t i = call.first; i < call.first + ahead && i < last; i++)
         coming[i % ahead] = prefetched(row_at(call, i, row_bytes), row_bytes);
     for (int64_t i = call.first; i < last; i++, out += row_bytes) {

@@ -14,6 +14,7 @@ namespace engraphy {
 namespace {
 
 constexpr int64_t rows_worth_a_thread = 2048;
+constexpr int parts_a_thread = 8;  // a thread that is late, woken or held up by others, then leaves more to the rest
 
 std::atomic<uint64_t> forks{0};
 std::atomic<int> thread_count{1};
@@ -148,7 +149,8 @@ int threads() { return thread_count.load(std::memory_order_relaxed); }
 void set_threads(int count) { thread_count = count; }
 
 int parts_of(int64_t count) {
-    return int(std::clamp<int64_t>(count / rows_worth_a_thread, 1, threads()));
+    const int most = threads() > 1 ? threads() * parts_a_thread : 1;
+    return int(std::clamp<int64_t>(count / rows_worth_a_thread, 1, most));
 }
 
 }  // namespace engraphy
