@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import passive  # noqa: F401
 import store_disk
 import store_ram
 import store_readers

@@ -1,0 +1,47 @@
+"""What several runs of bench/store.py found for each figure that is asked: a virtual machine has neighbours.
+
+    for n in 1 2 3; do python bench/store.py --peer DIR --out results/store/run-$n.json; done
+    python bench/store_runs.py results/store/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+def ratios(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str, float], list[float]]:
+    """(title, path, other path, asked) -> how many times as many rows a second the path had, in each run."""
+    found: dict[tuple[str, str, str, float], list[float]] = {}
+    for run in runs:
+        for figure in run["figures"]:
+            if "asked" not in figure:
+                continue
+            speeds = figure["rows_a_second"]
+            for path, asked in figure["asked"].items():
+                for least, other in asked:
+                    if path in speeds and other in speeds:
+                        names = (re.sub(", (depth|threads=).*", "", name) for name in (path, other))  # of the best
+                        found.setdefault((figure["title"], *names, least), []).append(speeds[path] / speeds[other])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="what --out wrote")
+    paths = parser.parse_args().runs
+    found = ratios([json.loads(path.read_text()) for path in paths])
+    print("| | path | of | asked | median | lowest to highest |\n|---|---|---|---|---|---|")
+    for (title, path, other, least), values in found.items():
+        print(f"| {title} | {path} | {other} | {least:g} | {statistics.median(values):.2f} | "
+              f"{min(values):.2f} to {max(values):.2f} |")
+    below = sum(statistics.median(values) < least for (*_, least), values in found.items())
+    print(f"\n{len(paths)} runs. Medians below what is asked: {below} of {len(found)}.")
+
+
+if __name__ == "__main__":
+    main()
