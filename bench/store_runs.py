@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 
+def plain(name: str) -> str:
+    """Without what tells the variants of a path apart, of which the best counts."""
+    return re.sub(", (depth|threads=).*", "", name)
+
+
 def ratios(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str, float], list[float]]:
     """(title, path, other path, asked) -> how many times as many rows a second the path had, in each run."""
     found: dict[tuple[str, str, str, float], list[float]] = {}
@@ -25,8 +30,8 @@ def ratios(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str, float], list
             for path, asked in figure["asked"].items():
                 for least, other in asked:
                     if path in speeds and other in speeds:
-                        names = (re.sub(", (depth|threads=).*", "", name) for name in (path, other))  # of the best
-                        found.setdefault((figure["title"], *names, least), []).append(speeds[path] / speeds[other])
+                        key = figure["title"], plain(path), plain(other), least
+                        found.setdefault(key, []).append(speeds[path] / speeds[other])
     return found
 
 
