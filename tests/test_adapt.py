@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict
 
@@ -110,6 +111,35 @@ def test_results_of_other_settings_are_refused(config, queued, tmp_path):
             call()
     with pytest.raises(ConfigError, match="found none"):
         tables(config, tmp_path / "nothing")
+
+
+def test_the_base_of_another_model_is_refused_before_anything_runs(config, queued, tmp_path):
+    other = dataclasses.replace(config, model=tmp_path / "another")
+    (tmp_path / other.base_job().name).write_text(json.dumps(made_up(other.base_job())))
+    with pytest.raises(ConfigError, match="another"):
+        adapt_study(config, tmp_path, 2, print)
+    assert not queued
+
+
+def test_a_result_at_a_rate_that_is_not_tried_chooses_nothing(config):
+    jobs = [config.job("memory", 0, lr) for lr in (1e-3, 3e-3, 1e-2)]
+    stray = config.job("memory", 0, 1e-4)
+    found = {job: made_up(job) for job in jobs} | {stray: made_up(stray) | {"domain": {"loss": 0.0}}}
+    assert chosen_rates(config, found) == {"memory": 3e-3}
+
+
+def test_a_rate_at_which_training_diverges_is_a_result(model, texts, config, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, torch.inf])
+    monkeypatch.setattr(recipe, "mean_cross_entropy",
+                        lambda x, head, target: (x.sum() * 0 + next(losses)).requires_grad_())
+    adapted = adapt(model, VocabMap.identity(VOCAB), "memory", rows_per_head=50, seed=1)
+    told = train(adapted, texts, Job("memory", 1, 3e-3, 2048, 50, "tiny"))
+    assert told["diverged_at"] == 2 and told["training_curve"] == [1.0, 2.0]
+    found = {config.job("memory", 0, lr): made_up(config.job("memory", 0, lr)) for lr in (1e-3, 3e-3, 1e-2)}
+    found[config.job("memory", 0, 1e-2)]["domain"]["loss"] = float("inf")
+    recipe.write_result(found[config.job("memory", 0, 1e-2)], tmp_path / "memory-seed0-lr0.01.json")
+    again = recipe.read_results([config.job("memory", 0, 1e-2)], tmp_path)
+    assert chosen_rates(config, found | again) == {"memory": 3e-3}
 
 
 def test_an_arm_without_all_of_its_rates_has_no_choice_yet(config):

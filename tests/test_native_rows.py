@@ -216,7 +216,7 @@ def test_ids_beyond_32_bits_find_their_shard(level):
     ids, out = np.array([2, shard_rows + 1, 0, shard_rows + 2]), Guarded((4, 4), DTYPES[1])
     with _native.forced(level):
         code = _native.core.read_rows("bf16", 4, 1.0, _native.core.address(shards), shard_rows, 2 * shard_rows,
-                                      _native.core.address(ids), 4, True, _native.core.address(out.array))
+                                      _native.core.address(ids), 4, True, _native.core.address(out.array), True)
     assert code == -1 and out.intact()
     np.testing.assert_array_equal(out.array.view(np.uint8), np.stack([first[2], second[1], first[0], second[2]]))
 
@@ -297,7 +297,8 @@ def test_what_is_known_of_shards_dies_with_them(level):
 def test_the_kernel_refuses_what_cannot_be_meant(wrong):
     address, buffer = _native.core.address, Guarded((64,), DTYPES[0])
     call = {"kind": "f32", "d": 32, "scale": 1.0, "shards": address(np.zeros(1, np.uint64)), "shard_rows": 1, "rows": 1,
-            "ids": address(np.zeros(1, np.int64)), "count": 1, "to_bf16": False, "out": address(buffer.array)}
+            "ids": address(np.zeros(1, np.int64)), "count": 1, "to_bf16": False, "out": address(buffer.array),
+            "waits": True}
     with pytest.raises(ValueError, match="must|unknown"):
         _native.core.read_rows(**call | wrong)
     if set(wrong) <= {"kind", "d", "count"}:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -188,6 +192,50 @@ def test_neither_the_order_of_the_stores_nor_torchs_defaults_matter(native):
     assert native == [True, True]
     for layer in LAYERS:
         assert torch.equal(found.rows[layer], expected.rows[layer])
+
+
+@torch.no_grad()
+def test_a_closed_table_is_let_go_of():
+    memory = make_memory(SPECS["demo"])
+    state, kept = memory.state(1), weakref.ref(memory.stores[1].shards[0])
+    memory.lookup(torch.tensor([[3, 4, 5]]), state)
+    memory.lookup(torch.tensor([[6]]), state)
+    for store in memory.stores.values():
+        store.close()
+    gc.collect()
+    assert kept() is None
+
+
+@torch.no_grad()
+def test_a_store_that_changes_its_shards_in_place_is_read_as_it_is(native, monkeypatch):
+    memory, other = make_memory(SPECS["demo"]), make_memory(SPECS["demo"], seed=1)
+    lists = {layer: list(store.shards) for layer, store in memory.stores.items()}
+    for layer, store in memory.stores.items():
+        monkeypatch.setattr(type(store), "shards", property(lambda self: lists[self.info.layer]))
+        monkeypatch.setattr(store, "_info", dataclasses.replace(store.info, layer=layer))
+    ids, token = torch.tensor([[3, 4, 5]]), torch.tensor([[6]])
+    state = memory.state(1)
+    memory.lookup(ids, state)
+    before = memory.lookup(token, state).rows[1]
+    for layer, store in other.stores.items():
+        lists[layer][0] = store._readonly[0]
+    state.crop(1)
+    after = memory.lookup(token, state).rows[1]
+    assert native == [True, True] and not torch.equal(before, after)
+    state.crop(1)
+    assert torch.equal(after, steps(memory, token, state).rows[1])
+
+
+@torch.no_grad()
+def test_a_state_over_memory_that_is_read_only_is_not_written_to(native):
+    memory, buffers = make_memory(SPECS["demo"]), []
+    state = memory.state(1)
+    memory.lookup(torch.tensor([[3, 4, 5]]), state)
+    raw = pickle.dumps(state, protocol=5, buffer_callback=buffers.append)
+    frozen = pickle.loads(raw, buffers=[bytes(each.raw()) for each in buffers])
+    with pytest.raises(ValueError, match="read-only"):
+        memory.lookup(torch.tensor([[6]]), frozen)
+    assert native == [False]
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ class EngramMemory(nn.Module):
     def _decode(self, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:
         """One token of each sequence by one native call; None where that is not possible."""
         state, block = lookup.state, self.blocks[str(layer)]
-        if state is None or lookup.starts is not None or x.ndim < 3 or x.shape[1] != 1 or not x.is_cpu:
+        if state is None or lookup.starts is not None or x.ndim not in (3, 4) or x.shape[1] != 1 or not x.is_cpu:
             return None
         assert isinstance(block, EngramLayer)
         columns = state.columns(layer, x)

@@ -54,7 +54,7 @@ class Past:
     def columns(self, count: int) -> Columns | None:
         """The `count` before the next id, and where that goes; None where only `append` will do."""
         ids, first = self.ids, self.end - count
-        if first < self.clear or self.end == ids.shape[1]:
+        if first < self.clear or self.end == ids.shape[1] or not ids.flags.writeable:  # a view of what was pickled
             return None
         begin = _native.core.address(ids)
         return Columns(begin + first * 8, begin + self.end * 8, ids.shape[1])

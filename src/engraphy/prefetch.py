@@ -37,8 +37,8 @@ FEW_ROWS = 1024  # read from memory in about the time that it takes to hand them
 
 @dataclass(frozen=True)
 class PrefetchStats:
-    """What has been submitted. inline: tickets read by `submit` itself. waiting, bytes_in_flight: tickets that are not
-    read yet, and the bytes of their rows, now. waited: how long `wait` took for the others, the first time."""
+    """What has been submitted. inline: what was read at once, by whoever asked. waiting, bytes_in_flight: tickets that
+    are not read yet, and the bytes of their rows, now. waited: how long `wait` took for the others, the first time."""
 
     tickets: int
     inline: int

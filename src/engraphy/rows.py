@@ -152,7 +152,7 @@ class RowFormat:
 
 
 class Readable(Protocol):
-    """What `read` needs of a store (`store.RowStore` is one)."""
+    """What `read` needs of a store (`store.RowStore` is one). Where it has no `in_memory`, it may wait for a disk."""
 
     @property
     def info(self) -> Any: ...
@@ -189,7 +189,7 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
         fmt.decode(store.gather(ids.reshape(-1)), out.reshape(-1, fmt.d))
         return out
     if native:
-        _read_native(shards, info, ids, fmt, out)
+        _read_native(shards, info, ids, fmt, out, waits=not getattr(store, "in_memory", False))
     else:
         _read_plain(shards, ids.reshape(-1), fmt, out.reshape(-1, fmt.d))
     store.count_read(ids.size, begun)
@@ -208,11 +208,12 @@ def _read_plain(shards: Sequence[np.ndarray], ids_N: np.ndarray, fmt: RowFormat,
         fmt._decode_plain(raw_nR[:len(ids_n)], out_Nd[first:first + step])
 
 
-def _read_native(shards: Sequence[np.ndarray], info: Any, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> None:
+def _read_native(shards: Sequence[np.ndarray], info: Any, ids: np.ndarray, fmt: RowFormat, out: np.ndarray,
+                 waits: bool) -> None:
     """Ids of any shape; the kernel checks them before it writes."""
     core, at, flat = _native.core, addresses(shards, info), np.ascontiguousarray(ids)
     wrong = core.read_rows(fmt.kind, fmt.d, fmt.scale or 1.0, at.address, at.shard_rows, at.rows, core.address(flat),
-                           flat.size, out.dtype == np.uint16, core.address(out))
+                           flat.size, out.dtype == np.uint16, core.address(out), waits)
     if wrong >= 0:
         raise _bad_id(ids, wrong, at.rows)
 

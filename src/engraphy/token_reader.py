@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,8 @@ from .store import RowStore
 
 
 class TokenReader:
-    """Rows of all layers for one token of each sequence. stores: of the addresser's layers.
+    """Rows of all layers for one token of each sequence. stores: of the addresser's layers. prefetcher: counts what is
+    read here as one ticket; each store counts its rows, and the time of the whole call.
 
     Safe for many threads, of which each has states of its own.
     """
@@ -33,7 +33,7 @@ class TokenReader:
                  prefetcher: Prefetcher) -> None:
         self._addresser, self._format, self._prefetcher = addresser, fmt, prefetcher
         self._stores = {layer: stores[layer] for layer in addresser.spec.layer_ids}
-        self._known: tuple[list[Any], _Native | None] | None = None  # the stores' shards, and the native reader of them
+        self._known: _Native | None = None  # of the shards that the stores had last; keeps none of them alive
 
     def read(self, ids_B1: Tensor, state: SequenceState) -> dict[int, Tensor] | None:
         """Rows by layer, f32 [B, 1, E]; `state` is extended by the ids.
@@ -48,10 +48,7 @@ class TokenReader:
             return None
         try:
             shards = [store.shards for store in stores.values()]
-            known = self._known
-            if known is None or not all(map(is_, shards, known[0])):
-                self._known = known = shards, self._prepare(shards)
-            native = known[1]
+            native = self._reader_of(shards)
             if native is None or (columns := state.next_ids()) is None:
                 return None
             rows_LB1E = torch.empty(layers, batch, 1, width * self._format.d, dtype=torch.float32, device="cpu")
@@ -65,15 +62,18 @@ class TokenReader:
         state.advance_ids()
         return dict(zip(stores, rows_LB1E.unbind(), strict=True))
 
-    def _prepare(self, shards: list[Any]) -> _Native | None:
+    def _reader_of(self, shards: list[Any]) -> _Native | None:
         """The native reader of mapped rows that are in memory, None for others."""
-        stores, fmt = self._stores.values(), self._format
-        if _native.core is None or None in shards or not all(store.in_memory for store in stores):
+        stores, fmt, known = self._stores.values(), self._format, self._known
+        if _native.core is None or not all(shards) or not all([store.in_memory for store in stores]):
             return None
-        at = [rows.addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
-        return _Native(_native.core.TokenReader(self._addresser.plan, fmt.kind, fmt.d, fmt.scale or 1.0,
-                                                [each.address for each in at], [each.shard_rows for each in at],
-                                                [each.rows for each in at]), at)
+        if known is None or not all([at.first() is shard[0] for at, shard in zip(known.at, shards, strict=True)]):
+            at = [rows.addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
+            reader = _native.core.TokenReader(self._addresser.plan, fmt.kind, fmt.d, fmt.scale or 1.0,
+                                              [each.address for each in at], [each.shard_rows for each in at],
+                                              [each.rows for each in at])
+            self._known = known = _Native(reader, at)
+        return known
 
 
 class _Native(NamedTuple):

@@ -28,13 +28,15 @@ def read_rows(
     count: int,
     to_bf16: bool,
     out: int,
+    waits: bool,
 ) -> int:
     """Writes rows `ids` (int64 [count]) as numbers to out: float32 [count, d], or bf16 bits (uint16). Arrays may begin
     at any byte.
 
     kind, d, scale: of the RowFormat, scale 1 where it has none. shards: u64 [S], the addresses of uint8
-    [n, row_bytes] without gaps, `shard_rows` rows each but the last, `rows` together. Returns -1. Otherwise nothing is
-    written, and it is the position of the first id outside [0, rows). Raises ValueError for a kind or d that cannot be.
+    [n, row_bytes] without gaps, `shard_rows` rows each but the last, `rows` together. waits: for a disk, perhaps, so
+    that the GIL is released for few rows too. Returns -1. Otherwise nothing is written, and it is the position of the
+    first id outside [0, rows). Raises ValueError for a kind or d that cannot be.
     """
 
 def decode_rows(kind: str, d: int, scale: float, raw: int, count: int, to_bf16: bool, out: int) -> None:
@@ -48,8 +50,7 @@ def gather_rows(
     shards: int, shard_rows: int, rows: int, row_bytes: int, ids: int, count: int, out: int, waits: bool
 ) -> None:
     """Writes rows `ids` as they are to out: uint8 [count, row_bytes]. Arguments as of `read_rows`; the caller has
-    checked the ids. waits: for a disk, perhaps, so that the GIL is released for few rows too. Raises ValueError for
-    sizes that cannot be."""
+    checked the ids. Raises ValueError for sizes that cannot be."""
 
 def fuse_token(
     wide: bool,

@@ -36,20 +36,21 @@ class TokenReader {
         require(ids && batch > 0 && next && out, "ids, a column for them and the output must be present");
         const HashPlan &plan = plan_.sizes();
         const int64_t *const token = (const int64_t *)ids, past = plan.longest - 1, count = batch * columns_;
+        const Unlocked unlocked(plan.layers * count * d_ * (int64_t)sizeof(float));
         for (int64_t b = 0; b < batch; b++)
             if (token[b] < 0 || token[b] >= plan.vocab || (plan.map && plan.map[token[b]] < 0)) return false;
         std::vector<int64_t> history(batch * past), row_ids(plan.layers * count);
         for (int64_t b = 0; b < batch; b++)
             std::copy_n((const int64_t *)oldest + b * stride, past, history.data() + b * past);
-        if (kernels().hash(plan, {token, batch, 1, history.data(), nullptr, nullptr, 0, plan.layers, row_ids.data()}) != -1)
-            return false;
+        const HashCall call = {token, batch, 1, history.data(), nullptr, nullptr, 0, plan.layers, row_ids.data()};
+        if (kernels().hash(plan, call) != -1) return false;
         for (int64_t layer = 0; layer < plan.layers; layer++) {
-            RowsCall call = tables_[layer];
-            call.ids = row_ids.data() + layer * count;
-            if (kernels().first_bad(call.ids, count, call.rows) != -1) return false;
-            call.out = (uint8_t *)((float *)out + layer * count * d_);
-            call.last = count;
-            kernels().rows(call);
+            RowsCall table = tables_[layer];
+            table.ids = row_ids.data() + layer * count;
+            if (kernels().first_bad(table.ids, count, table.rows) != -1) return false;
+            table.out = (uint8_t *)((float *)out + layer * count * d_);
+            table.last = count;
+            kernels().rows(table);
         }
         for (int64_t b = 0; b < batch; b++) ((int64_t *)next)[b * stride] = token[b];
         return true;
@@ -70,8 +71,8 @@ void bind_token(nb::module_ &m) {
                       std::vector<int64_t>>(),
              nb::keep_alive<1, 2>(), arg("plan"), arg("kind"), arg("d"), arg("scale"), arg("shards"),
              arg("shard_rows"), arg("rows"))
-        .def("read", &TokenReader::read, nb::call_guard<nb::gil_scoped_release>(), arg("ids"), arg("batch"),
-             arg("oldest"), arg("next"), arg("stride"), arg("out"));
+        .def("read", &TokenReader::read, arg("ids"), arg("batch"), arg("oldest"), arg("next"), arg("stride"),
+             arg("out"));
 }
 
 }  // namespace engraphy

@@ -9,6 +9,7 @@ resumable queue, one small JSON file a run.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from .. import __version__, _native
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
 from ..hf.backbone import unwrapped
 from ..lm import Batches, NgramCounts, loss_by_band
 from ..lm.cross_entropy import mean_cross_entropy, token_cross_entropy
@@ -88,6 +89,7 @@ def adapt_study(config: AdaptConfig, out: Path, workers: int, report: Callable[[
     if workers < 1:
         raise ConfigError(f"workers: expected 1 or more, found {workers}")
     out.mkdir(parents=True, exist_ok=True)
+    read_results([config.base_job()], out)
     run_missing(lambda: [config.base_job(), *all_jobs(config, out)], out, workers,
                 partial(run_job, config=config, out=out), report)
 
@@ -108,8 +110,9 @@ def chosen_rates(config: AdaptConfig, found: Mapping[Job, Result]) -> dict[str, 
     chosen = {}
     for arm in LABELS:
         ran = config.ran(arm, found)
-        if all(lr in ran for lr in rates_to_try(arm, ran)):
-            chosen[arm] = min(ran, key=lambda lr: ran[lr])
+        tried = rates_to_try(arm, ran)
+        if all(lr in ran for lr in tried):
+            chosen[arm] = min(tried, key=lambda lr: ran[lr])
     return chosen
 
 
@@ -163,6 +166,8 @@ def run_job(job: Job, config: AdaptConfig, out: Path) -> str:
         result |= train(adapted, texts, job)
         result["memory"] = merged_hash(memory_config(model.config, vocab, job.rows_per_head))
     result |= measure(adapted.model if adapted else model, tokenizer, texts)
+    if "diverged_at" in result:
+        result["domain"]["loss"] = result["general"]["loss"] = math.inf
     result |= {"version": __version__, "commit": commit,
                "machine": f"{machine.cpu()}, {_native.level()}, one thread, float32"}
     write_result(result, out / job.name)
@@ -171,10 +176,11 @@ def run_job(job: Job, config: AdaptConfig, out: Path) -> str:
 
 
 def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
-    """Train on `job.tokens` tokens of the domain, shuffled by the seed. Returns sizes, rows used, curve and the minutes
-    of processor time."""
+    """Train on `job.tokens` tokens of the domain, shuffled by the seed, up to the first step whose loss is not finite.
+    Returns sizes, rows used, curve, the minutes of processor time, and that step where there was one."""
     batches = Batches(texts.training, texts.end_id, batch=BATCH, tokens=CONTEXT, seed=job.seed)
     steps, losses, used = job.tokens // batches.tokens_per_step, [], dict[int, set[int]]()
+    diverged: dict[str, int] = {}
     pair = adapted.optimizers(job.lr)
     adapted.model.train()
     began = time.process_time()
@@ -182,21 +188,22 @@ def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
         ids_BT, targets_BT, starts_BT = batches[step]
         x_BTD, head = hidden(adapted.model, ids_BT, starts_BT)
         loss = mean_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten())
+        if not torch.isfinite(loss):
+            diverged["diverged_at"] = step
+            break
         loss.backward()
         if adapted.memory is not None:
             for part in adapted.memory.row_grads:
                 used.setdefault(part.layer, set()).update(np.unique(part.ids).tolist())
         pair.step(step / steps)
         losses.append(float(loss.detach()))
-    if not np.isfinite(losses).all():
-        raise InputError(f"{job.name}: the loss is not finite")
     tenth = max(1, steps // 10)
     dim = adapted.memory.config.dim if adapted.memory is not None else 0
     return {"sizes": {**asdict(adapted.sizes), "bytes": adapted.sizes.bytes,
                       "table_updated": sum(map(len, used.values())) * dim},
             "epochs": round(steps / len(batches), 3), "steps": steps, "step_tokens": batches.tokens_per_step,
-            "training_curve": [round(float(np.mean(losses[i:i + tenth])), 4) for i in range(0, steps, tenth)],
-            "minutes": round((time.process_time() - began) / 60, 2)}
+            "training_curve": [round(float(np.mean(losses[i:i + tenth])), 4) for i in range(0, len(losses), tenth)],
+            "minutes": round((time.process_time() - began) / 60, 2), **diverged}
 
 
 def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:

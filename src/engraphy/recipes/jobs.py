@@ -80,6 +80,8 @@ def _follow(pool: ProcessPoolExecutor, plan: Callable[[], Sequence[Any]], out: P
             job = running.pop(future)
             try:
                 report(future.result())
+                if not (out / job.name).exists():
+                    raise ConfigError(f"expected it to leave {out / job.name}")
             except Exception as error:
                 beside = f" ({len(running)} runs beside it finish first)" if running else ""
                 raise EngraphyError(f"{job.name}: {type(error).__name__}: {error}{beside}") from error

@@ -115,7 +115,7 @@ class RowStore(ABC):
     def shards(self) -> Sequence[np.ndarray] | None:
         """Mapped memory as read-only uint8 [n, row_bytes], equal sizes but the last; None where rows are not mapped.
 
-        For `rows.read` alone, which calls `count_read`. Raises StoreError on a closed store.
+        For what reads them at once and then calls `count_read` (`rows.read`). Raises StoreError on a closed store.
         """
         self._check_open()
         return None
