@@ -89,7 +89,7 @@ def finetune(
     data: str = typer.Option(help="A text file, a folder of them, a .jsonl file with text in each line, or wiki."),
     out: Path | None = typer.Option(None, help="New folder of the memory; by default runs/finetune-1, -2, ..."),
     tokens: int | None = typer.Option(None, help="Training tokens; by default each of the text once."),
-    lr: float = typer.Option(3e-3, help="Learning rate of the dense layers; rows learn five times as fast."),
+    lr: float = typer.Option(1e-2, help="Learning rate of the dense layers; rows learn five times as fast."),
     layers: str | None = typer.Option(None, help="Layers with a memory, from 0: 1,14; by default two."),
     rows_per_head: int | None = typer.Option(None, help="Rows of a head; by default as the text and model need."),
     batch: int = typer.Option(4, help="Rows of a step."),

@@ -46,15 +46,16 @@ class FinetuneConfig:
     with "text" in each line, or what `lm.load_documents` takes. out: a new folder for the memory.
 
     tokens: of training, by default each of the text once. lr: of the dense layers; the rows learn five times as fast.
-    layers: 0-based, rows_per_head: as `EngramConfig.for_model` chooses where None, but no more rows than the text has
-    tokens, since it has no more n-grams. batch, length: of a step. heldout: share of the documents not trained on.
+    The default did best in docs/results.md, "A memory beside LoRA". layers: 0-based, rows_per_head: as
+    `EngramConfig.for_model` chooses where None, but no more rows than the text has tokens, since it has no more
+    n-grams. batch, length: of a step. heldout: share of the documents not trained on.
     """
 
     model: str
     data: str
     out: Path
     tokens: int | None = None
-    lr: float = 3e-3
+    lr: float = 1e-2
     layers: tuple[int, ...] | None = None
     rows_per_head: int | None = None
     batch: int = 4
