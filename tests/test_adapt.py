@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
 
 from engraphy import VocabMap
+from engraphy.cli import app
 from engraphy.errors import ConfigError
 from engraphy.recipes import adapt as recipe
 from engraphy.recipes.adapt import BASE, AdaptConfig, Job, Texts, adapt_study, chosen_rates, hidden, train
@@ -103,6 +105,32 @@ def test_tables_tell_gains_forgetting_and_what_is_missing(config, queued, tmp_pa
     assert "Missing: memory-seed2-lr0.003.json." in text and "| 2 | -0.0050 ± 0.0050 |" in text
 
 
+def test_rates_that_are_given_are_not_searched(config, queued, tmp_path):
+    given = dataclasses.replace(config, rates=(("memory", 2e-3), ("lora-dense", 1e-4)))
+    (tmp_path / given.base_job().name).write_text(json.dumps(made_up(given.base_job())))
+    assert "| the model as it is |" in tables(given, tmp_path)  # nothing has run yet
+    adapt_study(given, tmp_path, 2, print)
+    assert [(job.seed, job.arm, job.lr) for job in queued] == [
+        (seed, arm, lr) for seed in range(3) for arm, lr in (("memory", 2e-3), ("lora-dense", 1e-4))]
+    text = tables(given, tmp_path)
+    assert "Missing: nothing." in text and "| memory | 0.002 | 3 |" in text and "seed 0 | lr" not in text
+
+
+def test_the_verb_runs_the_arms_that_it_is_given(queued, tmp_path):
+    command = ["adapt-study", "model", "general.txt", "--out", str(tmp_path), "--tokens", "5000", "--seeds", "2",
+               "--workers", "1", "--rate"]
+    told = CliRunner().invoke(app, [*command, "memory=0.01", "--rate", "lora-dense=3e-3"])
+    assert told.exit_code == 0 and "Missing: nothing." in told.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "base.json", *(f"{run}.json" for seed in (0, 1)
+                       for run in (f"memory-seed{seed}-lr0.01", f"lora-dense-seed{seed}-lr0.003"))}
+    for wrong in ("memory", "memory=fast"):
+        told = CliRunner().invoke(app, [*command, wrong])
+        assert told.exit_code == 1 and f"expected ARM=RATE, found '{wrong}'" in told.output
+    told = CliRunner().invoke(app, [*command, "lora=0.1"])
+    assert told.exit_code == 1 and "arm: expected one of" in told.output
+
+
 def test_results_of_other_settings_are_refused(config, queued, tmp_path):
     adapt_study(config, tmp_path / "out", 2, print)
     other = AdaptConfig(config.model, config.general, tokens=6000)
@@ -149,7 +177,9 @@ def test_an_arm_without_all_of_its_rates_has_no_choice_yet(config):
 
 
 @pytest.mark.parametrize("settings, match", [(dict(seeds=()), "seeds"), (dict(seeds=(1, 1)), "seeds"),
-                                             (dict(tokens=10), "tokens")])
+                                             (dict(tokens=10), "tokens"), (dict(rates=(("lora", 1e-3),)), "arm"),
+                                             (dict(rates=(("memory", 0.0),)), "positive"),
+                                             (dict(rates=(("memory", 1e-2), ("memory", 1e-3))), "one an arm")])
 def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, match):
     with pytest.raises(ConfigError, match=match):
         AdaptConfig(tmp_path, tmp_path, **settings)

@@ -143,6 +143,8 @@ def adapt_study(
     out: Path = typer.Option(Path("results/adapt"), help="Folder of the result files."),  # noqa: B008
     seeds: int = typer.Option(3, help="Number of seeds: 0, 1, ... The first chooses the learning rates."),
     tokens: int = typer.Option(100_000, help="Training tokens of each run."),
+    rate: list[str] = typer.Option([], help="ARM=RATE: only this arm, at this learning rate; may be repeated. "  # noqa: B008
+                                   "Without it all arms run and search theirs."),
     workers: int = typer.Option(os.cpu_count() or 1, help="Runs at a time, one thread each."),
 ) -> None:
     """A memory, its controls and LoRA adapt a frozen model to medical text; resumes where it stopped."""
@@ -150,9 +152,16 @@ def adapt_study(
         from .recipes import adapt as recipe
         from .recipes.adapt_tables import tables
 
-        config = recipe.AdaptConfig(model, general, tokens, seeds=tuple(range(seeds)))
+        config = recipe.AdaptConfig(model, general, tokens, seeds=tuple(range(seeds)), rates=_rates(rate))
         recipe.adapt_study(config, out, workers, typer.echo)
         typer.echo(tables(config, out))
+
+
+def _rates(texts: list[str]) -> tuple[tuple[str, float], ...]:
+    try:
+        return tuple((arm, float(rate)) for arm, _, rate in (text.partition("=") for text in texts))
+    except ValueError:
+        raise ConfigError(f"rate: expected ARM=RATE, found {', '.join(texts)!r}") from None
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

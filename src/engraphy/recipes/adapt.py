@@ -2,8 +2,8 @@
 
 Every arm trains on the same tokens of the domain in the same order; measured are text of the domain held out, general
 text never seen, and multiple-choice items. Each arm runs at each of its rates on the first seed, and beyond the best
-one where that is the lowest or highest tried; then on the other seeds at the rate of the lowest held-out loss. A
-resumable queue, one small JSON file a run.
+one where that is the lowest or highest tried; then on the other seeds at the rate of the lowest held-out loss. Given
+rates are not searched. A resumable queue, one small JSON file a run.
 """
 
 from __future__ import annotations
@@ -57,19 +57,27 @@ class Job:
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """model: a folder of a transformers model. general: text that it never saw. seeds: the first one chooses rates."""
+    """model: a folder of a transformers model. general: text that it never saw. seeds: the first one chooses rates.
+    rates: (arm, learning rate) of the arms that run, none other and no search; () = all arms, each searches its own."""
 
     model: Path
     general: Path
     tokens: int = 100_000
     rows_per_head: int = 20_000
     seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds: expected one or more, all different and none negative, found {self.seeds}")
         if self.tokens < BATCH * CONTEXT:
             raise ConfigError(f"tokens: expected at least a step of {BATCH * CONTEXT}, found {self.tokens}")
+        for arm, lr in self.rates:
+            ladder(arm)
+            if not 0 < lr < math.inf:
+                raise ConfigError(f"rate of {arm}: expected a positive number, found {lr}")
+        if len(dict(self.rates)) < len(self.rates):
+            raise ConfigError(f"rates: expected one an arm, found {self.rates}")
 
     def job(self, arm: str, seed: int, lr: float) -> Job:
         return Job(arm, seed, lr, self.tokens, self.rows_per_head, self.model.name)
@@ -95,7 +103,11 @@ def adapt_study(config: AdaptConfig, out: Path, workers: int, report: Callable[[
 
 
 def all_jobs(config: AdaptConfig, out: Path) -> list[Job]:
-    """All runs that the results in `out` ask for, arm by arm. Raises as `read_results` does."""
+    """All runs that the results in `out` ask for, arm by arm; of given rates seed by seed. Raises as `read_results`."""
+    if config.rates:
+        given = [config.job(arm, seed, lr) for seed in config.seeds for arm, lr in config.rates]
+        read_results(given, out)
+        return given
     found = read_results([config.job(arm, config.seeds[0], lr) for arm in LABELS for lr in ladder(arm)], out)
     chosen = chosen_rates(config, found)
     jobs = [config.job(arm, seed, lr) for arm in LABELS
@@ -106,8 +118,11 @@ def all_jobs(config: AdaptConfig, out: Path) -> list[Job]:
 
 
 def chosen_rates(config: AdaptConfig, found: Mapping[Job, Result]) -> dict[str, float]:
-    """The rate of the lowest held-out loss on the first seed, of each arm that has run at all rates that it tries."""
-    chosen = {}
+    """The rate of the lowest held-out loss on the first seed, of each arm that has run at all rates that it tries; or
+    the rates that are given."""
+    chosen = dict(config.rates)
+    if chosen:
+        return chosen
     for arm in LABELS:
         ran = config.ran(arm, found)
         tried = rates_to_try(arm, ran)

@@ -25,11 +25,12 @@ def tables(config: AdaptConfig, out: Path) -> str:
     jobs = all_jobs(config, out)
     found = read_results(jobs, out)
     chosen = chosen_rates(config, found)
-    runs = {arm: [(job, found[job]) for seed in config.seeds if (job := config.job(arm, seed, lr)) in found]
-            for arm, lr in chosen.items()}
+    runs = {arm: ran for arm, lr in chosen.items()
+            if (ran := [(job, found[job]) for seed in config.seeds if (job := config.job(arm, seed, lr)) in found])}
     told = next(iter(base.values()))
-    parts = [_rate_table(config, found), _arm_table(told, runs, chosen), _item_table(told, runs),
-             _band_table(told, runs), _pair_table(runs), _made_with(config, told, found, jobs)]
+    parts = [*([] if config.rates else [_rate_table(config, found)]), _arm_table(told, runs, chosen),
+             _item_table(told, runs), _band_table(told, runs), _pair_table(runs),
+             _made_with(config, told, found, jobs)]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
