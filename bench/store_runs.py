@@ -1,4 +1,5 @@
-"""What several runs of bench/store.py found for each figure that is asked: a virtual machine has neighbours.
+"""What several runs of bench/store.py found for each figure that is asked, and for each path: a virtual machine has
+neighbours.
 
     for n in 1 2 3; do python bench/store.py --peer DIR --out results/store/run-$n.json; done
     python bench/store_runs.py results/store/*.json
@@ -35,16 +36,38 @@ def ratios(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str, float], list
     return found
 
 
+def speeds(runs: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[list[float], dict[str, list[float]]]]:
+    """(title, path) -> rows a second in each run, and how many times those of each path that something is asked of."""
+    found: dict[tuple[str, str], tuple[list[float], dict[str, list[float]]]] = {}
+    for run in runs:
+        for figure in run["figures"]:
+            if "asked" not in figure:
+                continue
+            measured = figure["rows_a_second"]
+            others = {other for asked in figure["asked"].values() for _, other in asked if other in measured}
+            for path, speed in measured.items():
+                each, shares = found.setdefault((figure["title"], path), ([], {}))
+                each.append(speed)
+                for other in others:
+                    shares.setdefault(plain(other), []).append(speed / measured[other])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="what --out wrote")
     paths = parser.parse_args().runs
-    found = ratios([json.loads(path.read_text()) for path in paths])
+    runs = [json.loads(path.read_text()) for path in paths]
+    found = ratios(runs)
     print("| | path | of | asked | median | lowest to highest |\n|---|---|---|---|---|---|")
     for (title, path, other, least), values in found.items():
         print(f"| {title} | {path} | {other} | {least:g} | {statistics.median(values):.2f} | "
               f"{min(values):.2f} to {max(values):.2f} |")
     below = sum(statistics.median(values) < least for (*_, least), values in found.items())
+    print("\n| | path | k rows/s | of |\n|---|---|---|---|")
+    for (title, path), (each, shares) in speeds(runs).items():
+        of = ", ".join(f"{statistics.median(values):.2f} {other}" for other, values in sorted(shares.items()))
+        print(f"| {title} | {path} | {statistics.median(each) / 1e3:.1f} | {of} |")
     print(f"\n{len(paths)} runs. Medians below what is asked: {below} of {len(found)}.")
 
 
