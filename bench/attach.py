@@ -1,8 +1,8 @@
 """What an attached memory costs: prefill and cached decoding of one model, with its memory and without it.
 
-    python bench/attach.py [--rounds 9] [--tokens 64] [--threads 1]
+    python bench/attach.py [--rounds 9] [--tokens 64] [--threads 1] [--dtype bfloat16]
 
-A Llama of 135 M parameters (random weights in float32, the shape of SmolLM2-135M), a table of 77 M parameters over two
+A Llama of 135 M parameters (random weights, the shape of SmolLM2-135M), a table of 77 M parameters in float32 over two
 of its layers. The same memory is attached and detached in turns: for each prompt, and while decoding for each token, so
 that noise meets both alike; which of the two comes first alternates too. Medians; the difference is the median of the
 pairs' differences, with its standard error (bootstrap). At the end, what a decoded token spends in the memory's hooks,
@@ -28,11 +28,11 @@ PROMPT = 512
 WITH, WITHOUT = "with memory", "without"
 
 
-def model_and_memory() -> tuple[Any, EngramMemory]:
+def model_and_memory(dtype: torch.dtype) -> tuple[Any, EngramMemory]:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=49_152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
                          num_key_value_heads=3, intermediate_size=1536, tie_word_embeddings=True, pad_token_id=0)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).to(dtype).eval()
     memory = engraphy.attach(model, EngramConfig.for_model(config, rows_per_head=150_000))
     for parameter in memory.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -115,13 +115,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64, help="decoded tokens with the memory, and as many without")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of model and memory")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, memory = model_and_memory()
+    model, memory = model_and_memory(getattr(torch, options.dtype))
     layers = len(memory.layers)
 
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {options.threads} threads; "
-          f"memory at layers {list(memory.layers)}: {engraphy.hf.cost(memory.config)}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {options.dtype}, {options.threads} "
+          f"threads; memory at layers {list(memory.layers)}: {engraphy.hf.cost(memory.config, dtype=model.dtype)}")
     print(f"{'':8}{'ms a token':>20}{'tokens/s':>20}{'ms more a':>21}{'ratio':>9}")
     print(f"{'':8}{'with':>10}{'without':>10}{'with':>10}{'without':>10}{'memory layer':>21}")
     report("prefill", prefill(model, memory, options.rounds), PROMPT, layers)

@@ -11,7 +11,9 @@ from hf_modes import PROMPT, clean, far, logits, prompts
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import engraphy
+from engraphy import _native
 from engraphy.errors import InputError
+from engraphy.layer import EngramLayer
 
 EXACT = 1e-9
 
@@ -53,6 +55,29 @@ def test_a_cache_that_an_error_left_half_filled_is_refused_until_it_is_reset(mod
         model(ids[:, :1], past_key_values=cache)
     cache.reset()
     assert far(logits(model, ids, past_key_values=cache), clean(model, ids)) <= EXACT
+
+
+@pytest.mark.skipif(_native.core is None, reason=_native.reason)
+@torch.no_grad()
+def test_a_bfloat16_model_decodes_natively_what_it_decodes_plainly(model, monkeypatch):
+    ids, native, told = prompts(), EngramLayer.decode, []
+
+    def decode(*args):
+        told.append(native(*args))
+        return told[-1]
+
+    def by_tokens():
+        cache = filled(model, ids[:, :5])
+        return torch.cat([logits(model, token, past_key_values=cache) for token in ids[:, 5:].split(1, 1)], 1)
+
+    exact = clean(model, ids)[:, 5:]
+    model.bfloat16()
+    monkeypatch.setattr(EngramLayer, "decode", decode)
+    found = by_tokens()
+    assert len(told) == 2 * (PROMPT - 5) and all(out is not None for out in told)
+    with _native.forced("off"):
+        expected = by_tokens()
+    assert far(found, expected) <= 0.02 and far(found, exact) <= 1.2 * far(expected, exact) < 0.3
 
 
 def test_an_error_after_the_blocks_leaves_the_cache_usable(model):

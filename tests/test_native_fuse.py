@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason=_native.reason)
 LAYER, MARGIN = 4, 5
 SPECS = {"demo": LayerSpec.demo(37, 19), "demo, streams": LayerSpec.demo(24, 64, streams=3),
          "qwen4": LayerSpec.qwen4(40, 33), "deepseek_v41": LayerSpec.deepseek_v41(48, 40, streams=4)}
-DTYPES = {torch.float32: 3e-6, torch.float64: 1e-14}
+DTYPES = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}  # one bit of bfloat16
 
 
 def make(spec: LayerSpec, dtype: torch.dtype) -> EngramLayer:
@@ -43,8 +43,13 @@ def filled(layer: EngramLayer, batch: int, tokens: int = 20) -> SequenceState:
     state.extend(torch.zeros(batch, tokens, dtype=torch.int64))
     if layer.spec.kernel:
         state.push(LAYER, torch.randn(batch, tokens, layer.spec.streams, layer.spec.hidden_size,
-                                      dtype=layer.value.weight.dtype))
+                                      dtype=computed(layer.value.weight.dtype)))
     return state
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """What gates and conv inputs have."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def plain(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None,
@@ -59,7 +64,7 @@ def native(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.
            state: SequenceState) -> tuple[torch.Tensor, torch.Tensor]:
     columns = state.columns(LAYER, x)
     assert columns is not None
-    gate = x.new_full((len(x), 1, layer.spec.streams), torch.nan)
+    gate = torch.full((len(x), 1, layer.spec.streams), torch.nan, dtype=computed(x.dtype))
     out = layer.decode(x, rows, live, columns, gate)
     assert out is not None
     unasked = layer.decode(x, rows, live, columns)
@@ -94,7 +99,8 @@ def test_native_tokens_follow_the_plain_ones_through_refilled_and_cropped_buffer
             ours.crop(3), theirs.crop(3)
     assert native_tokens >= 45
     if layer.spec.kernel:
-        torch.testing.assert_close(ours.window(LAYER), theirs.window(LAYER), rtol=1e-5, atol=1e-5)
+        near = max(1e-5, DTYPES[dtype])
+        torch.testing.assert_close(ours.window(LAYER), theirs.window(LAYER), rtol=near, atol=near)
 
 
 @torch.no_grad()
@@ -147,12 +153,14 @@ def test_a_fresh_memory_adds_exactly_nothing():
     assert torch.equal(out, x)
 
 
-@pytest.mark.parametrize("case", ["gradients", "bfloat16", "many sequences", "hook", "key hook", "other key",
-                                  "transposed weight", "other shape", "switched off"])
+@pytest.mark.parametrize("case", ["gradients", "float16", "float32 beside bfloat16", "many sequences", "hook",
+                                  "key hook", "other key", "transposed weight", "other shape", "switched off"])
 def test_what_the_kernel_does_not_do_is_left_to_the_plain_version(case):
-    layer = make(SPECS["demo"], torch.bfloat16 if case == "bfloat16" else torch.float32)
+    layer = make(SPECS["demo"], torch.float16 if case == "float16" else torch.float32)
     batch = 9 if case == "many sequences" else 2
     x, rows = sample(layer, batch)
+    if case == "float32 beside bfloat16":
+        x = x.bfloat16()
     if case == "hook":
         layer.register_forward_hook(lambda *_: None)
     if case == "key hook":
@@ -185,11 +193,14 @@ def test_columns_are_refused_where_a_document_begins_in_sight_or_the_chunk_is_an
     for _ in range(layer.spec.window):
         state.push(LAYER, x).extend([[3]])
     assert state.columns(LAYER, x) is not None
+    assert state.columns(LAYER, x.bfloat16()) is not None  # whose conv inputs are float32
     assert state.columns(LAYER, x.double()) is None
 
 
 def test_the_kernel_refuses_what_is_missing():
     with pytest.raises(ValueError, match="positive"):
-        _native.core.fuse_token(False, 1, 0, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
+        _native.core.fuse_token(0, 1, 0, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
+    with pytest.raises(ValueError, match="kind"):
+        _native.core.fuse_token(3, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
     with pytest.raises(ValueError, match="present"):
-        _native.core.fuse_token(False, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
+        _native.core.fuse_token(0, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)

@@ -30,6 +30,7 @@ from .state import Columns
 _GATE_FLOOR = 1e-6
 _FEW = 8  # sequences that are decoded natively; for more, a matrix product that keeps weights in registers is faster
 _FP8_BLOCK = 32  # side of the square blocks that share a scale in DeepSeek-V4.1's fp8 weights
+_NATIVE = (torch.float32, torch.float64, torch.bfloat16)  # as FuseKind in fuse.hpp
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -135,8 +136,8 @@ class EngramLayer(nn.Module):
         """x + update as of `forward`, for one token of each of a few sequences, by one native call. x_B1SD: [B, 1, D]
         will do for one stream. columns: where the conv's inputs lie, from the sequences' state. gate_B1S: is filled.
 
-        None where that is not possible and `forward` has to do it: the kernel takes float32 or float64 for everything,
-        on the CPU, without gradients and without hooks.
+        None where that is not possible and `forward` has to do it: the kernel takes x and weights of one dtype
+        (float32, float64, bfloat16), on the CPU, without gradients and hooks.
         """
         spec, batch, at = self.spec, len(rows_B1E), Tensor.data_ptr
         if (_native.core is None or torch.is_grad_enabled() or not 0 < batch <= _FEW or torch.compiler.is_compiling()
@@ -168,14 +169,14 @@ class EngramLayer(nn.Module):
         known = [None if weight is None else (weight.data_ptr(), weight.dtype) for weight in weights]
         if self._known == (known, dtype):  # they have been looked at
             return self._arguments
-        if dtype not in (torch.float32, torch.float64) or not all(
+        if dtype not in _NATIVE or not all(
                 type(weight) is nn.Parameter and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()
                 for weight in weights if weight is not None):
             return None
         spec = self.spec
-        eps = torch.finfo(dtype).eps if spec.eps is None else spec.eps
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps if spec.eps is None else spec.eps
         self._known = known, dtype
-        self._arguments = (dtype is torch.float64, spec.streams, spec.hidden_size, spec.width, spec.kernel, spec.order,
+        self._arguments = (_NATIVE.index(dtype), spec.streams, spec.hidden_size, spec.width, spec.kernel, spec.order,
                            eps, spec.conv_eps, spec.unit_offset, *[0 if each is None else each[0] for each in known])
         return self._arguments
 

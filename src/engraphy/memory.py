@@ -201,7 +201,9 @@ class EngramMemory(nn.Module):
         columns = state.columns(layer, x)
         if columns is None:
             return None
-        gate_B1S = None if lookup.trace is None else x.new_empty(len(x), 1, block.spec.streams)
+        gate_B1S = None
+        if lookup.trace is not None:
+            gate_B1S = torch.empty(len(x), 1, block.spec.streams, dtype=torch.promote_types(x.dtype, torch.float32))
         out = block.decode(x, lookup.rows[layer], lookup.live, columns, gate_B1S)
         if out is not None:
             state.advance(layer)

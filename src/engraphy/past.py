@@ -146,8 +146,9 @@ class Window:
             self.place = _Place(len(buffer), buffer[:, 0].numel(), buffer.dtype, buffer.is_cpu, buffer.is_inference(),
                                 buffer.data_ptr(), buffer.stride(1) * buffer.itemsize, buffer.stride(0))
         at = self.place
-        if (at is None or len(x) != at.batch or x.numel() != at.values or x.dtype is not at.dtype or not at.cpu
-                or self.ahead[:1] != [1] or self.end == self.starts.shape[1] or first < self.clear
+        if (at is None or len(x) != at.batch or x.numel() != at.values or not at.cpu
+                or torch.promote_types(x.dtype, torch.float32) is not at.dtype or self.ahead[:1] != [1]
+                or self.end == self.starts.shape[1] or first < self.clear
                 or at.inference and not torch.is_inference_mode_enabled()):
             return None
         return Columns(at.address + first * at.column, at.address + self.end * at.column, at.stride)

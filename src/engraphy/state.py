@@ -144,8 +144,8 @@ class SequenceState:
 
     def columns(self, layer: int, x_B1SD: Tensor) -> Columns | None:
         """Where a layer's next conv inputs go and the W before them lie, columns [S, D], to be written in place of
-        `push` and then told to `advance`; None where only `window` and `push` will do. x_B1SD: has their size and
-        dtype."""
+        `push` and then told to `advance`; None where only `window` and `push` will do. x_B1SD: what the layer
+        is given; conv inputs have its size, and its dtype or float32 where that is narrower."""
         window = self._window(layer)
         return window.columns(x_B1SD) if window.size else NO_COLUMNS
 

@@ -6,10 +6,12 @@
 
 namespace engraphy {
 
-// Arrays are of float, or of double where `wide`; C-contiguous, null where the layer has none. B, S, D, E, K = batch,
-// streams, hidden, width, taps.
+// What the model's values and weights are, and in brackets what is computed with.
+enum class FuseKind { f32, f64, bf16 /* f32 */ };
+
+// Arrays are C-contiguous, null where the layer has none. B, S, D, E, K = batch, streams, hidden, width, taps.
 struct FuseCall {
-    bool wide;
+    FuseKind kind;
     int64_t streams, hidden, width, taps;
     int64_t dilation;                // positions between two taps
     double eps, conv_eps;
@@ -20,13 +22,14 @@ struct FuseCall {
     const void *conv;                // [S, D, K], the last tap is the present
     int64_t batch;
     const void *x, *rows;            // [B, S, D], [B, E]
+    const bool *live;                // [B]; null = all
+    void *out;                       // [B, S, D] x with what the layer adds
+    // Of the type that is computed with:
     const void *window;              // the conv's inputs before: (K - 1) * dilation columns [S, D] of each sequence
     void *inputs;                    // the column of its inputs now, [S, D] of each sequence
     int64_t stride;                  // values from one sequence's columns to the next one's
-    const bool *live;                // [B]; null = all
-    void *out;                       // [B, S, D] x with what the layer adds
     void *gate;                      // [B, S]; null = nobody asks
-    void *keys, *values;             // [B, S*D], [B, D], for the kernel's own use
+    void *keys, *values, *widened;   // [B, S*D], [B, D], [B, E], for the kernel's own use
 };
 
 using FuseFunction = void(const FuseCall &);

@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bf16.hpp"
 #include "kernels.hpp"
 #include "mapped.hpp"
 #include "rows.hpp"
@@ -31,9 +32,6 @@ typedef uint32_t U32 __attribute__((aligned(1), may_alias));
 constexpr uint32_t quiet_nan = 0x7fc00000;
 constexpr int ahead = 8;  // rows that are on their way; 16 and 32 were no faster
 
-inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
-
 // What becomes of the bits of a float32. of_clean: the same for numbers, infinities, and NaNs whose low half is zero.
 struct ToF32 {
     typedef U32 Bits;
@@ -41,13 +39,10 @@ struct ToF32 {
     static uint32_t of_clean(uint32_t bits) { return bits; }
 };
 
-// To nearest even; a NaN is made quiet and keeps its sign.
 struct ToBf16 {
     typedef U16 Bits;
-    static uint16_t of(uint32_t bits) {
-        return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : of_clean(bits));
-    }
-    static uint16_t of_clean(uint32_t bits) { return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); }
+    static uint16_t of(uint32_t bits) { return bf16_of(bits); }
+    static uint16_t of_clean(uint32_t bits) { return bf16_rounded(bits); }
 };
 
 // The bits of a float32 v from the exponent and mantissa bits of a narrower format, shifted to where float32 has them;
