@@ -9,7 +9,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import engraphy
 from engraphy import EngramConfig, VocabMap
@@ -106,7 +113,8 @@ def test_the_cost_is_told_before_anything_is_allocated(model, config, caplog):
     with caplog.at_level("INFO", logger="engraphy"):
         memory = engraphy.attach(model, config)
     told = engraphy.hf.cost(config)
-    assert str(told) in caplog.text
+    first, then = (record.getMessage() for record in caplog.records)
+    assert str(told) in first and "MB of RAM are free" in first and then.startswith("serving")
     assert told.table_bytes == sum(store.info.bytes for store in memory.stores.values())
     assert told.dense_parameters == sum(parameter.numel() for parameter in memory.parameters())
 
@@ -116,6 +124,54 @@ def test_a_table_beyond_the_ram_is_refused_and_the_model_is_as_it_was(model):
     with pytest.raises(ConfigError, match="of RAM are free"):
         engraphy.attach(model, huge)
     assert not hasattr(model, "engraphy")
+
+
+def test_a_memory_of_another_model_is_refused_unless_that_is_said(model, config, ids_BT, tmp_path):
+    memory = wake(engraphy.attach(model, config))
+    memory.save(tmp_path / "memory")
+    engraphy.detach(model)
+    wider = copy.deepcopy(model)
+    wider.resize_token_embeddings(VOCAB + 3)
+    mistral = AutoModelForCausalLM.from_config(MistralConfig(**{name: getattr(model.config, name) for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads")}))
+    for other, told in ((wider, "'vocab_size': 100"), (mistral, "'model_type': 'mistral'")):
+        for call in (lambda other=other: engraphy.load(other, tmp_path / "memory"),
+                     lambda other=other: engraphy.attach(other, memory)):
+            with pytest.raises(DigestMismatch, match=told):
+                call()
+        assert not hasattr(other, "engraphy")
+    memory.made_for = None
+    engraphy.attach(wider, memory)
+    assert engraphy.detach(wider).made_for == {"model_type": "llama", "vocab_size": VOCAB + 3}
+    body = json.loads((tmp_path / "memory" / "memory.json").read_text())
+    del body["made_for"]  # as memories were once saved
+    (tmp_path / "memory" / "memory.json").write_text(json.dumps(body))
+    engraphy.load(mistral, tmp_path / "memory")
+
+
+def test_a_model_and_its_decoder_have_one_memory_between_them(model, config):
+    for first, second in ((model, model.model), (model.model, model)):
+        engraphy.attach(first, config)
+        with pytest.raises(ConfigError, match="carries one"):
+            engraphy.attach(second, config)
+        engraphy.detach(first)
+
+
+def test_a_block_that_did_not_take_from_the_memory_is_noticed(model, config, ids_BT):
+    wake(engraphy.attach(model, config))
+    model.config.num_hidden_layers = 2  # as drafting by an early exit does: layer 2 is not meant to run
+    model(ids_BT, use_cache=False)
+    model.config.num_hidden_layers = 4
+    model.model.layers[2]._forward_pre_hooks.clear()
+    with pytest.raises(InputError, match="layer 2: expected its block to take"):
+        model(ids_BT)
+
+
+def test_a_memory_is_not_pickled(model, config, tmp_path):
+    engraphy.attach(model, config)
+    with pytest.raises(ConfigError, match="memory.save"):
+        torch.save(model, tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("change, error, match", [

@@ -450,6 +450,20 @@ def test_gradients_that_nobody_drains_are_noticed(monkeypatch):
             run(memory, ids, x).sum().backward()
 
 
+def test_a_dense_step_past_waiting_row_gradients_is_noticed_at_once():
+    memory = make_memory().train()
+    ids, x = sample(1, 3)
+    dense = torch.optim.AdamW(memory.parameters())
+    for _ in range(3):  # accumulated
+        run(memory, ids, x).sum().backward()
+    dense.step()
+    memory.drain_row_grads()
+    run(memory, ids, x).sum().backward()
+    dense.step()
+    with pytest.warns(UserWarning, match="2 row gradients wait .* so no row learns"):
+        run(memory, ids, x).sum().backward()
+
+
 @pytest.mark.parametrize("bad", [{"std": float("nan"), "seed": 0}, {"std": -1.0, "seed": 0}, {"std": 1.0, "seed": -1}])
 def test_init_rows_refuses_what_cannot_be_meant(bad):
     with pytest.raises(ConfigError, match="init_rows: expected"):

@@ -98,6 +98,8 @@ class EngramMemory(nn.Module):
     config, vocab: what is addressed. store: "ram:" (a new table of `row_format`, all zeros until `init_rows`), the
     URL of a table ("file:DIR"; the format is read from it), an open Table (mode "w" to train it in place), or
     {layer: RowStore} with `row_format` given where the stores do not know it.
+    made_for: what `hf.attach` tells of the model that it was attached to; saved with it, and checked where it is
+    attached again. None = not known, nothing is checked.
     rows_require_grad: None = rows learn where any parameter of their layer does, so `requires_grad_` on the memory or
     on a model around it reaches them; True or False = whatever the parameters do.
     Raises DigestMismatch where the table was made for other addresses, ConfigError where sizes differ.
@@ -115,7 +117,9 @@ class EngramMemory(nn.Module):
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
         self._windows = dict.fromkeys(self.layers, config.layer.window)
         self.row_grads: list[RowGrad] = []
+        self._steps = 0  # of the dense optimiser, when the first of row_grads came: versions of its parameters
         self.rows_require_grad: bool | None = None
+        self.made_for: dict[str, Any] | None = None
         logging.getLogger("engraphy").info("serving %s", describe(self.stores))
 
     @property
@@ -243,6 +247,20 @@ class EngramMemory(nn.Module):
         raise ConfigError("a memory is not copied with its model, nor by PEFT as one of modules_to_save: detach it "
                           "first; memory.save and EngramMemory.load make another one")
 
+    def _warn_if_undrained(self) -> None:
+        """Before a row gradient joins those that wait: has the dense optimiser stepped since the first of them?"""
+        pending, steps = len(self.row_grads), sum(parameter._version for parameter in self.blocks.parameters())
+        if not pending:
+            self._steps = steps
+        if steps != self._steps or pending == _MANY_PENDING:
+            warnings.warn(f"{pending} row gradients wait in row_grads and nothing drains them, so no row learns: train "
+                          "with OptimizerPair or hf.trainer_kwargs, or set rows_require_grad = False", stacklevel=3)
+            self._steps = steps
+
+    def __getstate__(self) -> Any:
+        raise ConfigError("a memory is not pickled, since its rows lie in stores; save it with memory.save, or with "
+                          "its model by hf.save_pretrained")
+
     def _learns(self, layer: int) -> bool:
         if not (self.training and torch.is_grad_enabled()):
             return False
@@ -258,9 +276,7 @@ class EngramMemory(nn.Module):
         def hand_over(leaf: Tensor) -> None:
             assert leaf.grad is not None
             grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
-            if len(self.row_grads) == _MANY_PENDING:
-                warnings.warn(f"{_MANY_PENDING} row gradients wait in row_grads and nothing drains them: give the "
-                              "memory a row optimiser, or set rows_require_grad = False", stacklevel=2)
+            self._warn_if_undrained()
             self.row_grads.append(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
             leaf.grad = None
 

@@ -61,7 +61,8 @@ def _write(memory: EngramMemory, path: Path, table: str, info: StoreInfo) -> Non
     tensors = {name: value.contiguous() for name, value in memory.blocks.state_dict().items()}
     identity = {"table_id": str(table_id), "address_digest": memory.address_digest}
     save_file(tensors, path / "memory.safetensors", metadata=identity)
-    body = {"format": _FORMAT, "config": memory.config.to_json(), "table": where, **identity}
+    body = {"format": _FORMAT, "config": memory.config.to_json(), "made_for": memory.made_for, "table": where,
+            **identity}
     (path / "memory.json").write_text(json.dumps(body, indent=1))
 
 
@@ -88,6 +89,7 @@ def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | No
     _check_shapes(memory, path, tensors)
     memory.blocks.to(next(iter(tensors.values())).dtype)
     memory.blocks.load_state_dict(tensors)
+    memory.made_for = body["made_for"]
     return memory
 
 
@@ -126,12 +128,15 @@ def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
         if body["format"] != _FORMAT:
             raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {body['format']!r}")
         fields = {name: body[name] for name in ("table", "table_id", "address_digest")}
+        fields["made_for"] = body.get("made_for")  # memories that were saved before it was kept have none
         return fields, EngramConfig.from_json(body["config"])
     except EngraphyError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
+        inside = path / "engraphy"  # where hf.save_pretrained has it
+        hint = f"; load {inside}, or the whole model" if (inside / "memory.json").exists() else ""
         raise ConfigError(f"{path}: expected memory.json of a saved memory ({_FORMAT}), "
-                          f"found {type(error).__name__}: {error}") from None
+                          f"found {type(error).__name__}: {error}{hint}") from None
 
 
 def _read_vocab(path: Path) -> VocabMap:

@@ -170,7 +170,8 @@ class SequenceState:
             raise InputError(f"crop: expected a number of tokens from 0 on, found {tokens!r}")
         if tokens > self._room:
             raise StateTooShort(f"crop: asked to take back {tokens} tokens, {self._room} are possible: "
-                                f"{self.length} were seen, and the margin is {self.margin} since the longest point")
+                                f"{self.length} were seen, and the margin is {self.margin} since the longest point "
+                                "(attach, load and memory.state take margin=)")
         self._past.end -= int(tokens)
         self.length -= int(tokens)
         self._room -= int(tokens)

@@ -12,7 +12,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from ..table import Table
 from ..vocab import VocabMap
 from .backbone import Backbone, find_backbone, find_dtype, free_ram, read_batch, same_device, unwrapped
 from .cache import memory_layer, ready_layer, tokens_seen
+from .probe import check_joins
 
 _uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
 _LOOKUP = "engraphy_lookup"  # the keyword argument on its way from the decoder to its blocks
@@ -68,16 +69,17 @@ def attach(model: nn.Module, config: EngramConfig | EngramMemory, vocab: VocabMa
     model's own parameters stay trainable or frozen as they are; its `save_pretrained` leaves the memory out, which has
     its own `save`.
     Raises ConfigError for a model that cannot be joined, has a memory already, has other sizes or no such layer, and
-    where the table does not fit into the free RAM; DigestMismatch for a table of other addresses. A model that could
-    not be given its memory is as it was.
+    where the table does not fit into the free RAM; DigestMismatch for a table of other addresses, and for a memory that
+    was made for another model (`memory.made_for`). A model that could not be given its memory is as it was.
     """
     backbone = find_backbone(model)
-    _check_free(model)
+    _check_free(model, backbone)
+    _check_fits(backbone, config if isinstance(config, EngramConfig) else config.config)
+    check_joins(model, backbone)
     if isinstance(config, EngramMemory):
+        _check_made_for(backbone, config)
         memory = config.train(model.training)
-        _check_sizes(backbone, memory.config)
     else:
-        _check_sizes(backbone, config)
         memory = _make(model, config, vocab, store, row_format, std, seed, dtype)
     _Attachment(memory, backbone, margin).install(unwrapped(model))
     return memory
@@ -104,21 +106,26 @@ def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = Non
     tokenizer: the model's; where it is given, its vocabulary map has to be the saved one. Raises as `attach` and
     `EngramMemory.load` do, DigestMismatch for another tokenizer; nothing is left half attached.
     """
-    backbone = find_backbone(model)
-    _check_free(model)
+    _check_free(model, find_backbone(model))
     memory = EngramMemory.load(path, store)
     try:
-        _check_sizes(backbone, memory.config)
         if tokenizer is not None:
             found = VocabMap.from_tokenizer(tokenizer, raw_size=memory.vocab.raw_size).digest
             if found != memory.vocab.digest:
                 raise DigestMismatch(f"{path}: made for a vocabulary map of digest {memory.vocab.digest}, "
                                      f"the tokenizer's is {found}")
+        return attach(model, memory, margin=margin)
     except BaseException:
         for each in memory.stores.values():
             each.close()
         raise
-    return attach(model, memory, margin=margin)
+
+
+class _Passing(NamedTuple):
+    """What a decoder hands to its blocks: a lookup, and the layers whose block has taken from it."""
+
+    lookup: Lookup
+    reached: set[int]
 
 
 class _Attachment:
@@ -134,15 +141,12 @@ class _Attachment:
         memory, blocks = self.memory, self.backbone.blocks
         if isinstance(getattr(memory, "_attachment", None), _Attachment):
             raise ConfigError("the memory is attached to a model; detach it there first")
-        devices = {layer: same_device(blocks[layer]) for layer in memory.layers}
-        for layer, device in devices.items():
-            if device.type == "meta":
-                raise ConfigError(f"layer {layer}: expected its weights on a device, found them offloaded or not "
-                                  "loaded; keep the memory's layers on a device in the device_map")
-        for layer, device in devices.items():
-            memory.blocks[str(layer)].to(device)
+        for layer in memory.layers:
+            memory.blocks[str(layer)].to(same_device(blocks[layer]))
+        torch.compiler.reset()  # a compiled model does not notice hooks that come or go
         model.add_module("engraphy", memory)
         object.__setattr__(memory, "_attachment", self)
+        memory.made_for = made_for(self.backbone)
         self.unsaved = {f"engraphy.{name}" for name in memory.state_dict()}
         kept = getattr(model, "_keys_to_ignore_on_save", None)
         model._keys_to_ignore_on_save = set(kept or ()) | self.unsaved
@@ -156,6 +160,8 @@ class _Attachment:
     def remove(self, model: Any) -> None:
         for handle in self.handles:
             handle.remove()
+        torch.compiler.reset()
+        self.memory.made_for = made_for(self.backbone)
         del model.engraphy
         model._keys_to_ignore_on_save -= self.unsaved
         object.__setattr__(self.memory, "_attachment", None)
@@ -174,26 +180,33 @@ class _Attachment:
             layer = ready_layer(cache, self.memory, len(self.backbone.blocks), len(ids_BT), seen, self.margin)
         self._warn_if_frozen()
         lookup: Any = self.memory.lookup
-        given[_LOOKUP] = lookup(ids_BT, layer and layer.state, live, starts, trace)
+        given[_LOOKUP] = _Passing(lookup(ids_BT, layer and layer.state, live, starts, trace), set())
         if layer is not None:
             layer.whole = False
         return (), given
 
     @_uncompiled
     def after_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        layer = memory_layer(kwargs.get("past_key_values"))
-        if layer is not None:
-            layer.whole = True
+        reached, depth = kwargs[_LOOKUP].reached, self.backbone.config.num_hidden_layers  # fewer in an early exit
+        for layer in self.memory.layers:
+            if layer not in reached and layer < depth:
+                raise InputError(f"layer {layer}: expected its block to take from the memory, found that it has not: "
+                                 "code compiled for another block runs in its place; compile the blocks "
+                                 "(block.compile()), not the model")
+        state = memory_layer(kwargs.get("past_key_values"))
+        if state is not None:
+            state.whole = True
 
     @_uncompiled
     def before_layer(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        lookup = kwargs.pop(_LOOKUP, None)
-        if not isinstance(lookup, Lookup):
+        passing = kwargs.pop(_LOOKUP, None)
+        if not isinstance(passing, _Passing):
             raise InputError(f"layer {layer}: expected a lookup from the decoder's forward, found none: the block was "
                              f"called by itself, or {type(self.backbone.decoder).__name__} hands no keyword on")
+        passing.reached.add(layer)
         if args:
-            return (self.memory.apply(layer, args[0], lookup), *args[1:]), kwargs
-        kwargs["hidden_states"] = self.memory.apply(layer, kwargs["hidden_states"], lookup)
+            return (self.memory.apply(layer, args[0], passing.lookup), *args[1:]), kwargs
+        kwargs["hidden_states"] = self.memory.apply(layer, kwargs["hidden_states"], passing.lookup)
         return args, kwargs
 
     def _makes_cache(self, given: dict[str, Any]) -> bool:
@@ -234,23 +247,41 @@ def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store:
 
 def _tell_cost(config: EngramConfig, row_format: RowFormat | str, dtype: torch.dtype, fresh: bool) -> None:
     takes, free = cost(config, row_format, dtype), free_ram()
-    _log.info("attaching a memory to layers %s: %s", list(config.hash.layer_ids), takes)
+    _log.info("attaching a memory to layers %s: %s; %s MB of RAM are free", list(config.hash.layer_ids), takes,
+              "?" if free is None else f"{free / 1e6:,.1f}")
     if fresh and free is not None and takes.table_bytes + takes.dense_bytes > free:
         raise ConfigError(f"the memory takes {takes}, {free / 1e6:,.1f} MB of RAM are free: give fewer rows_per_head, "
                           "a smaller dim or row_format, or a table on disk as store")
 
 
-def _check_free(model: nn.Module) -> None:
-    if hasattr(unwrapped(model), "engraphy"):
+def made_for(backbone: Backbone) -> dict[str, Any]:
+    """What a memory keeps of the model that it was trained in."""
+    return {name: getattr(backbone.config, name, None) for name in ("model_type", "vocab_size")}
+
+
+def _check_made_for(backbone: Backbone, memory: EngramMemory) -> None:
+    found = made_for(backbone)
+    if memory.made_for not in (None, found):
+        raise DigestMismatch(f"the memory was made for {memory.made_for}, the model is {found}; "
+                             "memory.made_for = None takes it across")
+
+
+def _check_free(model: nn.Module, backbone: Backbone) -> None:
+    hooks = backbone.decoder._forward_pre_hooks.values()
+    inside = any(isinstance(module, EngramMemory) for module in unwrapped(model).modules())
+    if inside or any(isinstance(getattr(hook, "__self__", None), _Attachment) for hook in hooks):
         raise ConfigError("the model has a memory: a model carries one; detach it first, or give one memory more "
                           "layers")
 
 
-def _check_sizes(backbone: Backbone, config: EngramConfig) -> None:
+def _check_fits(backbone: Backbone, config: EngramConfig) -> None:
     depth, name = len(backbone.blocks), type(backbone.decoder).__name__
     for layer in config.hash.layer_ids:
         if layer >= depth:
             raise ConfigError(f"{name}: expected layers 0 to {depth - 1}, the memory has layer {layer}")
+        if same_device(backbone.blocks[layer]).type == "meta":
+            raise ConfigError(f"layer {layer}: expected its weights on a device, found them offloaded or not "
+                              "loaded; keep the memory's layers on a device in the device_map")
     expected = (backbone.hidden_size, backbone.streams)
     found = (config.layer.hidden_size, config.layer.streams)
     if found != expected:

@@ -80,6 +80,9 @@ def read_batch(arguments: dict[str, Any], seen: int) -> tuple[Tensor, Tensor | N
     that go up by one or begin again at 0. And where padding stands between tokens of one sequence.
     """
     ids, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if arguments.get("cache") is not None:
+        raise InputError(f"cache: a memory's state travels in past_key_values, which "
+                         f"{type(arguments['cache']).__name__} has no place for; use generate(), not generate_batch()")
     if ids is None:
         raise InputError("the memory looks up token ids: expected input_ids, found inputs_embeds alone; "
                          "detach the memory to run the model on embeddings")
@@ -96,7 +99,8 @@ def read_batch(arguments: dict[str, Any], seen: int) -> tuple[Tensor, Tensor | N
         if mask.shape[0] != batch or mask.shape[1] < seen + tokens:
             raise InputError(f"attention_mask: expected [{batch}, at least {seen + tokens}], found {list(mask.shape)}")
         return ids, _live(mask[:, :seen + tokens], tokens, starts), starts
-    if positions is None or bool(((positions.diff() != 1) & (positions[:, 1:] != 0)).any()):
+    if positions is None or bool(((positions.diff() != 1) & (positions[:, 1:] != 0)).any()) \
+            or not seen and bool((positions[:, 0] != 0).any()):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"attention_mask: expected [B, T], or position_ids that go up by one and begin at 0 in each "
                          f"document, found {found} and {'no' if positions is None else 'other'} position_ids")
