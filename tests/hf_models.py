@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.deepseek_v4 import modeling_deepseek_v4
 
 import engraphy
 from engraphy import EngramConfig, EngramMemory
@@ -71,6 +75,30 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     model.generation_config.num_assistant_tokens = 4
     model.generation_config.num_assistant_tokens_schedule = "constant"
     return model
+
+
+class _Doubled:
+    """The module torch, with float64 for float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def all_in_float64() -> Iterator[None]:
+    """What the DeepSeeks compute in float32, whatever their dtype, is computed in float64 where their dtype is."""
+    narrow = torch.Tensor.float
+
+    def as_wide(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if self.dtype is torch.float64 else narrow(self, *args, **kwargs)
+
+    with ExitStack() as patches:
+        for module in (modeling_deepseek_v3, modeling_deepseek_v4):
+            patches.enter_context(mock.patch.object(module, "torch", _Doubled()))
+        patches.enter_context(mock.patch.object(torch.Tensor, "float", as_wide))
+        yield
 
 
 def wake(memory: EngramMemory) -> EngramMemory:

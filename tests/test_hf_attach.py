@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from hf_models import FAMILIES, build
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -65,6 +66,29 @@ def test_a_fresh_memory_changes_no_logit_and_detach_gives_the_model_back(model, 
     assert list(model.state_dict()) == keys and not hasattr(model, "engraphy")
     for module in model.modules():
         assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_fresh_memory_and_a_detached_one_leave_every_family_bit_for_bit(family, ids_BT):
+    model = build(family, torch.float32)
+
+    def answers():
+        text = model.generate(ids_BT, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+                              output_logits=True)
+        return torch.cat([model(ids_BT).logits, torch.stack(text.logits, 1)], 1)
+
+    before, weights = answers(), {name: value.clone() for name, value in model.state_dict().items()}
+    config = EngramConfig.for_model(model.config, layers=(1, 2), heads=2, rows_per_head=101, dim=8)
+    wake(engraphy.attach(model, config)).eval()
+    assert not torch.equal(answers(), before)
+    engraphy.detach(model)
+    assert torch.equal(answers(), before)
+    engraphy.attach(model, config)
+    assert torch.equal(answers(), before)
+    engraphy.detach(model)
+    after = model.state_dict()
+    assert list(after) == list(weights) and all(torch.equal(after[name], weights[name]) for name in weights)
 
 
 def test_an_awake_memory_changes_the_logits_and_can_be_attached_again(model, config, ids_BT):
