@@ -1,5 +1,7 @@
 # make demo   install into .venv and run `engraphy demo`
 # make test   install with the development tools, run all tests, print coverage
+# make test-transformers VERSION=5.20.0
+#             what joins transformers, against another version of it
 # make check  ruff, pyright and the import-direction test
 #
 # ENGRAPHY_REQUIRE_NATIVE=true demands the C++ core; without it a machine that cannot build it
@@ -28,7 +30,7 @@ endef
 MATRIX := tests/test_hf_matrix.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test check clean
+.PHONY: demo test test-transformers check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -37,6 +39,12 @@ demo: $(VENV)/installed-user
 test: $(VENV)/installed-dev
 	$(PYTEST) --cov --cov-report=term:skip-covered --ignore $(MATRIX)
 	$(PYTEST) $(MATRIX)
+
+test-transformers: $(VENV)/installed-dev
+	@test -n "$(VERSION)" || { echo "expected make test-transformers VERSION=5.20.0" >&2; exit 1; }
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
+		--target build/transformers-$(VERSION) "transformers==$(VERSION)"
+	PYTHONPATH=build/transformers-$(VERSION) $(PYTEST) $(wildcard tests/test_hf_*.py)
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

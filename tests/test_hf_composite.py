@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     Trainer,
     TrainingArguments,
@@ -209,6 +210,28 @@ def test_a_detached_model_saves_itself_as_the_backbone_that_it_is(saved, base, i
     assert not (tmp_path / "bare" / "engraphy").exists() and not hasattr(again, "engraphy")
     assert torch.equal(logits(again, ids_BT), logits(AutoModelForCausalLM.from_pretrained(base), ids_BT))
     assert not torch.allclose(logits(again, ids_BT), logits(AutoModelForCausalLM.from_pretrained(saved), ids_BT))
+
+
+def test_the_backbones_own_class_reads_the_backbone_alone(saved, base, ids_BT):
+    """As docs/attaching.md says: transformers finds the class's own config within this one, and nobody is asked."""
+    loaded = LlamaForCausalLM.from_pretrained(saved)
+    assert not hasattr(loaded, "engraphy")
+    assert torch.equal(logits(loaded, ids_BT), logits(AutoModelForCausalLM.from_pretrained(base), ids_BT))
+
+
+def test_a_model_whose_vocabulary_was_resized_loads_as_one(base, ids_BT, tmp_path):
+    model = remembering(base)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    save_pretrained(model, tmp_path / "wider")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "wider")
+    assert torch.equal(logits(loaded, ids_BT), logits(model, ids_BT))
+
+
+def test_the_memory_within_the_directory_is_named_where_the_directory_is_taken_for_it(saved, base):
+    bare = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ConfigError, match="; load .*engraphy, or the whole model"):
+        engraphy.load(bare, saved)
+    engraphy.load(bare, saved / "engraphy")
 
 
 def test_loading_tells_what_the_backbone_tells(saved):

@@ -79,12 +79,13 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted_bit_for_bit(straight,
     assert [line["loss"] for line in run.state.log_history if "loss" in line] == losses
 
 
-def test_a_run_of_row_adagrad_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("adagrad, changes", [(True, {}), (False, {"bf16": True})], ids=["row adagrad", "bf16"])
+def test_other_rows_optimisers_and_bf16_resume_bit_for_bit(adagrad, changes, tmp_path):
     ends = []
     for resume in (0, 1):
         model = tiny_model(seed=resume)
         memory = attach_tiny(model, seed=resume)
-        run = tiny_trainer(model, memory, tmp_path, RowAdagrad(memory, lr=0.1), **LONG)
+        run = tiny_trainer(model, memory, tmp_path, RowAdagrad(memory, lr=0.1) if adagrad else None, **LONG, **changes)
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
         ends.append(everything(run, memory))
     assert same(*ends)
@@ -388,6 +389,13 @@ def test_a_trainer_that_was_given_only_part_of_it_is_an_error(tmp_path):
     given.pop("optimizer_cls_and_kwargs")
     with pytest.raises(ConfigError, match="expected the optimiser of trainer_kwargs, found AdamW"):
         Trainer(model=model, train_dataset=token_data(), **given).train()
+
+
+def test_a_trainer_that_was_told_nothing_of_the_memory_says_so_at_its_second_step(tmp_path):
+    model = tiny_model()
+    attach_tiny(model)
+    with pytest.warns(UserWarning, match="2 row gradients wait .* hf.trainer_kwargs"):
+        Trainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=token_data()).train()
 
 
 def test_a_memory_that_the_model_does_not_have_is_refused(tmp_path):

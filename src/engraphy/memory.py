@@ -117,7 +117,7 @@ class EngramMemory(nn.Module):
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
         self._windows = dict.fromkeys(self.layers, config.layer.window)
         self.row_grads: list[RowGrad] = []
-        self._steps = 0  # of the dense optimiser, when the first of row_grads came: versions of its parameters
+        self._dense = torch.empty(0)  # of the parameters, when the last of row_grads came
         self.rows_require_grad: bool | None = None
         self.made_for: dict[str, Any] | None = None
         logging.getLogger("engraphy").info("serving %s", describe(self.stores))
@@ -248,14 +248,16 @@ class EngramMemory(nn.Module):
                           "first; memory.save and EngramMemory.load make another one")
 
     def _warn_if_undrained(self) -> None:
-        """Before a row gradient joins those that wait: has the dense optimiser stepped since the first of them?"""
-        pending, steps = len(self.row_grads), sum(parameter._version for parameter in self.blocks.parameters())
-        if not pending:
-            self._steps = steps
-        if steps != self._steps or pending == _MANY_PENDING:
+        """Before a row gradient joins those that wait: has the dense optimiser stepped since the last of them?"""
+        pending = len(self.row_grads)
+        # Values, not versions: fused optimisers write past those. A few of each parameter will do.
+        some = [parameter.detach().reshape(-1)[:4].float().cpu() for parameter in self.blocks.parameters()
+                if parameter.requires_grad]
+        dense = torch.cat(some) if some else torch.empty(0)
+        if pending and (pending == _MANY_PENDING or not torch.equal(dense, self._dense)):
             warnings.warn(f"{pending} row gradients wait in row_grads and nothing drains them, so no row learns: train "
                           "with OptimizerPair or hf.trainer_kwargs, or set rows_require_grad = False", stacklevel=3)
-            self._steps = steps
+        self._dense = dense
 
     def __getstate__(self) -> Any:
         raise ConfigError("a memory is not pickled, since its rows lie in stores; save it with memory.save, or with "
