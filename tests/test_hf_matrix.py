@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_models import FAMILIES, all_in_float64, run_of
 from hf_modes import FORWARD, TEXT
+from packaging.version import Version
 
 EXACT = 1e-9
 ROUNDING = 1e-4  # what float32 parts of a model may cost; a mode that fails is beyond it
@@ -63,6 +65,9 @@ BARE_ROUNDS = {
     (ANY, "left padding, no positions, cached"): "rotary tables are float32, and the positions are shifted",
     (ANY, "quantised cache"): "codes of 32 bits",
 }
+if Version(transformers.__version__) < Version("5.23"):
+    BARE_FAILS["deepseek_v4", "beams"] = (_OTHER, "its compressors' state does not follow the beams")
+    BARE_ROUNDS |= {(family, "compiled layers"): "compiled code keeps its float32" for family in ("mixtral", "gemma3")}
 MODES = FORWARD | TEXT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import os
 import pickle
 import weakref
 
@@ -18,6 +19,7 @@ from engraphy.prefetch import FEW_ROWS
 from engraphy.rows import RowFormat
 from engraphy.state import SequenceState
 from engraphy.store import ReloadableStore
+from engraphy.table import Table
 from engraphy.token_reader import TokenReader
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason=_native.reason)
@@ -29,7 +31,7 @@ SPECS = {"demo": HashSpec.demo(LAYERS, (2, 3), 2, 53, vocab_size=40, pad_id=0),
 FORMATS = [RowFormat("f32", 8), RowFormat("bf16", 8), RowFormat("int4", 8)]
 
 
-def make_memory(spec: HashSpec, fmt: RowFormat = FORMATS[0], seed: int = 0, **arguments) -> EngramMemory:
+def make_memory(spec: HashSpec, fmt: RowFormat | None = FORMATS[0], seed: int = 0, **arguments) -> EngramMemory:
     table = np.arange(VOCAB) % 40
     table[DEAD] = -1
     config = EngramConfig(spec, LayerSpec(16, spec.columns * 8, 1, order=spec.order), 8)
@@ -136,10 +138,40 @@ def test_more_rows_than_a_few_gradients_and_the_first_tokens_go_the_long_way(nat
 
 
 @torch.no_grad()
-def test_rows_on_disk_go_the_long_way_and_a_table_loaded_anew_is_read(tmp_path, native):
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_rows_of_a_mapped_table_are_read_at_once_where_they_are_in_memory(tmp_path, native, fmt):
+    memory = make_memory(SPECS["demo"], fmt)
+    table = Table.create(tmp_path / "table", memory.config, fmt, memory.vocab)
+    disk = make_memory(SPECS["demo"], fmt, store=table)
+    ours, theirs = (each.state(2).extend([[8, 9], [10, 11]]) for each in (disk, memory))
+    first, *tokens = torch.randint(8, VOCAB, (40, 2, 1))
+    assert not disk.lookup(first, ours).rows[1].any() and steps(memory, first, theirs).rows[1].any()
+    assert native == [False]  # nothing was written, and what a file does not hold is not in memory
+    disk.init_rows(std=1.0, seed=0)
+    for ids in tokens:
+        assert_equal(disk, disk.lookup(ids, ours), ours, steps(memory, ids, theirs), theirs)
+    assert all(native[1:])
+
+
+@torch.no_grad()
+def test_where_the_system_does_not_tell_what_is_in_memory_mapped_rows_go_the_long_way(tmp_path, native, monkeypatch):
     memory = make_memory(SPECS["demo"])
     memory.write_table(tmp_path / "table")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "geteuid", lambda: os.stat(tmp_path).st_uid + 1)
     disk = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}")
+    assert not any(store.tells_residency for store in disk.stores.values())
+    state = disk.state(1)
+    disk.lookup(torch.tensor([[3, 4, 5]]), state)
+    disk.lookup(torch.tensor([[6]]), state)
+    assert native == [False]
+
+
+@torch.no_grad()
+def test_rows_that_are_read_by_threads_go_the_long_way_and_a_table_loaded_anew_is_read(tmp_path, native):
+    memory = make_memory(SPECS["demo"])
+    memory.write_table(tmp_path / "table")
+    disk = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}?read=pread")
     populated = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}?populate=1")
     other = make_memory(SPECS["demo"], seed=1)
     stores = {layer: ReloadableStore(memory.stores[layer]) for layer in LAYERS}
@@ -254,6 +286,9 @@ def test_what_was_read_is_counted():
 
 def test_the_native_reader_refuses_sizes_that_cannot_be():
     memory = make_memory(SPECS["demo"])
-    for shards, shard_rows, rows in (([1], [5], [5]), ([0, 1], [5, 5], [5, 5]), ([1, 1], [0, 5], [5, 5])):
+    fit = [1, 1], [5, 5], [5, 5], [0, 1]
+    _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, 32, *fit)
+    for row_bytes, *wrong in ((32, [1], [5], [5], [0]), (32, [0, 1], *fit[1:]), (32, [1, 1], [0, 5], *fit[2:]),
+                              (32, *fit[:3], [0]), (0, *fit)):
         with pytest.raises(ValueError):
-            _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, shards, shard_rows, rows)
+            _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, row_bytes, *wrong)

@@ -38,8 +38,8 @@ class TokenReader:
     def read(self, ids_B1: Tensor, state: SequenceState) -> dict[int, Tensor] | None:
         """Rows by layer, f32 [B, 1, E]; `state` is extended by the ids.
 
-        None, and nothing is changed, where it takes the steps one by one: rows that are not in memory, ids without a
-        token or out of range, a document's beginning within the look-back, many sequences, something that is wrong.
+        None, and nothing is changed, where it takes the steps one by one: rows that are not in memory now, ids without
+        a token or out of range, a document's beginning within the look-back, many sequences, something that is wrong.
         """
         begun, stores = time.perf_counter_ns(), self._stores
         batch, layers, width = len(ids_B1), len(stores), self._addresser.spec.columns
@@ -63,15 +63,17 @@ class TokenReader:
         return dict(zip(stores, rows_LB1E.unbind(), strict=True))
 
     def _reader_of(self, shards: list[Any]) -> _Native | None:
-        """The native reader of mapped rows that are in memory, None for others."""
+        """The native reader of rows that are in memory, or mapped and the system tells whether they are; None for
+        others."""
         stores, fmt, known = self._stores.values(), self._format, self._known
-        if _native.core is None or not all(shards) or not all([store.in_memory for store in stores]):
+        if _native.core is None or not all(shards) or not all([each.in_memory or each.tells_residency
+                                                               for each in stores]):
             return None
         if known is None or not all([at.first() is shard[0] for at, shard in zip(known.at, shards, strict=True)]):
             at = [rows.addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
-            reader = _native.core.TokenReader(self._addresser.plan, fmt.kind, fmt.d, fmt.scale or 1.0,
+            reader = _native.core.TokenReader(self._addresser.plan, fmt.kind, fmt.d, fmt.scale or 1.0, fmt.row_bytes,
                                               [each.address for each in at], [each.shard_rows for each in at],
-                                              [each.rows for each in at])
+                                              [each.rows for each in at], [not store.in_memory for store in stores])
             self._known = known = _Native(reader, at)
         return known
 

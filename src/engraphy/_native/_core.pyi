@@ -53,7 +53,7 @@ def gather_rows(
     checked the ids. Raises ValueError for sizes that cannot be."""
 
 def fuse_token(
-    wide: bool,
+    kind: int,
     streams: int,
     hidden: int,
     width: int,
@@ -213,12 +213,15 @@ class TokenReader:
         kind: str,
         d: int,
         scale: float,
+        row_bytes: int,
         shards: Sequence[int],
         shard_rows: Sequence[int],
         rows: Sequence[int],
+        on_disk: Sequence[int],
     ) -> None:
-        """kind, d, scale, and of each layer shards, shard_rows and rows: as for `read_rows`. Raises ValueError for
-        sizes that cannot be."""
+        """kind, d, scale, and of each layer shards, shard_rows and rows: as for `read_rows`. on_disk: layers whose rows
+        may not be in memory; each row that is asked for is asked after with mincore. Raises ValueError for sizes that
+        cannot be."""
 
     def read(self, ids: int, batch: int, oldest: int, next: int, stride: int, out: int) -> bool:
         """Writes rows as numbers to out: float32 [layers, batch, C * d], and the ids to the column `next`.

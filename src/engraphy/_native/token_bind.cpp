@@ -2,6 +2,9 @@
 // what the sequences' state keeps. engraphy/address.py, rows.py and past.py are the plain version of its three steps.
 #include "bind.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -16,14 +19,31 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
+// Whether these bytes of a mapped file are in memory, as far as the system tells.
+bool resident(const uint8_t *bytes, int64_t size) {
+    static const uintptr_t page = sysconf(_SC_PAGESIZE);
+    const uintptr_t end = (uintptr_t)bytes + size;
+    for (uintptr_t at = (uintptr_t)bytes & ~(page - 1); at < end; at += page) {
+        unsigned char there;
+        if (mincore((void *)at, page, &there) || !(there & 1)) return false;
+    }
+    return true;
+}
+
 class TokenReader {
   public:
-    TokenReader(const Plan &plan, const std::string &kind, int64_t d, float scale, std::vector<uintptr_t> shards,
-                std::vector<int64_t> shard_rows, std::vector<int64_t> rows)
-        : plan_(plan), d_(d), columns_(plan.sizes().order_count * plan.sizes().heads) {
+    // on_disk: layers whose rows may not be in memory: it is asked for each of them, and `read` does nothing unless all
+    // are.
+    TokenReader(const Plan &plan, const std::string &kind, int64_t d, float scale, int64_t row_bytes,
+                std::vector<uintptr_t> shards, std::vector<int64_t> shard_rows, std::vector<int64_t> rows,
+                std::vector<int64_t> on_disk)
+        : plan_(plan), d_(d), row_bytes_(row_bytes), columns_(plan.sizes().order_count * plan.sizes().heads),
+          on_disk_(std::move(on_disk)) {
         const size_t layers = plan.sizes().layers;
-        require(shards.size() == layers && shard_rows.size() == layers && rows.size() == layers,
-                "shards, shard_rows and rows must be those of the plan's layers");
+        require(shards.size() == layers && shard_rows.size() == layers && rows.size() == layers &&
+                    on_disk_.size() == layers,
+                "shards, shard_rows, rows and on_disk must be those of the plan's layers");
+        require(row_bytes > 0, "sizes must be positive");
         for (size_t i = 0; i < layers; i++) {
             require(shards[i] && shard_rows[i] > 0 && rows[i] > 0, "sizes must be positive, shards present");
             tables_.push_back({kind_of(kind.c_str(), d), d, scale, false, (const uint8_t *const *)shards[i],
@@ -45,9 +65,17 @@ class TokenReader {
         const HashCall call = {token, batch, 1, history.data(), nullptr, nullptr, 0, plan.layers, row_ids.data()};
         if (kernels().hash(plan, call) != -1) return false;
         for (int64_t layer = 0; layer < plan.layers; layer++) {
+            const RowsCall &table = tables_[layer];
+            const int64_t *const asked = row_ids.data() + layer * count;
+            if (kernels().first_bad(asked, count, table.rows) != -1) return false;
+            for (int64_t i = 0; on_disk_[layer] && i < count; i++)
+                if (!resident(table.shards[asked[i] / table.shard_rows] + asked[i] % table.shard_rows * row_bytes_,
+                              row_bytes_))
+                    return false;
+        }
+        for (int64_t layer = 0; layer < plan.layers; layer++) {
             RowsCall table = tables_[layer];
             table.ids = row_ids.data() + layer * count;
-            if (kernels().first_bad(table.ids, count, table.rows) != -1) return false;
             table.out = (uint8_t *)((float *)out + layer * count * d_);
             table.last = count;
             kernels().rows(table);
@@ -58,7 +86,8 @@ class TokenReader {
 
   private:
     const Plan &plan_;
-    const int64_t d_, columns_;
+    const int64_t d_, row_bytes_, columns_;
+    const std::vector<int64_t> on_disk_;
     std::vector<RowsCall> tables_;
 };
 
@@ -67,10 +96,10 @@ class TokenReader {
 void bind_token(nb::module_ &m) {
     using nb::arg;
     nb::class_<TokenReader>(m, "TokenReader")
-        .def(nb::init<const Plan &, const std::string &, int64_t, float, std::vector<uintptr_t>, std::vector<int64_t>,
-                      std::vector<int64_t>>(),
-             nb::keep_alive<1, 2>(), arg("plan"), arg("kind"), arg("d"), arg("scale"), arg("shards"),
-             arg("shard_rows"), arg("rows"))
+        .def(nb::init<const Plan &, const std::string &, int64_t, float, int64_t, std::vector<uintptr_t>,
+                      std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>(),
+             nb::keep_alive<1, 2>(), arg("plan"), arg("kind"), arg("d"), arg("scale"), arg("row_bytes"), arg("shards"),
+             arg("shard_rows"), arg("rows"), arg("on_disk"))
         .def("read", &TokenReader::read, arg("ids"), arg("batch"), arg("oldest"), arg("next"), arg("stride"),
              arg("out"));
 }

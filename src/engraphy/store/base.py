@@ -93,11 +93,13 @@ class RowStore(ABC):
     """Rows of one layer. Reading is safe from many threads; writing beside reading may show half-written rows.
 
     inner: of a wrapper, the store behind it. in_memory: reading never waits for a disk or a network, so that a few rows
-    are read faster here than by another thread.
+    are read faster here than by another thread. tells_residency: of mapped memory of which mincore tells whether a row
+    is there now.
     """
 
     inner: RowStore | None = None
     in_memory = False
+    tells_residency = False
 
     def __init__(self) -> None:
         self._closed = False

@@ -37,6 +37,7 @@ class FileStore(MappedStore):
         self.table, self._layer, self._close_table = table, layer, close_table
         self._reserved = Reserved(files) if table.mode == "w" else None
         self.in_memory = self.in_memory or populate
+        self.tells_residency = all(file.tells_residency for file in files)
         populated = {file.populate() for file in files} if populate else ()
         self._info = StoreInfo.of_layer(self.kind, table, layer, ", ".join(["mmap", *populated]))
 

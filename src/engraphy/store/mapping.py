@@ -33,8 +33,10 @@ _LOOK_EVERY = 0.05  # seconds
 class MappedFile:
     """The first `size` bytes of an open file, shared with all who map it and without read-ahead.
 
-    fd: is duplicated; the caller may close it. The memory is given back when the last array over it dies. Raises
-    StoreError where the system refuses.
+    fd: is duplicated; the caller may close it. The memory is given back when the last array over it dies.
+    tells_residency: whether mincore tells which pages are in memory. Linux tells it to those who own a file or may
+    write to it; to others it says that all are.
+    Raises StoreError where the system refuses.
     """
 
     def __init__(self, fd: int, path: str, size: int, writable: bool = False) -> None:
@@ -48,6 +50,7 @@ class MappedFile:
         if writable:
             weakref.finalize(self, os.close, self.fd).atexit = False
         self._memory.madvise(mmap.MADV_RANDOM)
+        self.tells_residency = os.fstat(fd).st_uid == os.geteuid() or os.access(path, os.W_OK)
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
         self._core = _native.core
         if self._core is not None:

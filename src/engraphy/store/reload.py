@@ -27,7 +27,7 @@ class ReloadableStore(RowStore):
 
     def _serve(self, store: RowStore) -> None:
         self.inner: RowStore = store
-        self.in_memory = store.in_memory
+        self.in_memory, self.tells_residency = store.in_memory, store.tells_residency
         self._readers = _Readers(store)
 
     @property
