@@ -1,12 +1,14 @@
 """What an attached memory costs: prefill and cached decoding of one model, with its memory and without it.
 
-    python bench/attach.py [--rounds 9] [--tokens 64] [--threads 1] [--dtype bfloat16]
+    python bench/attach.py [--rounds 9] [--tokens 64] [--threads 1] [--dtype bfloat16] [--table DIR]
 
 A Llama of 135 M parameters (random weights, the shape of SmolLM2-135M), a table of 77 M parameters in float32 over two
 of its layers. The same memory is attached and detached in turns: for each prompt, and while decoding for each token, so
-that noise meets both alike; which of the two comes first alternates too. Medians; the difference is the median of the
-pairs' differences, with its standard error (bootstrap). At the end, what a decoded token spends in the memory's hooks,
-clocked where they run: the same cost without the noise of all the rest, and without what the memory does to that.
+that noise meets both alike; which of the two comes first alternates too. The rows lie in RAM, or with --table are
+written to DIR and mapped from there, as `engraphy.load` does; the page cache holds them. Medians; the difference is the
+median of the pairs' differences, with its standard error (bootstrap). At the end, what a decoded token spends in the
+memory's hooks, clocked where they run: the same cost without the noise of all the rest, and without what the memory
+does to that.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ PROMPT = 512
 WITH, WITHOUT = "with memory", "without"
 
 
-def model_and_memory(dtype: torch.dtype) -> tuple[Any, EngramMemory]:
+def model_and_memory(dtype: torch.dtype, folder: Path | None) -> tuple[Any, EngramMemory]:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=49_152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
                          num_key_value_heads=3, intermediate_size=1536, tie_word_embeddings=True, pad_token_id=0)
@@ -36,7 +39,11 @@ def model_and_memory(dtype: torch.dtype) -> tuple[Any, EngramMemory]:
     memory = engraphy.attach(model, EngramConfig.for_model(config, rows_per_head=150_000))
     for parameter in memory.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    return model, engraphy.detach(model)
+    engraphy.detach(model)
+    if folder is None:
+        return model, memory
+    memory.save(folder)
+    return model, EngramMemory.load(folder)
 
 
 def taking_turns(model: Any, memory: EngramMemory, run: Callable[[str], object], count: int) -> dict[str, list[float]]:
@@ -116,13 +123,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="decoded tokens with the memory, and as many without")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of model and memory")
+    parser.add_argument("--table", type=Path, help="a new folder, for rows that are mapped from disk")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, memory = model_and_memory(getattr(torch, options.dtype))
+    model, memory = model_and_memory(getattr(torch, options.dtype), options.table)
     layers = len(memory.layers)
 
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {options.dtype}, {options.threads} "
-          f"threads; memory at layers {list(memory.layers)}: {engraphy.hf.cost(memory.config, dtype=model.dtype)}")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{size / 1e6:.0f} M parameters, {options.dtype}, {options.threads} threads; memory at layers "
+          f"{list(memory.layers)}, rows {'mapped' if options.table else 'in RAM'}: "
+          f"{engraphy.hf.cost(memory.config, dtype=model.dtype)}")
     print(f"{'':8}{'ms a token':>20}{'tokens/s':>20}{'ms more a':>21}{'ratio':>9}")
     print(f"{'':8}{'with':>10}{'without':>10}{'with':>10}{'without':>10}{'memory layer':>21}")
     report("prefill", prefill(model, memory, options.rounds), PROMPT, layers)
