@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import engraphy
-from engraphy import EngramConfig, VocabMap
+from engraphy import EngramConfig, EngramMemory, VocabMap
 from engraphy.errors import ConfigError, DigestMismatch, InputError, StateTooShort, TableError
 
 VOCAB = 97
@@ -167,6 +167,12 @@ def test_a_memory_of_another_model_is_refused_unless_that_is_said(model, config,
         assert not hasattr(other, "engraphy")
     memory.made_for = None
     engraphy.attach(wider, memory)
+    memory.save(tmp_path / "wider")
+    wider.resize_token_embeddings(VOCAB + 4)
+    memory.save(tmp_path / "wider yet")
+    wider.resize_token_embeddings(VOCAB + 3)
+    for name, size in (("wider", VOCAB + 3), ("wider yet", VOCAB + 4)):
+        assert EngramMemory.load(tmp_path / name).made_for["vocab_size"] == size
     assert engraphy.detach(wider).made_for == {"model_type": "llama", "vocab_size": VOCAB + 3}
     body = json.loads((tmp_path / "memory" / "memory.json").read_text())
     del body["made_for"]  # as memories were once saved

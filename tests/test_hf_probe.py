@@ -34,6 +34,10 @@ NOT_JOINED = {
 }
 
 
+MINIMAX = dict(**_SIZES, **_HEADS, num_local_experts=2, num_experts_per_tok=1, block_size=4,
+               layer_types=["full_attention", "linear_attention", "full_attention"])
+
+
 @pytest.fixture
 def model():
     return build("llama")
@@ -57,6 +61,29 @@ def test_models_that_cannot_have_a_memory_are_told_so_when_it_is_attached(name):
 def test_blocks_that_take_no_keywords_of_others_are_refused(model):
     model.model.layers[0].forward = lambda hidden_states: hidden_states
     refused(model, "expected blocks that take keyword arguments of others, found LlamaDecoderLayer")
+
+
+def test_a_decoder_with_a_cache_of_its_own_is_refused():
+    refused(AutoModelForCausalLM.from_config(tf.MiniMaxConfig(**MINIMAX)), "cache of its own")
+
+
+def test_a_model_that_drops_layers_in_training_may_drop_the_memorys(recwarn):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tf.OPTConfig(**_SIZES, ffn_dim=48, num_attention_heads=4,
+                                                          word_embed_proj_dim=32, layerdrop=0.5)).train()
+    with_memory(model)
+    for _ in range(10):
+        model(prompts(), use_cache=False)
+
+
+def test_blocks_that_were_compiled_without_breaks_are_looked_at_as_they_are(model):
+    ids = prompts()
+    model.model.layers[0].compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        model(ids)
+        with_memory(model)
+        model(ids)
+    torch.compiler.reset()
 
 
 def test_hidden_states_of_another_shape_are_refused(model):
@@ -101,7 +128,7 @@ def test_continuous_batching_is_refused(model):
     options = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0, num_blocks=4,
                                block_size=32, max_batch_tokens=32)
     told = model.float().generate_batch([prompts()[0].tolist()], generation_config=options)
-    assert all("not generate_batch" in each.error for each in told.values())
+    assert told and all("not generate_batch" in each.error for each in told.values())
 
 
 @torch.no_grad()

@@ -460,8 +460,25 @@ def test_a_dense_step_past_waiting_row_gradients_is_noticed_at_once():
     memory.drain_row_grads()
     run(memory, ids, x).sum().backward()
     dense.step()
-    with pytest.warns(UserWarning, match="2 row gradients wait .* so no row learns"):
+    with pytest.warns(UserWarning, match="2 row gradients wait .* no row learns") as told:
+        for _ in range(3):
+            run(memory, ids, x).sum().backward()
+            dense.step()
+    assert len(told) == 1
+
+
+def test_a_dense_step_within_the_backward_pass_is_none_past_waiting_rows():
+    memory = make_memory().train()
+    ids, x = sample(1, 3)
+
+    def step(parameter):
+        parameter.data.sub_(parameter.grad)
+
+    for parameter in memory.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
         run(memory, ids, x).sum().backward()
+        memory.drain_row_grads()
 
 
 @pytest.mark.parametrize("bad", [{"std": float("nan"), "seed": 0}, {"std": -1.0, "seed": 0}, {"std": 1.0, "seed": -1}])

@@ -98,8 +98,8 @@ class EngramMemory(nn.Module):
     config, vocab: what is addressed. store: "ram:" (a new table of `row_format`, all zeros until `init_rows`), the
     URL of a table ("file:DIR"; the format is read from it), an open Table (mode "w" to train it in place), or
     {layer: RowStore} with `row_format` given where the stores do not know it.
-    made_for: what `hf.attach` tells of the model that it was attached to; saved with it, and checked where it is
-    attached again. None = not known, nothing is checked.
+    made_for: the model that it belongs to, as `hf.attach` tells it; saved with it, and checked where it is attached
+    again. None = not known, nothing is checked.
     rows_require_grad: None = rows learn where any parameter of their layer does, so `requires_grad_` on the memory or
     on a model around it reaches them; True or False = whatever the parameters do.
     Raises DigestMismatch where the table was made for other addresses, ConfigError where sizes differ.
@@ -117,10 +117,20 @@ class EngramMemory(nn.Module):
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
         self._windows = dict.fromkeys(self.layers, config.layer.window)
         self.row_grads: list[RowGrad] = []
-        self._dense = torch.empty(0)  # of the parameters, when the last of row_grads came
+        self._waiting: dict[int, Tensor] = {}  # layer -> some of its weights when the first of its row_grads came
+        self._told = False  # that they wait
         self.rows_require_grad: bool | None = None
-        self.made_for: dict[str, Any] | None = None
+        self._model: Callable[[], dict[str, Any] | None] = lambda: None
         logging.getLogger("engraphy").info("serving %s", describe(self.stores))
+
+    @property
+    def made_for(self) -> dict[str, Any] | None:
+        """What is known of the model that it is or was attached to; None = nothing."""
+        return self._model()
+
+    @made_for.setter
+    def made_for(self, value: dict[str, Any] | None) -> None:
+        self._model = lambda: value
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -207,7 +217,8 @@ class EngramMemory(nn.Module):
             return None
         gate_B1S = None
         if lookup.trace is not None:
-            gate_B1S = torch.empty(len(x), 1, block.spec.streams, dtype=torch.promote_types(x.dtype, torch.float32))
+            gate_B1S = torch.empty(len(x), 1, block.spec.streams, dtype=torch.promote_types(x.dtype, torch.float32),
+                                   device=x.device)
         out = block.decode(x, lookup.rows[layer], lookup.live, columns, gate_B1S)
         if out is not None:
             state.advance(layer)
@@ -247,21 +258,22 @@ class EngramMemory(nn.Module):
         raise ConfigError("a memory is not copied with its model, nor by PEFT as one of modules_to_save: detach it "
                           "first; memory.save and EngramMemory.load make another one")
 
-    def _warn_if_undrained(self) -> None:
-        """Before a row gradient joins those that wait: has the dense optimiser stepped since the last of them?"""
-        pending = len(self.row_grads)
-        # Values, not versions: fused optimisers write past those. A few of each parameter will do.
-        some = [parameter.detach().reshape(-1)[:4].float().cpu() for parameter in self.blocks.parameters()
-                if parameter.requires_grad]
-        dense = torch.cat(some) if some else torch.empty(0)
-        if pending and (pending == _MANY_PENDING or not torch.equal(dense, self._dense)):
-            warnings.warn(f"{pending} row gradients wait in row_grads and nothing drains them, so no row learns: train "
-                          "with OptimizerPair or hf.trainer_kwargs, or set rows_require_grad = False", stacklevel=3)
-        self._dense = dense
+    def _warn_if_undrained(self, layer: int) -> None:
+        """Before a row gradient joins those that wait: did the layer's weights move since its first one came?"""
+        if not self.row_grads:
+            self._waiting, self._told = {}, False
+        value: Any = self.blocks[str(layer)].value
+        now = value.weight.detach().reshape(-1)[:4].nan_to_num().cpu()  # fused optimisers write past its version
+        moved = not torch.equal(self._waiting.setdefault(layer, now), now)
+        if not self._told and (moved or len(self.row_grads) == _MANY_PENDING):
+            self._told = True
+            warnings.warn(f"{len(self.row_grads)} row gradients wait in row_grads; where nothing drains them no row "
+                          "learns: train with OptimizerPair or hf.trainer_kwargs, or set rows_require_grad = False",
+                          stacklevel=3)
 
     def __getstate__(self) -> Any:
-        raise ConfigError("a memory is not pickled, since its rows lie in stores; save it with memory.save, or with "
-                          "its model by hf.save_pretrained")
+        raise ConfigError("a memory is not pickled or copied: its rows lie in stores; save it with memory.save, or "
+                          "with its model by hf.save_pretrained")
 
     def _learns(self, layer: int) -> bool:
         if not (self.training and torch.is_grad_enabled()):
@@ -278,7 +290,7 @@ class EngramMemory(nn.Module):
         def hand_over(leaf: Tensor) -> None:
             assert leaf.grad is not None
             grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
-            self._warn_if_undrained()
+            self._warn_if_undrained(layer)
             self.row_grads.append(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
             leaf.grad = None
 

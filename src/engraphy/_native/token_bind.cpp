@@ -38,7 +38,7 @@ class TokenReader {
                 std::vector<uintptr_t> shards, std::vector<int64_t> shard_rows, std::vector<int64_t> rows,
                 std::vector<int64_t> on_disk)
         : plan_(plan), d_(d), row_bytes_(row_bytes), columns_(plan.sizes().order_count * plan.sizes().heads),
-          on_disk_(std::move(on_disk)) {
+          on_disk_(std::move(on_disk)), waits_(std::find(on_disk_.begin(), on_disk_.end(), 1) != on_disk_.end()) {
         const size_t layers = plan.sizes().layers;
         require(shards.size() == layers && shard_rows.size() == layers && rows.size() == layers &&
                     on_disk_.size() == layers,
@@ -56,7 +56,7 @@ class TokenReader {
         require(ids && batch > 0 && next && out, "ids, a column for them and the output must be present");
         const HashPlan &plan = plan_.sizes();
         const int64_t *const token = (const int64_t *)ids, past = plan.longest - 1, count = batch * columns_;
-        const Unlocked unlocked(plan.layers * count * d_ * (int64_t)sizeof(float));
+        const Unlocked unlocked(waits_ ? INT64_MAX : plan.layers * count * d_ * (int64_t)sizeof(float));
         for (int64_t b = 0; b < batch; b++)
             if (token[b] < 0 || token[b] >= plan.vocab || (plan.map && plan.map[token[b]] < 0)) return false;
         std::vector<int64_t> history(batch * past), row_ids(plan.layers * count);
@@ -88,6 +88,7 @@ class TokenReader {
     const Plan &plan_;
     const int64_t d_, row_bytes_, columns_;
     const std::vector<int64_t> on_disk_;
+    const bool waits_;  // for a row that goes between the question and the reading
     std::vector<RowsCall> tables_;
 };
 

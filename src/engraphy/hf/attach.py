@@ -12,7 +12,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,6 +77,8 @@ def attach(model: nn.Module, config: EngramConfig | EngramMemory, vocab: VocabMa
     _check_fits(backbone, config if isinstance(config, EngramConfig) else config.config)
     check_joins(model, backbone)
     if isinstance(config, EngramMemory):
+        if isinstance(getattr(config, "_attachment", None), _Attachment):
+            raise ConfigError("the memory is attached to a model; detach it there first")
         _check_made_for(backbone, config)
         memory = config.train(model.training)
     else:
@@ -121,11 +123,13 @@ def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = Non
         raise
 
 
-class _Passing(NamedTuple):
-    """What a decoder hands to its blocks: a lookup, and the layers whose block has taken from it."""
+class _Passing:
+    """What a decoder hands to its blocks: a lookup, and the layers whose block has taken from it. A plain object:
+    what rebuilds tuples and dataclasses on their way would lose the mark."""
 
-    lookup: Lookup
-    reached: set[int]
+    def __init__(self, lookup: Lookup) -> None:
+        self.lookup = lookup
+        self.reached: set[int] = set()
 
 
 class _Attachment:
@@ -139,14 +143,12 @@ class _Attachment:
 
     def install(self, model: Any) -> None:
         memory, blocks = self.memory, self.backbone.blocks
-        if isinstance(getattr(memory, "_attachment", None), _Attachment):
-            raise ConfigError("the memory is attached to a model; detach it there first")
         for layer in memory.layers:
             memory.blocks[str(layer)].to(same_device(blocks[layer]))
         torch.compiler.reset()  # a compiled model does not notice hooks that come or go
         model.add_module("engraphy", memory)
         object.__setattr__(memory, "_attachment", self)
-        memory.made_for = made_for(self.backbone)
+        memory._model = partial(made_for, self.backbone)  # asked again when it is saved: a vocabulary may be resized
         self.unsaved = {f"engraphy.{name}" for name in memory.state_dict()}
         kept = getattr(model, "_keys_to_ignore_on_save", None)
         model._keys_to_ignore_on_save = set(kept or ()) | self.unsaved
@@ -161,7 +163,7 @@ class _Attachment:
         for handle in self.handles:
             handle.remove()
         torch.compiler.reset()
-        self.memory.made_for = made_for(self.backbone)
+        self.memory.made_for = self.memory.made_for  # as it is now
         del model.engraphy
         model._keys_to_ignore_on_save -= self.unsaved
         object.__setattr__(self.memory, "_attachment", None)
@@ -180,7 +182,7 @@ class _Attachment:
             layer = ready_layer(cache, self.memory, len(self.backbone.blocks), len(ids_BT), seen, self.margin)
         self._warn_if_frozen()
         lookup: Any = self.memory.lookup
-        given[_LOOKUP] = _Passing(lookup(ids_BT, layer and layer.state, live, starts, trace), set())
+        given[_LOOKUP] = _Passing(lookup(ids_BT, layer and layer.state, live, starts, trace))
         if layer is not None:
             layer.whole = False
         return (), given
@@ -188,8 +190,9 @@ class _Attachment:
     @_uncompiled
     def after_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         reached, depth = kwargs[_LOOKUP].reached, self.backbone.config.num_hidden_layers  # fewer in an early exit
+        drops = decoder.training and getattr(decoder, "layerdrop", 0) > 0
         for layer in self.memory.layers:
-            if layer not in reached and layer < depth:
+            if layer not in reached and layer < depth and not drops:
                 raise InputError(f"layer {layer}: expected its block to take from the memory, found that it has not: "
                                  "code compiled for another block runs in its place; compile the blocks "
                                  "(block.compile()), not the model")
@@ -262,8 +265,8 @@ def made_for(backbone: Backbone) -> dict[str, Any]:
 def _check_made_for(backbone: Backbone, memory: EngramMemory) -> None:
     found = made_for(backbone)
     if memory.made_for not in (None, found):
-        raise DigestMismatch(f"the memory was made for {memory.made_for}, the model is {found}; "
-                             "memory.made_for = None takes it across")
+        raise DigestMismatch(f"the memory was made for {memory.made_for}, the model is {found}; to take it across, "
+                             "set made_for = None on what EngramMemory.load gives, and attach that")
 
 
 def _check_free(model: nn.Module, backbone: Backbone) -> None:

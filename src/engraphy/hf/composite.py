@@ -24,8 +24,8 @@ from transformers.utils.hub import snapshot_download  # pyright: ignore[reportPr
 
 from ..errors import ConfigError, DigestMismatch
 from ..memory import EngramMemory
-from .attach import attach, made_for
-from .backbone import find_backbone, unwrapped
+from .attach import attach
+from .backbone import unwrapped
 from .card import saved_identity, write_card
 
 FOLDER = "engraphy"
@@ -109,7 +109,6 @@ def save_pretrained(model: Any, path: str | os.PathLike[str], table: str = "copy
         return
     if partial.exists():  # of a process that died
         shutil.rmtree(partial)
-    memory.made_for = made_for(find_backbone(inner))  # its vocabulary may have been resized since it was attached
     memory.save(partial, table)
     type(inner).save_pretrained(inner, folder, **options)
     text_config = copy.deepcopy(inner.config)  # EngraphyConfig sets things in its parts

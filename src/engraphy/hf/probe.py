@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from ..errors import ConfigError
 from .backbone import Backbone, unwrapped
@@ -32,10 +33,10 @@ def check_joins(model: nn.Module, backbone: Backbone) -> None:
     if "past_key_values" not in backbone.arguments:
         raise ConfigError(f"{decoder}: expected a decoder with past_key_values, in which the memory's state travels, "
                           f"found one that takes {list(backbone.arguments)}")
-    block = backbone.blocks[0]
-    if not takes_keywords(block):
-        raise ConfigError(f"{decoder}: expected blocks that take keyword arguments of others, found "
-                          f"{type(block).__name__}")
+    for block in backbone.blocks:
+        if not takes_keywords(block):
+            raise ConfigError(f"{decoder}: expected blocks that take keyword arguments of others, found "
+                              f"{type(block).__name__}")
     hidden = _first_hidden_states(inner, backbone)
     expected = [[1, 1, backbone.streams, backbone.hidden_size]]
     if backbone.streams == 1:
@@ -59,7 +60,7 @@ def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
         if given.get("input_ids") is None:
             raise ConfigError(f"{name}: expected a model that hands token ids to its decoder, found one that hands "
                               "embeddings; a memory looks up ids")
-        return (), given | {_MARK: True}
+        return (), given | {_MARK: True, "past_key_values": DynamicCache(config=backbone.config), "use_cache": True}
 
     def reached(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args, kwargs)
@@ -68,10 +69,13 @@ def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
     ids = torch.zeros(1, 1, dtype=torch.long, device="cpu" if device.type == "meta" else device)
     handles = [backbone.decoder.register_forward_pre_hook(mark, with_kwargs=True),
                backbone.blocks[0].register_forward_pre_hook(reached, with_kwargs=True)]
-    forward: Any = torch.compiler.disable(inner.forward if inner is not backbone.decoder else inner)
+    training = [module for module in inner.modules() if module.training]  # may drop layers
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            forward(input_ids=ids, use_cache=False)
+        for module in training:
+            module.training = False
+        with (torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []),
+              torch.compiler.set_stance("force_eager")):
+            inner(input_ids=ids)
     except _Reached as found:
         if _MARK not in found.kwargs:
             raise ConfigError(f"{decoder}: expected a decoder that hands keyword arguments on to its blocks, found "
@@ -83,6 +87,8 @@ def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
         raise ConfigError(f"{name}: expected a model that runs on token ids alone, found {type(error).__name__} before "
                           f"its first block: {error}") from error
     finally:
+        for module in training:
+            module.training = True
         for handle in handles:
             handle.remove()
     raise ConfigError(f"{decoder}: expected a forward that calls its blocks, found one that does not")
