@@ -148,7 +148,7 @@ class _Attachment:
         torch.compiler.reset()  # a compiled model does not notice hooks that come or go
         model.add_module("engraphy", memory)
         object.__setattr__(memory, "_attachment", self)
-        memory._model = partial(made_for, self.backbone)  # asked again when it is saved: a vocabulary may be resized
+        memory._model = partial(_made_for, self.backbone)  # asked again when it is saved: a vocabulary may be resized
         self.unsaved = {f"engraphy.{name}" for name in memory.state_dict()}
         kept = getattr(model, "_keys_to_ignore_on_save", None)
         model._keys_to_ignore_on_save = set(kept or ()) | self.unsaved
@@ -257,13 +257,13 @@ def _tell_cost(config: EngramConfig, row_format: RowFormat | str, dtype: torch.d
                           "a smaller dim or row_format, or a table on disk as store")
 
 
-def made_for(backbone: Backbone) -> dict[str, Any]:
+def _made_for(backbone: Backbone) -> dict[str, Any]:
     """What a memory keeps of the model that it was trained in."""
     return {name: getattr(backbone.config, name, None) for name in ("model_type", "vocab_size")}
 
 
 def _check_made_for(backbone: Backbone, memory: EngramMemory) -> None:
-    found = made_for(backbone)
+    found = _made_for(backbone)
     if memory.made_for not in (None, found):
         raise DigestMismatch(f"the memory was made for {memory.made_for}, the model is {found}; to take it across, "
                              "set made_for = None on what EngramMemory.load gives, and attach that")

@@ -52,10 +52,15 @@ def find_backbone(model: nn.Module) -> Backbone:
              if isinstance(child, nn.ModuleList) and len(child) == depth}
     if len(lists) != 1:
         raise ConfigError(f"{type(decoder).__name__}: expected one list of its {depth} blocks, found {sorted(lists)}")
-    parameters = inspect.signature(decoder.forward).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if not takes_keywords(decoder):
         raise ConfigError(f"{type(decoder).__name__}: expected a forward that hands keyword arguments on to its blocks")
-    return Backbone(decoder, next(iter(lists.values())), tuple(parameters))
+    return Backbone(decoder, next(iter(lists.values())), tuple(inspect.signature(decoder.forward).parameters))
+
+
+def takes_keywords(module: nn.Module) -> bool:
+    """Whether a module's forward takes keyword arguments that it does not name."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -99,8 +104,8 @@ def read_batch(arguments: dict[str, Any], seen: int) -> tuple[Tensor, Tensor | N
         if mask.shape[0] != batch or mask.shape[1] < seen + tokens:
             raise InputError(f"attention_mask: expected [{batch}, at least {seen + tokens}], found {list(mask.shape)}")
         return ids, _live(mask[:, :seen + tokens], tokens, starts), starts
-    if positions is None or bool(((positions.diff() != 1) & (positions[:, 1:] != 0)).any()) \
-            or not seen and bool((positions[:, 0] != 0).any()):
+    if (positions is None or bool(((positions.diff() != 1) & (positions[:, 1:] != 0)).any())
+            or not seen and bool(positions[:, 0].any())):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"attention_mask: expected [B, T], or position_ids that go up by one and begin at 0 in each "
                          f"document, found {found} and {'no' if positions is None else 'other'} position_ids")

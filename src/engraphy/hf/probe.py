@@ -5,7 +5,6 @@ Signatures tell only that a decoder takes keyword arguments, not that its blocks
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ConfigError
-from .backbone import Backbone, unwrapped
+from .backbone import Backbone, takes_keywords, unwrapped
 
 _MARK = "engraphy_probe"
 
@@ -44,12 +43,6 @@ def check_joins(model: nn.Module, backbone: Backbone) -> None:
     found = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
     if found not in expected:
         raise ConfigError(f"{name}: expected hidden states {expected[-1]} for one token, its blocks get {found}")
-
-
-def takes_keywords(module: nn.Module) -> bool:
-    """Whether a module's forward takes keyword arguments that it does not name."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
