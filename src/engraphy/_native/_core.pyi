@@ -85,9 +85,10 @@ def fuse_token(
     kind: 0 float32, 1 float64, 2 bfloat16, of all arrays; of kind 2, window, inputs and gate are float32. Weights as
     EngramLayer has them, biases 0 where there are none, conv_norm, conv, window and inputs 0 where taps is. x: [B, S,
     D]. rows: [B, E]. window: where the first sequence's oldest conv input [S, D] lies, (taps - 1) * dilation columns
-    before the present; `stride` values further lie the next sequence's. live: bool [B]; 0 = all. Writes x and what the layer adds to out [B, S, D], the gate to gate
-    [B, S] (0 = nobody asks), and the present's conv inputs to inputs, [S, D] for each sequence, as far apart as the
-    window's. Raises ValueError for sizes that cannot be and for what is missing.
+    before the present; `stride` values further lie the next sequence's. live: bool [B]; 0 = all. Writes x and what the
+    layer adds to out [B, S, D], the gate to gate [B, S] (0 = nobody asks), and the present's conv inputs to inputs, [S,
+    D] for each sequence, as far apart as the window's. Raises ValueError for sizes that cannot be and for what is
+    missing.
     """
 
 def cache_look(
