@@ -25,7 +25,7 @@ LAYERS = (
      "checkpoint", "convert", "quantize", "inspection", "usage"),
     ("store",),
     ("buffers", "prefetch", "metrics", "layer", "past", "state"),
-    ("memory", "saved", "token_reader"),
+    ("memory", "saved", "token_reader", "lookup", "grads"),
     ("train",),
     ("lm", "hf", "analysis", "vision"),
     ("engraphy",),

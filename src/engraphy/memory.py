@@ -11,10 +11,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from . import saved
 from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError
+from .grads import RowGrad
 from .layer import EngramLayer
+from .lookup import Lookup, Rows, Trace
 from .metrics import describe
 from .prefetch import Prefetcher, Ticket
 from .rowinit import normal_rows
@@ -35,61 +36,8 @@ from .table import Table
 from .token_reader import TokenReader
 from .vocab import VocabMap
 
+__all__ = ["EngramMemory", "Lookup", "RowGrad", "Trace"]
 _MANY_PENDING = 1024
-
-
-class RowGrad(NamedTuple):
-    """Gradient of rows as they were read: ids int64 [N] with duplicates, grad f32 [N, d]."""
-
-    layer: int
-    ids: np.ndarray
-    grad: np.ndarray
-
-
-@dataclass
-class Trace:
-    """What a forward did, for looking inside: filled by `lookup` and `apply` when handed to `lookup`.
-
-    row_ids: layer -> int64 [B, T, C]. gates: layer -> f32 [B, T, S], 0 at dead positions.
-    """
-
-    row_ids: dict[int, np.ndarray] = field(default_factory=dict)
-    gates: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """Rows of one chunk for every memory layer. rows: layer -> [B, T, E], leaves that require grad while training; a
-    layer that is still being read is waited for when it is first asked for."""
-
-    rows: Mapping[int, Tensor]
-    live: Tensor | None
-    starts: Tensor | None
-    state: SequenceState | None
-    trace: Trace | None
-
-
-class _Rows(Mapping[int, Tensor]):
-    """Rows by layer, each of them waited for once."""
-
-    def __init__(self, asked: dict[int, Callable[[], Tensor]]) -> None:
-        self._asked = asked
-        self._here: dict[int, Tensor] = {}
-
-    @torch.compiler.disable
-    def __getitem__(self, layer: int) -> Tensor:
-        if layer not in self._here:
-            self._here[layer] = self._asked[layer]()
-        return self._here[layer]
-
-    def __contains__(self, layer: object) -> bool:
-        return layer in self._asked
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._asked)
-
-    def __len__(self) -> int:
-        return len(self._asked)
 
 
 class EngramMemory(nn.Module):
@@ -184,7 +132,7 @@ class EngramMemory(nn.Module):
                     state.watch(ticket, ids.shape[1])
         rows = {layer: partial(self._rows, layer, row_ids[layer], ticket, self._learns(layer))
                 for layer, ticket in tickets.items()}
-        return Lookup(_Rows(rows), live, starts, state, trace)
+        return Lookup(Rows(rows), live, starts, state, trace)
 
     def apply(self, layer: Any, x_BTSD: Any = None, lookup: Any = None) -> Any:  # type: ignore[override]
         """x + what the memory of `layer` adds to it, [B, T, S, D], for the chunk that `lookup` was made for. Where

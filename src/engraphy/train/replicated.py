@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError, DigestMismatch
-from ..memory import EngramMemory, RowGrad
-from .rows import SummedGrad, coalesce
+from ..grads import RowGrad, SummedGrad, coalesce
+from ..memory import EngramMemory
 
 _CHUNK = 65_536
 

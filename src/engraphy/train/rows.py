@@ -8,43 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, DigestMismatch, InputError
-from ..memory import EngramMemory, RowGrad
+from ..grads import SummedGrad, coalesce
+from ..memory import EngramMemory
 from ..rows import RowFormat
 from ..store import FileStore, RowStore, copy_rows, open_store, write_layer
 from ..table import Table
 
+__all__ = ["RowAdagrad", "RowAdam", "RowOptimizer", "SummedGrad", "check_finite", "coalesce"]
 _TRAINABLE = ("f32", "bf16")
-
-
-class SummedGrad(NamedTuple):
-    """Gradient of one layer's rows: ids int64 [U], ascending and distinct; grad f32 [U, d], duplicates summed."""
-
-    ids: np.ndarray
-    grad: np.ndarray
-
-
-def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
-    """Sort row gradients by id and sum duplicates, per layer. The order of the sum is that of the batch: repeatable."""
-    by_layer: dict[int, list[RowGrad]] = {}
-    for entry in row_grads:
-        by_layer.setdefault(entry.layer, []).append(entry)
-    summed = {}
-    for layer, entries in by_layer.items():
-        ids_N = np.concatenate([entry.ids for entry in entries])
-        grad_Nd = np.concatenate([entry.grad for entry in entries])
-        order = np.argsort(ids_N, kind="stable")
-        ids_N = ids_N[order]
-        firsts = np.flatnonzero(np.concatenate([[True], ids_N[1:] != ids_N[:-1]])) if len(ids_N) else order
-        grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0) if len(ids_N) else grad_Nd
-        summed[layer] = SummedGrad(ids_N[firsts], grad_Ud)
-    return summed
 
 
 class RowOptimizer:
