@@ -24,53 +24,55 @@ class Sequences:
     ids: np.ndarray
     live: np.ndarray
     starts: np.ndarray
+    present: np.ndarray
     inputs: torch.Tensor
     room: int = field(default=0)
 
     @classmethod
     def none(cls, batch: int) -> Sequences:
-        return cls(np.empty((batch, 0), np.int64), np.empty((batch, 0), bool), np.empty((batch, 0), bool),
-                   torch.empty(batch, 0, STREAMS, HIDDEN))
+        flags = [np.empty((batch, 0), bool) for _ in range(3)]
+        return cls(np.empty((batch, 0), np.int64), *flags, torch.empty(batch, 0, STREAMS, HIDDEN))
 
     @classmethod
-    def random(cls, batch: int, tokens: int, seed: int, flags: bool = True) -> Sequences:
+    def random(cls, batch: int, tokens: int, seed: int, flags: bool = True, holes: bool = False) -> Sequences:
         rng = np.random.default_rng(seed)
         live = rng.random((batch, tokens)) < (0.8 if flags else 2.0)
         starts = rng.random((batch, tokens)) < (0.15 if flags else -1.0)
         inputs = torch.from_numpy(rng.standard_normal((batch, tokens, STREAMS, HIDDEN)).astype(np.float32))
-        return cls(np.where(live, rng.integers(0, 99, (batch, tokens)), -7), live, starts, inputs)
+        ids = np.where(live, rng.integers(0, 99, (batch, tokens)), -7)
+        present = rng.random((batch, tokens)) < (0.6 if holes else 2.0)
+        return cls(ids, live, starts, present, inputs)
 
     def map(self, change) -> Sequences:
-        return Sequences(change(self.ids), change(self.live), change(self.starts), change(self.inputs), self.room)
+        parts = (self.ids, self.live, self.starts, self.present, self.inputs)
+        return Sequences(*map(change, parts), self.room)
 
     def then(self, chunk: Sequences) -> Sequences:
         room = min(MARGIN, self.room + chunk.ids.shape[1])
         joined = (np.concatenate([a, b], axis=1) for a, b in (
-            (self.ids, chunk.ids), (self.live, chunk.live), (self.starts, chunk.starts)))
+            (self.ids, chunk.ids), (self.live, chunk.live), (self.starts, chunk.starts),
+            (self.present, chunk.present)))
         return Sequences(*joined, torch.cat([self.inputs, chunk.inputs], dim=1), room)
+
+    def back(self, sequence: int, count: int):
+        """The last `count` positions of a sequence that are present, the latest first, up to the latest start."""
+        for t in np.flatnonzero(self.present[sequence])[::-1][:count]:
+            yield t
+            if self.starts[sequence, t]:
+                return
 
     def history(self) -> np.ndarray:
         out = np.full((len(self.ids), ORDER - 1), -1)
-        for b, row in enumerate(self.ids):
-            for back in range(1, ORDER):
-                t = len(row) - back
-                if t < 0:
-                    break
-                out[b, -back] = row[t] if self.live[b, t] else -1
-                if self.starts[b, t]:
-                    break
+        for b in range(len(out)):
+            for i, t in enumerate(self.back(b, ORDER - 1), start=1):
+                out[b, -i] = self.ids[b, t] if self.live[b, t] else -1
         return out
 
     def window(self, size: int) -> torch.Tensor:
         out = torch.zeros(len(self.ids), size, STREAMS, HIDDEN)
-        for b, row in enumerate(self.inputs):
-            for back in range(1, size + 1):
-                t = len(row) - back
-                if t < 0:
-                    break
-                out[b, -back] = row[t]
-                if self.starts[b, t]:
-                    break
+        for b in range(len(out)):
+            for i, t in enumerate(self.back(b, size), start=1):
+                out[b, -i] = self.inputs[b, t]
         return out
 
 
@@ -79,13 +81,17 @@ def new(batch: int) -> SequenceState:
 
 
 def feed(state: SequenceState, chunk: Sequences, layers=tuple(WINDOWS)) -> None:
-    state.extend(chunk.ids, chunk.live, chunk.starts)
+    state.extend(chunk.ids, chunk.live, chunk.starts, present_of(chunk))
     push(state, chunk, layers)
 
 
 def push(state: SequenceState, chunk: Sequences, layers=tuple(WINDOWS)) -> None:
     for layer in layers:
-        state.push(layer, chunk.inputs, torch.from_numpy(chunk.starts))
+        state.push(layer, chunk.inputs, torch.from_numpy(chunk.starts), present_of(chunk))
+
+
+def present_of(chunk: Sequences) -> np.ndarray | None:
+    return None if chunk.present.all() else chunk.present
 
 
 def assert_same(state: SequenceState, truth: Sequences, layers=tuple(WINDOWS)) -> None:
@@ -105,6 +111,7 @@ def assert_same(state: SequenceState, truth: Sequences, layers=tuple(WINDOWS)) -
 STEP = st.one_of(
     st.tuples(st.just("extend"), st.integers(0, 14), st.integers(0, 2**32 - 1)),
     st.tuples(st.just("extend"), st.integers(1, 1), st.integers(0, 2**32 - 1)),
+    st.tuples(st.just("holes"), st.integers(0, 14), st.integers(0, 2**32 - 1)),
     st.tuples(st.just("crop"), st.integers(0, MARGIN + 1)),
     st.tuples(st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4)),
     st.tuples(st.just("repeat"), st.integers(1, 2)),
@@ -117,8 +124,8 @@ STEP = st.one_of(
 def test_any_sequence_of_steps_equals_a_state_built_from_the_resulting_sequences(batch, steps):
     state, truth = new(batch), Sequences.none(batch)
     for name, *arguments in steps:
-        if name == "extend":
-            chunk = Sequences.random(state.batch, *arguments)
+        if name in ("extend", "holes"):
+            chunk = Sequences.random(state.batch, *arguments, holes=name == "holes")
             feed(state, chunk)
             truth = truth.then(chunk)
         elif name == "crop":
@@ -162,6 +169,75 @@ def test_crop_across_a_start_brings_back_what_lay_before_it():
     state.crop(4)
     assert_same(state, before)
     assert (state.window(1) != 0).all()
+
+
+def test_an_absent_position_is_passed_over_where_a_dead_one_ends_the_look_back():
+    absent, dead = (SequenceState(1, order=3, windows={}) for _ in range(2))
+    hole = np.array([[True, True, False, True]])
+    absent.extend([[5, 6, 9, 7]], present=hole)
+    dead.extend([[5, 6, 9, 7]], live=hole)
+    np.testing.assert_array_equal(absent.history, [[6, 7]])
+    np.testing.assert_array_equal(dead.history, [[-1, 7]])
+
+
+def test_a_document_does_not_begin_at_an_absent_position():
+    state = SequenceState(1, order=3, windows={})
+    flags = np.array([[False, False, True]])
+    state.extend([[5, 6, 9]], starts=flags, present=~flags)
+    np.testing.assert_array_equal(state.history, [[5, 6]])
+
+
+def test_what_is_kept_is_bounded_with_holes_too():
+    state, truth = new(2), Sequences.none(2)
+    for seed in range(200):
+        chunk = Sequences.random(2, 1 + 30 * (seed % 50 == 0), seed, holes=True)
+        feed(state, chunk)
+        truth = truth.then(chunk)
+    assert_same(state, truth)
+    assert state._windows[1].inputs.shape[1] <= 2 * (WINDOWS[1] + MARGIN)
+    assert state._past.ids.shape[1] <= 2 * (ORDER - 1 + MARGIN)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=3), st.integers(0, 2**32 - 1),
+       st.integers(0, MARGIN), st.booleans())
+def test_joined_states_go_on_as_each_of_them_by_itself(lengths, seed, cropped, holes):
+    rng = np.random.default_rng(seed)
+    states, truths = [], []
+    for chunks in lengths:
+        state, truth = new(2), Sequences.none(2)
+        for tokens in chunks:
+            chunk = Sequences.random(2, tokens, int(rng.integers(2**32)), holes=holes)
+            feed(state, chunk)
+            truth = truth.then(chunk)
+        states.append(state)
+        truths.append(truth)
+    joined = SequenceState.join(states)
+    assert joined.length == max(state.length for state in states)
+    cropped = min(cropped, *(truth.room for truth in truths))
+    joined.crop(cropped)
+    more = Sequences.random(2 * len(states), 3, seed)
+    for part in (more.map(lambda values: values[:, :2]), more.map(lambda values: values[:, 2:])):
+        feed(joined, part)
+    for number, (state, truth) in enumerate(zip(states, truths, strict=True)):
+        mine = slice(2 * number, 2 * number + 2)
+        kept = truth.ids.shape[1] - cropped
+        expected = truth.map(lambda values, kept=kept: values[:, :kept])
+        expected = expected.then(more.map(lambda values, mine=mine: values[mine]))
+        np.testing.assert_array_equal(joined.history[mine], expected.history())
+        for layer in (1, 4):
+            torch.testing.assert_close(joined.window(layer)[mine], expected.window(WINDOWS[layer]), rtol=0, atol=0)
+        assert_same(state, truth)
+
+
+def test_only_whole_states_of_one_memory_are_joined():
+    ahead = new(1).extend([[1, 2]])
+    for states, message in (([], "found none"), ([new(1), ahead], "middle of a forward"),
+                            ([new(1), SequenceState(1, MARGIN, order=4, windows=WINDOWS)], "expected states of"),
+                            ([new(1), SequenceState(1, 9, order=ORDER, windows=WINDOWS)], "expected states of"),
+                            ([SequenceState(1)], "not bound")):
+        with pytest.raises(InputError, match=message):
+            SequenceState.join(states)
 
 
 def test_before_the_latest_start_and_at_dead_positions_there_is_nothing():
@@ -310,7 +386,7 @@ def test_extend_refuses_negative_ids_at_live_positions(live):
         new(1).extend([[3, -2]], live)
 
 
-@pytest.mark.parametrize("name", ["live", "starts"])
+@pytest.mark.parametrize("name", ["live", "starts", "present"])
 def test_extend_refuses_flags_of_another_shape_or_type(name):
     for flags in (np.ones((1, 3), bool), np.ones((1, 2), np.int64)):
         with pytest.raises(InputError, match=rf"{name}: expected bool \[1, 2\]"):

@@ -24,7 +24,7 @@ from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError
 from .grads import RowGrad
 from .layer import EngramLayer
-from .lookup import Lookup, Rows, Trace
+from .lookup import Lookup, Rows, Trace, alive_in, check_present, reordered, row_ids_of
 from .metrics import describe
 from .prefetch import Prefetcher, Ticket
 from .rowinit import normal_rows
@@ -91,12 +91,15 @@ class EngramMemory(nn.Module):
 
     @torch.compiler.disable
     def lookup(self, ids_BT: Tensor, state: SequenceState | None = None, live: Tensor | None = None,
-               starts: Tensor | None = None, trace: Trace | None = None) -> Lookup:
+               starts: Tensor | None = None, trace: Trace | None = None, *,
+               present: Tensor | None = None) -> Lookup:
         """Ask for every layer's rows for raw ids [B, T] that follow `state`, which is extended by them.
 
         They are read from now on, in the order of the layers, while the caller goes on (see prefetch.py); until the
         rows of a layer were asked for, nothing may write to its store.
-        live, starts: bool [B, T] as in `Addresser.all_rows`. Rows are f32, on the CPU, as gathered; with gradients
+        live, starts: bool [B, T] as in `Addresser.all_rows`. present: bool [B, T], False = no token of the sequence
+        stands here (a hole in a mask): what follows is looked up and fused as if the position were not there, and at
+        the position itself nothing is added. Rows are f32, on the CPU, as gathered; with gradients
         enabled, in training mode and as `rows_require_grad` says, they are leaves whose gradients reach `row_grads`.
         Raises InputError for ids, shapes or a state that do not fit, before the state changes. What goes wrong with
         reading is raised by `rows[layer]`.
@@ -107,21 +110,18 @@ class EngramMemory(nn.Module):
             state.bind(self.config.hash.order, self._windows)
             if state.batch != len(ids_BT):
                 raise InputError(f"state: expected one for {len(ids_BT)} sequences, found {state.batch}")
-            if ids_BT.shape[1] == 1 and live is starts is trace is None and not torch.is_grad_enabled():
+            simple = live is starts is trace is present is None
+            if ids_BT.shape[1] == 1 and simple and not torch.is_grad_enabled():
                 rows_B1E = self._tokens.read(ids_BT, state)
                 if rows_B1E is not None:
                     return Lookup(rows_B1E, None, None, state, None)
-        ids, alive, begins = _numpy(ids_BT), _numpy(live), _numpy(starts)
-        history = None if state is None else state.history
-        row_ids_LBTC = self.addresser.all_rows(ids, history, alive, begins)
-        if self.vocab.has_dead_ids:
-            valid = np.ones(ids.shape, dtype=bool) if alive is None else alive
-            alive = valid & (self.vocab.table[np.where(valid, ids, 0)] >= 0)
-            live = torch.from_numpy(alive)
-            if alive.all():
-                live = alive = None
+        ids, alive, begins, there = _numpy(ids_BT), _numpy(live), _numpy(starts), _numpy(present)
+        if there is not None and check_present(there, ids.shape).all():
+            present = there = None
+        row_ids_LBTC, order = row_ids_of(self.addresser, ids, state, alive, begins, there)
+        alive = alive_in(self.vocab, ids, alive, there)
         if state is not None:
-            state.extend(ids, alive, begins)
+            state.extend(ids, alive, begins, there)
         row_ids = dict(zip(self.layers, row_ids_LBTC, strict=True))
         if trace is not None:
             trace.row_ids.update(row_ids)
@@ -132,7 +132,7 @@ class EngramMemory(nn.Module):
                     state.watch(ticket, ids.shape[1])
         rows = {layer: partial(self._rows, layer, row_ids[layer], ticket, self._learns(layer))
                 for layer, ticket in tickets.items()}
-        return Lookup(Rows(rows), live, starts, state, trace)
+        return Lookup(Rows(rows), _tensor(alive), starts, state, trace, present, _tensor(order))
 
     def apply(self, layer: Any, x_BTSD: Any = None, lookup: Any = None) -> Any:  # type: ignore[override]
         """x + what the memory of `layer` adds to it, [B, T, S, D], for the chunk that `lookup` was made for. Where
@@ -157,7 +157,8 @@ class EngramMemory(nn.Module):
     def _decode(self, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:
         """One token of each sequence by one native call; None where that is not possible."""
         state, block = lookup.state, self.blocks[str(layer)]
-        if state is None or lookup.starts is not None or x.ndim not in (3, 4) or x.shape[1] != 1 or not x.is_cpu:
+        if (state is None or lookup.starts is not None or lookup.present is not None or x.ndim not in (3, 4)
+                or x.shape[1] != 1 or not x.is_cpu):
             return None
         assert isinstance(block, EngramLayer)
         columns = state.columns(layer, x)
@@ -177,11 +178,23 @@ class EngramMemory(nn.Module):
     def _add(self, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor:
         block, state, device = self.blocks[str(layer)], lookup.state, x_BTSD.device
         window = None if state is None else state.window(layer)
-        live, starts = (None if flags is None else flags.to(device) for flags in (lookup.live, lookup.starts))
-        update_BTSD, gate_BTS, inputs_BTSD = block(x_BTSD, lookup.rows[layer].to(device), window, live, starts,
+        live, starts, order = (None if part is None else part.to(device)
+                               for part in (lookup.live, lookup.starts, lookup.order))
+        if starts is not None and lookup.present is not None:
+            starts = starts & lookup.present.to(device)
+        hidden_BTSD, rows_BTE = x_BTSD, lookup.rows[layer].to(device)
+        if order is not None:
+            hidden_BTSD, rows_BTE, live, starts = (None if part is None else reordered(part, order)
+                                                   for part in (x_BTSD, rows_BTE, live, starts))
+        update_BTSD, gate_BTS, inputs_BTSD = block(hidden_BTSD, rows_BTE, window, live, starts,
                                                    conv_inputs=state is not None)
+        if order is not None:
+            order = order.argsort(1)  # back to where they stood
+            update_BTSD, gate_BTS = reordered(update_BTSD, order), reordered(gate_BTS, order)
         if state is not None and inputs_BTSD is not None:
-            state.push(layer, inputs_BTSD, lookup.starts)
+            if order is not None:
+                inputs_BTSD = reordered(inputs_BTSD, order)
+            state.push(layer, inputs_BTSD, lookup.starts, lookup.present)
         _trace(lookup, layer, gate_BTS)
         return x_BTSD + update_BTSD
 
@@ -341,3 +354,7 @@ def _trace(lookup: Lookup, layer: int, gate_BTS: Tensor) -> None:
 
 def _numpy(values: Tensor | None) -> Any:
     return None if values is None else values.numpy(force=True)
+
+
+def _tensor(values: np.ndarray | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values)

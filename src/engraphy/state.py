@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, InputError, StateTooShort
-from .past import NO_COLUMNS, Columns, Past, Window, since_start
+from .past import ABSENT, NO_COLUMNS, Columns, Past, Window, since_start
 
 
 class Cancellable(Protocol):
@@ -84,22 +84,31 @@ class SequenceState:
         missing = past - ids.shape[1]
         return np.pad(ids, ((0, 0), (missing, 0)), constant_values=-1) if missing else ids.copy()
 
-    def extend(self, ids_BT: Any, live: Any = None, starts: Any = None) -> SequenceState:
+    def extend(self, ids_BT: Any, live: Any = None, starts: Any = None, present: Any = None) -> SequenceState:
         """Append T tokens: raw ids, int [B, T]. live, starts: bool [B, T] as in `Addresser.all_rows`.
 
-        Ids at dead positions may be anything. Raises InputError for shapes, dtypes, and negative ids at live positions.
+        present: bool [B, T], False = there is no token of the sequence at this position (a hole in a mask): what comes
+        after it follows what came before it. It counts as a position for `length` and `crop`.
+        Ids at dead and absent positions may be anything. Raises InputError for shapes, dtypes, and negative ids at
+        other positions.
         """
-        keep = self._bound() - 1 + self.margin
+        look_back = self._bound() - 1
         ids = _array(ids_BT)
         if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
             raise InputError(f"ids: expected integers [{self.batch}, T], found {ids.dtype} {list(ids.shape)}")
         begins, alive = _flags("starts", starts, ids.shape), _flags("live", live, ids.shape)
+        there = _flags("present", present, ids.shape)
+        if there is not None:
+            alive = there if alive is None else alive & there
+            begins = None if begins is None else begins & there
         given = ids if alive is None else ids[alive]
         if given.size and given.min() < 0:
             raise InputError(f"ids: expected no negative id at a live position, found {int(given.min())}")
         if alive is not None:
             ids = np.where(alive, ids, -1)
-        self._past.append(ids, begins, keep)
+        if there is not None:
+            ids = np.where(there, ids, ABSENT)
+        self._past.append(ids, begins, there is not None, look_back, self.margin)
         self._lengthen(ids.shape[1])
         return self
 
@@ -126,9 +135,9 @@ class SequenceState:
         the next push, which may write to it."""
         return self._window(layer).read() if self.length else None
 
-    def push(self, layer: int, inputs_BTSD: Tensor, starts: Any = None) -> SequenceState:
-        """Append a chunk's conv inputs of a memory layer, [B, T, S, D] unmasked, and the chunk's starts, bool [B, T].
-        Where W is 0 nothing is kept.
+    def push(self, layer: int, inputs_BTSD: Tensor, starts: Any = None, present: Any = None) -> SequenceState:
+        """Append a chunk's conv inputs of a memory layer, [B, T, S, D] unmasked, and the chunk's starts and present,
+        bool [B, T], as `extend` was given them. If W is 0 nothing is kept.
 
         Raises InputError for other shapes, and for another chunk than the next one that `extend` was given.
         """
@@ -139,7 +148,11 @@ class SequenceState:
         if inputs_BTSD.ndim != 4 or inputs_BTSD.shape[:2] != (self.batch, tokens):
             raise InputError(f"layer {layer}: expected the next chunk's conv inputs [{self.batch}, {tokens}, S, D], "
                              f"found {list(inputs_BTSD.shape)}")
-        window.append(inputs_BTSD.detach(), _flags("starts", starts, tuple(inputs_BTSD.shape[:2])))
+        shape = tuple(inputs_BTSD.shape[:2])
+        begins, there = _flags("starts", starts, shape), _flags("present", present, shape)
+        if there is not None and begins is not None:
+            begins = begins & there
+        window.append(inputs_BTSD.detach(), begins, None if there is None else ~there)
         return self
 
     def columns(self, layer: int, x_B1SD: Tensor) -> Columns | None:
@@ -200,6 +213,35 @@ class SequenceState:
     def select(self, index: Any) -> SequenceState:
         """Keep the sequences of `index`, int [n], in its order; the batch becomes n."""
         return self._take(self._index(index))
+
+    @classmethod
+    def join(cls, states: Sequence[SequenceState]) -> SequenceState:
+        """One state for the sequences of all `states`, in their order; the states stay as they are. Their lengths may
+        differ (continuous batching): the shorter ones are padded in front with positions that are absent, so `length`
+        becomes the longest, and as many tokens can be taken back as in every one of them.
+
+        Raises InputError for no state, states of memories of other sizes or of other margins, and states of which some
+        layers have not seen all tokens.
+        """
+        if not states:
+            raise InputError("join: expected one state or more, found none")
+        first = states[0]
+        sizes = (first._bound(), first._sizes, first.margin)
+        for state in states:
+            found = (state._bound(), state._sizes, state.margin)
+            if found != sizes:
+                raise InputError(f"join: expected states of (order, conv windows, margin) = {sizes}, found {found}")
+            if any(window.ahead for window in state._windows.values()):
+                raise InputError("join: expected states whose layers have all seen all tokens, found one in the middle "
+                                 "of a forward")
+        joined = cls(sum(state.batch for state in states), first.margin, order=first.order, windows=first._sizes)
+        joined.length = max(state.length for state in states)
+        joined._room = min(state._room for state in states)
+        joined._past = Past.join([state._past for state in states])
+        batches = [state.batch for state in states]
+        joined._windows = {layer: Window.join([state._windows[layer] for state in states], batches)
+                           for layer in first._windows}
+        return joined
 
     def clone(self) -> SequenceState:
         """An independent state with the same past."""
