@@ -14,6 +14,7 @@ does to that.
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +27,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import engraphy
 from engraphy import EngramConfig, EngramMemory
+from engraphy.hf.versions import cache_argument
 
 PROMPT = 512
+CACHE = str(cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters))  # its name depends on the version
 WITH, WITHOUT = "with memory", "without"
 
 
@@ -72,7 +75,7 @@ def decode(model: Any, memory: EngramMemory, tokens: int) -> dict[str, list[floa
     last = {name: torch.randint(3, 49_152, (1, PROMPT)) for name in caches}
 
     def step(name: str) -> None:
-        logits = model(last[name], past_key_values=caches[name], logits_to_keep=1).logits
+        logits = model(last[name], **{CACHE: caches[name]}, logits_to_keep=1).logits
         last[name] = logits[:, -1:].argmax(-1)
 
     return taking_turns(model, memory, step, tokens)  # the first turn, not counted, is the prompt
@@ -98,7 +101,7 @@ def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
         handles += [module.register_forward_pre_hook(start, prepend=True),
                     module.register_forward_pre_hook(stop(name))]
     for _ in range(tokens + 1):
-        last = model(last, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        last = model(last, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
     for handle in handles:
         handle.remove()
     engraphy.detach(model)

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import transformers as tf
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
@@ -19,6 +20,7 @@ import engraphy
 from engraphy import EngramConfig, EngramMemory
 
 VOCAB, PAD = 97, 0
+CACHE = "cache" if Version(tf.__version__) >= Version("5.24") else "past_key_values"  # what models call theirs
 _COMMON: dict[str, Any] = dict(vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=PAD, bos_token_id=1,
                                eos_token_id=None,  # no end: every text gets its full length
                                initializer_range=0.2)  # attention far from uniform
@@ -53,6 +55,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         compress_rates={"heavily_compressed_attention": 8, "compressed_sparse_attention": 4},
         mlp_layer_types=["hash_moe", "moe", "moe"]),
 }
+
+
+if CACHE == "cache":  # before 5.24 its blocks get no keywords
+    FAMILIES["gptj"] = lambda: tf.GPTJConfig(**_COMMON, n_embd=32, n_layer=3, n_head=4, rotary_dim=4)
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,15 @@ def all_in_float64() -> Iterator[None]:
             patches.enter_context(mock.patch.object(module, "torch", _Doubled()))
         patches.enter_context(mock.patch.object(torch.Tensor, "float", as_wide))
         yield
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands a cache to a model."""
+    return {CACHE: cache}
+
+
+def cache_of(output: Any) -> Any:
+    return getattr(output, CACHE)
 
 
 def wake(memory: EngramMemory) -> EngramMemory:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from hf_models import PAD, VOCAB, Run
+from hf_models import CACHE, PAD, VOCAB, Run, cache_of, cached
 from torch import Tensor
 from transformers import DynamicCache, StaticCache, cache_utils
 
@@ -51,7 +51,7 @@ def blocks_of(model: Any) -> Any:
 
 
 def far(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
+    return float((found - expected).detach().abs().max())
 
 
 def _padded(side: str) -> tuple[Tensor, Tensor, list[slice]]:
@@ -63,11 +63,19 @@ def _padded(side: str) -> tuple[Tensor, Tensor, list[slice]]:
     return ids, mask, [slice(None), real]
 
 
+def _with_holes() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Two prompts with holes between their tokens, one of them after the first token; their mask, also by sequence."""
+    ids, mask = prompts(), torch.ones(2, PROMPT, dtype=torch.long)
+    for b, holes in enumerate(([4, 5, 8], [0, 2])):
+        ids[b, holes], mask[b, holes] = PAD, 0
+    return ids, mask, list(mask.bool())
+
+
 def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
-def _rows_far(model: Any, found: Tensor, ids: Tensor, real: list[slice]) -> float:
+def _rows_far(model: Any, found: Tensor, ids: Tensor, real: Sequence[slice | Tensor]) -> float:
     return max(far(found[b, part], clean(model, ids[b:b + 1, part])[0]) for b, part in enumerate(real))
 
 
@@ -78,22 +86,22 @@ def _rows_far(model: Any, found: Tensor, ids: Tensor, real: list[slice]) -> floa
 def _chunks(run: Run) -> float:
     ids, cache, found = prompts(), None, []
     for first, last in ((0, 5), (5, 8), (8, 9), (9, 10), (10, 11)):
-        out = run.model(ids[:, first:last], past_key_values=cache, use_cache=True)
-        cache, found = out.past_key_values, [*found, out.logits]
+        out = run.model(ids[:, first:last], **cached(cache), use_cache=True)
+        cache, found = cache_of(out), [*found, out.logits]
     return far(torch.cat(found, 1), clean(run.model, ids))
 
 
 @_mode(FORWARD, "cache without config")
 def _plain_cache(run: Run) -> float:
     ids, cache = prompts(), DynamicCache()
-    found = [logits(run.model, part, past_key_values=cache, use_cache=True) for part in ids.split([6, 1, 4], 1)]
+    found = [logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)]
     return far(torch.cat(found, 1), clean(run.model, ids))
 
 
 @_mode(FORWARD, "static chunks")
 def _static_chunks(run: Run) -> float:
     ids, cache = prompts(), StaticCache(config=run.model.config, max_cache_len=PROMPT)
-    found = [logits(run.model, part, past_key_values=cache, use_cache=True) for part in ids.split([6, 1, 4], 1)]
+    found = [logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)]
     return far(torch.cat(found, 1), clean(run.model, ids))
 
 
@@ -120,7 +128,7 @@ def _left_then_cached(run: Run, positions: bool) -> float:
     cache, found = DynamicCache(config=run.model.config), []
     for first, last in ((0, 2), (2, 7), (7, 8), (8, PROMPT)):  # the first chunk is padding alone in the second row
         given = {"position_ids": _positions(mask)[:, first:last]} if positions else {}
-        found.append(logits(run.model, ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache,
+        found.append(logits(run.model, ids[:, first:last], attention_mask=mask[:, :last], **cached(cache),
                             use_cache=True, **given))
     return _rows_far(run.model, torch.cat(found, 1), ids, real)
 
@@ -133,6 +141,32 @@ def _left_cached(run: Run) -> float:
 @_mode(FORWARD, "left padding, positions, cached")
 def _left_positions_cached(run: Run) -> float:
     return _left_then_cached(run, positions=True)
+
+
+@_mode(FORWARD, "holes")
+def _holes(run: Run) -> float:
+    ids, mask, real = _with_holes()
+    return _rows_far(run.model, logits(run.model, ids, attention_mask=mask, position_ids=_positions(mask)), ids, real)
+
+
+@_mode(FORWARD, "holes, cached")
+def _holes_cached(run: Run) -> float:
+    (ids, mask, real), cache, found = _with_holes(), DynamicCache(config=run.model.config), []
+    for first, last in ((0, 3), (3, 5), (5, 6), (6, 9), (9, 10), (10, PROMPT)):
+        found.append(logits(run.model, ids[:, first:last], attention_mask=mask[:, :last], **cached(cache),
+                            use_cache=True, position_ids=_positions(mask)[:, first:last]))
+    return _rows_far(run.model, torch.cat(found, 1), ids, real)
+
+
+@_mode(FORWARD, "right padding, then more tokens")
+def _right_continued(run: Run) -> float:
+    (ids, mask, _), more = _padded("right"), prompts(seed=2)[:, :3]
+    ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
+    cache, found = DynamicCache(config=run.model.config), []
+    for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + 3)):
+        found.append(logits(run.model, ids[:, first:last], attention_mask=mask[:, :last], **cached(cache),
+                            use_cache=True, position_ids=_positions(mask)[:, first:last]))
+    return _rows_far(run.model, torch.cat(found, 1), ids, list(mask.bool()))
 
 
 @_mode(FORWARD, "packed documents")
@@ -149,10 +183,10 @@ def _packed(run: Run) -> float:
 @_mode(FORWARD, "one prefix continued twice")
 def _branches(run: Run) -> float:
     ids, other, distance = prompts(), prompts(seed=2), 0.0
-    prefix = run.model(ids[:, :7], use_cache=True).past_key_values
+    prefix = cache_of(run.model(ids[:, :7], use_cache=True))
     for rest in (ids[:, 7:], other[:, 7:]):
         cache = copy.deepcopy(prefix)
-        found = [logits(run.model, part, past_key_values=cache, use_cache=True) for part in rest.split([1, 3], 1)]
+        found = [logits(run.model, part, **cached(cache), use_cache=True) for part in rest.split([1, 3], 1)]
         whole = torch.cat([ids[:, :7], rest], 1)
         distance = max(distance, far(torch.cat(found, 1), clean(run.model, whole)[:, 7:]))
     return distance
@@ -165,7 +199,7 @@ def _interleaved(run: Run) -> float:
     found: list[list[Tensor]] = [[], []]
     for first, last in ((0, 8), (8, 9), (9, PROMPT)):
         for i, ids in enumerate(requests):
-            found[i].append(logits(run.model, ids[:, first:last], past_key_values=caches[i], use_cache=True))
+            found[i].append(logits(run.model, ids[:, first:last], **cached(caches[i]), use_cache=True))
     return max(far(torch.cat(parts, 1), clean(run.model, ids)) for parts, ids in zip(found, requests, strict=True))
 
 
@@ -174,9 +208,9 @@ def _crop(run: Run) -> float:
     ids, other = prompts(), prompts(seed=2)
     cache = DynamicCache(config=run.model.config)
     cache.activate_past_recording()
-    run.model(ids[:, :9], past_key_values=cache, use_cache=True)
+    run.model(ids[:, :9], **cached(cache), use_cache=True)
     cache.crop(-3)
-    found = [logits(run.model, part, past_key_values=cache, use_cache=True) for part in other[:, 6:].split([1, 4], 1)]
+    found = [logits(run.model, part, **cached(cache), use_cache=True) for part in other[:, 6:].split([1, 4], 1)]
     return far(torch.cat(found, 1), clean(run.model, torch.cat([ids[:, :6], other[:, 6:]], 1))[:, 6:])
 
 
@@ -213,7 +247,7 @@ def _recorded(model: Any) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
     calls, past = [], []
 
     def before(_: Any, args: Any, kwargs: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         past.append(0 if cache is None else int(cache.get_seq_length()))
 
     def after(_: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -228,35 +262,38 @@ def _recorded(model: Any) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
             hook.remove()
 
 
-def _text_far(model: Any, text_BT: Tensor, calls: list[tuple[int, Tensor, Tensor]], real: list[slice],
-              greedy: bool = True) -> float:
+def _text_far(model: Any, text_BT: Tensor, calls: list[tuple[int, Tensor, Tensor]],
+              real: Sequence[slice | Tensor], greedy: bool = True) -> float:
     """The greatest distance of a call's logits from the clean forward over the text, at every position whose tokens up
-    to there the text kept; WRONG_TEXT where a token is not the clean forward's, or was never computed."""
+    to there the text kept; WRONG_TEXT where a token is not the clean forward's, or was never computed. real: where the
+    prompts have tokens."""
     distance = 0.0
     for b, part in enumerate(real):
-        skipped = part.start or 0
-        expected = clean(model, text_BT[b:b + 1, part])[0]
-        if greedy and not torch.equal(expected[PROMPT - skipped - 1:-1].argmax(-1), text_BT[b, PROMPT:]):
+        there = torch.zeros(text_BT.shape[1], dtype=torch.bool)
+        there[:PROMPT][part] = there[PROMPT:] = True
+        place = there.cumsum(0) - 1  # of a position in the clean text
+        expected = clean(model, text_BT[b:b + 1, there])[0]
+        if greedy and not torch.equal(expected[place[PROMPT - 1]:-1].argmax(-1), text_BT[b, PROMPT:]):
             return WRONG_TEXT
         compared = set()
         for past, ids, found in calls:
             kept = ids.shape[1] - found.shape[1]  # generate() asks for the logits of the last positions alone
             same = (text_BT[b, past:past + ids.shape[1]] == ids[b, :text_BT.shape[1] - past]).cumprod(0).sum()
             for i in range(kept, int(same)):
-                if past + i >= skipped:
+                if there[past + i]:
                     compared.add(past + i)
-                    distance = max(distance, far(found[b, i - kept], expected[past + i - skipped]))
+                    distance = max(distance, far(found[b, i - kept], expected[place[past + i]]))
         if not compared >= set(range(PROMPT - 1, PROMPT + NEW - 1)):
             return WRONG_TEXT
     return distance
 
 
-def _generate(model: Any, ids: Tensor, real: list[slice] | None = None, **kwargs: Any) -> float:
+def _generate(model: Any, ids: Tensor, real: Sequence[slice | Tensor] | None = None, **kwargs: Any) -> float:
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)  # else pads are guessed
     with _recorded(model) as calls:
         text = model.generate(ids, **(options | kwargs))
     times = len(text) // len(ids)
-    return _text_far(model, text, calls, (real or [slice(None)] * len(ids)) * times, not kwargs.get("do_sample"))
+    return _text_far(model, text, calls, [*(real or [slice(None)] * len(ids))] * times, not kwargs.get("do_sample"))
 
 
 def _plain(name: str, **kwargs: Any) -> None:
@@ -288,6 +325,43 @@ def _generate_left(run: Run) -> float:
 def _generate_left_static(run: Run) -> float:
     ids, mask, real = _padded("left")
     return _generate(run.model, ids, real, attention_mask=mask, cache_implementation="static")
+
+
+@_mode(TEXT, "holes in the prompt")
+def _generate_holes(run: Run) -> float:
+    ids, mask, real = _with_holes()
+    return _generate(run.model, ids, real, attention_mask=mask)
+
+
+@_mode(TEXT, "holes in the prompt that generate() finds")
+def _generate_pads(run: Run) -> float:
+    """Without a mask it takes each pad id for a hole."""
+    ids, _, real = _with_holes()
+    return _generate(run.model, ids, real, attention_mask=None)
+
+
+@_mode(TEXT, "static cache, holes in the prompt")
+def _generate_holes_static(run: Run) -> float:
+    ids, mask, real = _with_holes()
+    return _generate(run.model, ids, real, attention_mask=mask, cache_implementation="static")
+
+
+@_mode(TEXT, "holes in the prompt, prefill in chunks")
+def _generate_holes_chunked(run: Run) -> float:
+    ids, mask, real = _with_holes()
+    return _generate(run.model, ids, real, attention_mask=mask, prefill_chunk_size=4)
+
+
+@_mode(TEXT, "beams over holes")
+def _beams_over_holes(run: Run) -> float:
+    """Beams with a cache against beams without one."""
+    ids, mask, _ = _with_holes()
+    options = dict(attention_mask=mask, num_beams=3, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True,
+                   output_scores=True)
+    cached, plain = (run.model.generate(ids, use_cache=use, **options) for use in (True, False))
+    if not torch.equal(cached.sequences, plain.sequences):
+        return WRONG_TEXT
+    return far(cached.sequences_scores, plain.sequences_scores)
 
 
 @_mode(TEXT, "prompt lookup")
@@ -332,10 +406,10 @@ def _turns(run: Run) -> float:
     """A second turn on the first one's cache, then another second turn on a copy of the prefix."""
     options: dict[str, Any] = dict(do_sample=False, return_dict_in_generate=True)
     first = run.model.generate(prompts()[:, :5], max_new_tokens=3, **options)
-    caches, distance = [first.past_key_values, copy.deepcopy(first.past_key_values)], 0.0
+    caches, distance = [cache_of(first), copy.deepcopy(cache_of(first))], 0.0
     for seed, cache in enumerate(caches):
         ids = torch.cat([first.sequences, prompts(seed=seed)[:, :PROMPT - 8]], 1)
-        distance = max(distance, _generate(run.model, ids, past_key_values=cache))
+        distance = max(distance, _generate(run.model, ids, **cached(cache)))
     return distance
 
 
@@ -343,6 +417,6 @@ def _turns(run: Run) -> float:
 def _static_again(run: Run) -> float:
     cache, distance = StaticCache(config=run.model.config, max_cache_len=PROMPT + NEW), 0.0
     for seed in (1, 2):
-        distance = max(distance, _generate(run.model, prompts(seed=seed), past_key_values=cache))
+        distance = max(distance, _generate(run.model, prompts(seed=seed), **cached(cache)))
         cache.reset()
     return distance

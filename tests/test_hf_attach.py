@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from hf_models import FAMILIES, build
+from hf_models import FAMILIES, build, cache_of, cached
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +21,7 @@ from transformers import (
 
 import engraphy
 from engraphy import EngramConfig, EngramMemory, VocabMap
-from engraphy.errors import ConfigError, DigestMismatch, InputError, StateTooShort, TableError
+from engraphy.errors import ConfigError, DigestMismatch, InputError, TableError
 
 VOCAB = 97
 
@@ -338,29 +338,19 @@ def test_an_id_beyond_the_vocabulary_is_an_error(model, config, ids_BT):
 
 def test_a_cache_that_the_memory_has_not_seen_is_an_error(model, config, ids_BT):
     cache = DynamicCache(config=model.config)
-    model(ids_BT, past_key_values=cache)
+    model(ids_BT, **cached(cache))
     engraphy.attach(model, config)
-    with pytest.raises(InputError, match="the model has seen 12 tokens, the memory 0"):
-        model(ids_BT[:, :1], past_key_values=cache)
+    with pytest.raises(InputError, match="came with 12 tokens that the memory has not seen"):
+        model(ids_BT[:, :1], **cached(cache))
 
 
 def test_a_cache_of_another_memory_is_an_error(model, config, ids_BT):
     engraphy.attach(model, config)
-    cache = model(ids_BT, use_cache=True).past_key_values
+    cache = cache_of(model(ids_BT, use_cache=True))
     engraphy.detach(model)
     engraphy.attach(model, EngramConfig.for_model(model.config, layers=(1, 2), heads=2, rows_per_head=103, dim=8))
     with pytest.raises(InputError, match="address digest"):
-        model(ids_BT[:, :1], past_key_values=cache)
-
-
-def test_a_cache_is_not_taken_back_beyond_the_margin(model, config, ids_BT):
-    engraphy.attach(model, config, margin=4)
-    cache = model(ids_BT, use_cache=True).past_key_values
-    cache.crop(-4)
-    with pytest.raises(StateTooShort):
-        cache.crop(-1)
-    with pytest.raises(InputError, match="the model has seen 7 tokens, the memory 8"):
-        model(ids_BT[:, :1], past_key_values=cache)
+        model(ids_BT[:, :1], **cached(cache))
 
 
 def test_a_block_called_by_itself_is_an_error(model, config):

@@ -29,6 +29,7 @@ _NO_STATIC = (KeyError, "transformers has no static cache for its compressed att
 _WINDOWS = (_OTHER, "its compressors count windows from the first column, padding included")
 _ALL_FULL = (ValueError, "transformers quantises caches of full attention alone")
 _COUNTED = (_OTHER, "absolute positions count the padding")
+_SLIDING = (_OTHER, "its sliding windows count holes")
 
 # Where the bare model does not hold: (family, mode) -> its error, and why. Nothing is asked of the memory there.
 BARE_FAILS = {
@@ -68,6 +69,12 @@ BARE_ROUNDS = {
 if Version(transformers.__version__) < Version("5.23"):
     BARE_FAILS["deepseek_v4", "beams"] = (_OTHER, "its compressors' state does not follow the beams")
 MODES = FORWARD | TEXT
+for _mode in ("right padding, then more tokens", "holes", "holes, cached", "holes in the prompt",
+              "holes in the prompt that generate() finds", "static cache, holes in the prompt",
+              "holes in the prompt, prefill in chunks"):
+    BARE_FAILS |= {(family, _mode): _SLIDING for family in ("mistral", "gemma3", "gpt_oss")}
+    BARE_FAILS["deepseek_v4", _mode] = _NO_STATIC if "static" in _mode else _WINDOWS
+BARE_FAILS["deepseek_v4", "beams over holes"] = _WINDOWS
 
 
 def reason(table: dict[tuple[str, str], Any], family: str, mode: str) -> Any:

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hf_models import FAMILIES, Run, build, run_of, with_memory
+from hf_models import FAMILIES, Run, build, cached, run_of, with_memory
 from hf_modes import FORWARD, TEXT, blocks_of, clean, compiled_layers, far, logits, prompts
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -87,9 +87,9 @@ def test_a_memory_beside_lora_decodes_and_learns():
 def test_compiled_layers_decode_on_a_static_cache(family):
     model, ids = run_of(family, torch.float64, memory=True).model, prompts()
     cache, expected = StaticCache(config=model.config, max_cache_len=ids.shape[1]), clean(model, ids)
-    first = logits(model, ids[:, :8], past_key_values=cache)
+    first = logits(model, ids[:, :8], **cached(cache))
     with compiled_layers(model):
-        rest = [logits(model, part, past_key_values=cache) for part in ids[:, 8:].split(1, 1)]
+        rest = [logits(model, part, **cached(cache)) for part in ids[:, 8:].split(1, 1)]
     assert far(torch.cat([first, *rest], 1), expected) <= EXACT
 
 
@@ -149,7 +149,7 @@ def test_a_whole_compiled_model_is_the_same():
     torch.compiler.reset()
     with torch.no_grad():
         cache, parts = DynamicCache(config=model.config), ids.split([9, 1, 1], 1)
-        found = [logits(compiled.eval(), part, past_key_values=cache) for part in parts]
+        found = [logits(compiled.eval(), part, **cached(cache)) for part in parts]
         assert far(torch.cat(found, 1), clean(model, ids)) <= EXACT
     torch.compiler.reset()
     assert engraphy.detach(compiled) is not None

@@ -24,9 +24,11 @@ from ..rows import RowFormat
 from ..spec import EngramConfig
 from ..table import Table
 from ..vocab import VocabMap
-from .backbone import Backbone, find_backbone, find_dtype, free_ram, read_batch, same_device, unwrapped
-from .cache import memory_layer, ready_layer, tokens_seen
+from .backbone import Backbone, find_backbone, find_dtype, free_ram, same_device, unwrapped
+from .batch import read_batch
+from .cache import cached_state, ready_state, tokens_seen
 from .probe import check_joins
+from .versions import check_version, rename_cache
 
 _uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
 _LOOKUP = "engraphy_lookup"  # the keyword argument on its way from the decoder to its blocks
@@ -64,14 +66,16 @@ def attach(model: nn.Module, config: EngramConfig | EngramMemory, vocab: VocabMa
     config: as from `EngramConfig.for_model`, or a memory that exists. vocab: the map of the model's tokenizer; None =
     ids as they are. store: "ram:" for a new table of `row_format` (default f32), filled with N(0, std**2) from `seed`;
     or the URL of a table, or an open Table, whose rows stay as they are. dtype: of the dense layers, default: the
-    model's. margin: tokens that a cache can take back (`past_key_values.crop`, assisted decoding).
+    model's. margin: tokens that a cache can take back (`cache.crop`, assisted decoding).
     The value projections start at zero: a fresh memory changes no logit, and its rows learn from the second step. The
     model's own parameters stay trainable or frozen as they are; its `save_pretrained` leaves the memory out, which has
     its own `save`.
-    Raises ConfigError for a model that cannot be joined, has a memory already, has other sizes or no such layer, and
-    where the table does not fit into the free RAM; DigestMismatch for a table of other addresses, and for a memory that
-    was made for another model (`memory.made_for`). A model that could not be given its memory is as it was.
+    Raises ConfigError for a version of transformers that was not tested, a model that cannot be joined, has a memory
+    already, has other sizes or no such layer, and if the table does not fit into the free RAM; DigestMismatch for a
+    table of other addresses, and for a memory that was made for another model (`memory.made_for`). A model that could
+    not be given its memory is as it was.
     """
+    check_version()
     backbone = find_backbone(model)
     _check_free(model, backbone)
     _check_fits(backbone, config if isinstance(config, EngramConfig) else config.config)
@@ -172,19 +176,22 @@ class _Attachment:
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.backbone.arguments, args, strict=False)) | kwargs
         trace = given.pop("engraphy_trace", None)
-        cache = given.get("past_key_values")
+        name = str(self.backbone.cache_argument)
+        rename_cache(given, name)
+        cache = given.get(name)
         seen = tokens_seen(cache)
-        ids_BT, live, starts = read_batch(given, seen)
+        batch = read_batch(given, cache, seen)
         if cache is None and self._makes_cache(given):
-            cache = given["past_key_values"] = DynamicCache(config=decoder.config)
-        layer = None
+            cache = given[name] = DynamicCache(config=decoder.config)
+        carried = None
         if cache is not None:
-            layer = ready_layer(cache, self.memory, len(self.backbone.blocks), len(ids_BT), seen, self.margin)
+            carried = ready_state(cache, self.memory, len(batch.ids), seen, self.margin)
         self._warn_if_frozen()
         lookup: Any = self.memory.lookup
-        given[_LOOKUP] = _Passing(lookup(ids_BT, layer and layer.state, live, starts, trace))
-        if layer is not None:
-            layer.whole = False
+        given[_LOOKUP] = _Passing(lookup(batch.ids, carried and carried.state, None, batch.starts, trace,
+                                         present=batch.present))
+        if carried is not None:
+            carried.whole = False
         return (), given
 
     @_uncompiled
@@ -196,9 +203,9 @@ class _Attachment:
                 raise InputError(f"layer {layer}: expected its block to take from the memory, found that it has not: "
                                  "code compiled for another block runs in its place; compile the blocks "
                                  "(block.compile()), not the model")
-        state = memory_layer(kwargs.get("past_key_values"))
-        if state is not None:
-            state.whole = True
+        carried = cached_state(kwargs.get(str(self.backbone.cache_argument)))
+        if carried is not None:
+            carried.whole = True
 
     @_uncompiled
     def before_layer(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

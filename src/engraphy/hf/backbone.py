@@ -1,4 +1,4 @@
-"""What a transformers model tells about itself: its decoder, its blocks, and which tokens of a batch are real."""
+"""What a transformers model tells about itself: its decoder, its blocks, and the argument that brings its cache."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
+from .versions import cache_argument
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Backbone:
     @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
+
+    @property
+    def cache_argument(self) -> str | None:
+        """The name of the argument in which the decoder takes its cache; None if it takes none."""
+        return cache_argument(self.arguments)
 
     @property
     def streams(self) -> int:
@@ -74,58 +80,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def read_batch(arguments: dict[str, Any], seen: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(ids [B, T], live [B, T] or None, starts [B, T] or None) of a call to a decoder. seen: tokens in its cache.
-
-    live comes from a 2-D mask, whose columns are positions in the cache. starts: where position ids are 0; generate()
-    gives padding position 0 too, so they serve a static cache, whose mask is 4-D, as they serve packing.
-    Raises InputError where padding cannot be told: embeddings without ids, a mask that is not 2-D without position ids
-    that go up by one or begin again at 0. And where padding stands between tokens of one sequence.
-    """
-    ids, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if arguments.get("cache") is not None:
-        raise InputError(f"cache: a memory's state travels in past_key_values, which "
-                         f"{type(arguments['cache']).__name__} has no place for; use generate(), not generate_batch()")
-    if ids is None:
-        raise InputError("the memory looks up token ids: expected input_ids, found inputs_embeds alone; "
-                         "detach the memory to run the model on embeddings")
-    batch, tokens = ids.shape
-    starts = None
-    if positions is not None:
-        if positions.ndim != 2 or positions.shape[1] != tokens or positions.shape[0] not in (1, batch):
-            raise InputError(f"position_ids: expected [{batch} or 1, {tokens}], found {list(positions.shape)}")
-        if not bool(positions.all()):
-            starts = (positions == 0).expand(batch, tokens)
-    if mask is None:
-        return ids, None, starts
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        if mask.shape[0] != batch or mask.shape[1] < seen + tokens:
-            raise InputError(f"attention_mask: expected [{batch}, at least {seen + tokens}], found {list(mask.shape)}")
-        return ids, _live(mask[:, :seen + tokens], tokens, starts), starts
-    if (positions is None or bool(((positions.diff() != 1) & (positions[:, 1:] != 0)).any())
-            or not seen and bool(positions[:, 0].any())):
-        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"attention_mask: expected [B, T], or position_ids that go up by one and begin at 0 in each "
-                         f"document, found {found} and {'no' if positions is None else 'other'} position_ids")
-    return ids, None, starts
-
-
-def _live(mask: Tensor, tokens: int, starts: Tensor | None) -> Tensor | None:
-    """Which of the last `tokens` columns of a 2-D mask are tokens; None = all."""
-    before = max(mask.shape[1] - tokens - 1, 0)  # the column before the chunk, if there is one
-    if bool(mask[:, before:].all()):
-        return None
-    live = mask != 0
-    resumed = live[:, before + 1:] & ~live[:, before:-1] & (live.cumsum(1)[:, before:-1] > 0)
-    if starts is not None:
-        resumed &= ~starts[:, tokens - resumed.shape[1]:]
-    if bool(resumed.any()):
-        sequence = int(resumed.any(1).nonzero()[0])
-        raise InputError(f"attention_mask: expected padding before or after a sequence, found it between the tokens of "
-                         f"sequence {sequence}; pad on the left what is to be continued")
-    return live[:, mask.shape[1] - tokens:]
 
 
 def free_ram() -> int | None:

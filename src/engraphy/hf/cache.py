@@ -1,115 +1,133 @@
-"""The memory's part of a transformers cache: one extra layer at its end that carries a SequenceState.
+"""The memory's part of a transformers cache: a SequenceState that the cache object itself carries.
 
 Whatever transformers does to a cache (beams reordered, tokens taken back, sequences repeated or selected, everything
-reset) is done to all of its layers, so it is done to the state too. The last ids of each sequence thus travel with
-`past_key_values`, and the model holds no request state.
+reset, copies made) is done to the state too. The last ids of each sequence thus travel with the cache, and the model
+holds no request state. The cache keeps its layers as they are, one for each of the model's: its class becomes a
+subclass of its own that hands on to the state what is done to all layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copyreg
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from ..errors import InputError
 from ..memory import EngramMemory
 from ..state import SequenceState
+from .versions import PAGES
 
 
-class MemoryCacheLayer(LinearAttentionLayer):
-    """A cache layer without keys and values: a SequenceState, made by the first forward that uses it.
+@dataclass
+class CachedState:
+    """What a cache carries for a memory. state: made by the first forward that uses it. whole: False within a forward,
+    and after one that an error cut short."""
 
-    `is_compileable` stays True: with a layer that is not, transformers builds other masks for a static cache and
-    decodes other text without a word.
-    """
+    address_digest: str
+    margin: int
+    state: SequenceState | None = None
+    whole: bool = True
 
-    is_compileable = True
-    is_croppable = True  # pyright: ignore[reportAssignmentType]
-    is_initialized = True
-    keys = values = None  # what DynamicCache.__iter__ asks of every layer
 
-    def __init__(self, memory: EngramMemory, margin: int) -> None:
-        super().__init__()
-        self.address_digest = memory.address_digest
-        self.margin = margin
-        self.state: SequenceState | None = None
-        self.whole = True  # False within a forward, and after one that an error cut short
+_Base: Any = Cache if TYPE_CHECKING else object
 
-    @property
-    def has_previous_state(self) -> dict[int, bool]:
-        """Whether tokens have been seen; models with linear attention ask the last layer of this family."""
-        return {0: self.state is not None and self.state.length > 0}
 
-    @has_previous_state.setter
-    def has_previous_state(self, value: Any) -> None:
-        """The base class sets what here follows from the state."""
+class _Carrying(_Base):
+    """Mixed into the class of a cache that carries a memory's state."""
+
+    engraphy: CachedState
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back -tokens_to_remove tokens. Raises StateTooShort beyond the margin."""
+        """Take back -tokens_to_remove tokens. Raises StateTooShort beyond the margin: the cache stays as it is."""
         if tokens_to_remove > 0:
             raise InputError(f"crop: expected minus the number of tokens to take back, found {tokens_to_remove}")
-        if self.state is not None:
-            self.state.crop(-tokens_to_remove)
+        if self.engraphy.state is not None:
+            self.engraphy.state.crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        if self.state is not None:
-            self.state.reorder(beam_idx)
+        super().reorder_cache(beam_idx)
+        if self.engraphy.state is not None:
+            self.engraphy.state.reorder(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state.repeat(repeats)
+        super().batch_repeat_interleave(repeats)
+        if self.engraphy.state is not None:
+            self.engraphy.state.repeat(repeats)
 
     def batch_select_indices(self, indices: Any) -> None:
-        if self.state is not None:
-            self.state.select(indices)
+        super().batch_select_indices(indices)
+        if self.engraphy.state is not None:
+            self.engraphy.state.select(indices)
 
     def reset(self) -> None:
-        self.state, self.whole = None, True
+        super().reset()
+        self.engraphy.state, self.engraphy.whole = None, True
 
-    def offload(self) -> None:
-        """Nothing of it lies on another device."""
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the cache's own class, since this one is made when it is needed."""
+        _, (kind, *arguments), *rest = super().__reduce_ex__(max(int(protocol), 2))
+        return _new, (kind.__mro__[2], *arguments), *rest
 
-    prefetch = offload
+
+@functools.cache
+def _carrying(kind: type[Cache]) -> type[Cache]:
+    return type(kind.__name__, (_Carrying, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def memory_layer(cache: Any) -> MemoryCacheLayer | None:
-    """The memory's layer of a cache; None where it has none, or where there is no cache."""
-    layers = reversed(getattr(cache, "layers", ()))
-    return next((layer for layer in layers if isinstance(layer, MemoryCacheLayer)), None)
+def _new(kind: type[Cache], *arguments: Any) -> Cache:
+    return copyreg.__newobj__(_carrying(kind), *arguments)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def cached_state(cache: Any) -> CachedState | None:
+    """What a cache carries; None if it carries nothing, or where there is no cache."""
+    return getattr(cache, "engraphy", None)
+
+
+def counts_tokens(cache: Cache) -> bool:
+    """Whether any layer of a cache knows how many tokens it has seen: those of state-space models do not."""
+    grows = getattr(cache, "layer_class_to_replicate", None) is not None
+    return grows or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def tokens_seen(cache: Any) -> int:
     """How many tokens a cache holds; 0 without one. Raises InputError for what is no Cache of a decoder."""
     if cache is None:
         return 0
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise InputError(f"past_key_values: expected a Cache of a decoder, found {type(cache).__name__}")
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache) or not counts_tokens(cache):
+        raise InputError("cache: expected a Cache of a decoder with attention, with which a memory's state can travel, "
+                         f"found {type(cache).__name__}; {PAGES}")
     return int(cache.get_seq_length())
 
 
-def ready_layer(cache: Cache, memory: EngramMemory, depth: int, batch: int, seen: int,
-                margin: int) -> MemoryCacheLayer:
-    """The layer of `cache` that carries the state for `memory`; on the first call a fresh one. depth: the model's own
-    cache layers. seen: tokens in the cache.
+def ready_state(cache: Cache, memory: EngramMemory, batch: int, seen: int, margin: int) -> CachedState:
+    """What `cache` carries for `memory`; on the first call it is made. seen: tokens in the cache.
 
     Raises InputError for a cache that has seen tokens which the memory has not (filled before the memory was attached,
     or by another model), for one that an error left half filled, and for one that belongs to another memory.
     """
-    layer = memory_layer(cache)
-    if layer is None:
-        while cache.layer_class_to_replicate is not None and len(cache.layers) < depth:
-            cache.layers.append(cache.layer_class_to_replicate())  # else a layer made later would stand behind ours
-        layer = MemoryCacheLayer(memory, margin)
-        cache.layers.append(layer)
-    if layer.address_digest != memory.address_digest:
-        raise InputError(f"past_key_values: belongs to a memory of address digest {layer.address_digest}, "
+    carried = cached_state(cache)
+    if carried is None:
+        if seen:
+            raise InputError(f"cache: it came with {seen} tokens that the memory has not seen. Either it was filled "
+                             "before the memory was attached or by another model: fill it with this one. Or it holds "
+                             "virtual tokens (prefix tuning), which have no ids to look up: detach the memory, or use "
+                             "an adapter that leaves the cache alone, such as LoRA")
+        cache.__class__ = _carrying(type(cache))
+        carried = CachedState(memory.address_digest, margin)
+        cache.engraphy = carried  # pyright: ignore[reportAttributeAccessIssue]
+    if carried.address_digest != memory.address_digest:
+        raise InputError(f"cache: belongs to a memory of address digest {carried.address_digest}, "
                          f"this one has {memory.address_digest}")
-    if not layer.whole:
-        raise InputError("past_key_values: an error cut short the forward that filled it, and some layers have seen "
-                         "more than others; reset it, or use a new one")
-    if layer.state is None:
-        layer.state = memory.state(batch, margin)
-    if seen != layer.state.length:
-        raise InputError(f"past_key_values: the model has seen {seen} tokens, the memory {layer.state.length}; "
-                         "use a cache that was filled by this model with the memory attached")
-    return layer
+    if not carried.whole:
+        raise InputError("cache: an error cut short the forward that filled it, and some layers have seen more than "
+                         "others; reset it, or use a new one")
+    if carried.state is None:
+        carried.state = memory.state(batch, margin)
+    if seen != carried.state.length:
+        raise InputError(f"cache: the model has seen {seen} tokens, the memory {carried.state.length}; use a cache "
+                         "that was filled by this model with the memory attached and not disabled")
+    return carried

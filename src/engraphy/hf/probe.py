@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 from ..errors import ConfigError
 from .backbone import Backbone, takes_keywords, unwrapped
+from .cache import counts_tokens
+from .versions import rename_cache
 
 _MARK = "engraphy_probe"
 
@@ -29,9 +31,13 @@ def check_joins(model: nn.Module, backbone: Backbone) -> None:
     hidden states [B, T, D] or [B, T, S, D] to blocks that take them. Changes nothing, random numbers included."""
     inner: Any = unwrapped(model)
     name, decoder = type(inner).__name__, type(backbone.decoder).__name__
-    if "past_key_values" not in backbone.arguments:
-        raise ConfigError(f"{decoder}: expected a decoder with past_key_values, in which the memory's state travels, "
-                          f"found one that takes {list(backbone.arguments)}")
+    expected = "expected a decoder with a cache of attention layers, with which the memory's state travels"
+    if backbone.cache_argument is None:
+        raise ConfigError(f"{decoder}: {expected}, found one that takes {list(backbone.arguments)}")
+    cache = DynamicCache(config=backbone.config)
+    if not counts_tokens(cache):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ConfigError(f"{decoder}: {expected}, found layers that do not count tokens: {', '.join(kinds)}")
     for block in backbone.blocks:
         if not takes_keywords(block):
             raise ConfigError(f"{decoder}: expected blocks that take keyword arguments of others, found "
@@ -53,7 +59,9 @@ def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
         if given.get("input_ids") is None:
             raise ConfigError(f"{name}: expected a model that hands token ids to its decoder, found one that hands "
                               "embeddings; a memory looks up ids")
-        return (), given | {_MARK: True, "past_key_values": DynamicCache(config=backbone.config), "use_cache": True}
+        rename_cache(given, str(backbone.cache_argument))
+        cache = {backbone.cache_argument: DynamicCache(config=backbone.config), "use_cache": True}
+        return (), given | {_MARK: True} | cache
 
     def reached(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args, kwargs)
