@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_training import attach_tiny, rows_of, same, tiny_model, tiny_trainer, token_data, weights_of
 
 import engraphy
-from engraphy.errors import ConfigError
+from engraphy.errors import ConfigError, InputError
 
 IDS_BT = torch.stack([each["input_ids"] for each in token_data(2)])
 
@@ -171,6 +171,15 @@ def test_other_modules_are_saved_beside_the_adapter_and_the_memory_is_not_one_of
         peft.get_peft_model(bare, lora(modules_to_save=["engraphy"]))
     with pytest.raises(ConfigError, match="detach it first"):
         copy.deepcopy(bare)
+
+
+@pytest.mark.parametrize("adapter", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
+def test_virtual_tokens_which_have_no_ids_are_refused_by_what_they_are(adapter):
+    model = tiny_model()
+    attach_tiny(model)
+    model = peft.get_peft_model(model, adapter(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(InputError, match="prefix tuning|looks up token ids"):
+        model(input_ids=IDS_BT)
 
 
 def test_a_second_memory_through_a_peft_model_is_refused():
