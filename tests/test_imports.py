@@ -20,7 +20,8 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # A module imports from its own row and from those above it; the parts of a row named in APART do not import each other.
 # "engraphy" is the package itself, engraphy/__init__.py.
 LAYERS = (
-    ("errors", "spec", "dialects", "fields", "_native"),
+    ("errors", "system"),
+    ("spec", "dialects", "fields", "_native"),
     ("vocab", "address", "rows", "codecs", "rowinit", "table", "manifest", "shards", "headers",
      "checkpoint", "convert", "quantize", "inspection", "usage"),
     ("store",),
@@ -33,7 +34,7 @@ LAYERS = (
     ("cli", "table_cli", "terminal"),
 )
 APART = {"lm", "hf", "analysis", "vision"}
-WITHOUT_TORCH = {name for layer in LAYERS[:3] for name in layer}
+WITHOUT_TORCH = {name for layer in LAYERS[:4] for name in layer}
 EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers", "typer", "rich"}
 OPTIONAL = {
     "transformers": {"hf", "recipes"},

@@ -49,6 +49,13 @@ class StoreError(EngraphyError):
     """A store that is closed, read-only, or asked for something that it cannot do."""
 
 
+class WriteFailed(EngraphyError, OSError):
+    """A file or folder that cannot be written: a full disk, no permission, a read-only file system.
+
+    `errno` is the system's number where there is one.
+    """
+
+
 class StateTooShort(EngraphyError):
     """A sequence state was asked to go back further than its margin."""
 
