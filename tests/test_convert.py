@@ -161,7 +161,7 @@ def test_rows_that_the_journal_tells_of_are_on_disk_before_it_is(tmp_path, monke
 
     def watched(a, b):
         if Path(b) == journal(tmp_path / "t"):
-            assert not written and done[-1] == Path(b).name + ".tmp"
+            assert not written and done[-1] == Path(a).name
             journalled.append(json.loads(Path(a).read_text())["rows"])
         replace(a, b)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -21,11 +22,13 @@ from tiny_training import (
     weights_of,
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 import engraphy
-from engraphy.errors import ConfigError, DigestMismatch, InputError, TableError
+from engraphy.errors import ConfigError, DigestMismatch, InputError, TableError, WriteFailed
 from engraphy.hf import MemoryAdamW, MemoryCallback, trainer_kwargs
 from engraphy.memory import RowGrad
+from engraphy.system import files
 from engraphy.train import OptimizerPair, RowAdagrad, RowAdam, weight_decay_groups
 
 LONG = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, max_grad_norm=0.5)
@@ -197,7 +200,7 @@ def test_a_crash_while_a_checkpoint_is_written_never_leaves_one_that_resumes_wro
     folder, expected, _ = straight
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     stale = tmp_path / "checkpoint-4"  # of a run that came this far before
-    rename = os.rename
+    exchange = files._exchange
 
     def crash(*args, **kwargs):
         raise OSError("power cut")
@@ -207,20 +210,20 @@ def test_a_crash_while_a_checkpoint_is_written_never_leaves_one_that_resumes_wro
         if place == "moments":
             patch.setattr(RowAdam, "save", crash)
         else:
-            patch.setattr(os, "rename", lambda a, b: crash() if Path(b) == stale / "memory" else rename(a, b))
+            patch.setattr(files, "_exchange", lambda a, b: crash() if b == stale / "memory" else exchange(a, b))
         if not early:
             patch.setattr(MemoryCallback, "on_step_end", TrainerCallback.on_step_end)
         with pytest.raises(OSError, match="power cut"):
             run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     run, memory = other_trainer(tmp_path)
-    if early and place != "rename":  # nothing new is in its place yet: the older run's checkpoint is whole
+    if early:  # nothing new is in its place yet: the older run's checkpoint is whole
         run.train(resume_from_checkpoint=True)  # Trainer takes one step more then, at a rate of zero
     else:
         with pytest.raises(ConfigError, match="was not written to the end"):
             run.train(resume_from_checkpoint=True)
         run, memory = other_trainer(tmp_path)
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        assert not list(stale.glob("*partial*"))
+    assert not list(tmp_path.rglob(".*"))
     assert same(learned(run, memory), {name: expected[name] for name in learned(run, memory)})
 
 
@@ -232,11 +235,65 @@ def test_the_only_older_checkpoint_is_kept_until_the_new_one_has_its_table(strai
         patch.setattr(RowAdam, "save", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.train(resume_from_checkpoint=True)
-    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     run, memory = other_trainer(tmp_path, save_total_limit=1)
     run.train(resume_from_checkpoint=True)
     assert same(everything(run, memory), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_disk_that_fills_up_leaves_no_folder_that_counts_as_the_last_checkpoint(straight, tmp_path, monkeypatch):
+    folder, expected, _ = straight
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    run, memory = other_trainer(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engraphy.saved.save_file", full)
+        with pytest.raises(WriteFailed, match=r"checkpoint-4: it cannot be written .*No space left.* bytes are free"):
+            run.train(resume_from_checkpoint=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    run, memory = other_trainer(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert same(everything(run, memory), expected)
+
+
+def test_too_little_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
+    model = tiny_model()
+    memory = attach_tiny(model)
+    run = tiny_trainer(model, memory, tmp_path, **LONG)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(WriteFailed, match="bytes of free disk, found 1000"):
+        run.train()
+    assert run.state.global_step == 0 and not os.listdir(tmp_path)
+
+
+def test_a_memory_that_a_kill_left_beside_its_checkpoint_is_found_and_joins_it(straight, tmp_path):
+    """Killed after Trainer has written checkpoint-2, before the memory has joined it."""
+    folder, expected, _ = straight
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    os.rename(tmp_path / "checkpoint-2" / "memory", tmp_path / ".memory-of-checkpoint-2")
+    run, memory = other_trainer(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert same(everything(run, memory), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert (tmp_path / "checkpoint-2" / "memory" / "state.json").exists()
+
+
+def test_what_crashes_left_beside_checkpoints_is_tidied_and_none_loses_its_memory(straight, tmp_path):
+    folder, _, _ = straight
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-3")
+    os.rename(tmp_path / "checkpoint-3" / "memory", tmp_path / ".memory-of-checkpoint-3")
+    shutil.copytree(folder / "checkpoint-4" / "memory", tmp_path / ".memory-of-checkpoint-9")
+    run, _ = other_trainer(tmp_path)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert all((path / "memory" / "state.json").exists() for path in tmp_path.iterdir())
 
 
 def test_a_checkpoint_put_together_from_two_is_refused(straight, tmp_path):

@@ -201,7 +201,7 @@ def test_what_reads_gguf_is_asked_for_by_name(tmp_path, monkeypatch):
 
 def test_a_folder_that_exists_is_not_touched(tmp_path):
     (tmp_path / "kept").write_text("mine")
-    with pytest.raises(ConfigError, match="expected a new folder"):
+    with pytest.raises(ConfigError, match="expected a new or empty directory"):
         unpack(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -495,10 +496,14 @@ def test_rows_and_headers_are_on_disk_before_the_table_says_so_and_the_mark_befo
     base = sealed(tmp_path / "t")
     headers = [("sync", file.name) for layer in LAYERS for file in sorted(base.path.glob(f"layer-{layer:05d}-*"))]
     done = []
-    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", Path(os.readlink(f"/proc/self/fd/{fd}")).name)))
+
+    def named(fd: int) -> str:
+        return re.sub(r"^[.](.*)[.][0-9a-f]{8}[.]partial$", "new \\1", Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", named(fd))))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), done.append(("rename", Path(b).name))))
-    mark = [("sync", "engram.json.tmp"), ("rename", "engram.json"), ("sync", "t")]
+    mark = [("sync", "new engram.json"), ("rename", "engram.json"), ("sync", "t")]
     table = Table.open(tmp_path / "t", "w")
     assert done == mark
     done.clear()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import TableError
-from .manifest import FILE_NAME, Manifest, sync_directory
+from .manifest import FILE_NAME, Manifest
 from .shards import HEADER_BYTES
+from .system.files import check_folder, free_disk, write_file
 from .table import Table
 from .vocab import VocabMap
 
@@ -59,8 +59,10 @@ def convert(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *,
     report = progress or (lambda stage, done, total: None)
     try:
         source = Checkpoint.open(checkpoint)
-        vocab = source.vocab(vocab_file)
         journal = _Journal(out.with_name(out.name + JOURNAL_SUFFIX), source.source_id)
+        if journal.read() is None:  # else it may be the table of an earlier call
+            check_folder(out, taken=TableError)
+        vocab = source.vocab(vocab_file)
         table, done = _open_table(source, vocab, out, journal)
         try:
             if table.mode == "w":
@@ -103,7 +105,6 @@ def _open_table(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journa
 
 def _create(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal) -> Table:
     _check_space(out, source)
-    out.parent.mkdir(parents=True, exist_ok=True)
     journal.write(None, 0)  # first, so that there is never an unfinished table without one
     try:
         return Table.create(out, source.config, source.fmt, vocab, parent=source.source_id)
@@ -140,8 +141,7 @@ def _check_space(out: Path, source: Checkpoint) -> None:
     shards = list(out.glob("*.safetensors"))  # of an earlier run; sparse
     headers = HEADER_BYTES * max(len(shards), len(source.config.hash.layer_ids))
     needed = max(0, rows * width + headers - sum(shard.stat().st_blocks * 512 for shard in shards))
-    existing = next(path for path in (out, *out.parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(out)
     if free < needed:
         raise TableError(f"{out}: expected {needed} bytes of free disk for {rows} rows of {width}, found {free}")
 
@@ -174,13 +174,8 @@ class _Journal:
 
     def write(self, table_id: str | None, rows: int) -> None:
         """Replace the file in one step that survives a crash."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, "source_id": self.source_id, "table_id": table_id, "rows": rows}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        sync_directory(self.path.parent)
+        body = {"format": _FORMAT, "source_id": self.source_id, "table_id": table_id, "rows": rows}
+        write_file(self.path, json.dumps(body))
 
     def remove(self) -> None:
         """Take the file away: the conversion is done, or was never begun."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from .errors import ConfigError, DigestMismatch, TableError
 from .rows import RowFormat
 from .shards import Shard, shards_of
 from .spec import EngramConfig
+from .system.files import write_file
 
 FILE_NAME = "engram.json"
 FORMAT, VERSION = "engraphy-table", 1
@@ -84,14 +84,9 @@ class Manifest:
         }
 
     def write(self) -> None:
-        """Replace engram.json in one step that survives a crash."""
-        temporary, data = self.directory / (FILE_NAME + ".tmp"), self.to_json()
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data | {"checksum": _checksum(data)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.directory / FILE_NAME)
-        sync_directory(self.directory)
+        """Replace engram.json in one step that survives a crash. Raises WriteFailed."""
+        data = self.to_json()
+        write_file(self.directory / FILE_NAME, json.dumps(data | {"checksum": _checksum(data)}, indent=1))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -135,27 +130,6 @@ class Manifest:
         if checksum not in (None, _checksum(data)):  # the row format, say, follows from nothing else
             raise TableError(f"{path}: checksum: expected {_checksum(data)} of its other fields, found {checksum!r}")
         return manifest
-
-
-def sync_tree(directory: Path) -> None:
-    """Bring all files and names below a directory to disk, before it is renamed into its place."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            fd = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        sync_directory(Path(folder))
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring names made or changed in a directory to disk."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _check_fields(path: Path, data: Any) -> None:

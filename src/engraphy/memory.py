@@ -291,7 +291,9 @@ class EngramMemory(nn.Module):
 
         table: "copy" the rows into `path`/table; "link" to the sealed table that the stores serve, or "skip" it (it has
         to be given again to `load`): both need a table on disk, whose table_id the dense weights keep. The directory
-        appears complete or not at all. Raises ConfigError for what cannot be, and where `path` is taken.
+        appears complete or not at all. `path` may be a link to an empty directory, or an empty mount point.
+        Raises ConfigError for what cannot be and for a `path` that is taken; WriteFailed if the system refuses, before
+        anything is written where that can be known (no permission, too little free disk).
         """
         saved.save(self, path, table)
 

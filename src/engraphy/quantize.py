@@ -21,6 +21,7 @@ from .headers import StoredTensor, read_rows
 from .manifest import Manifest
 from .rows import RowFormat
 from .shards import HEADER_BYTES
+from .system.files import check_folder
 from .table import Table
 
 CHUNK_VALUES = 1 << 18  # decoded at a time: 1 MiB of float32, which stays in the cache
@@ -89,6 +90,7 @@ def quantize(path: str | os.PathLike[str], out: str | os.PathLike[str], kind: st
     if fmt == source.fmt:
         raise ConfigError(f"{source.path}: expected another row format than its own, found {kind}")
     try:
+        check_folder(out, source.config.row_count() * fmt.row_bytes, taken=TableError)
         table = Table.create(out, source.config, fmt, _Vocab.of(source), parent=source.table_id)
         try:
             total, before, differences = source.config.row_count(), 0, {}

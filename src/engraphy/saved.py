@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ConfigError, DigestMismatch, EngraphyError
-from .manifest import sync_tree
 from .spec import EngramConfig
-from .store import StoreInfo
+from .system.files import publish_folder
 from .vocab import VocabMap
 
 if TYPE_CHECKING:
@@ -30,7 +27,13 @@ _FORMAT = "engraphy-memory-1"
 
 def save(memory: EngramMemory, path: str | os.PathLike[str], table: str) -> None:
     """`EngramMemory.save`."""
-    path = Path(os.path.abspath(path))
+    check_choice(memory, table)
+    with publish_folder(path, needed=bytes_of(memory, table), last="memory.json") as folder:
+        write(memory, folder, table)
+
+
+def check_choice(memory: EngramMemory, table: str) -> None:
+    """Raises ConfigError if the memory cannot be saved with its table so."""
     if table not in ("copy", "link", "skip"):
         raise ConfigError(f'table: expected "copy", "link" or "skip", found {table!r}')
     info = next(iter(memory.stores.values())).info
@@ -40,21 +43,17 @@ def save(memory: EngramMemory, path: str | os.PathLike[str], table: str) -> None
     if table == "link" and info.kind != "file":
         raise ConfigError(f'table="link": expected file: stores, found a {info.kind} store; table="skip" leaves the '
                           "table out, and load takes its URL")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ConfigError(f"{path}: expected a new or empty directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        _write(memory, partial, table, info)
-        partial.chmod(0o755)
-        sync_tree(partial)
-        os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
-def _write(memory: EngramMemory, path: Path, table: str, info: StoreInfo) -> None:
+def bytes_of(memory: EngramMemory, table: str) -> int:
+    """Bytes that `write` takes, without headers and descriptions."""
+    dense = sum(tensor.nbytes for tensor in memory.blocks.state_dict().values())
+    return dense + (memory.config.table_bytes(memory.format.row_bytes) if table == "copy" else 0)
+
+
+def write(memory: EngramMemory, path: Path, table: str) -> str:
+    """Write the parts into a folder of the caller's, who makes it appear whole. Returns the table_id of the rows."""
+    info = next(iter(memory.stores.values())).info
     where = {"copy": "table", "link": str(info.path), "skip": None}[table]
     table_id = memory.write_table(path / "table", parent=info.table_id) if table == "copy" else info.table_id
     memory.vocab.save(path / "vocab.json")
@@ -63,7 +62,8 @@ def _write(memory: EngramMemory, path: Path, table: str, info: StoreInfo) -> Non
     save_file(tensors, path / "memory.safetensors", metadata=identity)
     body = {"format": _FORMAT, "config": memory.config.to_json(), "made_for": memory.made_for, "table": where,
             **identity}
-    (path / "memory.json").write_text(json.dumps(body, indent=1))
+    (path / "memory.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
+    return str(table_id)
 
 
 def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | None) -> EngramMemory:

@@ -14,22 +14,22 @@ import fcntl
 import os
 import random
 import secrets
-import shutil
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from .errors import ConfigError, DigestMismatch, RowOutOfRange, ShardCorrupt, TableError, TableUnsealed
-from .manifest import Manifest, sync_directory
+from .manifest import FILE_NAME, Manifest
 from .rows import RowFormat, check_array
 from .shards import HEADER_BYTES, MAX_SHARD_BYTES, Shard
 from .spec import EngramConfig
+from .system.files import publish_folder, still_named, write_errors
 
 LOCK_NAME = "writer.lock"
 
@@ -59,6 +59,7 @@ class Table:
         self.mode = "r" if lock_fd is None else "w"
         self._gate = threading.RLock()  # no row is written while shards are hashed
         self._lock_fd = lock_fd
+        self._owner = os.getpid()
         # A forked child that drops its copy must not unlock, so the finalizer only closes.
         self._drop_lock = weakref.finalize(self, _close, lock_fd)
         self._dirty = {shard.name for shard in dirty}
@@ -69,8 +70,8 @@ class Table:
         """A new table of zero rows, open for writing. Its rows are sparse: they take disk space as they are written.
 
         shard_rows: rows of a shard, by default as many as 1 GiB holds. parent: the table_id this one is made from.
-        Made under a temporary name beside `path`, synced and renamed. Raises TableError where `path` exists and is not
-        an empty directory, ConfigError where config, fmt and vocab do not fit each other.
+        It appears whole. Raises TableError if `path` exists and is not an empty directory, ConfigError if config, fmt
+        and vocab do not fit each other, WriteFailed if the system refuses.
         """
         directory = Path(os.path.abspath(path))
         if fmt.d != config.dim:
@@ -82,17 +83,14 @@ class Table:
         if isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:
             raise ConfigError(f"shard_rows: expected a positive integer, found {shard_rows!r}")
         table_id, next_id = secrets.token_hex(16), secrets.token_hex(16)
-        temporary = directory.with_name(f".{directory.name}.{table_id[:8]}.tmp")
-        manifest = Manifest(temporary, config, fmt, vocab.digest, shard_rows, table_id, parent, next_id, {})
-        _refuse_taken(directory)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        manifest = Manifest(directory, config, fmt, vocab.digest, shard_rows, table_id, parent, next_id, {})
+        lock_fd = None
         try:
-            lock_fd = _build(manifest, directory)
+            with publish_folder(directory, last=FILE_NAME, taken=TableError) as temporary:
+                lock_fd = _build(dataclasses.replace(manifest, directory=temporary))
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _close(lock_fd)
             raise
-        manifest = dataclasses.replace(manifest, directory=directory)
         return cls(manifest, lock_fd, manifest.all_shards())
 
     @classmethod
@@ -292,34 +290,23 @@ class Table:
     def _unlock(self, mode: str) -> None:
         self.mode = mode
         if self._lock_fd is not None:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+            if os.getpid() == self._owner:  # a forked child must neither remove nor unlock what its parent holds
+                path = self.path / LOCK_NAME
+                with suppress(OSError):
+                    if still_named(path, self._lock_fd):
+                        path.unlink()
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
             self._drop_lock()
             self._lock_fd = None
 
 
-def _build(manifest: Manifest, directory: Path) -> int:
-    """Make the files of a new table in manifest.directory and rename it; returns the held lock."""
+def _build(manifest: Manifest) -> int:
+    """Make the files of a new table in manifest.directory; returns the held lock."""
     for shard in manifest.all_shards():
         shard.create(manifest.table_id)
     manifest.write()
     Manifest.read(manifest.directory)  # what cannot be read back is refused now, not after hours of writing
-    lock_fd = _lock(manifest.directory)
-    try:
-        sync_directory(manifest.directory)
-        os.rename(manifest.directory, directory)
-        sync_directory(directory.parent)
-    except OSError as error:
-        os.close(lock_fd)
-        _refuse_taken(directory)
-        raise TableError(f"{directory}: the new table cannot be put in its place ({error})") from error
-    return lock_fd
-
-
-def _refuse_taken(directory: Path) -> None:
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists() or directory.is_symlink():
-        raise TableError(f"{directory}: expected a new name or an empty directory for a table, found it taken")
+    return _lock(manifest.directory)
 
 
 def _check_shards(manifest: Manifest) -> None:
@@ -333,13 +320,24 @@ def _hash_all(shards: list[Shard]) -> list[str]:
 
 
 def _lock(directory: Path) -> int:
-    fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise TableError(f"{directory}: expected no other writer, found the table open for writing elsewhere") from None
-    return fd
+    """Take the lock of the one writer; returns its file descriptor.
+
+    The file is there while somebody writes (and after a kill). Whoever holds the lock removes the file before giving it
+    back, so a lock counts only if the file that was locked still has the name.
+    """
+    path = directory / LOCK_NAME
+    while True:
+        with write_errors(path, "the table is as it was"):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise TableError(f"{directory}: expected no other writer, found the table open for writing "
+                             "elsewhere") from None
+        if still_named(path, fd):
+            return fd
+        os.close(fd)  # its last holder removed it between the two calls
 
 
 def _close(fd: int | None) -> None:

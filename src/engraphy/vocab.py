@@ -17,6 +17,7 @@ from tokenizers import Regex, normalizers
 
 from .errors import ConfigError, DigestMismatch, InputError
 from .fields import MOST_IDS
+from .system.files import write_file
 
 _FORMAT = "engraphy-vocab-1"
 _LONE_SPACE = "\ue000"  # keeps a token that is one space apart from the empty string
@@ -105,19 +106,9 @@ class VocabMap:
         return self.table[ids]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the map and its digest to one JSON file (a temporary name first, then renamed)."""
-        path = Path(path)
+        """Write the map and its digest to one JSON file, which appears whole. Raises WriteFailed if it cannot."""
         body = {"format": _FORMAT, "digest": self.digest, "size": len(self), "table": self.table.tolist()}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not mkstemp: its files are closed to other users
-        try:
-            with open(temporary, "w") as file:
-                json.dump(body, file, separators=(",", ":"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_file(path, json.dumps(body, separators=(",", ":")))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VocabMap:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..system.files import publish_file
 from . import charts, learned
 from .markup import change, digits_for, esc, fixed, mark, number, pairs, plus_minus, section, signed, size, table
 
@@ -52,7 +53,7 @@ def write(report: Report, folder: str | os.PathLike[str]) -> Path:
     """Write report.json and report.html into `folder` (created if need be); returns the path of the page.
 
     Both are complete before either is put in place, each by a rename. Raises ConfigError as `render` does, and for
-    values that JSON cannot hold; nothing has been written then.
+    values that JSON cannot hold, and WriteFailed if the system refuses; nothing has been written then.
     """
     page = render(report)
     try:
@@ -60,19 +61,10 @@ def write(report: Report, folder: str | os.PathLike[str]) -> Path:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"report: expected values that JSON can hold, found {error}") from error
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in ("report.json", "report.html")}
-    try:
-        for path, text in zip(temporary.values(), (body, page), strict=True):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    with publish_file(folder / "report.json") as numbers, publish_file(folder / "report.html") as shown:
+        for file, text in ((numbers, body), (shown, page)):
+            file.write(text.encode())
+            file.flush()
     return folder / "report.html"
 
 

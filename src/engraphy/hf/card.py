@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..memory import EngramMemory
+from ..system.files import write_file
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MEMORY = '''import engraphy
@@ -81,13 +82,16 @@ def card(memory: EngramMemory, name: str, table_id: str, base_model: str | None 
 
 
 def write_card(folder: str | os.PathLike[str], memory: EngramMemory, base_model: str | None = None, *,
-               note: str = "") -> Path:
-    """Write README.md into a folder that `memory.save` or `hf.save_pretrained` has written. Returns its path."""
+               note: str = "", name: str | None = None) -> Path:
+    """Write README.md into a folder that `memory.save` or `hf.save_pretrained` has written. Returns its path.
+
+    name: of the folder in the text, by default its own. Raises ConfigError for another folder, WriteFailed.
+    """
     folder = Path(os.path.abspath(folder))
     whole = not (folder / "memory.json").exists()
     table_id = saved_identity(folder / "engraphy" if whole else folder)["table_id"]
     path = folder / "README.md"
-    path.write_text(card(memory, folder.name, table_id, base_model, whole=whole, note=note))
+    write_file(path, card(memory, name or folder.name, table_id, base_model, whole=whole, note=note))
     return path
 
 

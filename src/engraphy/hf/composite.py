@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,8 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils.hub import snapshot_download  # pyright: ignore[reportPrivateImportUsage]
 
+from .. import saved
 from ..errors import ConfigError, DigestMismatch
 from ..memory import EngramMemory
+from ..system.files import check_folder, publish_folder, settle_modes, write_errors
 from .attach import attach
 from .backbone import unwrapped
 from .card import saved_identity, write_card
@@ -96,31 +97,41 @@ def save_pretrained(model: Any, path: str | os.PathLike[str], table: str = "copy
 
     table: "copy", or "link" to the sealed table that is served, as in `EngramMemory.save`. options: the backbone's own
     (state_dict, max_shard_size, variant, ...). A model that `path` held is replaced. A README.md (`card`) is written
-    where there is none.
+    where there is none. A new or empty `path` gets the whole model or nothing; in one that holds something the memory
+    is replaced whole, the backbone's files one by one.
     Raises ConfigError for a model without a memory, one that AutoModelForCausalLM does not load, one inside PEFT (merge
     it first), a link to the table that would be replaced, and for push_to_hub (upload the folder: the table is part of
-    it).
+    it); WriteFailed if the system refuses, before anything is written where that can be known.
     """
     inner: Any = unwrapped(model)
-    folder, target, partial = Path(path), Path(path) / FOLDER, Path(path) / f"{FOLDER}.partial"
-    memory = _check_savable(model, target, table, options)
+    folder = Path(path)
+    memory = _check_savable(model, folder / FOLDER, table, options)
     if not is_main_process:
         type(inner).save_pretrained(inner, folder, is_main_process=False, **options)
         return
-    if partial.exists():  # of a process that died
-        shutil.rmtree(partial)
-    memory.save(partial, table)
-    type(inner).save_pretrained(inner, folder, **options)
-    text_config = copy.deepcopy(inner.config)  # EngraphyConfig sets things in its parts
-    text_config._name_or_path = ""
-    whole = EngraphyConfig(text_config=text_config, dtype=inner.config.dtype, architectures=["EngraphyForCausalLM"],
-                           **saved_identity(partial))
-    whole.save_pretrained(folder)  # at once over the backbone's own; from here on another memory is refused
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(partial, target)
+    needed = saved.bytes_of(memory, table) + sum(value.nbytes for value in inner.parameters())
+    if not (folder.is_dir() and os.listdir(folder)):
+        with publish_folder(folder, needed=needed, last="config.json") as made:
+            _write(inner, memory, made, table, options, folder.name)
+        return
+    check_folder(folder / FOLDER, needed, replace=True)
+    others = {entry.inode() for entry in os.scandir(folder)}
+    with write_errors(folder, "what is there is part old, part new: save it again before it is used"):
+        _write(inner, memory, folder, table, options, folder.name)
+        settle_modes(folder, others)
+
+
+def _write(inner: Any, memory: EngramMemory, folder: Path, table: str, options: dict[str, Any], name: str) -> None:
+    with publish_folder(folder / FOLDER, replace=True, last="memory.json") as partial:
+        saved.write(memory, partial, table)
+        type(inner).save_pretrained(inner, folder, **options)
+        text_config = copy.deepcopy(inner.config)  # EngraphyConfig sets things in its parts
+        text_config._name_or_path = ""
+        whole = EngraphyConfig(text_config=text_config, dtype=inner.config.dtype, architectures=["EngraphyForCausalLM"],
+                               **saved_identity(partial))
+        whole.save_pretrained(folder)  # at once over the backbone's own; from here on another memory is refused
     if not (folder / "README.md").exists():
-        write_card(folder, memory, base_model=inner.name_or_path)
+        write_card(folder, memory, base_model=inner.name_or_path, name=name)
 
 
 def _check_savable(model: Any, target: Path, table: str, options: dict[str, Any]) -> EngramMemory:
@@ -138,6 +149,7 @@ def _check_savable(model: Any, target: Path, table: str, options: dict[str, Any]
         raise ConfigError("push_to_hub: expected False; save to a directory, then upload the whole of it")
     if table == "skip":
         raise ConfigError('table: expected "copy" or "link" for a model that is to load as one, found "skip"')
+    saved.check_choice(memory, table)
     served = next(iter(memory.stores.values())).info.path
     if table == "link" and served and Path(served).is_relative_to(os.path.abspath(target)):
         raise ConfigError(f'{target}: table="link" to the table in it, which would be replaced; save to another '

@@ -27,13 +27,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import saved
 from ..errors import ConfigError
-from ..manifest import sync_directory, sync_tree
 from ..memory import EngramMemory
+from ..system.files import check_folder, publish_folder, put_folder
 from ..train import RowAdam, RowOptimizer, clip_together, drain_mean, replica_group, weight_decay_groups
 from .backbone import unwrapped
 
 _FOLDER = "memory"  # not "engraphy": that is where the model itself puts it that was loaded with its memory as one
-_PARTIAL = "memory.partial"
+_BESIDE = ".memory-of-"  # and the checkpoint's name: where it waits until Trainer has made the checkpoint's folder
 _ROW_RATE_SCALE = 5.0  # the paper's (arXiv 2601.07372): the table learns at five times the base rate
 
 
@@ -56,6 +56,7 @@ class MemoryAdamW(torch.optim.AdamW):
         self.memory, self.rows, self.clip, self.replicas = memory, rows, clip, replicas
         self.folder = ""  # where the run keeps its checkpoints; only a hint to find them again
         self.loaded: dict[str, str] | None = None  # state_id and folder of a loaded state, until the next step
+        self.beside: Path | None = None  # the checkpoint whose part of the memory waits beside it
         self._state_id: str | None = None
         groups = weight_decay_groups(model, weight_decay)
         if rows is not None:
@@ -100,8 +101,18 @@ class MemoryAdamW(torch.optim.AdamW):
         self.memory.drain_row_grads()
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, and the state id of rows and moments, which lie in the checkpoint folder."""
+        """AdamW's, and the state id of rows and moments, which lie in the checkpoint folder.
+
+        Trainer saves it into a checkpoint's folder, and then may upload that: the memory joins it now.
+        """
+        self.put_in_place()
         return {**super().state_dict(), "engraphy": {"state_id": self.state_id, "folder": self.folder}}
+
+    def put_in_place(self) -> None:
+        """Move what waits beside a checkpoint into it, if its folder is there. Raises WriteFailed."""
+        if self.beside is not None and self.beside.is_dir():
+            put_folder(_place_beside(self.beside), self.beside / _FOLDER)
+            self.beside = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of `state_dict`, save for rows and moments: the callback reads those.
@@ -117,8 +128,10 @@ class MemoryAdamW(torch.optim.AdamW):
 class MemoryCallback(TrainerCallback):
     """Writes and reads the memory's part of checkpoints: `memory/` in each folder checkpoint-N.
 
-    It is written whole under another name, synced, and renamed; by the process that writes the rest of the checkpoint,
-    and where possible before the rest, so that an older checkpoint is not rotated away before this one is complete.
+    It is written whole by the process that writes the rest of the checkpoint, and where possible before the rest, so
+    that an older checkpoint is not rotated away before this one is complete. Until Trainer has made checkpoint-N it
+    waits beside it: a folder of that name would count as the last checkpoint, even after a crash. A crash between the
+    two leaves it there, where it is found again.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,22 +142,30 @@ class MemoryCallback(TrainerCallback):
             raise ConfigError("expected the args that trainer_kwargs gives: its optimiser clips, by the norm of dense "
                               f"and row gradients together; found max_grad_norm = {args.max_grad_norm} left to Trainer")
         if state.global_step > 0:
-            _resume(optimizer, _find_checkpoint(args, state, optimizer))
+            _resume(optimizer, _find_part(args, state, optimizer), args.should_save)
+        if args.should_save and args.save_strategy != "no":
+            check_folder(Path(args.output_dir) / _FOLDER, _needed(optimizer), replace=True)
         optimizer.memory.drain_row_grads()
         optimizer.folder = os.path.abspath(args.output_dir)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes early what is about to be saved; what is decided on later is written by `on_save`."""
-        if control.should_save:
-            self.on_save(args, state, control, **kwargs)
+        optimizer = _memory_optimizer(kwargs["optimizer"])
+        folder = _checkpoint_of(args, state)
+        if control.should_save and args.should_save and _state_id_of(folder / _FOLDER) != optimizer.state_id:
+            _tidy(folder.parent)
+            _write(optimizer, _place_beside(folder), with_moments=not args.save_only_model)
+            optimizer.beside = folder
+            optimizer.put_in_place()  # into an older run's checkpoint, which is thereby no longer taken for whole
 
     on_epoch_end = on_step_end
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = _memory_optimizer(kwargs["optimizer"])
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if args.should_save and _state_id_of(folder) != optimizer.state_id:
-            _write(optimizer, folder, with_moments=not args.save_only_model)
+        folder = _checkpoint_of(args, state)
+        optimizer.put_in_place()
+        if args.should_save and _state_id_of(folder / _FOLDER) != optimizer.state_id:
+            _write(optimizer, folder / _FOLDER, with_moments=not args.save_only_model)
         if optimizer.replicas is not None:
             dist.barrier(group=optimizer.replicas)  # nobody reads what is not there yet
 
@@ -201,46 +222,76 @@ def _memory_optimizer(optimizer: Any) -> MemoryAdamW:
     return inner
 
 
-def _find_checkpoint(args: Any, state: Any, optimizer: MemoryAdamW) -> Path:
-    """The folder that the run resumes from, which Trainer does not tell: known by its state id."""
+def _checkpoint_of(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _place_beside(folder: Path) -> Path:
+    return folder.parent / f"{_BESIDE}{folder.name}"
+
+
+def _find_part(args: Any, state: Any, optimizer: MemoryAdamW) -> Path:
+    """The memory's part of the checkpoint that the run resumes from, which Trainer does not tell: known by its state
+    id."""
     name, loaded = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", optimizer.loaded or {"state_id": "?", "folder": ""}
     places = [Path(args.resume_from_checkpoint or ""), Path(args.output_dir) / name, Path(loaded["folder"]) / name]
     for place in places:
-        if _state_id_of(place) == loaded["state_id"]:
-            return place
+        for part in (place / _FOLDER, _place_beside(place)):
+            if _state_id_of(part) == loaded["state_id"]:
+                return part
     raise ConfigError(f"expected a checkpoint of step {state.global_step} whose rows have state {loaded['state_id']}, "
                       f"found none in {list(map(str, places))}: its {_FOLDER}/ was not written to the end, its "
                       "optimizer.pt is missing (save_only_model), or it has moved: then name it in TrainingArguments("
                       "resume_from_checkpoint=)")
 
 
-def _resume(optimizer: MemoryAdamW, folder: Path) -> None:
-    table_id = saved.restore(optimizer.memory, folder / _FOLDER)
+def _resume(optimizer: MemoryAdamW, part: Path, main: bool) -> None:
+    table_id = saved.restore(optimizer.memory, part)
     if optimizer.rows is not None:
-        optimizer.rows.load(folder / _FOLDER / "moments", table_id)
-    optimizer.set_state_id(_state_id_of(folder))
+        optimizer.rows.load(part / "moments", table_id)
+    optimizer.set_state_id(_state_id_of(part))
+    if optimizer.replicas is not None:
+        dist.barrier(group=optimizer.replicas)  # all have read it before it moves
+    if main and part.name.startswith(_BESIDE):
+        put_folder(part, part.with_name(part.name.removeprefix(_BESIDE)) / _FOLDER)
 
 
-def _write(optimizer: MemoryAdamW, folder: Path, with_moments: bool) -> None:
-    memory, rows, partial = optimizer.memory, optimizer.rows, folder / _PARTIAL
-    folder.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.glob(f"*{_PARTIAL}*"):
-        shutil.rmtree(abandoned)
-    info = next(iter(memory.stores.values())).info
-    sealed = rows is None and info.table_id is not None and not info.writable
-    memory.save(partial, table="link" if sealed else "copy")
-    if rows is not None and with_moments:
-        rows.save(partial / "moments", json.loads((partial / "memory.json").read_text())["table_id"])
-    (partial / "state.json").write_text(json.dumps({"state_id": optimizer.state_id}))
-    sync_tree(partial)
-    if (folder / _FOLDER).exists():  # of a run that came this far before
-        shutil.rmtree(folder / _FOLDER)
-    os.rename(partial, folder / _FOLDER)
-    sync_directory(folder)
+def _tidy(output: Path) -> None:
+    """What crashes have left beside checkpoints: their part of the memory if they lack it, else nothing."""
+    for part in output.glob(f"{_BESIDE}*"):
+        folder = part.with_name(part.name.removeprefix(_BESIDE))
+        if folder.is_dir() and not (folder / _FOLDER).exists():
+            put_folder(part, folder / _FOLDER)
+        else:
+            shutil.rmtree(part)
 
 
-def _state_id_of(folder: Path) -> str | None:
+def _table_choice(optimizer: MemoryAdamW) -> str:
+    """A sealed table that nothing changes need not be copied."""
+    info = next(iter(optimizer.memory.stores.values())).info
+    sealed = optimizer.rows is None and info.table_id is not None and not info.writable
+    return "link" if sealed else "copy"
+
+
+def _needed(optimizer: MemoryAdamW) -> int:
+    """Bytes of the memory's part of a checkpoint."""
+    moments = () if optimizer.rows is None else optimizer.rows.moments.values()
+    rows = sum(store.info.rows * store.info.row_bytes for store in moments)
+    return rows + saved.bytes_of(optimizer.memory, _table_choice(optimizer))
+
+
+def _write(optimizer: MemoryAdamW, part: Path, with_moments: bool) -> None:
+    choice = _table_choice(optimizer)
+    saved.check_choice(optimizer.memory, choice)
+    with publish_folder(part, replace=True, last="state.json") as partial:
+        table_id = saved.write(optimizer.memory, partial, choice)
+        if optimizer.rows is not None and with_moments:
+            optimizer.rows.save(partial / "moments", table_id)
+        (partial / "state.json").write_text(json.dumps({"state_id": optimizer.state_id}))
+
+
+def _state_id_of(part: Path) -> str | None:
     try:
-        return json.loads((folder / _FOLDER / "state.json").read_text())["state_id"]
+        return json.loads((part / "state.json").read_text())["state_id"]
     except (OSError, ValueError, KeyError):
         return None

@@ -12,10 +12,9 @@ import math
 import os
 import pickle
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, DigestMismatch
-from ..manifest import sync_directory, sync_tree
+from ..system.files import publish_folder, write_errors, write_file
+from ..system.signals import stopping
 from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
 from .data import Batches
 from .model import LM
@@ -109,14 +109,21 @@ class Run:
         return loss.item(), norm
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint below `folder`, on disk under its name as a whole, then drop the older ones."""
+        """Write a checkpoint below `folder`, on disk under its name as a whole, then drop the older ones.
+
+        Raises WriteFailed if the system refuses: the older ones are there then.
+        """
         final = folder / f"checkpoint-{self.step_index:08d}"
         if final.exists():
             return final
-        for abandoned in folder.glob(".partial-*"):
-            shutil.rmtree(abandoned)
-        partial = folder / f".partial-{self.step_index:08d}"
-        partial.mkdir(parents=True)
+        older = checkpoints(folder)
+        with publish_folder(final, last="run.json") as partial:
+            self._write(partial)
+        for path in older:
+            shutil.rmtree(path)
+        return final
+
+    def _write(self, partial: Path) -> None:
         table_id = ""
         if self.model.memory is not None and self.pair.rows is not None:
             table_id = self.model.memory.write_table(partial / "table")
@@ -126,13 +133,6 @@ class Run:
         torch.save(self.pair.dense.state_dict(), partial / "optimizer.pt")
         where = {"step": self.step_index, "table_id": table_id, **self._identity()}
         (partial / "run.json").write_text(json.dumps(where, indent=1))
-        older = checkpoints(folder)
-        sync_tree(partial)
-        os.rename(partial, final)
-        sync_directory(folder)
-        for path in older:
-            shutil.rmtree(path)
-        return final
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint as if the run had not stopped.
@@ -173,10 +173,12 @@ def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldou
     """Train until the run's tokens are used up; metrics.jsonl and checkpoints go to `folder`.
 
     resume: continue from the newest checkpoint there, if any; without it a folder that holds one is an error.
-    An interrupt (Ctrl-C) finishes the step, writes a checkpoint and then raises KeyboardInterrupt.
+    Ctrl-C or SIGTERM finishes the step, writes a checkpoint and then raises KeyboardInterrupt (`signals.Terminated`
+    for SIGTERM); a second one stops at once. Raises WriteFailed if the system refuses to write.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     found = checkpoints(folder)
     if found and not resume:
         raise ConfigError(f"{folder} holds {found[-1].name}: resume that run, or choose another folder")
@@ -184,8 +186,10 @@ def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldou
         run.resume(found[-1])
     metrics = folder / "metrics.jsonl"
     _cut(metrics, run.step_index)
-    with metrics.open("a") as file, _interrupts() as interrupted:
-        while not (run.done or interrupted()):
+    with write_errors(metrics):
+        file = metrics.open("ab", buffering=0)  # nothing waits for a flush that may fail
+    with file, stopping() as stop:
+        while not (run.done or stop):
             began = time.perf_counter()
             loss, norm = run.step()
             speed = run.batches.tokens_per_step / (time.perf_counter() - began)
@@ -194,15 +198,17 @@ def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldou
             found_loss = heldout_loss(run.model, heldout, run.config.dtype) if measure and heldout else None
             told = StepReport(run.step_index, run.steps, run.step_index * run.batches.tokens_per_step, loss, norm,
                               speed, found_loss, run.model.max_load())
-            file.write(json.dumps({**dataclasses.asdict(told), "time": time.time()}) + "\n")
-            file.flush()
+            line = (json.dumps({**dataclasses.asdict(told), "time": time.time()}) + "\n").encode()
+            with write_errors(metrics, "the checkpoints are whole"):
+                while line:
+                    line = line[file.write(line):]
             report(told)
             every = run.config.checkpoint_every
             if every and run.step_index % every == 0 and not run.done:
                 run.save(folder)
         run.save(folder)
-        if interrupted() and not run.done:
-            raise KeyboardInterrupt(f"stopped at step {run.step_index} of {run.steps}; the checkpoint is in {folder}")
+        if stop and not run.done:
+            raise stop.error(f"stopped at step {run.step_index} of {run.steps}; the checkpoint is in {folder}")
 
 
 @torch.no_grad()
@@ -233,29 +239,6 @@ def autocast(dtype: str) -> AbstractContextManager[Any]:
 def _cut(metrics: Path, step: int) -> None:
     """Drop lines after `step`, and one that a crash cut short: a resumed run writes them again."""
     if metrics.exists():
-        whole = metrics.read_text().rpartition("\n")[0].splitlines()
+        whole = metrics.read_text().split("\n")[:-1]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
-        temporary = metrics.with_name(metrics.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, metrics)
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag, so that no step is cut in half; a second one stops at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        write_file(metrics, "".join(line + "\n" for line in kept))

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ..errors import ConfigError
 from ..lm import Batches, encode, end_id, load_documents, load_tokenizer, split_documents, train_tokenizer
+from ..system.files import publish_folder
 from ..vocab import VocabMap
 
 
@@ -65,8 +66,11 @@ class Corpus:
         return Batches(self.heldout, self.end_id, batch=64, tokens=self.config.length, seed=None)
 
     def save(self, folder: Path) -> None:
-        """Write everything to `folder`; corpus.json comes last and says that it is complete."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write everything to `folder`, which appears whole. Raises WriteFailed if it cannot."""
+        with publish_folder(folder, replace=True, last="corpus.json") as made:
+            self._write(made)
+
+    def _write(self, folder: Path) -> None:
         self.tokenizer.save(str(folder / "tokenizer.json"))
         self.vocab.save(folder / "vocab.json")
         for part in ("training", "heldout"):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ConfigError, EngraphyError
+from ..system.files import write_file
 from .arms import tuned_malloc
 
 
@@ -40,10 +40,8 @@ def run_missing(plan: Callable[[], Sequence[Any]], out: Path, workers: int, run:
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """The result appears complete or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    """The result appears complete or not at all. Raises WriteFailed."""
+    write_file(path, json.dumps(result, indent=1) + "\n")
 
 
 def read_json(path: Path, job: dict[str, Any]) -> dict[str, Any]:

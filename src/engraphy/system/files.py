@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -78,6 +78,19 @@ def publish_folder(path: str | os.PathLike[str], *, replace: bool = False, neede
     _sync_parent(target)
 
 
+def put_folder(source: Path, target: Path) -> None:
+    """Give a finished folder its name; one that was there makes way. Both lie on one file system. Raises WriteFailed,
+    and `source` stays then."""
+    with write_errors(target, f"it is whole in {source}"):
+        if target.exists():
+            _exchange(source, target)
+            _remove(source)
+        else:
+            os.rename(source, target)
+        sync_directory(source.parent)
+        sync_directory(target.parent)
+
+
 def check_folder(path: str | os.PathLike[str], needed: int = 0, *, replace: bool = False,
                  taken: Kind = ConfigError) -> None:
     """Judge a place for a new folder before anything is computed for it. Changes nothing.
@@ -132,16 +145,27 @@ def write_errors(path: Path, left: str = "nothing is left of it") -> Iterator[No
         raise failed from error
 
 
-def settle_modes(folder: Path) -> None:
-    """Give files below a folder the mode of a file that is made in it (some libraries make them private). Files that
-    their owner cannot write were made so on purpose, and stay so."""
+def still_named(path: Path, fd: int) -> bool:
+    """Whether the open file is what has that name: a lock on one that was removed or replaced protects nothing."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def settle_modes(folder: Path, others: Collection[int] = ()) -> None:
+    """Give files below a folder the mode of a file that is made in it (some libraries make them private).
+
+    Files that their owner cannot write were made so on purpose, and stay so. others: inodes that are none of ours.
+    """
     with _temporary(folder, "mode", folder=False) as (fd, _):
         mode = stat.S_IMODE(os.fstat(fd).st_mode)
     for place, _, names in os.walk(folder):
         for name in names:
             file = os.path.join(place, name)
-            found = os.lstat(file).st_mode
-            if stat.S_ISREG(found) and found & stat.S_IWUSR and stat.S_IMODE(found) != mode:
+            found = os.lstat(file)
+            changes = stat.S_IMODE(found.st_mode) != mode and found.st_mode & stat.S_IWUSR
+            if stat.S_ISREG(found.st_mode) and changes and found.st_ino not in others:
                 os.chmod(file, mode)
 
 
@@ -194,10 +218,12 @@ def _refuse_taken(target: Path, replace: bool, taken: Kind) -> None:
 
 
 def _place(target: Path) -> Path:
-    """Where the temporary is made: beside the target, or in it where it cannot be renamed over."""
-    if target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK)):
-        return target
-    return target.parent
+    """Where the temporary is made: beside the target, or in it where it cannot be renamed over, or is a temporary that
+    appears whole later (replaced, it would lose its lock)."""
+    if not target.is_dir():
+        return target.parent
+    fixed = _is_mount(target) or _TEMPORARY.fullmatch(target.name) is not None
+    return target if fixed or not os.access(target.parent, os.W_OK | os.X_OK) else target.parent
 
 
 def _is_mount(path: Path) -> bool:
@@ -293,7 +319,7 @@ def _lock(path: Path, flags: int) -> int | None:
         return None
     except OSError:
         return fd  # a file system without locks: nobody sweeps there
-    if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(fd)):
+    if still_named(path, fd):
         return fd
     os.close(fd)
     return None

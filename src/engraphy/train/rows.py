@@ -18,6 +18,7 @@ from ..grads import SummedGrad, coalesce
 from ..memory import EngramMemory
 from ..rows import RowFormat
 from ..store import FileStore, RowStore, copy_rows, open_store, write_layer
+from ..system.files import publish_folder
 from ..table import Table
 
 __all__ = ["RowAdagrad", "RowAdam", "RowOptimizer", "SummedGrad", "check_finite", "coalesce"]
@@ -92,16 +93,21 @@ class RowOptimizer:
         self.steps, self.lr = int(state["steps"]), float(state["lr"])
 
     def save(self, path: str | Path, table_id: str) -> None:
-        """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they belong to."""
+        """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they belong to.
+
+        It appears whole. Raises ConfigError if `path` is taken, WriteFailed if the system refuses.
+        """
         path = Path(path)
-        table = self._new_table(path)
-        try:
-            for index, store in self.moments.items():
-                write_layer(store, table, index)
-            table.seal()
-        finally:
-            table.close()
-        (path / "optimizer.json").write_text(json.dumps({**self.state_dict(), "rows": table_id}))
+        with publish_folder(path, last="optimizer.json") as folder:
+            table = self._new_table(folder)
+            try:
+                for index, store in self.moments.items():
+                    write_layer(store, table, index)
+                table.seal()
+            finally:
+                table.close()
+            state = {**self.state_dict(), "rows": table_id}
+            (folder / "optimizer.json").write_text(json.dumps(state))
 
     def _new_table(self, path: Path) -> Table:
         config, width = self.memory.config, self._moment_format.d
