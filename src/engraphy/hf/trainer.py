@@ -275,9 +275,8 @@ def _table_choice(optimizer: MemoryAdamW) -> str:
 
 def _needed(optimizer: MemoryAdamW) -> int:
     """Bytes of the memory's part of a checkpoint."""
-    moments = () if optimizer.rows is None else optimizer.rows.moments.values()
-    rows = sum(store.info.rows * store.info.row_bytes for store in moments)
-    return rows + saved.bytes_of(optimizer.memory, _table_choice(optimizer))
+    moments = 0 if optimizer.rows is None else optimizer.rows.moment_bytes
+    return moments + saved.bytes_of(optimizer.memory, _table_choice(optimizer))
 
 
 def _write(optimizer: MemoryAdamW, part: Path, with_moments: bool) -> None:

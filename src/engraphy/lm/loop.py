@@ -130,7 +130,8 @@ class Run:
             self.pair.rows.save(partial / "moments", table_id)
         tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(tensors, partial / "dense.safetensors", metadata={"table_id": table_id})
-        torch.save(self.pair.dense.state_dict(), partial / "optimizer.pt")
+        with open(partial / "optimizer.pt", "wb") as file:  # of a path torch would not say what went wrong
+            torch.save(self.pair.dense.state_dict(), file)
         where = {"step": self.step_index, "table_id": table_id, **self._identity()}
         (partial / "run.json").write_text(json.dumps(where, indent=1))
 

@@ -131,18 +131,20 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def write_errors(path: Path, left: str = "nothing is left of it") -> Iterator[None]:
-    """What goes wrong with writing below `path` becomes a WriteFailed that names it. left: what is there now."""
+    """What goes wrong with writing below `path` becomes a WriteFailed that names it. left: what is there now.
+
+    Within another such block the outer path is named: the inner one may be a temporary.
+    """
     try:
         yield
-    except EngraphyError:
-        raise
     except Exception as error:
-        known, number = _write_error(error)
-        if not known:
+        reason = _reason(error)
+        if reason is None:
             raise
-        failed = WriteFailed(f"{path}: it cannot be written ({error}); {left}{_space_left(path, number)}")
+        number = _number(reason)
+        failed = WriteFailed(f"{path}: it cannot be written ({reason}); {left}{_space_left(path, number)}")
         failed.errno = number
-        raise failed from error
+        raise failed from reason
 
 
 def still_named(path: Path, fd: int) -> bool:
@@ -351,14 +353,25 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_error(error: Exception) -> tuple[bool, int | None]:
-    """Whether it says that something could not be written, and the system's number."""
-    if isinstance(error, OSError):
-        return True, error.errno
-    found = _RUST.search(str(error))
+def _reason(error: BaseException) -> BaseException | None:
+    """What could not be written, as the system or a library says it; None if an error is about something else."""
+    if isinstance(error, WriteFailed):
+        return error.__cause__
+    if isinstance(error, EngraphyError):
+        return None  # it says by itself what was expected
+    if isinstance(error, OSError) or _RUST.search(str(error)):
+        return error
+    if _TORCH.search(str(error)):
+        return error.__context__ if isinstance(error.__context__, OSError) else error
+    return None
+
+
+def _number(reason: BaseException) -> int | None:
+    """The system's number of an error."""
+    found = _RUST.search(str(reason))
     if found is not None:
-        return True, int(found[1])
-    return _TORCH.search(str(error)) is not None, None
+        return int(found[1])
+    return reason.errno if isinstance(reason, OSError) else None
 
 
 def _space_left(path: Path, number: int | None) -> str:

@@ -92,13 +92,17 @@ class RowOptimizer:
             raise ConfigError(f"row optimiser: expected {mine}, found {found}")
         self.steps, self.lr = int(state["steps"]), float(state["lr"])
 
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of the moments of all rows."""
+        return sum(store.info.rows * store.info.row_bytes for store in self.moments.values())
+
     def save(self, path: str | Path, table_id: str) -> None:
         """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they belong to.
 
         It appears whole. Raises ConfigError if `path` is taken, WriteFailed if the system refuses.
         """
-        path = Path(path)
-        with publish_folder(path, last="optimizer.json") as folder:
+        with publish_folder(path, needed=self.moment_bytes, last="optimizer.json") as folder:
             table = self._new_table(folder)
             try:
                 for index, store in self.moments.items():
