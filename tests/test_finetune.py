@@ -244,7 +244,7 @@ def test_settings_that_cannot_be_meant_are_refused(config, tmp_path, monkeypatch
                           ({"batch": 0}, "batch"), ({"heldout": 1.0}, "heldout")):
         with pytest.raises(ConfigError, match=match):
             finetune(dataclasses.replace(config, **change), quiet())
-    monkeypatch.setattr(recipe, "free_ram", lambda: 10_000)
+    monkeypatch.setattr(recipe, "free_memory", lambda: 10_000)
     with pytest.raises(ConfigError, match="of RAM"):
         finetune(config, quiet())
     assert not config.out.exists()

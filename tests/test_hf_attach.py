@@ -150,6 +150,15 @@ def test_a_table_beyond_the_ram_is_refused_and_the_model_is_as_it_was(model):
     assert not hasattr(model, "engraphy")
 
 
+def test_a_table_beyond_what_a_control_group_leaves_is_refused(model, config, monkeypatch):
+    takes = engraphy.hf.cost(config)
+    monkeypatch.setenv("ENGRAPHY_FREE_MEMORY", str(takes.table_bytes))  # but not the dense layers
+    with pytest.raises(ConfigError, match="of RAM are free.*ENGRAPHY_FREE_MEMORY says otherwise"):
+        engraphy.attach(model, config)
+    monkeypatch.setenv("ENGRAPHY_FREE_MEMORY", str(takes.table_bytes + takes.dense_bytes))
+    engraphy.attach(model, config)
+
+
 def test_a_memory_of_another_model_is_refused_unless_that_is_said(model, config, ids_BT, tmp_path):
     memory = wake(engraphy.attach(model, config))
     memory.save(tmp_path / "memory")

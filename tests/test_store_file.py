@@ -138,23 +138,14 @@ def test_a_kernel_that_cannot_populate_has_each_page_touched_and_the_store_says_
     assert resident(table[0]) >= table[1].nbytes
 
 
-def test_free_memory_is_what_the_system_or_the_control_group_leaves(monkeypatch, tmp_path):
-    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n"}
-    monkeypatch.setattr(options, "Path", lambda name: tmp_path / name.strip("/").replace("/", "-"))
-
-    def free(**changed: str) -> int:
-        for name, text in {**files, **changed}.items():
-            (tmp_path / name.strip("/").replace("/", "-")).write_text(text)
-        return options.free_memory()
-
-    assert free() == 5000 * 1024
-    assert free(**{"/sys/fs/cgroup/memory.max": "max\n"}) == 5000 * 1024
-    assert free(**{"/sys/fs/cgroup/memory.max": "3000000\n", "/sys/fs/cgroup/memory.stat": "file 7\nanon 1000000\n"}) \
-        == 2_000_000
-    assert free(**{"/sys/fs/cgroup/memory/memory.limit_in_bytes": "1000\n"}) == 1000
-    files.clear()
-    (tmp_path / "proc-meminfo").unlink()
-    assert free() == 0
+def test_what_is_free_can_be_given_and_decides_how_a_table_is_read(table, monkeypatch):
+    path, _ = table
+    for given, chosen in (("0", "pread"), (str(1 << 60), "mmap")):
+        monkeypatch.setenv("ENGRAPHY_FREE_MEMORY", given)
+        assert options.FileOptions().choose(Table.open(path)) == chosen
+    monkeypatch.setenv("ENGRAPHY_FREE_MEMORY", "much")
+    with pytest.raises(ConfigError, match="ENGRAPHY_FREE_MEMORY: expected a number of bytes, found 'much'"):
+        options.FileOptions().choose(Table.open(path))
 
 
 # Where nothing may be written.

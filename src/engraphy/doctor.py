@@ -12,6 +12,7 @@ from rich.table import Table
 
 from . import __version__, _native
 from .errors import EngraphyError
+from .system.machine import free_memory, total_memory
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -108,19 +109,12 @@ def _thread_facts() -> dict[str, int]:
 
 
 def _memory_facts() -> dict[str, Any]:
-    sizes = {}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            sizes[key] = int(value.split()[0]) * 1024
-    except OSError:
-        pass
     try:
         modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
         huge_pages = modes[modes.index("[") + 1 : modes.index("]")]
     except (OSError, ValueError):
         huge_pages = None
-    return {"total": sizes.get("MemTotal"), "available": sizes.get("MemAvailable"), "huge_pages": huge_pages}
+    return {"total": total_memory(), "available": free_memory(), "huge_pages": huge_pages}
 
 
 def _gib(size: int | None) -> str:

@@ -22,9 +22,10 @@ from ..errors import ConfigError, DigestMismatch, InputError
 from ..memory import EngramMemory, Lookup
 from ..rows import RowFormat
 from ..spec import EngramConfig
+from ..system.machine import VARIABLE, free_memory
 from ..table import Table
 from ..vocab import VocabMap
-from .backbone import Backbone, find_backbone, find_dtype, free_ram, same_device, unwrapped
+from .backbone import Backbone, find_backbone, find_dtype, same_device, unwrapped
 from .batch import read_batch
 from .cache import cached_state, ready_state, tokens_seen
 from .probe import check_joins
@@ -256,12 +257,12 @@ def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store:
 
 
 def _tell_cost(config: EngramConfig, row_format: RowFormat | str, dtype: torch.dtype, fresh: bool) -> None:
-    takes, free = cost(config, row_format, dtype), free_ram()
+    takes, free = cost(config, row_format, dtype), free_memory()
     _log.info("attaching a memory to layers %s: %s; %s MB of RAM are free", list(config.hash.layer_ids), takes,
               "?" if free is None else f"{free / 1e6:,.1f}")
     if fresh and free is not None and takes.table_bytes + takes.dense_bytes > free:
         raise ConfigError(f"the memory takes {takes}, {free / 1e6:,.1f} MB of RAM are free: give fewer rows_per_head, "
-                          "a smaller dim or row_format, or a table on disk as store")
+                          f"a smaller dim or row_format, or a table on disk as store; {VARIABLE} says otherwise")
 
 
 def _made_for(backbone: Backbone) -> dict[str, Any]:

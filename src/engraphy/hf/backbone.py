@@ -82,15 +82,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def free_ram() -> int | None:
-    """Free RAM in bytes, None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-
-
 def find_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating-point parameters."""
     return next((p.dtype for p in unwrapped(model).parameters() if p.is_floating_point()), torch.float32)

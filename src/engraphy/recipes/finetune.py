@@ -22,13 +22,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataUnavailable, InputError
 from ..hf import attach, cost, write_card
-from ..hf.backbone import free_ram
 from ..lm import Batches, load_documents, split_documents
 from ..lm.cross_entropy import IGNORED
 from ..lm.data import Batch
 from ..lm.loop import StepReport
 from ..memory import EngramMemory
 from ..spec import EngramConfig
+from ..system.machine import VARIABLE, free_memory
 from ..train import OptimizerPair, RowAdam, warmup_cosine
 from ..vocab import VocabMap
 from .measure import mean_with_error
@@ -199,7 +199,7 @@ def _memory_config(config: FinetuneConfig, model: Any, tokenizer: Any, vocab: Vo
 
 def _tell(model: Any, config: EngramConfig, console: Console) -> None:
     """Say what the memory takes. Raises ConfigError where it will not fit while it trains."""
-    takes, free = cost(config), free_ram()
+    takes, free = cost(config), free_memory()
     moments = 2 * config.table_parameters() * torch.float32.itemsize
     _say(console, f"{type(model).__name__}: {model.num_parameters():,} parameters, frozen, "
                   f"{str(model.dtype).removeprefix('torch.')} on {model.device}")
@@ -207,7 +207,8 @@ def _tell(model: Any, config: EngramConfig, console: Console) -> None:
                   "trains")
     if free is not None and takes.table_bytes + moments > free:
         raise ConfigError(f"training the memory takes {(takes.table_bytes + moments) / 1e6:,.1f} MB of RAM, "
-                          f"{free / 1e6:,.1f} MB are free: give fewer rows_per_head or layers")
+                          f"{free / 1e6:,.1f} MB are free: give fewer rows_per_head or layers; {VARIABLE} says "
+                          "otherwise")
 
 
 def _train(model: Any, memory: EngramMemory, batches: Batches, config: FinetuneConfig,

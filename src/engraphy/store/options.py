@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import ConfigError, StoreError
+from ..system.machine import free_memory
 from ..table import Table
 
 READS = ("auto", "mmap", "pread")
@@ -53,7 +53,7 @@ class FileOptions:
             return "pread"
         if self.populate and not fits_in_memory(table):
             raise StoreError(f"{table.path}, populate=1: expected {table_bytes(table)} bytes to fit into "
-                             f"{_SHARE_OF_MEMORY:.0%} of the free memory, found {free_memory()} bytes free")
+                             f"{_SHARE_OF_MEMORY:.0%} of the free memory, found {free_memory() or 0} bytes free")
         if self.read == "mmap" or self.populate or table.mode == "w" or fits_in_memory(table):
             return "mmap"
         return "pread"
@@ -93,30 +93,5 @@ def table_bytes(table: Table) -> int:
 
 
 def fits_in_memory(table: Table) -> bool:
-    """Whether the rows of all layers fit into nine tenths of the free memory."""
-    return table_bytes(table) <= _SHARE_OF_MEMORY * free_memory()
-
-
-def free_memory() -> int:
-    """Bytes that this process can still get: what the system has available (its page cache counts as available), and
-    at most what the limit of its control group leaves; 0 where the system does not say."""
-    free = _number("/proc/meminfo", "MemAvailable:") or 0
-    for limit, usage, key in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
-                              ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat",
-                               "rss")):
-        if (most := _number(limit)) is not None:
-            free = min(free, max(0, most - (_number(usage, key) or 0)))
-    return free
-
-
-def _number(path: str, key: str | None = None) -> int | None:
-    """The number in a file, or in its line that begins with `key`, in bytes; None where there is none."""
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        return None
-    for words in (line.split() for line in text.splitlines()):
-        digits = words[1:] if key else words
-        if words and (key is None or words[0] == key) and digits and digits[0].isdigit():
-            return int(digits[0]) * (1024 if digits[1:] == ["kB"] else 1)
-    return None
+    """Whether the rows of all layers fit into nine tenths of the free memory; not if that is not known."""
+    return table_bytes(table) <= _SHARE_OF_MEMORY * (free_memory() or 0)
