@@ -16,6 +16,7 @@ from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap
 from engraphy.errors import ConfigError, DigestMismatch
 from engraphy.lm import LM, Batches, LMConfig
 from engraphy.lm.loop import Run, TrainConfig, checkpoints, heldout_loss, train
+from engraphy.system.signals import Terminated
 
 VOCAB = 32
 
@@ -59,17 +60,18 @@ def assert_same(one: Run, other: Run) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 @pytest.mark.parametrize("with_memory", [True, False])
-def test_an_interrupted_run_resumes_bit_for_bit(with_memory, tmp_path):
+def test_an_interrupted_run_resumes_bit_for_bit(with_memory, tmp_path, number, error):
     straight = make_run(with_memory)
     train(straight, tmp_path / "straight")
     broken = make_run(with_memory)
 
     def interrupt(told):
         if told.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-    with pytest.raises(KeyboardInterrupt, match="step 4 of 10"):
+    with pytest.raises(error, match="step 4 of 10; the checkpoint is in"):
         train(broken, tmp_path / "broken", report=interrupt)
     assert [path.name for path in checkpoints(tmp_path / "broken")] == ["checkpoint-00000004"]
     resumed = make_run(with_memory)

@@ -186,11 +186,11 @@ def _token_ids(ids: Path | None, text: Path | None, tokenizer: Path | None) -> n
         return None
     try:
         if text is not None and tokenizer is not None:
-            encoded = load_tokenizer(tokenizer).encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
+            encoded = load_tokenizer(tokenizer).encode(text.read_text(encoding="utf-8-sig"), add_special_tokens=False)
             return np.array(encoded.ids, np.int64)
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
-        return np.array(path.read_text().split(), np.int64)
+        return np.array(path.read_text(encoding="utf-8-sig").split(), np.int64)
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: expected {'text' if text else 'token ids'}, found something else "
                           f"({type(error).__name__}: {error})") from None

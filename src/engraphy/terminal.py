@@ -20,15 +20,20 @@ from rich.progress import (
 )
 
 from .errors import EngraphyError
+from .system.signals import Terminated, exit_code, terminable
 
 _LOG_SECONDS = 30.0
 
 
 @contextmanager
 def errors(interrupted: str) -> Iterator[None]:
-    """What Engraphy raises on purpose is one line for the user, not a traceback; `interrupted`: advice on Ctrl-C."""
+    """What Engraphy raises on purpose is one line for the user, not a traceback. SIGTERM is taken as Ctrl-C.
+
+    interrupted: advice on Ctrl-C and SIGTERM, which exit with 130 and 143.
+    """
     try:
-        yield
+        with terminable():
+            yield
     except EngraphyError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -37,9 +42,11 @@ def errors(interrupted: str) -> Iterator[None]:
             raise
         Console(stderr=True).print('transformers is not installed: pip install "engraphy\\[hf]"')
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted; {interrupted}")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        what = "ended by SIGTERM" if isinstance(error, Terminated) else "interrupted"
+        detail = f" ({error})" if str(error) else ""
+        Console(stderr=True).print(escape(f"{what}{detail}; {interrupted}"), soft_wrap=True)
+        raise typer.Exit(exit_code(error)) from None
 
 
 @contextmanager

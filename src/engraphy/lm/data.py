@@ -187,7 +187,7 @@ def _from_files(path: Path) -> list[str]:
     texts = []
     for file in files:
         try:
-            texts += [text.strip("\r\n") for text in file.read_text(encoding="utf-8").split("\f")]
+            texts += [text.strip("\r\n") for text in file.read_text(encoding="utf-8-sig").split("\f")]
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: expected UTF-8 text, found {error}") from None
         except OSError as error:

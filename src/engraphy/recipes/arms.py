@@ -20,6 +20,7 @@ from ..errors import ConfigError, EngraphyError
 from ..lm import LM, Arm, demo_config, three_arms
 from ..lm.loop import Run, StepReport, TrainConfig, checkpoints, train
 from ..memory import EngramMemory
+from ..system.signals import end_workers
 from ..vocab import VocabMap
 from .corpus import Corpus
 
@@ -96,8 +97,9 @@ def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, fol
                report: Callable[[str, StepReport], None]) -> None:
     """Train arms at the same time, in a process and with an equal share of the CPUs each.
 
-    Results do not depend on how many run beside each other, save by the number of threads. On Ctrl-C every arm writes a
-    checkpoint first. Raises EngraphyError naming the arm where one fails.
+    Results do not depend on how many run beside each other, save by the number of threads. On Ctrl-C or SIGTERM, and
+    where an arm fails, every arm writes a checkpoint first; on a second signal they are killed.
+    Raises EngraphyError naming the arm where one fails.
     """
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
@@ -109,14 +111,8 @@ def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, fol
             worker.start()
     try:
         _follow(workers, told, report)
-    except KeyboardInterrupt:
-        for worker in workers.values():
-            worker.join()
-        raise
     finally:
-        for worker in workers.values():
-            worker.terminate()
-            worker.join()
+        end_workers(workers.values())
 
 
 def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepReport], None]) -> None:

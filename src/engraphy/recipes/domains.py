@@ -182,7 +182,7 @@ def _texts(path: Path) -> list[str]:
             texts += load_documents(str(file)).texts
             continue
         try:
-            texts += lzma.decompress(file.read_bytes()).decode().split("\f")
+            texts += lzma.decompress(file.read_bytes()).decode("utf-8-sig").split("\f")
         except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
             raise DataUnavailable(f"{file}: expected UTF-8 text packed by xz, found {error}") from None
     return texts

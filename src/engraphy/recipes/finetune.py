@@ -28,7 +28,9 @@ from ..lm.data import Batch
 from ..lm.loop import StepReport
 from ..memory import EngramMemory
 from ..spec import EngramConfig
+from ..system.files import check_folder
 from ..system.machine import VARIABLE, free_memory
+from ..system.signals import stopping, terminable
 from ..train import OptimizerPair, RowAdam, warmup_cosine
 from ..vocab import VocabMap
 from .measure import mean_with_error
@@ -68,8 +70,7 @@ class FinetuneConfig:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr: expected a positive number, found {self.lr}")
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            raise ConfigError(f"{self.out}: expected a new or empty folder for the memory, found it taken")
+        check_folder(self.out)
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,17 @@ class Measured:
 def finetune(config: FinetuneConfig, console: Console) -> Measured:
     """Train a memory and save it to `config.out` with a model card. Returns the held-out losses.
 
-    Ctrl-C ends the training early: what has been learned by then is saved, and KeyboardInterrupt raised.
+    Ctrl-C or SIGTERM ends the training early: the step is finished, what has been learned by then is saved, and
+    KeyboardInterrupt raised (`signals.Terminated` for SIGTERM); a second one stops at once.
     Raises DataUnavailable for a model, tokenizer or text that is not there, InputError for too little text,
-    ConfigError for settings that the model does not allow or that do not fit into the RAM.
+    ConfigError for settings that the model does not allow or that do not fit into the RAM, WriteFailed where
+    `config.out` cannot be written or its disk has too little space.
     """
+    with terminable():
+        return _finetune(config, console)
+
+
+def _finetune(config: FinetuneConfig, console: Console) -> Measured:
     tokenizer = load_tokenizer(config.model)
     training, heldout = _documents(config, tokenizer)
     start = _start_id(tokenizer)
@@ -109,7 +117,7 @@ def finetune(config: FinetuneConfig, console: Console) -> Measured:
         raise ConfigError(f"{config.model}: expected a model without a memory, found one saved with its memory")
     vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.get_text_config().vocab_size)
     memory_config = _memory_config(config, model, tokenizer, vocab, tokens)
-    _tell(model, memory_config, console)
+    _tell(model, memory_config, config.out, console)
     with console.status("Held-out loss without a memory"):
         before, owners = _losses(model, unseen)
     _say(console, f"held-out loss without a memory: {before.mean():.4f} nats a token")
@@ -127,7 +135,11 @@ def finetune(config: FinetuneConfig, console: Console) -> Measured:
     _, error = mean_with_error(after - before, owners)
     found = Measured(float(before.mean()), float(after.mean()), error, len(before), len(np.unique(owners)))
     _say(console, f"held-out loss: {found}")
-    _save(memory, config, console, f"Trained on {name} with the base model frozen. On held-out text of it: {found}.")
+    note = f"Trained on {name} with the base model frozen. On held-out text of it: {found}."
+    with stopping() as stop:  # what an hour went into is saved first
+        _save(memory, config, console, note)
+    if stop:
+        raise stop.error("all had been saved")
     return found
 
 
@@ -137,7 +149,8 @@ def load_texts(source: str) -> tuple[str, ...]:
     if path.suffix != ".jsonl":
         return load_documents(source).texts
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Line feeds alone divide: JSON strings may hold U+2028, U+0085 and others that splitlines cuts at.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataUnavailable(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -197,8 +210,8 @@ def _memory_config(config: FinetuneConfig, model: Any, tokenizer: Any, vocab: Vo
     return EngramConfig.for_model(inner, config.layers, rows_per_head=rows, vocab_size=len(vocab), pad_id=pad)
 
 
-def _tell(model: Any, config: EngramConfig, console: Console) -> None:
-    """Say what the memory takes. Raises ConfigError where it will not fit while it trains."""
+def _tell(model: Any, config: EngramConfig, out: Path, console: Console) -> None:
+    """Say what the memory takes. Raises ConfigError if it does not fit while it trains, WriteFailed if not on disk."""
     takes, free = cost(config), free_memory()
     moments = 2 * config.table_parameters() * torch.float32.itemsize
     _say(console, f"{type(model).__name__}: {model.num_parameters():,} parameters, frozen, "
@@ -209,6 +222,7 @@ def _tell(model: Any, config: EngramConfig, console: Console) -> None:
         raise ConfigError(f"training the memory takes {(takes.table_bytes + moments) / 1e6:,.1f} MB of RAM, "
                           f"{free / 1e6:,.1f} MB are free: give fewer rows_per_head or layers; {VARIABLE} says "
                           "otherwise")
+    check_folder(out, takes.table_bytes + takes.dense_bytes)
 
 
 def _train(model: Any, memory: EngramMemory, batches: Batches, config: FinetuneConfig,
@@ -220,13 +234,16 @@ def _train(model: Any, memory: EngramMemory, batches: Batches, config: FinetuneC
     pair = OptimizerPair(dense, RowAdam(memory, config.lr * ROW_RATE), warmup_cosine(), clip=1.0)
     size = batches.tokens_per_step
     steps = len(batches) if config.tokens is None else math.ceil(config.tokens / size)
-    for step in range(1, steps + 1):
-        began = time.perf_counter()
-        losses_M, _ = _token_losses(model, batches[step - 1], batches.end_id)
-        loss = losses_M.mean()
-        loss.backward()
-        norm = pair.step(step / steps)
-        report(StepReport(step, steps, step * size, loss.item(), norm, size / (time.perf_counter() - began)))
+    with stopping() as stop:
+        for step in range(1, steps + 1):
+            began = time.perf_counter()
+            losses_M, _ = _token_losses(model, batches[step - 1], batches.end_id)
+            loss = losses_M.mean()
+            loss.backward()
+            norm = pair.step(step / steps)
+            report(StepReport(step, steps, step * size, loss.item(), norm, size / (time.perf_counter() - began)))
+            if stop:
+                raise stop.error(f"stopped at step {step} of {steps}")
     model.eval()
 
 

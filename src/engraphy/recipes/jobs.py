@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ..errors import ConfigError, EngraphyError
 from ..system.files import write_file
+from ..system.signals import end_workers
 from .arms import tuned_malloc
 
 
@@ -27,14 +28,18 @@ def run_missing(plan: Callable[[], Sequence[Any]], out: Path, workers: int, run:
     each start, since results may bring new ones. run: takes a job, writes its result, returns a line; it has to be
     picklable.
 
+    On Ctrl-C or SIGTERM every run is asked to end, and saves what it can; on a second signal it is killed.
     Raises EngraphyError naming the first run that fails; no other is started then, those beside it finish.
     """
     with tuned_malloc():
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         try:
             _follow(pool, plan, out, workers, run, report)
-        except BaseException:  # Ctrl-C as well; every worker gets that too
+        except BaseException as error:
+            running = list(pool._processes.values())
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):  # SIGTERM too, which reaches this process alone
+                end_workers(running)
             raise
         pool.shutdown()
 

@@ -39,7 +39,7 @@ def terminable() -> Iterator[None]:
     """SIGTERM raises Terminated within, as SIGINT raises KeyboardInterrupt. Only in the main thread."""
 
     def end(number: int, frame: Any) -> None:
-        raise Terminated("ended by SIGTERM")
+        raise Terminated
 
     with _handlers(end, signal.SIGTERM):
         yield
