@@ -163,7 +163,7 @@ def test_packed_text_a_file_and_a_folder_give_the_same_passages(books, tmp_path)
     (tmp_path / "all.txt").write_text("\f".join(books))
     (tmp_path / "all.txt.xz").write_bytes(lzma.compress("\f".join(books).encode()))
     (folder / "2.txt").unlink()
-    (folder / "2.txt.xz").write_bytes(lzma.compress(books[2].encode()))
+    (folder / "2.txt.xz").write_bytes(lzma.compress(books[2].encode("utf-8-sig")))
     found = [general(path, 2000, 200) for path in (tmp_path / "all.txt", tmp_path / "all.txt.xz", folder)]
     assert found[0] == found[1] == found[2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forking import fork
 from safetensors import safe_open
 
 from engraphy.errors import (
@@ -233,6 +235,101 @@ def test_there_is_one_writer(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True)
     assert run.returncode and "open for writing elsewhere" in run.stderr
     writer.seal()
+
+
+def locked(path: Path) -> bool:
+    return (path / "writer.lock").exists()
+
+
+def test_the_lock_goes_with_the_writer_whether_it_seals_or_not(tmp_path):
+    writer = create(tmp_path / "t")
+    assert locked(tmp_path / "t")
+    writer.seal()
+    assert not locked(tmp_path / "t")
+    Table.open(tmp_path / "t").close()
+    writer = Table.open(tmp_path / "t", "w")
+    assert locked(tmp_path / "t")
+    writer.close()
+    assert not locked(tmp_path / "t")
+
+
+def test_a_lock_that_a_kill_left_is_taken_and_goes_with_its_new_holder(tmp_path):
+    code = "import os, sys; from engraphy.table import Table; t = Table.open(sys.argv[1], 'w'); os.kill(os.getpid(), 9)"
+    sealed(tmp_path / "t")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "t"], check=False)
+    assert locked(tmp_path / "t")
+    Table.open(tmp_path / "t", "w").seal()
+    assert not locked(tmp_path / "t")
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    """Opened while another writer held it, locked after that one had removed it: a third writer could lock another."""
+    sealed(tmp_path / "t")
+    flock, raced = fcntl.flock, []
+
+    def late(fd, operation):
+        if not raced:
+            raced.append(os.fstat(fd).st_ino)
+            (tmp_path / "t" / "writer.lock").unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    writer = Table.open(tmp_path / "t", "w")
+    assert raced and locked(tmp_path / "t")
+    with pytest.raises(TableError, match="open for writing elsewhere"):
+        Table.open(tmp_path / "t", "w")
+    writer.seal()
+    assert not locked(tmp_path / "t")
+
+
+def test_a_forked_child_neither_unlocks_nor_removes_what_its_parent_holds(tmp_path):
+    writer = create(tmp_path / "t")
+    child = fork()
+    if not child:
+        writer.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and locked(tmp_path / "t")
+    with pytest.raises(TableError, match="open for writing elsewhere"):
+        Table.open(tmp_path / "t", "w")
+    writer.seal()
+
+
+def test_a_writer_whose_folder_was_replaced_leaves_the_lock_of_the_new_table_alone(tmp_path):
+    old = create(tmp_path / "t")
+    os.rename(tmp_path / "t", tmp_path / "moved")
+    new = create(tmp_path / "t")
+    old.close()
+    assert locked(tmp_path / "t")
+    new.seal()
+
+
+WRITERS = """
+import os, sys
+from pathlib import Path
+from engraphy.errors import TableError
+from engraphy.table import Table
+path, alone, done = Path(sys.argv[1]), Path(sys.argv[2]), 0
+while done < 15:
+    try:
+        table = Table.open(path, "w")
+    except TableError:
+        continue
+    os.close(os.open(alone, os.O_CREAT | os.O_EXCL))  # fails if another writer is at it
+    os.unlink(alone)
+    table.seal() if done % 2 else table.close()
+    done += 1
+"""
+
+
+def test_writers_that_come_and_go_are_never_two_at_a_time(tmp_path):
+    sealed(tmp_path / "t")
+    command = [sys.executable, "-c", WRITERS, tmp_path / "t", tmp_path / "alone"]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for writer in writers:
+        said = writer.communicate(timeout=300)[1]
+        assert writer.returncode == 0, said
+    Table.open(tmp_path / "t", "w").seal()
+    assert not locked(tmp_path / "t")
     Table.open(tmp_path / "t", "w").close()
     Table.open(tmp_path / "t", "w")  # dropped, not closed: the lock goes with it
     Table.open(tmp_path / "t", "w").seal()

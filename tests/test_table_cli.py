@@ -142,7 +142,7 @@ def test_stat_tells_what_a_text_touches(deepseek, tmp_path):
     ids_T = np.arange(500) % len(WORDS)
     tokenizer().save(str(tmp_path / "tok.json"))
     np.save(tmp_path / "ids.npy", ids_T)
-    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids_T)))
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids_T)), encoding="utf-8-sig")  # with a byte order mark
     model = ("--tokenizer", tmp_path / "tok.json")
     found = [told("stat", deepseek, "--ids", tmp_path / name, *model)["usage"] for name in ("ids.npy", "ids.txt")]
     expected = usage(Table.open(deepseek), VocabMap.from_tokenizer(tokenizer()), ids_T)
