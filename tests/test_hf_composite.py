@@ -104,7 +104,7 @@ def test_the_backbones_file_holds_the_backbone_and_the_table_lies_beside_it(mode
     assert not [name for name in load_file(saved / "model.safetensors") if "engraphy" in name]
     assert set(load_file(saved / "engraphy" / "memory.safetensors")) == set(model.engraphy.blocks.state_dict())
     assert engraphy.Table.open(saved / "engraphy" / "table").layers == (1, 2)
-    assert not list(saved.glob("*.partial"))
+    assert not list(saved.rglob(".*"))
 
 
 def test_the_config_says_what_it_is(saved, model):

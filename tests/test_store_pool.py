@@ -196,7 +196,7 @@ def filler(path: Path, source: Path, shards: int, then: str) -> subprocess.Popen
 def test_a_process_killed_halfway_leaves_no_pool_and_the_next_begins_anew(tmp_path, source):
     for _ in range(2):
         killed = filler(tmp_path / "pool", source[0], 3, "die")
-        assert re.search(r"half \['\.pool\.[0-9a-f]{8}\.partial', '\.pool\.lock'\]", killed.communicate()[0])
+        assert re.search(r"half \['\.pool\.[0-9a-f]{8}\.engraphy-part', '\.pool\.lock'\]", killed.communicate()[0])
         assert killed.returncode == -signal.SIGKILL
         with pytest.raises(StoreError, match="found none"):
             opened(tmp_path / "pool")

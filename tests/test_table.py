@@ -595,7 +595,8 @@ def test_rows_and_headers_are_on_disk_before_the_table_says_so_and_the_mark_befo
     done = []
 
     def named(fd: int) -> str:
-        return re.sub(r"^[.](.*)[.][0-9a-f]{8}[.]partial$", "new \\1", Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        return re.sub(r"^[.](.*)[.][0-9a-f]{8}[.]engraphy-part$", "new \\1", name)
 
     monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", named(fd))))
     replace = os.replace

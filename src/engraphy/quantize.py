@@ -109,7 +109,7 @@ def quantize(path: str | os.PathLike[str], out: str | os.PathLike[str], kind: st
             table.seal()
         except BaseException:
             table.close()
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
             raise
     except OSError as error:
         raise TableError(f"{out}: the table cannot be written ({error})") from error

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, DigestMismatch
-from ..system.files import publish_folder, write_errors, write_file
+from ..system.files import make_folder, publish_folder, write_errors, write_file
 from ..system.signals import stopping
 from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
 from .data import Batches
@@ -178,8 +178,7 @@ def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldou
     for SIGTERM); a second one stops at once. Raises WriteFailed if the system refuses to write.
     """
     folder = Path(folder)
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     found = checkpoints(folder)
     if found and not resume:
         raise ConfigError(f"{folder} holds {found[-1].name}: resume that run, or choose another folder")

@@ -25,6 +25,7 @@ from ..errors import ConfigError
 from ..hf.backbone import unwrapped
 from ..lm import Batches, NgramCounts, loss_by_band
 from ..lm.cross_entropy import mean_cross_entropy, token_cross_entropy
+from ..system.files import make_folder
 from ..vocab import VocabMap
 from . import choices, domains, machine
 from .adapt_arms import LABELS, Adapted, adapt, ladder, memory_config, merged_hash, rates_to_try
@@ -96,7 +97,7 @@ def adapt_study(config: AdaptConfig, out: Path, workers: int, report: Callable[[
     """Run what is missing, `workers` at a time. Raises ConfigError for results of other settings in `out`."""
     if workers < 1:
         raise ConfigError(f"workers: expected 1 or more, found {workers}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     read_results([config.base_job()], out)
     run_missing(lambda: [config.base_job(), *all_jobs(config, out)], out, workers,
                 partial(run_job, config=config, out=out), report)

@@ -20,6 +20,7 @@ from .. import __version__, _native
 from ..errors import ConfigError
 from ..lm import NgramCounts
 from ..lm.loop import Run, TrainConfig, train
+from ..system.files import make_folder
 from . import machine, measure
 from .arms import LABELS, ArmConfig, build
 from .corpus import Corpus, CorpusConfig, prepare
@@ -105,7 +106,7 @@ def read_result(job: Job, out: Path) -> Result:
 
 def run_queue(queue: Sequence[Job], out: Path, work: Path, workers: int, report: Callable[[str], None]) -> None:
     """Run what has no result yet. Raises EngraphyError naming the first run that fails; those beside it then finish."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for job in queue:
         if (out / job.name).exists():
             read_result(job, out)

@@ -25,7 +25,8 @@ from typing import BinaryIO
 
 from ..errors import ConfigError, EngraphyError, WriteFailed
 
-_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.partial", re.DOTALL)
+# A name that nobody else gives: what has it and is not locked is swept away.
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.engraphy-part", re.DOTALL)
 _RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers say it
 _TORCH = re.compile("PytorchStreamWriter failed|unexpected pos")  # torch.save on a full disk
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
@@ -89,6 +90,12 @@ def put_folder(source: Path, target: Path) -> None:
             os.rename(source, target)
         sync_directory(source.parent)
         sync_directory(target.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents unless they are there. Raises WriteFailed."""
+    with write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def check_folder(path: str | os.PathLike[str], needed: int = 0, *, replace: bool = False,
@@ -295,7 +302,7 @@ def _temporary(parent: Path, name: str, folder: bool) -> Iterator[tuple[int, Pat
     _sweep(parent)
     fd, path = None, parent
     while fd is None:
-        path = parent / f".{name[:40]}.{secrets.token_hex(4)}.partial"
+        path = parent / f".{name[:40]}.{secrets.token_hex(4)}.engraphy-part"
         if folder:
             path.mkdir()
             fd = _lock(path, os.O_RDONLY | os.O_DIRECTORY)
