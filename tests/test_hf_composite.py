@@ -318,7 +318,7 @@ def test_what_cannot_load_as_one_is_not_saved_as_one(base, model, tmp_path):
     engraphy.attach(judge, model.engraphy.config)
     with pytest.raises(ConfigError, match="LlamaForSequenceClassification: expected a model that AutoModelForCausalLM"):
         save_pretrained(judge, tmp_path / "one")
-    for options, match in (({"push_to_hub": True}, "push_to_hub"), ({"table": "skip"}, "skip"),
+    for options, match in (({"push_to_hub": True, "table": "link"}, "push_to_hub"), ({"table": "skip"}, "skip"),
                            ({"table": "hardlink"}, "hardlink"), ({"table": "link"}, "sealed table on disk")):
         with pytest.raises(ConfigError, match=match):
             save_pretrained(model, tmp_path / "one", **options)

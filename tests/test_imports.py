@@ -38,6 +38,7 @@ WITHOUT_TORCH = {name for layer in LAYERS[:4] for name in layer}
 EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers", "typer", "rich"}
 OPTIONAL = {
     "transformers": {"hf", "recipes"},
+    "huggingface_hub": {"hf"},
     "peft": {"recipes"},
     "diffusers": {"vision"},
     "lm_eval": {"hf", "recipes"},

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from .attach import Cost, attach, cost, detach, load
 from .card import card, write_card
-from .composite import EngraphyConfig, save_pretrained
+from .composite import EngraphyConfig, push_to_hub, save_pretrained
 
 if TYPE_CHECKING:
     from .trainer import MemoryAdamW, MemoryCallback, trainer_kwargs
 
 __all__ = ["Cost", "EngraphyConfig", "MemoryAdamW", "MemoryCallback", "attach", "card", "cost", "detach", "load",
-           "save_pretrained", "trainer_kwargs", "write_card"]
+           "push_to_hub", "save_pretrained", "trainer_kwargs", "write_card"]
 _TRAINER = ("MemoryAdamW", "MemoryCallback", "trainer_kwargs")  # transformers' trainer imports peft and accelerate
 
 

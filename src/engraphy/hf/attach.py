@@ -28,6 +28,7 @@ from ..vocab import VocabMap
 from .backbone import Backbone, find_backbone, find_dtype, same_device, unwrapped
 from .batch import read_batch
 from .cache import cached_state, ready_state, tokens_seen
+from .hub import find_memory
 from .probe import check_joins
 from .versions import check_version, rename_cache
 
@@ -107,13 +108,16 @@ def detach(model: nn.Module) -> EngramMemory:
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = None, *, tokenizer: Any = None,
-         margin: int = 64) -> EngramMemory:
+         margin: int = 64, **hub: Any) -> EngramMemory:
     """Attach what `memory.save` wrote. store: the URL to serve the rows from; default: the saved table through `file:`.
 
-    tokenizer: the model's; where it is given, its vocabulary map has to be the saved one. Raises as `attach` and
-    `EngramMemory.load` do, DigestMismatch for another tokenizer; nothing is left half attached.
+    path: a folder, or "user/name" on the hub: a memory, or a model saved with its memory. hub: revision, token,
+    cache_dir, force_download, local_files_only. tokenizer: the model's; where it is given, its vocabulary map has to be
+    the saved one. Raises as `attach` and `EngramMemory.load` do, DigestMismatch for another tokenizer, DataUnavailable
+    for a repository that cannot be had; nothing is left half attached.
     """
     _check_free(model, find_backbone(model))
+    path = find_memory(path, **hub)
     memory = EngramMemory.load(path, store)
     try:
         if tokenizer is not None:

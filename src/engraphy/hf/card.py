@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({base})
 memory = engraphy.load(model, {name})  # the path of this folder'''
-_WHOLE = '''import engraphy.hf  # registers the model type
+_WHOLE = '''import engraphy.hf  # registers the model type; pip install "engraphy[hf]"
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({name})  # the path of this folder, or its name on the hub
 memory = model.engraphy'''
+_REMOTE = """A program that does not import engraphy loads it with `trust_remote_code=True`: the package has to be
+installed, and the one file of code here, `modeling_engraphy.py`, imports it."""
 
 
 def saved_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -50,9 +52,10 @@ def card(memory: EngramMemory, name: str, table_id: str, base_model: str | None 
          note: str = "") -> str:
     """The text of a README.md with the hub's front matter.
 
-    name: of the saved folder. table_id: of the saved table, which the memory in hand need not serve. base_model: a name
-    on the hub or a path; a path stays out of the front matter, where the hub knows names alone. whole: the folder is a
-    model with its memory (`hf.save_pretrained`), not a memory alone. note: a paragraph of one's own, such as results.
+    name: of the saved folder, or on the hub. table_id: of the saved table, which the memory in hand need not serve.
+    base_model: a name on the hub or a path; a path stays out of the front matter, where the hub knows names alone.
+    whole: the folder is a model with its memory (`hf.save_pretrained`), not a memory alone. note: a paragraph of one's
+    own, such as results.
     """
     config, spec = memory.config, memory.config.hash
     dense = sum(parameter.numel() for parameter in memory.parameters())
@@ -75,9 +78,9 @@ def card(memory: EngramMemory, name: str, table_id: str, base_model: str | None 
     code = (_WHOLE if whole else _MEMORY).format(base=json.dumps(base), name=json.dumps(name))
     kind = "A language model with an Engraphy memory" if whole else "An Engraphy memory for a language model"
     table = "\n".join(["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in facts.items())])
-    parts = (_front_matter(None if local else base_model, whole), f"# {name}",
+    parts = (_front_matter(None if local else base_model, whole), f"# {name.rpartition('/')[2]}",
              f"{kind}: hashed n-gram tables (Engram, arXiv 2601.07372) that the model looks up.", note, table,
-             f"```python\n{code}\n```")
+             f"```python\n{code}\n```", _REMOTE if whole else "")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -85,7 +88,8 @@ def write_card(folder: str | os.PathLike[str], memory: EngramMemory, base_model:
                note: str = "", name: str | None = None) -> Path:
     """Write README.md into a folder that `memory.save` or `hf.save_pretrained` has written. Returns its path.
 
-    name: of the folder in the text, by default its own. Raises ConfigError for another folder, WriteFailed.
+    name: of the folder in the text, by default its own; on the hub, the repository's. Raises
+    ConfigError for another folder, WriteFailed.
     """
     folder = Path(os.path.abspath(folder))
     whole = not (folder / "memory.json").exists()

@@ -1,9 +1,11 @@
-"""A model and its memory as one directory, which AutoModelForCausalLM loads once `engraphy.hf` is imported.
+"""A model and its memory as one directory, which AutoModelForCausalLM loads.
 
     config.json          model_type "engraphy": text_config is the backbone's config, the rest says which memory
     model.safetensors    the backbone alone, as its own save_pretrained writes it
     engraphy/            what `memory.save` writes: the dense weights, and the table beside them
+    modeling_engraphy.py imports the classes below, for programs that pass trust_remote_code=True
 
+A process that has imported `engraphy.hf` needs no trust_remote_code: the classes are registered then.
 What comes back is the backbone itself with its memory attached, not a model around a model: generation, PEFT, device
 maps and trainers meet the class that they know. The directory of a memory alone (`memory.save`, `engraphy.load`) is
 the smaller thing to share; this one is for programs that take one path.
@@ -13,13 +15,13 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils.hub import snapshot_download  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import saved
 from ..errors import ConfigError, DigestMismatch
@@ -28,9 +30,30 @@ from ..system.files import check_folder, publish_folder, settle_modes, write_err
 from .attach import attach
 from .backbone import unwrapped
 from .card import saved_identity, write_card
+from .hub import FOLDER, download, upload
 
-FOLDER = "engraphy"
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_MODULE = "modeling_engraphy"
+_CODE = '''"""The classes of a model that was saved with its Engraphy memory.
+
+transformers imports this file where trust_remote_code=True is passed. All the code is in the package engraphy.
+"""
+
+try:
+    from engraphy.hf.composite import EngraphyConfig, EngraphyForCausalLM
+except ImportError as error:
+    raise ImportError(
+        'this model has an Engraphy memory: pip install "engraphy[hf]" '
+        f"({type(error).__name__}: {error})"
+    ) from error
+
+__all__ = ["EngraphyConfig", "EngraphyForCausalLM"]
+'''
+_AUTO_MAP = {"AutoConfig": f"{_MODULE}.EngraphyConfig",
+             "AutoModelForCausalLM": f"{_MODULE}.EngraphyForCausalLM"}
+_IDENTITY = {"memory_config", "address_digest", "table_id"}
+_OF_THE_WHOLE = {"architectures", "auto_map", "dtype", "model_type", "text_config",
+                 "transformers_version"}
+_PUSH = ("private", "token", "revision", "commit_message", "commit_description", "create_pr")
 
 
 class EngraphyConfig(PreTrainedConfig):
@@ -45,6 +68,30 @@ class EngraphyConfig(PreTrainedConfig):
     address_digest: str | None = None
     table_id: str | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As every config's; a setting that the backbone's config has is the backbone's."""
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in _IDENTITY | {"text_config"}}
+        config = super().from_dict(config_dict, **own)
+        text: Any = config.text_config
+        config.text_config, unused = type(text).from_dict(text.to_dict(), return_unused_kwargs=True, **kwargs)
+        return (config, unused) if return_unused else config
+
+    def backbone(self) -> PreTrainedConfig:
+        """A copy of the backbone's config, with what was set on this one after it was read."""
+        text: Any = copy.deepcopy(self.text_config)
+        default = PreTrainedConfig()
+        for name, value in vars(self).items():
+            changed = name not in vars(default) or value != getattr(default, name)
+            if changed and name[0] != "_" and name not in _OF_THE_WHOLE | _IDENTITY and hasattr(text, name):
+                setattr(text, name, value)
+        return text
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy this file into every folder that is saved. Ours is there already."""
+
 
 class EngraphyForCausalLM:
     """What AutoModelForCausalLM calls for such a directory. Has no instances."""
@@ -58,20 +105,21 @@ class EngraphyForCausalLM:
 
         store: the URL to serve the rows from; default: the saved table through `file:`, read-only; "ram:" to train it.
         margin: as in `attach`. options: whatever the backbone's own from_pretrained takes; a dtype that is given is
-        the memory's dense layers' too, else they keep theirs.
+        the memory's dense layers' too, else they keep theirs. Settings of the backbone's config (use_cache, ...), given
+        to AutoModelForCausalLM.from_pretrained or set on `config`, are in force.
         Raises DigestMismatch for a memory or table of another model, ConfigError for a memory that is not there, and
         what `EngramMemory.load` and `attach` raise.
         """
         folder = _memory_folder(path, options)
-        expected = {name: getattr(config, name) for name in ("memory_config", "address_digest", "table_id")}
+        expected = {name: getattr(config, name) for name in sorted(_IDENTITY)}
         found = saved_identity(folder)
         if found != expected:
             raise DigestMismatch(f"{folder}: config.json belongs to the memory {expected}, found {found}")
         memory = EngramMemory.load(folder, store)
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(path, config=config.text_config, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(path, config=config.backbone(), **options)
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True gives two things
-            if options.get("dtype", "auto") != "auto":
+            if options.get("dtype", options.get("torch_dtype", "auto")) not in ("auto", None):
                 memory.to(model.dtype)
             attach(model, memory.train(model.training), margin=margin)
         except BaseException:
@@ -79,7 +127,12 @@ class EngraphyForCausalLM:
                 each.close()
             raise
         model.save_pretrained = MethodType(_save, model)
+        setattr(model, "push_to_hub", MethodType(_push, model))  # noqa: B010  pyright takes it for a constant
         return loaded
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing, as that of EngraphyConfig."""
 
     @classmethod
     def _from_config(cls, config: EngraphyConfig, **_: Any) -> Any:
@@ -92,23 +145,33 @@ AutoModelForCausalLM.register(EngraphyConfig, EngraphyForCausalLM)  # pyright: i
 
 
 def save_pretrained(model: Any, path: str | os.PathLike[str], table: str = "copy", *, is_main_process: bool = True,
-                    **options: Any) -> None:
+                    push_to_hub: bool = False, repo_id: str | None = None, **options: Any) -> None:
     """Write a model and its attached memory to `path` as one; `AutoModelForCausalLM.from_pretrained` reads it.
 
     table: "copy", or "link" to the sealed table that is served, as in `EngramMemory.save`. options: the backbone's own
     (state_dict, max_shard_size, variant, ...). A model that `path` held is replaced. A README.md (`card`) is written
     where there is none. A new or empty `path` gets the whole model or nothing; in one that holds something the memory
-    is replaced whole, the backbone's files one by one.
+    is replaced whole, the backbone's files one by one. push_to_hub: upload the folder then, with what lies beside the
+    model (a tokenizer), to repo_id, by default the folder's name; takes private, token, revision, commit_message,
+    commit_description and create_pr.
     Raises ConfigError for a model without a memory, one that AutoModelForCausalLM does not load, one inside PEFT (merge
-    it first), a link to the table that would be replaced, and for push_to_hub (upload the folder: the table is part of
-    it); WriteFailed if the system refuses, before anything is written where that can be known.
+    it first), a link to the table that would be replaced, and one that would be uploaded; WriteFailed if the system
+    refuses, before anything is written where that can be known.
     """
+    hub = {name: options.pop(name) for name in _PUSH if push_to_hub and name in options}
     inner: Any = unwrapped(model)
     folder = Path(path)
-    memory = _check_savable(model, folder / FOLDER, table, options)
+    memory = _check_savable(model, folder / FOLDER, table, push_to_hub)
     if not is_main_process:
         type(inner).save_pretrained(inner, folder, is_main_process=False, **options)
         return
+    _save_whole(inner, memory, folder, table, options)
+    if push_to_hub:
+        upload(folder, repo_id or folder.absolute().name, **hub)
+
+
+def _save_whole(inner: Any, memory: EngramMemory, folder: Path, table: str,
+                options: dict[str, Any]) -> None:
     needed = saved.bytes_of(memory, table) + sum(value.nbytes for value in inner.parameters())
     if not (folder.is_dir() and os.listdir(folder)):
         with publish_folder(folder, needed=needed, last="config.json") as made:
@@ -127,14 +190,36 @@ def _write(inner: Any, memory: EngramMemory, folder: Path, table: str, options: 
         type(inner).save_pretrained(inner, folder, **options)
         text_config = copy.deepcopy(inner.config)  # EngraphyConfig sets things in its parts
         text_config._name_or_path = ""
-        whole = EngraphyConfig(text_config=text_config, dtype=inner.config.dtype, architectures=["EngraphyForCausalLM"],
-                               **saved_identity(partial))
-        whole.save_pretrained(folder)  # at once over the backbone's own; from here on another memory is refused
+        settings: dict[str, Any] = saved_identity(partial) | {"auto_map": dict(_AUTO_MAP)}
+        whole = EngraphyConfig(text_config=text_config, dtype=inner.config.dtype,
+                               architectures=["EngraphyForCausalLM"], **settings)
+        (folder / f"{_MODULE}.py").write_text(_CODE)
+        # At once over the backbone's own; from here on another memory is refused.
+        whole.save_pretrained(folder)
     if not (folder / "README.md").exists():
         write_card(folder, memory, base_model=inner.name_or_path, name=name)
 
 
-def _check_savable(model: Any, target: Path, table: str, options: dict[str, Any]) -> EngramMemory:
+def push_to_hub(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> Any:
+    """Upload a model and its attached memory as `save_pretrained` writes them, or an EngramMemory alone.
+
+    The folder is written to a temporary place first, the table included. options: private, token, revision,
+    commit_message, commit_description, create_pr. Returns huggingface_hub's CommitInfo.
+    Raises what `save_pretrained` and huggingface_hub raise.
+    """
+    inner: Any = unwrapped(model)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / repo_id.rpartition("/")[2]
+        if isinstance(model, EngramMemory):
+            model.save(folder)
+            write_card(folder, model, name=repo_id)
+        else:
+            save_pretrained(model, folder, max_shard_size=max_shard_size)
+            write_card(folder, inner.engraphy, inner.name_or_path, name=repo_id)
+        return upload(folder, repo_id, **options)
+
+
+def _check_savable(model: Any, target: Path, table: str, pushed: bool) -> EngramMemory:
     inner: Any = unwrapped(model)
     memory = getattr(inner, "engraphy", None)
     if not isinstance(memory, EngramMemory):
@@ -145,8 +230,8 @@ def _check_savable(model: Any, target: Path, table: str, options: dict[str, Any]
     if not isinstance(inner, kinds):
         raise ConfigError(f"{type(inner).__name__}: expected a model that AutoModelForCausalLM gives; save the memory "
                           "alone with memory.save")
-    if options.pop("push_to_hub", False):
-        raise ConfigError("push_to_hub: expected False; save to a directory, then upload the whole of it")
+    if pushed and table != "copy":
+        raise ConfigError(f'push_to_hub: expected table="copy", a repository holds its table; found {table!r}')
     if table == "skip":
         raise ConfigError('table: expected "copy" or "link" for a model that is to load as one, found "skip"')
     saved.check_choice(memory, table)
@@ -166,11 +251,19 @@ def _save(model: Any, save_directory: str | os.PathLike[str], is_main_process: b
         type(model).save_pretrained(model, save_directory, **options)
 
 
+def _push(model: Any, repo_id: str, *, tags: list[str] | None = None, **options: Any) -> Any:
+    """push_to_hub of a model that was loaded with its memory as one."""
+    if tags:
+        raise ConfigError("tags: expected none, a model with a memory has a card of its own; write them into README.md")
+    if isinstance(getattr(model, "engraphy", None), EngramMemory):
+        return push_to_hub(model, repo_id, **options)
+    return type(model).push_to_hub(model, repo_id, **options)
+
+
 def _memory_folder(path: str | os.PathLike[str], options: dict[str, Any]) -> Path:
     """The directory of the memory, fetched where `path` is a name on the hub."""
     inside = Path(options.get("subfolder") or "") / FOLDER
     if not os.path.isdir(path):
-        hub = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
-        path = snapshot_download(os.fspath(path), allow_patterns=[f"{inside.as_posix()}/*"], **hub)
+        path = download(os.fspath(path), [f"{inside.as_posix()}/*"], options)
     return Path(path) / inside
 
