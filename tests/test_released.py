@@ -464,6 +464,25 @@ def test_a_model_whose_hash_is_not_its_configs_is_refused(tmp_path):
         serve_table(make().to("meta"), "file:none")
 
 
+@pytest.mark.parametrize("table_of", ["the model's own id", "the changed config"])
+def test_an_eos_that_was_changed_on_a_living_model_is_compared_with_the_one_that_it_hashes_with(tmp_path, table_of):
+    model = make()
+    write_table(make(eos_token_id=7) if table_of == "the changed config" else model, tmp_path / "t")
+    model.config.eos_token_id = 7
+    rows = ram_store(tables(model)[1].weight, RowFormat("f32", 8))
+    for store in (f"file:{tmp_path / 't'}", Table.open(tmp_path / "t"), rows):
+        with pytest.raises(DigestMismatch, match="layer 1, eos_token_id: the config gives 7, the model hashes with 4"):
+            serve_table(model, store, RowFormat("f32", 8))
+    with pytest.raises(DigestMismatch, match="the model hashes with 4"):
+        write_table(model, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    model.config.eos_token_id = [4, 7]  # the first of several is the one that is hashed
+    if table_of == "the model's own id":
+        before = outputs(model)
+        serve_table(model, f"file:{tmp_path / 't'}")
+        assert equal(outputs(model), before)
+
+
 @pytest.mark.parametrize("store, fmt, told", [
     (lambda: RamStore(1919, 32), RowFormat("f32", 8), "expected 1920 rows of d = 8, found 1919 of d = 8"),
     (lambda: RamStore(1921, 32), RowFormat("f32", 8), "expected 1920 rows of d = 8, found 1921"),

@@ -206,6 +206,10 @@ def _checked(model: PreTrainedModel) -> EngramConfig:
     memory = check_config(model.config)
     for layer, ple in _ple_layers(model).items():
         module, spec = ple.ple_embedding, memory.hash
+        if module.eos_token_id != spec.filler_id:  # its hash keeps the id that it was made with
+            raise DigestMismatch(f"layer {layer}, eos_token_id: the config gives {spec.filler_id}, the model hashes "
+                                 f"with {module.eos_token_id}; end texts with another id by generation_config, or "
+                                 "load the model with that config")
         numbers = {"layer_multipliers": spec.multipliers(layer), "ngram_heads_vocab_sizes": spec.primes(layer),
                    "ngram_heads_offsets": spec.offsets(layer)}
         for name, expected in numbers.items():
