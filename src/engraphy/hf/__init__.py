@@ -13,11 +13,12 @@ from .card import card, write_card
 from .composite import EngraphyConfig, push_to_hub, save_pretrained
 
 if TYPE_CHECKING:
-    from .trainer import MemoryAdamW, MemoryCallback, trainer_kwargs
+    from .trainer import GateCallback, MemoryAdamW, MemoryCallback, trainer_kwargs, trainer_optimizers
 
-__all__ = ["Cost", "EngraphyConfig", "MemoryAdamW", "MemoryCallback", "attach", "card", "cost", "detach", "load",
-           "push_to_hub", "save_pretrained", "trainer_kwargs", "write_card"]
-_TRAINER = ("MemoryAdamW", "MemoryCallback", "trainer_kwargs")  # transformers' trainer imports peft and accelerate
+__all__ = ["Cost", "EngraphyConfig", "GateCallback", "MemoryAdamW", "MemoryCallback", "attach", "card", "cost",
+           "detach", "load", "push_to_hub", "save_pretrained", "trainer_kwargs", "trainer_optimizers", "write_card"]
+# transformers' trainer imports peft and accelerate
+_TRAINER = ("GateCallback", "MemoryAdamW", "MemoryCallback", "trainer_kwargs", "trainer_optimizers")
 
 
 def __getattr__(name: str) -> Any:

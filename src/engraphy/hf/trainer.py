@@ -31,6 +31,7 @@ from ..memory import EngramMemory
 from ..system.files import check_folder, publish_folder, put_folder
 from ..train import RowAdam, RowOptimizer, clip_together, drain_mean, replica_group, weight_decay_groups
 from .backbone import unwrapped
+from .gates import GateCallback
 
 _FOLDER = "memory"  # not "engraphy": that is where the model itself puts it that was loaded with its memory as one
 _BESIDE = ".memory-of-"  # and the checkpoint's name: where it waits until Trainer has made the checkpoint's folder
@@ -178,7 +179,8 @@ class MemoryCallback(TrainerCallback):
             optimizer.set_state_id(None)
 
 
-def trainer_kwargs(memory: EngramMemory, args: TrainingArguments, rows: RowOptimizer | None = None) -> dict[str, Any]:
+def trainer_kwargs(memory: EngramMemory, args: TrainingArguments, rows: RowOptimizer | None = None, *,
+                   log_gates: bool = False) -> dict[str, Any]:
     """What a Trainer needs to train `memory` with its model: the keyword arguments `args`, `optimizer_cls_and_kwargs`
     and `callbacks` (more of the latter: `trainer.add_callback`).
 
@@ -187,8 +189,29 @@ def trainer_kwargs(memory: EngramMemory, args: TrainingArguments, rows: RowOptim
     max_grad_norm is 0, since the optimiser clips; the grad_norm in Trainer's log is that of the dense gradients.
     rows: the row optimiser, whose lr the schedule scales; default: RowAdam at 5 * learning_rate, or none where
     `memory.rows_require_grad` is False. Started by torchrun, every process trains a copy of the table (replica_group).
+    log_gates: add the mean gates and the shares of rows that have learned to Trainer's log (GateCallback).
     Raises ConfigError for what cannot be: another optimiser, fp16, FSDP, DeepSpeed, several devices in one process.
     """
+    args, settings, callbacks = _parts(memory, args, rows, log_gates)
+    return {"args": args, "optimizer_cls_and_kwargs": (lambda: MemoryAdamW, settings), "callbacks": callbacks}
+
+
+def trainer_optimizers(memory: EngramMemory, args: TrainingArguments, model: nn.Module,
+                       rows: RowOptimizer | None = None, *, log_gates: bool = False) -> dict[str, Any]:
+    """`trainer_kwargs` for a trainer that takes no optimizer_cls_and_kwargs, such as TRL's DPOTrainer: the keyword
+    arguments `args`, `optimizers` = (an optimiser over `model`, None) and `callbacks`. Trainer makes the scheduler from
+    `args`.
+
+    model: what is trained, on its device and with its adapters: the optimiser steps the parameters that require grad
+    now. Raises as `trainer_kwargs`, and ConfigError where `memory` is not attached to `model`.
+    """
+    args, settings, callbacks = _parts(memory, args, rows, log_gates)
+    return {"args": args, "optimizers": (MemoryAdamW(model, **settings), None), "callbacks": callbacks}
+
+
+def _parts(memory: EngramMemory, args: TrainingArguments, rows: RowOptimizer | None,
+           log_gates: bool) -> tuple[TrainingArguments, dict[str, Any], list[TrainerCallback]]:
+    """(args without clipping, what MemoryAdamW takes beside the model, callbacks)."""
     _check_args(args)
     if rows is None and memory.rows_require_grad is not False:
         rows = RowAdam(memory, _ROW_RATE_SCALE * args.learning_rate, (args.adam_beta1, args.adam_beta2),
@@ -201,7 +224,10 @@ def trainer_kwargs(memory: EngramMemory, args: TrainingArguments, rows: RowOptim
                 "weight_decay": args.weight_decay, "fused": args.optim == "adamw_torch_fused"}
     args = copy.copy(args)
     args.max_grad_norm = 0.0
-    return {"args": args, "optimizer_cls_and_kwargs": (lambda: MemoryAdamW, settings), "callbacks": [MemoryCallback()]}
+    callbacks: list[TrainerCallback] = [MemoryCallback()]
+    if log_gates:
+        callbacks.append(GateCallback(memory))
+    return args, settings, callbacks
 
 
 def _check_args(args: TrainingArguments) -> None:
