@@ -95,13 +95,14 @@ def finetune(
     batch: int = typer.Option(4, help="Rows of a step."),
     length: int = typer.Option(256, help="Tokens of a row."),
     seed: int = typer.Option(0, help="Seed of weights, order and split."),
+    lora: int | None = typer.Option(None, help="Rank of LoRA adapters to train with the memory; by default none."),
 ) -> None:
     """Train a memory for a model that exists, on text of your own; the model itself stays as it is."""
     with errors("a training that had begun is saved"):
         from .recipes import finetune as recipe
 
         config = recipe.FinetuneConfig(model, data, out or _run_folder(False, "finetune"), tokens, lr, _layers(layers),
-                                       rows_per_head, batch, length, seed=seed)
+                                       rows_per_head, batch, length, seed=seed, lora=lora)
         recipe.finetune(config, Console())
 
 

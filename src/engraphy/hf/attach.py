@@ -28,7 +28,7 @@ from ..vocab import VocabMap
 from .backbone import Backbone, find_backbone, find_dtype, same_device, unwrapped
 from .batch import read_batch
 from .cache import cached_state, ready_state, tokens_seen
-from .hub import find_memory
+from .hub import find_memory, warn_without_adapter
 from .probe import check_joins
 from .versions import check_version, rename_cache
 
@@ -118,6 +118,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = Non
     """
     _check_free(model, find_backbone(model))
     path = find_memory(path, **hub)
+    warn_without_adapter(model, path)
     memory = EngramMemory.load(path, store)
     try:
         if tokenizer is not None:

@@ -12,13 +12,21 @@ from typing import Any
 from ..errors import ConfigError
 from ..memory import EngramMemory
 from ..system.files import write_file
+from .hub import adapter_of
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MEMORY = '''import engraphy
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({base})
-memory = engraphy.load(model, {name})  # the path of this folder'''
+memory = engraphy.load(model, {name})  # the path of this folder, or its name on the hub'''
+_ADAPTED = '''import engraphy
+import peft
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base})
+model = peft.PeftModel.from_pretrained(model, {name}, subfolder="adapter")
+memory = engraphy.load(model, {name})  # the path of this folder, or its name on the hub'''
 _WHOLE = '''import engraphy.hf  # registers the model type; pip install "engraphy[hf]"
 from transformers import AutoModelForCausalLM
 
@@ -49,13 +57,13 @@ def trainable_parameters(memory: EngramMemory) -> int:
 
 
 def card(memory: EngramMemory, name: str, table_id: str, base_model: str | None = None, *, whole: bool = False,
-         note: str = "") -> str:
+         adapted: bool = False, note: str = "") -> str:
     """The text of a README.md with the hub's front matter.
 
     name: of the saved folder, or on the hub. table_id: of the saved table, which the memory in hand need not serve.
     base_model: a name on the hub or a path; a path stays out of the front matter, where the hub knows names alone.
-    whole: the folder is a model with its memory (`hf.save_pretrained`), not a memory alone. note: a paragraph of one's
-    own, such as results.
+    whole: the folder is a model with its memory (`hf.save_pretrained`), not a memory alone. adapted: it holds adapters
+    that were trained with the memory. note: a paragraph of one's own, such as results.
     """
     config, spec = memory.config, memory.config.hash
     dense = sum(parameter.numel() for parameter in memory.parameters())
@@ -75,7 +83,9 @@ def card(memory: EngramMemory, name: str, table_id: str, base_model: str | None 
         "addresses": f"dialect {spec.dialect}, {len(memory.vocab):,} ids hashed; digest `{memory.address_digest}`",
         "table_id": f"`{table_id}`",
     }
-    code = (_WHOLE if whole else _MEMORY).format(base=json.dumps(base), name=json.dumps(name))
+    template = _ADAPTED if adapted else _MEMORY
+    template = _WHOLE if whole else template
+    code = template.format(base=json.dumps(base), name=json.dumps(name))
     kind = "A language model with an Engraphy memory" if whole else "An Engraphy memory for a language model"
     table = "\n".join(["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in facts.items())])
     parts = (_front_matter(None if local else base_model, whole), f"# {name.rpartition('/')[2]}",
@@ -95,7 +105,8 @@ def write_card(folder: str | os.PathLike[str], memory: EngramMemory, base_model:
     whole = not (folder / "memory.json").exists()
     table_id = saved_identity(folder / "engraphy" if whole else folder)["table_id"]
     path = folder / "README.md"
-    write_file(path, card(memory, name or folder.name, table_id, base_model, whole=whole, note=note))
+    write_file(path, card(memory, name or folder.name, table_id, base_model, whole=whole, note=note,
+                          adapted=adapter_of(folder) is not None))
     return path
 
 

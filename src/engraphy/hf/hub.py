@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from ..errors import ConfigError, DataUnavailable
 
 FOLDER = "engraphy"
 """Where a model that was saved with its memory keeps the memory."""
+ADAPTER = "adapter"
+"""Where `engraphy finetune --lora` puts the adapters that were trained with a memory."""
 OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 """What a download takes."""
 _NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_MEMORY = ("memory.json", "memory.safetensors", "vocab.json", "table/*")
+_MEMORY = ("memory.json", "memory.safetensors", "vocab.json", "table/*", f"{ADAPTER}/*")
 _NOT_UPLOADED = ("*writer.lock", "*.partial/*", ".*", "*/.*", "checkpoint-*/*")
 
 
@@ -36,6 +39,21 @@ def find_memory(path: str | os.PathLike[str], **options: Any) -> str | os.PathLi
     folder = download(name, [*_MEMORY, *(f"{FOLDER}/{pattern}" for pattern in _MEMORY)], options)
     whole = not (folder / "memory.json").exists() and (folder / FOLDER / "memory.json").exists()
     return folder / FOLDER if whole else folder
+
+
+def adapter_of(folder: str | os.PathLike[str]) -> Path | None:
+    """The PEFT adapters that were trained with the memory in `folder`; None = it was trained alone."""
+    found = Path(folder) / ADAPTER
+    return found if (found / "adapter_config.json").exists() else None
+
+
+def warn_without_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Warns where a memory that was trained with adapters meets a model that PEFT did not wrap."""
+    found = adapter_of(folder)
+    if found is not None and not hasattr(model, "peft_config"):
+        warnings.warn(f"{folder}: the memory was trained together with the adapters in {found.name}/: unless the model "
+                      f"has them merged, load them first, peft.PeftModel.from_pretrained(model, {str(found)!r})",
+                      stacklevel=3)
 
 
 def download(name: str, patterns: Iterable[str], options: dict[str, Any]) -> Path:

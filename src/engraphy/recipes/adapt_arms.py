@@ -22,6 +22,7 @@ from ..spec import EngramConfig
 from ..train import OptimizerPair, RowAdam
 from ..train.pair import warmup_cosine, weight_decay_groups
 from ..vocab import VocabMap
+from .pretrained import require_peft
 
 LABELS = {
     "memory": "memory",
@@ -107,7 +108,7 @@ def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) 
     if arm.startswith("lora"):
         wanted = config.dense_parameters() + (config.table_parameters() if arm == "lora-total" else 0)
         rank = max(1, round(wanted / _per_rank(model)))
-        adapted = _lora(model, rank)
+        adapted = with_lora(model, rank)
         return Adapted(adapted, Sizes(_trainable(adapted), 0, rank), None)
     if arm == "one-row":  # every token has the same address
         vocab = VocabMap(np.zeros(vocab.raw_size, dtype=np.int64))
@@ -136,8 +137,11 @@ def _per_rank(model: Any) -> int:
     return sum(part.in_features + part.out_features for part in blocks.modules() if isinstance(part, nn.Linear))
 
 
-def _lora(model: Any, rank: int) -> Any:
-    import peft
+def with_lora(model: Any, rank: int) -> Any:
+    """A PEFT model around `model`: LoRA on all linear layers of its blocks, alpha twice the rank.
 
+    Raises DataUnavailable without peft.
+    """
+    peft = require_peft("LoRA adapters")
     wanted = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, wanted)

@@ -20,25 +20,30 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from .. import saved
 from ..errors import ConfigError, DataUnavailable, InputError
 from ..hf import attach, cost, write_card
+from ..hf.hub import ADAPTER
 from ..lm import Batches, load_documents, split_documents
 from ..lm.cross_entropy import IGNORED
 from ..lm.data import Batch
 from ..lm.loop import StepReport
 from ..memory import EngramMemory
 from ..spec import EngramConfig
-from ..system.files import check_folder
+from ..system.files import check_folder, publish_folder
 from ..system.machine import VARIABLE, free_memory
 from ..system.signals import stopping, terminable
 from ..train import OptimizerPair, RowAdam, warmup_cosine
 from ..vocab import VocabMap
+from .adapt_arms import with_lora
 from .measure import mean_with_error
-from .pretrained import load_model, load_tokenizer
+from .pretrained import load_model, load_tokenizer, require_peft
 from .progress import ArmProgress
 
 ROW_RATE = 5.0
 """The rows' learning rate over that of the dense layers."""
+LORA_RATE = 0.1
+"""LoRA's learning rate over that of the dense layers."""
 _HELDOUT_TOKENS = 100_000  # measured twice; more would not be surer, only longer
 
 
@@ -50,7 +55,8 @@ class FinetuneConfig:
     tokens: of training, by default each of the text once. lr: of the dense layers; the rows learn five times as fast.
     The default did best in docs/results.md, "A memory beside LoRA". layers: 0-based, rows_per_head: as
     `EngramConfig.for_model` chooses where None, but no more rows than the text has tokens, since it has no more
-    n-grams. batch, length: of a step. heldout: share of the documents not trained on.
+    n-grams. batch, length: of a step. heldout: share of the documents not trained on. lora: rank of LoRA adapters that
+    are trained together with the memory, at a tenth of its rate, and saved in `out`/adapter; None = the memory alone.
     """
 
     model: str
@@ -64,29 +70,34 @@ class FinetuneConfig:
     length: int = 256
     heldout: float = 0.05
     seed: int = 0
+    lora: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr: expected a positive number, found {self.lr}")
+        if self.lora is not None and self.lora < 1:
+            raise ConfigError(f"lora: expected a rank of 1 or more, found {self.lora}")
         check_folder(self.out)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Nats a token on held-out text: without the memory, with it, and the standard error of the difference over
-    documents (None with one document). tokens, documents: that were measured."""
+    """Nats a token on held-out text: of the bare model, with the memory, and the standard error of the difference over
+    documents (None with one document). tokens, documents: that were measured. lora: whether adapters are with it."""
 
     without: float
     with_memory: float
     stderr: float | None
     tokens: int
     documents: int
+    lora: bool = False
 
     def __str__(self) -> str:
         error = f", standard error {self.stderr:.4f}" if self.stderr is not None else ""
-        return (f"{self.without:.4f} nats a token without the memory, {self.with_memory:.4f} with it "
+        without, with_it = ("bare", "with memory and LoRA") if self.lora else ("without the memory", "with it")
+        return (f"{self.without:.4f} nats a token {without}, {self.with_memory:.4f} {with_it} "
                 f"({self.with_memory - self.without:+.4f}{error}, over {self.tokens:,} tokens of "
                 f"{_counted(self.documents)})")
 
@@ -96,7 +107,7 @@ def finetune(config: FinetuneConfig, console: Console) -> Measured:
 
     Ctrl-C or SIGTERM ends the training early: the step is finished, what has been learned by then is saved, and
     KeyboardInterrupt raised (`signals.Terminated` for SIGTERM); a second one stops at once.
-    Raises DataUnavailable for a model, tokenizer or text that is not there, InputError for too little text,
+    Raises DataUnavailable for a model, tokenizer, text or package that is not there, InputError for too little text,
     ConfigError for settings that the model does not allow or that do not fit into the RAM, WriteFailed where
     `config.out` cannot be written or its disk has too little space.
     """
@@ -105,6 +116,8 @@ def finetune(config: FinetuneConfig, console: Console) -> Measured:
 
 
 def _finetune(config: FinetuneConfig, console: Console) -> Measured:
+    if config.lora is not None:
+        require_peft("LoRA adapters")  # before anything takes long
     tokenizer = load_tokenizer(config.model)
     training, heldout = _documents(config, tokenizer)
     start = _start_id(tokenizer)
@@ -121,6 +134,8 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
     with console.status("Held-out loss without a memory"):
         before, owners = _losses(model, unseen)
     _say(console, f"held-out loss without a memory: {before.mean():.4f} nats a token")
+    if config.lora is not None:
+        model = _adapted(model, config, console)
     torch.manual_seed(config.seed)
     memory = attach(model, memory_config, vocab, dtype=torch.float32, seed=config.seed)
     name = Path(config.data).name
@@ -130,14 +145,15 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
         with console.status("Held-out loss with the memory"):
             after, _ = _losses(model, unseen)
     except KeyboardInterrupt:
-        _save(memory, config, console, f"Trained on {name}; interrupted, not measured.")
+        _save(model, memory, config, console, f"Trained on {name}; interrupted, not measured.")
         raise
     _, error = mean_with_error(after - before, owners)
-    found = Measured(float(before.mean()), float(after.mean()), error, len(before), len(np.unique(owners)))
+    found = Measured(float(before.mean()), float(after.mean()), error, len(before), len(np.unique(owners)),
+                     config.lora is not None)
     _say(console, f"held-out loss: {found}")
     note = f"Trained on {name} with the base model frozen. On held-out text of it: {found}."
     with stopping() as stop:  # what an hour went into is saved first
-        _save(memory, config, console, note)
+        _save(model, memory, config, console, note)
     if stop:
         raise stop.error("all had been saved")
     return found
@@ -225,12 +241,29 @@ def _tell(model: Any, config: EngramConfig, out: Path, console: Console) -> None
     check_folder(out, takes.table_bytes + takes.dense_bytes)
 
 
+def _adapted(model: Any, config: FinetuneConfig, console: Console) -> Any:
+    """The PEFT model around a frozen one. Its adapters add nothing yet."""
+    assert config.lora is not None
+    torch.manual_seed(config.seed)
+    adapted = with_lora(model, config.lora)
+    count = sum(parameter.numel() for parameter in _adapter_parameters(adapted))
+    _say(console, f"LoRA of rank {config.lora}: {count:,} parameters, trained together with the memory")
+    return adapted
+
+
+def _adapter_parameters(model: Any) -> list[Tensor]:
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
 def _train(model: Any, memory: EngramMemory, batches: Batches, config: FinetuneConfig,
            report: Callable[[StepReport], None]) -> None:
     """The backbone stays in eval mode: no dropout beside a memory that is to fit the model as it is served."""
     model.eval()
     memory.train()
-    dense = torch.optim.AdamW(memory.parameters(), lr=config.lr, weight_decay=0.0)
+    groups: list[dict[str, Any]] = [{"params": list(memory.parameters())}]
+    if config.lora is not None:
+        groups.append({"params": _adapter_parameters(model), "lr": config.lr * LORA_RATE})
+    dense = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
     pair = OptimizerPair(dense, RowAdam(memory, config.lr * ROW_RATE), warmup_cosine(), clip=1.0)
     size = batches.tokens_per_step
     steps = len(batches) if config.tokens is None else math.ceil(config.tokens / size)
@@ -274,8 +307,11 @@ def _token_losses(model: Any, batch: Batch, start: int) -> tuple[Tensor, Tensor]
     return losses_N[kept_BT.flatten().to(losses_N.device)], kept_BT
 
 
-def _save(memory: EngramMemory, config: FinetuneConfig, console: Console, note: str) -> None:
-    memory.save(config.out)
+def _save(model: Any, memory: EngramMemory, config: FinetuneConfig, console: Console, note: str) -> None:
+    with publish_folder(config.out, last="memory.json") as folder:
+        saved.write(memory, folder, "copy")
+        if config.lora is not None:  # neither is right without the other
+            model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     write_card(config.out, memory, config.model, note=note)
     _say(console, f"saved: {config.out}\n"
                   f'try it: engraphy generate {config.model} {config.out} "..." --show-gates')

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from ..errors import ConfigError, InputError
 from ..hf import load
+from ..hf.hub import adapter_of, find_memory
 from ..memory import Trace
-from .pretrained import load_model, load_tokenizer
+from .pretrained import load_adapter, load_model, load_tokenizer
 
 _FAINT, _FULL = (237, 243, 251), (8, 69, 148)  # the ends of a layer's colour scale
 
@@ -50,7 +51,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """model: folder or hub name. memory: what `memory.save` wrote. tokens: the most to generate. temperature: 0 = the
+    """model: folder or hub name. memory: folder that `memory.save` or `finetune` wrote, or its name
+    on the hub; adapters in it are loaded too. tokens: the most to generate. temperature: 0 = the
     likeliest token each time, else samples drawn by `seed`."""
 
     model: str
@@ -76,7 +78,10 @@ def generate(config: GenerateConfig) -> Generation:
     """
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
-    memory = load(model, config.memory, tokenizer=tokenizer).eval()
+    folder = find_memory(config.memory)
+    if (adapter := adapter_of(folder)) is not None:
+        model = load_adapter(model, adapter)
+    memory = load(model, folder, tokenizer=tokenizer).eval()
     prompt_BT = torch.tensor([tokenizer(config.prompt)["input_ids"]], dtype=torch.long, device=model.device)
     if not prompt_BT.numel():
         raise InputError(f"prompt: expected at least one token, {config.prompt!r} has none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,22 @@ def load_model(name: str) -> Any:
     dtype = torch.bfloat16 if device == "cuda" or bf16_is_fast() else torch.float32
     model = _load(name, "a model", lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
     return model.to(device)
+
+
+def require_peft(what: str) -> Any:
+    """The package peft, which `what` needs. Raises DataUnavailable without it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise DataUnavailable(f'{what}: expected the package peft, found {error}; '
+                              'pip install "peft>=0.18"') from None
+    return peft
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The PEFT model of `model` and the adapters in `folder`, in eval mode. Raises DataUnavailable."""
+    peft = require_peft(str(folder))
+    return _load(str(folder), "LoRA adapters", lambda name: peft.PeftModel.from_pretrained(model, name)).eval()
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
