@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import saved
+from . import identity, saved
 from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError
 from .grads import RowGrad
@@ -31,7 +31,7 @@ from .rowinit import normal_rows
 from .rows import RowFormat
 from .spec import EngramConfig
 from .state import SequenceState
-from .store import FileStore, RowStore, copy_rows, open_store, write_layer
+from .store import FileStore, RowStore, copy_rows, follow, open_store, write_layer
 from .table import Table
 from .token_reader import TokenReader
 from .vocab import VocabMap
@@ -215,6 +215,18 @@ class EngramMemory(nn.Module):
         pending, self.row_grads = self.row_grads, []
         return pending
 
+    def get_extra_state(self) -> Tensor:
+        """Which rows the weights belong to (identity.py): `state_dict` has it as `_extra_state`, a uint8 tensor."""
+        return identity.extra_state(self)
+
+    def set_extra_state(self, state: Any) -> None:
+        """For `load_state_dict`. Raises DigestMismatch for weights that belong to other rows than these."""
+        identity.check_extra_state(self, state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        identity.warn_if_unnamed(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __deepcopy__(self, memo: Any) -> EngramMemory:
         raise ConfigError("a memory is not copied with its model, nor by PEFT as one of modules_to_save: detach it "
                           "first; memory.save and EngramMemory.load make another one")
@@ -264,9 +276,12 @@ class EngramMemory(nn.Module):
         try:
             for layer, store in self.stores.items():
                 write_layer(store, table, layer)
-            return table.seal()
+            table_id = table.seal()
         finally:
             table.close()
+        for store in self.stores.values():
+            follow(store).add(table_id)
+        return table_id
 
     def read_table(self, path: str | os.PathLike[str], table_id: str | None = None) -> None:
         """Copy the rows of a table on disk, of the same addresses and row format, into the (writable) stores.
@@ -319,6 +334,8 @@ def _open(config: EngramConfig, digest: str, store: str | Table | Mapping[int, R
         row_format = row_format or RowFormat("f32", config.dim)
         stores = {layer: open_store(store, rows=config.hash.row_count(layer), row_bytes=row_format.row_bytes)
                   for layer in layers}
+        for each in stores.values():
+            follow(each, f"{each.info.rows} zeros")
     elif isinstance(store, str):
         stores = {layer: open_store(store, layer=layer) for layer in layers}
     elif isinstance(store, Table):
@@ -346,6 +363,8 @@ def _open(config: EngramConfig, digest: str, store: str | Table | Mapping[int, R
             raise ConfigError(f"layer {layer}: expected (rows, row bytes, d) = {expected}, "
                               f"found {(info.rows, info.row_bytes, row_format.d)}")
     assert row_format is not None
+    for each in stores.values():
+        follow(each)
     return row_format, stores
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ConfigError, DigestMismatch, EngraphyError
+from .identity import add_row_names, row_names
 from .spec import EngramConfig
 from .system.files import publish_folder
 from .vocab import VocabMap
@@ -61,7 +62,7 @@ def write(memory: EngramMemory, path: Path, table: str) -> str:
     identity = {"table_id": str(table_id), "address_digest": memory.address_digest}
     save_file(tensors, path / "memory.safetensors", metadata=identity)
     body = {"format": _FORMAT, "config": memory.config.to_json(), "made_for": memory.made_for, "table": where,
-            **identity}
+            "rows": row_names(memory), **identity}
     (path / "memory.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
     return str(table_id)
 
@@ -86,6 +87,7 @@ def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | No
         memory.read_table(path / str(body["table"]))
         for each in served.stores.values():
             each.close()
+    add_row_names(memory, body["rows"])
     _check_shapes(memory, path, tensors)
     memory.blocks.to(next(iter(tensors.values())).dtype)
     memory.blocks.load_state_dict(tensors)
@@ -111,6 +113,7 @@ def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
         if found != body["table_id"]:
             raise DigestMismatch(f"{path}: the dense weights belong to table {body['table_id']}, "
                                  f"the stores serve {found}")
+    add_row_names(memory, body["rows"])
     memory.blocks.load_state_dict(tensors)
     return body["table_id"]
 
@@ -128,11 +131,12 @@ def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
         if body["format"] != _FORMAT:
             raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {body['format']!r}")
         fields = {name: body[name] for name in ("table", "table_id", "address_digest")}
+        fields["rows"] = {str(int(layer)): list(map(str, names)) for layer, names in body.get("rows", {}).items()}
         fields["made_for"] = body.get("made_for")  # memories that were saved before it was kept have none
         return fields, EngramConfig.from_json(body["config"])
     except EngraphyError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         inside = path / "engraphy"  # where hf.save_pretrained has it
         hint = f"; load {inside}, or the whole model" if (inside / "memory.json").exists() else ""
         raise ConfigError(f"{path}: expected memory.json of a saved memory ({_FORMAT}), "

@@ -166,6 +166,11 @@ class Table:
         return self._manifest.table_id
 
     @property
+    def changed(self) -> bool:
+        """Whether rows may differ from those that were last sealed."""
+        return bool(self._dirty)
+
+    @property
     def parent(self) -> str | None:
         """The table_id that this table was made from or had before."""
         return self._manifest.parent

@@ -8,6 +8,7 @@ from .base import MappedStore, RowStore, StoreInfo, StoreStats, copy_rows
 from .cache import CacheStore, parse_size
 from .checkpoint import open_checkpoint
 from .file import FileStore, open_layer, write_layer
+from .names import follow, names_of
 from .options import FileOptions, flag, split_options
 from .pool import PoolStore, open_pool
 from .pread import PreadStore
@@ -16,8 +17,8 @@ from .reload import ReloadableStore, reload_layers
 from .warming import Warmed, warm
 
 __all__ = ["CacheStore", "FileStore", "MappedStore", "PoolStore", "PreadStore", "RamStore", "ReloadableStore",
-           "RowStore", "StoreInfo", "StoreStats", "Warmed", "copy_rows", "open_store", "reload_layers", "warm",
-           "write_layer"]
+           "RowStore", "StoreInfo", "StoreStats", "Warmed", "copy_rows", "follow", "names_of", "open_store",
+           "reload_layers", "warm", "write_layer"]
 
 
 def open_store(url: str, layer: int | None = None, rows: int | None = None, row_bytes: int | None = None,

@@ -22,6 +22,7 @@ from ..rows import RowFormat, by_shard, check_array, check_ids, check_out, gathe
 from ..table import Table
 from .latency import BUCKETS, Latency, bucket_of, latency_of
 from .mapping import Watch
+from .names import RowNames, name_copy
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ class StoreStats:
 class RowStore(ABC):
     """Rows of one layer. Reading is safe from many threads; writing beside reading may show half-written rows.
 
-    inner: of a wrapper, the store behind it. in_memory: reading never waits for a disk or a network, so that a few rows
+    inner: of a wrapper, the store behind it. names: of the rows, where somebody follows them
+    (names.py). in_memory: reading never waits for a disk or a network, so that a few rows
     are read faster here than by another thread. tells_residency: of mapped memory of which mincore tells whether a row
     is there now.
     """
 
     inner: RowStore | None = None
+    names: RowNames | None = None
     in_memory = False
     tells_residency = False
 
@@ -164,7 +167,11 @@ class RowStore(ABC):
                              "found it read-only")
         _check_flat_ids(ids_N, info.rows)
         check_array("rows", rows_NR, (len(ids_N), info.row_bytes), (np.uint8,))
-        self._scatter(ids_N, rows_NR)
+        if self.names is None:
+            self._scatter(ids_N, rows_NR)
+            return
+        with self.names.writing(ids_N, rows_NR):
+            self._scatter(ids_N, rows_NR)
 
     def count_read(self, rows: int, begun: int) -> None:
         """Put `rows` rows to the counters, read past `gather` in a call that began at `begun` (perf_counter_ns).
@@ -197,6 +204,8 @@ class RowStore(ABC):
     def _after_fork(self) -> None:
         """In a forked child: the threads are gone that held locks."""
         self._count_lock, self._under_way = threading.Lock(), 0
+        if self.names is not None:
+            self.names.after_fork()
 
     @abstractmethod
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None: ...
@@ -258,6 +267,7 @@ def copy_rows(source: RowStore, target: RowStore, chunk: int = 65_536) -> None:
     for first in range(0, ours.rows, chunk):
         ids_n = np.arange(first, min(first + chunk, ours.rows), dtype=np.int64)
         target.scatter(ids_n, source.gather(ids_n, out=buffer_nR[:len(ids_n)]))
+    name_copy(source, target)
 
 
 _ALL: weakref.WeakSet[RowStore] = weakref.WeakSet()
