@@ -23,6 +23,7 @@ from . import identity, saved
 from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError
 from .grads import RowGrad
+from .group import open_stores
 from .layer import EngramLayer
 from .lookup import Lookup, Rows, Trace, alive_in, check_present, reordered, row_ids_of
 from .metrics import describe
@@ -31,7 +32,7 @@ from .rowinit import normal_rows
 from .rows import RowFormat
 from .spec import EngramConfig
 from .state import SequenceState
-from .store import FileStore, RowStore, copy_rows, follow, open_store, write_layer
+from .store import FileStore, RowStore, copy_rows, follow, write_layer
 from .table import Table
 from .token_reader import TokenReader
 from .vocab import VocabMap
@@ -59,7 +60,7 @@ class EngramMemory(nn.Module):
         self.config, self.vocab = config, vocab
         self.addresser = Addresser(config.hash, vocab)
         self.address_digest = config.address_digest(vocab.digest)
-        self.format, self.stores = _open(config, self.address_digest, store, row_format)
+        self.format, self.stores = open_stores(config, self.address_digest, store, row_format)
         self.prefetcher = Prefetcher({layer: (each, self.format) for layer, each in self.stores.items()})
         self._tokens = TokenReader(self.addresser, self.stores, self.format, self.prefetcher)
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
@@ -320,52 +321,6 @@ class EngramMemory(nn.Module):
         Raises ConfigError for what is no memory, DigestMismatch where table and dense weights do not belong together.
         """
         return saved.load(cls, path, store)
-
-
-def _open(config: EngramConfig, digest: str, store: str | Table | Mapping[int, RowStore],
-          row_format: RowFormat | str | None) -> tuple[RowFormat, dict[int, RowStore]]:
-    layers = config.hash.layer_ids
-    if isinstance(row_format, str):
-        row_format = RowFormat(row_format, config.dim)
-    if not isinstance(store, (str, Table, Mapping)):
-        raise ConfigError(f"store: expected a URL, a Table or {{layer: RowStore}}, found {store!r}")
-    stores: dict[int, RowStore]
-    if isinstance(store, str) and store.startswith("ram:"):
-        row_format = row_format or RowFormat("f32", config.dim)
-        stores = {layer: open_store(store, rows=config.hash.row_count(layer), row_bytes=row_format.row_bytes)
-                  for layer in layers}
-        for each in stores.values():
-            follow(each, f"{each.info.rows} zeros")
-    elif isinstance(store, str):
-        stores = {layer: open_store(store, layer=layer) for layer in layers}
-    elif isinstance(store, Table):
-        stores = {layer: FileStore(store, layer) for layer in layers}
-    else:
-        stores = dict(store)
-    if set(stores) != set(layers):
-        raise ConfigError(f"store: expected stores for layers {list(layers)}, found {sorted(stores)}")
-    if len({each.info.table_id for each in stores.values()}) > 1:
-        raise DigestMismatch(f"store: expected rows of one table, found {[s.info.table_id for s in stores.values()]}")
-    for layer in layers:
-        info = stores[layer].info
-        if info.layer not in (None, layer):
-            raise ConfigError(f"layer {layer}: expected its own store, found one of layer {info.layer}")
-        if info.address_digest is not None and info.address_digest != digest:
-            raise DigestMismatch(f"layer {layer}: expected address digest {digest}, "
-                                 f"{info.path} has {info.address_digest}")
-        if None not in (row_format, info.format) and row_format != info.format:
-            raise ConfigError(f"layer {layer}: expected rows of {row_format}, found {info.format}")
-        row_format = row_format or info.format
-        if row_format is None:
-            raise ConfigError(f"layer {layer}: the {info.kind} store does not know its row format; give row_format=")
-        expected = (config.hash.row_count(layer), row_format.row_bytes, config.dim)
-        if (info.rows, info.row_bytes, row_format.d) != expected:
-            raise ConfigError(f"layer {layer}: expected (rows, row bytes, d) = {expected}, "
-                              f"found {(info.rows, info.row_bytes, row_format.d)}")
-    assert row_format is not None
-    for each in stores.values():
-        follow(each)
-    return row_format, stores
 
 
 def _trace(lookup: Lookup, layer: int, gate_BTS: Tensor) -> None:
