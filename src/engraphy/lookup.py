@@ -32,7 +32,8 @@ class Lookup:
     layer that is still being read is waited for when it is first asked for.
 
     present: bool [B, T], False = no token of the sequence stands here. order: int64 [B, T], positions in the order in
-    which convs see them, absent ones last; None = as they stand.
+    which convs see them, absent ones last; None = as they stand. off: the memory was disabled; there
+    are no rows, and `apply` adds nothing.
     """
 
     rows: Mapping[int, Tensor]
@@ -42,6 +43,7 @@ class Lookup:
     trace: Trace | None
     present: Tensor | None = None
     order: Tensor | None = None
+    off: bool = False
 
 
 class Rows(Mapping[int, Tensor]):

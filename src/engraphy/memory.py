@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import identity, saved
+from . import identity, saved, switch
 from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError
 from .grads import RowGrad
@@ -49,6 +50,7 @@ class EngramMemory(nn.Module):
     {layer: RowStore} with `row_format` given where the stores do not know it.
     made_for: the model that it belongs to, as `hf.attach` tells it; saved with it, and checked where it is attached
     again. None = not known, nothing is checked.
+    follows_adapters: whether PEFT's `disable_adapter` disables it too, where it is attached.
     rows_require_grad: None = rows learn where any parameter of their layer does, so `requires_grad_` on the memory or
     on a model around it reaches them; True or False = whatever the parameters do.
     Raises DigestMismatch where the table was made for other addresses, ConfigError where sizes differ.
@@ -69,6 +71,7 @@ class EngramMemory(nn.Module):
         self._waiting: dict[int, Tensor] = {}  # layer -> some of its weights when the first of its row_grads came
         self._told = False  # that they wait
         self.rows_require_grad: bool | None = None
+        self.follows_adapters = True
         self._model: Callable[[], dict[str, Any] | None] = lambda: None
         logging.getLogger("engraphy").info("serving %s", describe(self.stores))
 
@@ -85,6 +88,21 @@ class EngramMemory(nn.Module):
     def layers(self) -> tuple[int, ...]:
         """The model's layers (0-based) that have a memory."""
         return self.config.hash.layer_ids
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this thread or task runs with the memory; False inside `disabled`."""
+        return not switch.is_disabled(self)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """`with memory.disabled():` runs the model without its memory, bit for bit the bare model.
+
+        It holds for this thread or task alone, and for forwards that begin in it: `lookup` then gives
+        a Lookup that is `off`, for which `apply` gives x back. Tokens that pass meanwhile are in no
+        state: `lookup` with one is an InputError, and so is an attached model's cache that has seen
+        them once the memory is enabled again. Compiled blocks stay compiled.
+        """
+        return switch.disabled(self)
 
     def state(self, batch: int, margin: int = 64) -> SequenceState:
         """A fresh state for `batch` sequences that can be cropped by up to `margin` tokens."""
@@ -105,6 +123,11 @@ class EngramMemory(nn.Module):
         Raises InputError for ids, shapes or a state that do not fit, before the state changes. What goes wrong with
         reading is raised by `rows[layer]`.
         """
+        if not self.enabled:
+            if state is not None:
+                raise InputError("state: expected none while the memory is disabled, since its tokens "
+                                 "would be missing in it afterwards; start a new one after `disabled`")
+            return Lookup({}, None, None, None, trace, off=True)
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
             raise InputError(f"ids: expected a tensor [B, T], found {getattr(ids_BT, 'shape', type(ids_BT).__name__)}")
         if state is not None:
@@ -146,8 +169,10 @@ class EngramMemory(nn.Module):
             return super().apply(layer)  # pyright: ignore[reportArgumentType]
         if x_BTSD is None or lookup is None:
             raise InputError("apply: expected layer, x and lookup (or one callable), found less")
-        if layer not in lookup.rows:
+        if layer not in self.layers:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layers)}")
+        if lookup.off:
+            return x_BTSD
         decoded = self._decode(layer, x_BTSD, lookup)
         if decoded is not None:
             return decoded

@@ -25,14 +25,16 @@ from ..spec import EngramConfig
 from ..system.machine import VARIABLE, free_memory
 from ..table import Table
 from ..vocab import VocabMap
+from .adapters import Adapters
 from .backbone import Backbone, find_backbone, find_dtype, same_device, unwrapped
 from .batch import read_batch
-from .cache import cached_state, ready_state, tokens_seen
+from .cache import cached_state, ready_state, reserve, tokens_seen
 from .hub import find_memory, warn_without_adapter
 from .probe import check_joins
 from .versions import check_version, rename_cache
 
 _uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
+_OFF = Lookup({}, None, None, None, None, off=True)
 _LOOKUP = "engraphy_lookup"  # the keyword argument on its way from the decoder to its blocks
 _log = logging.getLogger("engraphy")
 
@@ -149,10 +151,12 @@ class _Attachment:
         self.memory, self.backbone, self.margin = memory, backbone, margin
         self.handles: list[Any] = []
         self.unsaved: set[str] = set()
-        self.warned = False
+        self.adapters: Adapters | None = None
+        self.warned = self.told = False
 
     def install(self, model: Any) -> None:
         memory, blocks = self.memory, self.backbone.blocks
+        self.adapters = Adapters(model)
         for layer in memory.layers:
             memory.blocks[str(layer)].to(same_device(blocks[layer]))
         torch.compiler.reset()  # a compiled model does not notice hooks that come or go
@@ -182,6 +186,8 @@ class _Attachment:
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self.backbone.arguments, args, strict=False)) | kwargs
         trace = given.pop("engraphy_trace", None)
+        if self.is_off():
+            return (), self.left_out(given)
         name = str(self.backbone.cache_argument)
         rename_cache(given, name)
         cache = given.get(name)
@@ -200,8 +206,34 @@ class _Attachment:
             carried.whole = False
         return (), given
 
+    def left_out(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward that leaves the memory out: they look like those of any other, so
+        that code which was compiled for the blocks is not compiled again."""
+        name = str(self.backbone.cache_argument)
+        if name == "cache":  # in earlier versions what comes as `cache` is the model's own matter
+            rename_cache(given, name)
+        if given.get(name) is None and self._makes_cache(given):
+            given[name] = DynamicCache(config=self.backbone.config)
+        reserve(given.get(name), self.memory, self.margin)
+        return {**given, _LOOKUP: _Passing(_OFF)}
+
+    def is_off(self) -> bool:
+        """Whether a forward that begins now leaves the memory out."""
+        memory, adapters = self.memory, self.adapters
+        if not memory.enabled:
+            return True
+        if not memory.follows_adapters or adapters is None or not adapters.all_disabled():
+            return False
+        if not self.told:
+            self.told = True
+            _log.info("PEFT's adapters are disabled, and the memory with them; "
+                      "memory.follows_adapters = False keeps it enabled")
+        return True
+
     @_uncompiled
     def after_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs[_LOOKUP].lookup.off:
+            return
         reached, depth = kwargs[_LOOKUP].reached, self.backbone.config.num_hidden_layers  # fewer in an early exit
         drops = decoder.training and getattr(decoder, "layerdrop", 0) > 0
         for layer in self.memory.layers:
@@ -220,6 +252,8 @@ class _Attachment:
             raise InputError(f"layer {layer}: expected a lookup from the decoder's forward, found none: the block was "
                              f"called by itself, or {type(self.backbone.decoder).__name__} hands no keyword on")
         passing.reached.add(layer)
+        if passing.lookup.off:
+            return args, kwargs
         if args:
             return (self.memory.apply(layer, args[0], passing.lookup), *args[1:]), kwargs
         kwargs["hidden_states"] = self.memory.apply(layer, kwargs["hidden_states"], passing.lookup)

@@ -103,6 +103,24 @@ def tokens_seen(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
+def reserve(cache: Any, memory: EngramMemory, margin: int) -> None:
+    """Make an empty cache what it is with the memory, for tokens that the memory does not see.
+
+    Any other cache stays as it is: it is the model's own matter.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        return
+    if cached_state(cache) is None and counts_tokens(cache) and not cache.get_seq_length():
+        _carry(cache, memory, margin)
+
+
+def _carry(cache: Cache, memory: EngramMemory, margin: int) -> CachedState:
+    cache.__class__ = _carrying(type(cache))
+    carried = CachedState(memory.address_digest, margin)
+    cache.engraphy = carried  # pyright: ignore[reportAttributeAccessIssue]
+    return carried
+
+
 def ready_state(cache: Cache, memory: EngramMemory, batch: int, seen: int, margin: int) -> CachedState:
     """What `cache` carries for `memory`; on the first call it is made. seen: tokens in the cache.
 
@@ -116,9 +134,7 @@ def ready_state(cache: Cache, memory: EngramMemory, batch: int, seen: int, margi
                              "before the memory was attached or by another model: fill it with this one. Or it holds "
                              "virtual tokens (prefix tuning), which have no ids to look up: detach the memory, or use "
                              "an adapter that leaves the cache alone, such as LoRA")
-        cache.__class__ = _carrying(type(cache))
-        carried = CachedState(memory.address_digest, margin)
-        cache.engraphy = carried  # pyright: ignore[reportAttributeAccessIssue]
+        carried = _carry(cache, memory, margin)
     if carried.address_digest != memory.address_digest:
         raise InputError(f"cache: belongs to a memory of address digest {carried.address_digest}, "
                          f"this one has {memory.address_digest}")
