@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import identity, saved, switch
 from .address import Addresser
-from .errors import ConfigError, DigestMismatch, InputError
+from .errors import ConfigError, DigestMismatch, InputError, StoreError
 from .grads import RowGrad
 from .group import open_stores
 from .layer import EngramLayer
@@ -47,7 +47,8 @@ class EngramMemory(nn.Module):
 
     config, vocab: what is addressed. store: "ram:" (a new table of `row_format`, all zeros until `init_rows`), the
     URL of a table ("file:DIR"; the format is read from it), an open Table (mode "w" to train it in place), or
-    {layer: RowStore} with `row_format` given where the stores do not know it.
+    {layer: RowStore} with `row_format` given where the stores do not know it. `close`, or the end of
+    `with memory:`, closes the stores of a URL; a Table, or stores that were handed in, stay open.
     made_for: the model that it belongs to, as `hf.attach` tells it; saved with it, and checked where it is attached
     again. None = not known, nothing is checked.
     follows_adapters: whether PEFT's `disable_adapter` disables it too, where it is attached.
@@ -62,7 +63,9 @@ class EngramMemory(nn.Module):
         self.config, self.vocab = config, vocab
         self.addresser = Addresser(config.hash, vocab)
         self.address_digest = config.address_digest(vocab.digest)
-        self.format, self.stores = open_stores(config, self.address_digest, store, row_format)
+        group = open_stores(config, self.address_digest, store, row_format)
+        self.format, self.stores, self._owned = group
+        self._closed = False
         self.prefetcher = Prefetcher({layer: (each, self.format) for layer, each in self.stores.items()})
         self._tokens = TokenReader(self.addresser, self.stores, self.format, self.prefetcher)
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
@@ -104,6 +107,28 @@ class EngramMemory(nn.Module):
         """
         return switch.disabled(self)
 
+    def close(self) -> None:
+        """Wait for what is being read, and close the stores that were opened for this memory.
+
+        Rows that were looked up stay valid. May be called again; every other use raises StoreError
+        afterwards, also in the model that the memory is attached to: detach it first.
+        """
+        self._closed = True
+        self.prefetcher.close()
+        for store in self._owned:
+            store.close()
+
+    def __enter__(self) -> EngramMemory:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("the memory is closed; load it again, or detach it from its model")
+
     def state(self, batch: int, margin: int = 64) -> SequenceState:
         """A fresh state for `batch` sequences that can be cropped by up to `margin` tokens."""
         return SequenceState(batch, margin).bind(self.config.hash.order, self._windows)
@@ -123,6 +148,7 @@ class EngramMemory(nn.Module):
         Raises InputError for ids, shapes or a state that do not fit, before the state changes. What goes wrong with
         reading is raised by `rows[layer]`.
         """
+        self._check_open()
         if not self.enabled:
             if state is not None:
                 raise InputError("state: expected none while the memory is disabled, since its tokens "
@@ -231,6 +257,7 @@ class EngramMemory(nn.Module):
         """
         if not (math.isfinite(std) and std >= 0 and 0 <= seed < 2**64):
             raise ConfigError(f"init_rows: expected a finite std from 0 on and a seed of 64 bits, found {std}, {seed}")
+        self._check_open()
         for layer, store in self.stores.items():
             for start in range(0, store.info.rows, chunk):
                 ids_N = np.arange(start, min(start + chunk, store.info.rows))
@@ -298,6 +325,7 @@ class EngramMemory(nn.Module):
 
     def write_table(self, path: str | os.PathLike[str], parent: str | None = None) -> str:
         """Copy the rows to a new sealed table at `path`, as they are. Returns its table_id."""
+        self._check_open()
         table = Table.create(path, self.config, self.format, self.vocab, parent=parent)
         try:
             for layer, store in self.stores.items():
@@ -315,6 +343,7 @@ class EngramMemory(nn.Module):
         Raises DigestMismatch for other addresses or a table_id other than the one given, ConfigError for another
         format.
         """
+        self._check_open()
         table = Table.open(path)
         try:
             if table_id is not None and table.table_id != table_id:
@@ -323,7 +352,8 @@ class EngramMemory(nn.Module):
             if table.fmt != self.format:
                 raise ConfigError(f"{path}: expected rows of format {self.format.kind}, found {table.fmt.kind}")
             for layer, store in self.stores.items():
-                copy_rows(FileStore(table, layer), store)
+                with closing(FileStore(table, layer)) as rows:
+                    copy_rows(rows, store)
         finally:
             table.close()
 
@@ -336,6 +366,7 @@ class EngramMemory(nn.Module):
         Raises ConfigError for what cannot be and for a `path` that is taken; WriteFailed if the system refuses, before
         anything is written where that can be known (no permission, too little free disk).
         """
+        self._check_open()
         saved.save(self, path, table)
 
     @classmethod

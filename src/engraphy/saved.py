@@ -78,19 +78,24 @@ def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | No
     tensors = _read_dense(path / "memory.safetensors", identity)
     source = f"file:{path / str(body['table'])}" if store in (None, "ram:") else store
     memory = kind(config, vocab, source)
-    found = next(iter(memory.stores.values())).info.table_id
-    if found != body["table_id"]:
-        raise DigestMismatch(f"{path}: the dense weights belong to table {body['table_id']}, the store serves {found}")
-    if store == "ram:":
-        served = memory
-        memory = kind(config, vocab, "ram:", served.format)
-        memory.read_table(path / str(body["table"]))
-        for each in served.stores.values():
-            each.close()
-    add_row_names(memory, body["rows"])
-    _check_shapes(memory, path, tensors)
-    memory.blocks.to(next(iter(tensors.values())).dtype)
-    memory.blocks.load_state_dict(tensors)
+    try:
+        found = next(iter(memory.stores.values())).info.table_id
+        if found != body["table_id"]:
+            raise DigestMismatch(
+                f"{path}: the dense weights belong to table {body['table_id']}, "
+                f"the store serves {found}"
+            )
+        if store == "ram:":
+            with memory as served:
+                memory = kind(config, vocab, "ram:", served.format)
+                memory.read_table(path / str(body["table"]))
+        add_row_names(memory, body["rows"])
+        _check_shapes(memory, path, tensors)
+        memory.blocks.to(next(iter(tensors.values())).dtype)
+        memory.blocks.load_state_dict(tensors)
+    except BaseException:
+        memory.close()
+        raise
     memory.made_for = body["made_for"]
     return memory
 

@@ -130,8 +130,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = Non
                                      f"the tokenizer's is {found}")
         return attach(model, memory, margin=margin)
     except BaseException:
-        for each in memory.stores.values():
-            each.close()
+        memory.close()
         raise
 
 

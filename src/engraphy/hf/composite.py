@@ -123,8 +123,7 @@ class EngraphyForCausalLM:
                 memory.to(model.dtype)
             attach(model, memory.train(model.training), margin=margin)
         except BaseException:
-            for each in memory.stores.values():
-                each.close()
+            memory.close()
             raise
         model.save_pretrained = MethodType(_save, model)
         setattr(model, "push_to_hub", MethodType(_push, model))  # noqa: B010  pyright takes it for a constant

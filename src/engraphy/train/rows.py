@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ class RowOptimizer:
         table = Table.open(path)
         try:
             for layer, store in self.moments.items():
-                copy_rows(FileStore(table, layer), store)
+                with closing(FileStore(table, layer)) as rows:
+                    copy_rows(rows, store)
         finally:
             table.close()
 
