@@ -442,7 +442,7 @@ def test_stores_of_other_layers_or_tables_are_refused(tmp_path):
 
 
 def test_gradients_that_nobody_drains_are_noticed(monkeypatch):
-    monkeypatch.setattr("engraphy.memory._MANY_PENDING", 4)
+    monkeypatch.setattr("engraphy.grads._MANY_PENDING", 4)
     memory = make_memory().train()
     ids, x = sample(1, 3)
     with pytest.warns(UserWarning, match="4 row gradients wait"):

@@ -1,11 +1,20 @@
-"""Gradients of rows: as a backward pass hands them over, and summed by row. Knows neither tables nor optimisers."""
+"""Gradients of rows: as a backward pass hands them over, and summed by row.
+
+Knows neither tables nor optimisers.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+
+_MANY_PENDING = 1024  # hand-overs, after which somebody should have drained them
+_FEW_WAITING = 16_384  # rows that may wait as they came, in a large table
 
 
 class RowGrad(NamedTuple):
@@ -35,6 +44,63 @@ def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
         order = np.argsort(ids_N, kind="stable")
         ids_N = ids_N[order]
         firsts = np.flatnonzero(np.concatenate([[True], ids_N[1:] != ids_N[:-1]])) if len(ids_N) else order
-        grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0) if len(ids_N) else grad_Nd
+        grad_Ud = grad_Nd
+        if len(ids_N):
+            with np.errstate(invalid="ignore"):  # inf - inf: whoever steps says which row it is
+                grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0)
         summed[layer] = SummedGrad(ids_N[firsts], grad_Ud)
     return summed
+
+
+class Waiting:
+    """Looks after row gradients that wait to be drained: sums them, and warns if nobody drains.
+
+    Those of a layer are summed by row once more rows wait than twice what the last sum has left, and
+    than the table has (or 16,384). The order of the sum stays, but numpy adds long runs in parts: the
+    result equals one sum at the end up to rounding.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._count, self._told = 0, False
+        self._rows: dict[int, int] = {}  # layer -> rows that wait
+        self._summed: dict[int, int] = {}  # layer -> rows that the last sum has left
+        self._weights: dict[int, Tensor] = {}  # layer -> some, as of the first hand-over
+
+    def join(self, pending: list[RowGrad], entry: RowGrad, weight: Tensor, table_rows: int) -> None:
+        """Append `entry`. weight: of its layer; table_rows: how many rows the layer has."""
+        if not pending:
+            self._forget()
+        layer = entry.layer
+        self._warn_if_undrained(layer, weight)
+        pending.append(entry)
+        self._count += 1
+        self._rows[layer] = self._rows.get(layer, 0) + len(entry.ids)
+        most = max(2 * self._summed.get(layer, 0), min(table_rows, _FEW_WAITING))
+        if self._rows[layer] > most and self._rows[layer] > len(entry.ids):
+            self._rows[layer] = self._summed[layer] = _sum_waiting(pending, layer)
+
+    def _warn_if_undrained(self, layer: int, weight: Tensor) -> None:
+        """Did the layer's weights move since the first of the gradients that wait has come?"""
+        # By value: fused optimisers write past a tensor's version.
+        now = weight.detach().reshape(-1)[:4].nan_to_num().cpu()
+        moved = not torch.equal(self._weights.setdefault(layer, now), now)
+        if not self._told and (moved or self._count == _MANY_PENDING):
+            self._told = True
+            warnings.warn(
+                f"{self._count} row gradients wait in row_grads; where nothing drains them no row "
+                "learns: train with OptimizerPair or hf.trainer_kwargs, or set "
+                "rows_require_grad = False",
+                stacklevel=4,
+            )
+
+
+def _sum_waiting(pending: list[RowGrad], layer: int) -> int:
+    """Put one sum in place of the layer's first entry and none of the others; returns its rows."""
+    ids_U, grad_Ud = coalesce(entry for entry in pending if entry.layer == layer)[layer]
+    first = next(index for index, entry in enumerate(pending) if entry.layer == layer)
+    others = [entry for entry in pending[first:] if entry.layer != layer]
+    pending[first:] = [RowGrad(layer, ids_U, grad_Ud), *others]
+    return len(ids_U)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from . import identity, saved, switch
 from .address import Addresser
 from .errors import ConfigError, DigestMismatch, InputError, StoreError
-from .grads import RowGrad
+from .grads import RowGrad, Waiting
 from .group import open_stores
 from .layer import EngramLayer
 from .lookup import Lookup, Rows, Trace, alive_in, check_present, reordered, row_ids_of
@@ -39,7 +38,6 @@ from .token_reader import TokenReader
 from .vocab import VocabMap
 
 __all__ = ["EngramMemory", "Lookup", "RowGrad", "Trace"]
-_MANY_PENDING = 1024
 
 
 class EngramMemory(nn.Module):
@@ -71,8 +69,7 @@ class EngramMemory(nn.Module):
         self.blocks = nn.ModuleDict({str(layer): EngramLayer(config.layer) for layer in self.layers})
         self._windows = dict.fromkeys(self.layers, config.layer.window)
         self.row_grads: list[RowGrad] = []
-        self._waiting: dict[int, Tensor] = {}  # layer -> some of its weights when the first of its row_grads came
-        self._told = False  # that they wait
+        self._waiting = Waiting()
         self.rows_require_grad: bool | None = None
         self.follows_adapters = True
         self._model: Callable[[], dict[str, Any] | None] = lambda: None
@@ -264,7 +261,11 @@ class EngramMemory(nn.Module):
                 store.scatter(ids_N, self.format.encode(normal_rows(seed, layer, ids_N, self.config.dim, std)))
 
     def drain_row_grads(self) -> list[RowGrad]:
-        """Pending gradients, oldest first; the list is empty afterwards."""
+        """Pending gradients, oldest first; the list is empty afterwards.
+
+        Those of one layer are summed while they wait, once they are many more than their distinct
+        rows (grads.py), so that accumulation over any number of batches takes bounded memory.
+        """
         pending, self.row_grads = self.row_grads, []
         return pending
 
@@ -283,19 +284,6 @@ class EngramMemory(nn.Module):
     def __deepcopy__(self, memo: Any) -> EngramMemory:
         raise ConfigError("a memory is not copied with its model, nor by PEFT as one of modules_to_save: detach it "
                           "first; memory.save and EngramMemory.load make another one")
-
-    def _warn_if_undrained(self, layer: int) -> None:
-        """Before a row gradient joins those that wait: did the layer's weights move since its first one came?"""
-        if not self.row_grads:
-            self._waiting, self._told = {}, False
-        value: Any = self.blocks[str(layer)].value
-        now = value.weight.detach().reshape(-1)[:4].nan_to_num().cpu()  # fused optimisers write past its version
-        moved = not torch.equal(self._waiting.setdefault(layer, now), now)
-        if not self._told and (moved or len(self.row_grads) == _MANY_PENDING):
-            self._told = True
-            warnings.warn(f"{len(self.row_grads)} row gradients wait in row_grads; where nothing drains them no row "
-                          "learns: train with OptimizerPair or hf.trainer_kwargs, or set rows_require_grad = False",
-                          stacklevel=3)
 
     def __getstate__(self) -> Any:
         raise ConfigError("a memory is not pickled or copied: its rows lie in stores; save it with memory.save, or "
@@ -316,8 +304,9 @@ class EngramMemory(nn.Module):
         def hand_over(leaf: Tensor) -> None:
             assert leaf.grad is not None
             grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
-            self._warn_if_undrained(layer)
-            self.row_grads.append(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
+            entry = RowGrad(layer, ids_BTC.reshape(-1), grad_Nd)
+            weight = self.blocks[str(layer)].value.weight  # pyright: ignore[reportAttributeAccessIssue]
+            self._waiting.join(self.row_grads, entry, weight, self.stores[layer].info.rows)
             leaf.grad = None
 
         leaf_BTE.requires_grad_().register_post_accumulate_grad_hook(hand_over)
