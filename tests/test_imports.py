@@ -26,7 +26,7 @@ LAYERS = (
      "checkpoint", "convert", "quantize", "inspection", "usage"),
     ("store",),
     ("buffers", "prefetch", "metrics", "layer", "past", "state"),
-    ("memory", "saved", "token_reader", "lookup", "grads", "group", "identity", "switch"),
+    ("memory", "saved", "token_reader", "lookup", "grads", "group", "identity", "switch", "tracing"),
     ("train",),
     ("lm", "hf", "analysis", "vision"),
     ("engraphy",),

@@ -35,6 +35,7 @@ from .state import SequenceState
 from .store import FileStore, RowStore, copy_rows, follow, write_layer
 from .table import Table
 from .token_reader import TokenReader
+from .tracing import REASON, refuse_tracing
 from .vocab import VocabMap
 
 __all__ = ["EngramMemory", "Lookup", "RowGrad", "Trace"]
@@ -130,7 +131,7 @@ class EngramMemory(nn.Module):
         """A fresh state for `batch` sequences that can be cropped by up to `margin` tokens."""
         return SequenceState(batch, margin).bind(self.config.hash.order, self._windows)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=REASON)
     def lookup(self, ids_BT: Tensor, state: SequenceState | None = None, live: Tensor | None = None,
                starts: Tensor | None = None, trace: Trace | None = None, *,
                present: Tensor | None = None) -> Lookup:
@@ -142,8 +143,8 @@ class EngramMemory(nn.Module):
         stands here (a hole in a mask): what follows is looked up and fused as if the position were not there, and at
         the position itself nothing is added. Rows are f32, on the CPU, as gathered; with gradients
         enabled, in training mode and as `rows_require_grad` says, they are leaves whose gradients reach `row_grads`.
-        Raises InputError for ids, shapes or a state that do not fit, before the state changes. What goes wrong with
-        reading is raised by `rows[layer]`.
+        Raises InputError for ids, shapes or a state that do not fit, and under tracing, export and capture
+        (tracing.py), before the state changes. What goes wrong with reading is raised by `rows[layer]`.
         """
         self._check_open()
         if not self.enabled:
@@ -151,6 +152,7 @@ class EngramMemory(nn.Module):
                 raise InputError("state: expected none while the memory is disabled, since its tokens "
                                  "would be missing in it afterwards; start a new one after `disabled`")
             return Lookup({}, None, None, None, trace, off=True)
+        refuse_tracing(ids_BT)
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
             raise InputError(f"ids: expected a tensor [B, T], found {getattr(ids_BT, 'shape', type(ids_BT).__name__)}")
         if state is not None:

@@ -24,6 +24,7 @@ from ..rows import RowFormat
 from ..spec import EngramConfig
 from ..system.machine import VARIABLE, free_memory
 from ..table import Table
+from ..tracing import REASON, refuse_tracing
 from ..vocab import VocabMap
 from .adapters import Adapters
 from .backbone import Backbone, find_backbone, find_dtype, same_device, unwrapped
@@ -33,7 +34,7 @@ from .hub import find_memory, warn_without_adapter
 from .probe import check_joins
 from .versions import check_version, rename_cache
 
-_uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
+_uncompiled: Any = torch.compiler.disable(reason=REASON)  # its own type hides what it decorates
 _OFF = Lookup({}, None, None, None, None, off=True)
 _LOOKUP = "engraphy_lookup"  # the keyword argument on its way from the decoder to its blocks
 _log = logging.getLogger("engraphy")
@@ -187,6 +188,7 @@ class _Attachment:
         trace = given.pop("engraphy_trace", None)
         if self.is_off():
             return (), self.left_out(given)
+        refuse_tracing(given.get("input_ids"))
         name = str(self.backbone.cache_argument)
         rename_cache(given, name)
         cache = given.get(name)
