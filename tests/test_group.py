@@ -1,4 +1,4 @@
-"""Closing a memory: what it opened is closed, what it was handed is not, and using it afterwards is a named error."""
+"""Closing a memory: what it opened is closed, what it was handed is not; later uses are errors."""
 
 from __future__ import annotations
 

@@ -168,13 +168,14 @@ def test_a_memory_of_another_model_is_refused_unless_that_is_said(model, config,
     mistral = AutoModelForCausalLM.from_config(MistralConfig(**{name: getattr(model.config, name) for name in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads")}))
-    for other, told in ((wider, "'vocab_size': 100"), (mistral, "'model_type': 'mistral'")):
+    narrower = copy.deepcopy(model)
+    narrower.resize_token_embeddings(VOCAB - 1)
+    for other, told in ((narrower, "'vocab_size': 96"), (mistral, "'model_type': 'mistral'")):
         for call in (lambda other=other: engraphy.load(other, tmp_path / "memory"),
                      lambda other=other: engraphy.attach(other, memory)):
             with pytest.raises(DigestMismatch, match=told):
                 call()
         assert not hasattr(other, "engraphy")
-    memory.made_for = None
     engraphy.attach(wider, memory)
     memory.save(tmp_path / "wider")
     wider.resize_token_embeddings(VOCAB + 4)
@@ -187,6 +188,44 @@ def test_a_memory_of_another_model_is_refused_unless_that_is_said(model, config,
     del body["made_for"]  # as memories were once saved
     (tmp_path / "memory" / "memory.json").write_text(json.dumps(body))
     engraphy.load(mistral, tmp_path / "memory")
+
+
+@torch.no_grad()
+def test_new_ids_of_a_resized_model_are_dead_and_change_no_address(model, config, ids_BT, tmp_path):
+    memory = wake(engraphy.attach(model, config))
+    digest, expected = memory.address_digest, model(ids_BT).logits
+    memory.save(tmp_path / "memory")
+    model.resize_token_embeddings(VOCAB + 3)
+    torch.testing.assert_close(model(ids_BT).logits[..., :VOCAB], expected)
+    new_BT = torch.tensor([[5, VOCAB, 7, VOCAB + 2]])
+    found, trace = model(new_BT).logits, engraphy.Trace()
+    cache = model(new_BT[:, :2], use_cache=True).past_key_values
+    one_by_one = [model(new_BT[:, [at]], past_key_values=cache).logits for at in (2, 3)]
+    torch.testing.assert_close(torch.cat(one_by_one, 1), found[:, 2:], rtol=0, atol=1e-5)
+    model(new_BT, engraphy_trace=trace)
+    for gates_BTS in trace.gates.values():
+        assert (gates_BTS[0, [1, 3]] == 0).all() and (gates_BTS[0, [0, 2]] > 0).all()
+    with pytest.raises(InputError, match=f"expected 0 to {VOCAB + 2}, found {VOCAB + 3}"):
+        model(new_BT + 1)
+    assert memory.address_digest == digest and memory.vocab.digest == memory.vocab.widened(999).digest
+    engraphy.detach(model)
+    for path in (tmp_path / "memory", tmp_path / "again"):
+        loaded = engraphy.load(model, path)
+        assert loaded.address_digest == digest
+        assert torch.equal(model(new_BT).logits, found)
+        if path.name == "memory":
+            loaded.save(tmp_path / "again")
+        engraphy.detach(model)
+    assert (tmp_path / "memory" / "vocab.json").read_text() == (tmp_path / "again" / "vocab.json").read_text()
+
+
+def test_a_map_that_is_forgotten_is_noticed(model):
+    config = EngramConfig.for_model(model.config, layers=(1,), rows_per_head=101, dim=8, vocab_size=50)
+    with pytest.raises(ConfigError, match="expected the model's 97 ids without a vocabulary map"):
+        engraphy.attach(model, config)
+    memory = engraphy.attach(model, config, VocabMap.identity(50))
+    model(torch.tensor([[3, 96]]))
+    assert memory.vocab.raw_size == VOCAB
 
 
 def test_a_model_and_its_decoder_have_one_memory_between_them(model, config):

@@ -1,4 +1,4 @@
-"""A model without its memory for a moment: the bare model bit for bit, and no cache is out of step."""
+"""A model without its memory for a moment: the bare model bit for bit, no cache out of step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""memory.disabled() in a model of one's own: lookup and apply leave x as it is, and no state is out of step."""
+"""memory.disabled() in a model of one's own: x stays as it is, and no state is out of step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever records a forward would keep one input's rows as constants, and is a named error instead."""
+"""What records a forward would keep one input's rows as constants: it is a named error."""
 
 from __future__ import annotations
 

@@ -162,9 +162,39 @@ def test_a_raw_size_that_does_not_hold_the_tokenizer_is_refused(raw_size):
         VocabMap.from_tokenizer(words("a", "b", "c"), raw_size=raw_size)
 
 
-def test_a_tokenizer_with_a_gap_in_its_ids_is_refused():
-    with pytest.raises(ConfigError, match="no token for id 1"):
-        VocabMap.from_tokenizer(Tokenizer(WordLevel({"a": 0, "b": 2}, unk_token="a")))
+def test_ids_without_a_token_are_dead_wherever_they_are():
+    tokenizer = Tokenizer(WordLevel({"a": 1, "b": 4, "A": 6}, unk_token="a"))
+    vocab = VocabMap.from_tokenizer(tokenizer)
+    assert vocab.table.tolist() == [-1, 0, -1, -1, 1, -1, 0]
+    assert (len(vocab), vocab.raw_size) == (2, 7)
+    assert VocabMap.from_tokenizer(tokenizer, 9).table.tolist()[6:] == [0, -1, -1]
+    with pytest.raises(ConfigError, match="raw_size: expected at least the tokenizer's 7 ids"):
+        VocabMap.from_tokenizer(tokenizer, 6)
+    with pytest.raises(ConfigError, match="expected a tokenizer with tokens, found none"):
+        VocabMap.from_tokenizer(Tokenizer(WordLevel({}, unk_token="a")))
+
+
+def test_a_widened_map_has_more_dead_ids_and_is_the_same_map(tmp_path):
+    vocab = VocabMap(np.array([0, 1, 0, -1]))
+    wide = vocab.widened(6)
+    assert vocab.widened(4) is vocab and wide.widened(5) is wide
+    assert wide.table.tolist() == [0, 1, 0, -1, -1, -1]
+    assert (len(wide), wide.raw_size, wide.has_dead_ids) == (2, 6, True)
+    assert wide.digest == wide.widened(9).digest == vocab.digest
+    wide.widened(9).save(tmp_path / "vocab.json")
+    assert VocabMap.load(tmp_path / "vocab.json").table.tolist() == vocab.table.tolist()
+    again = pickle.loads(pickle.dumps(wide))
+    assert (again.digest, again.raw_size) == (vocab.digest, 6)
+    with pytest.raises(ConfigError, match="raw_size: expected at most"):
+        vocab.widened(2**28 + 1)
+
+
+def test_a_tokenizer_agrees_with_a_map_of_fewer_tokens_and_with_no_other():
+    vocab = VocabMap.from_tokenizer(words("a", "b", "A"), raw_size=5)
+    assert vocab.agrees_with(words("a", "b", "A"))
+    assert vocab.agrees_with(words("a", "b", "A", "c", "d", "e"))
+    assert not vocab.agrees_with(words("a", "b", "c"))
+    assert not vocab.agrees_with(words("a", "b"))
 
 
 @pytest.mark.parametrize("other", [None, "tokenizer.json", {"a": 0}, object()])

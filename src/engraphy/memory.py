@@ -105,6 +105,16 @@ class EngramMemory(nn.Module):
         """
         return switch.disabled(self)
 
+    def widen(self, raw_size: int) -> None:
+        """Take token ids below `raw_size`: those beyond the vocabulary map are dead, and no address changes.
+
+        For a model whose vocabulary has grown; where the memory is attached it is called for it.
+        """
+        if raw_size > self.vocab.raw_size:
+            self.vocab = self.vocab.widened(raw_size)
+            self.addresser = Addresser(self.config.hash, self.vocab)
+            self._tokens = TokenReader(self.addresser, self.stores, self.format, self.prefetcher)
+
     def close(self) -> None:
         """Wait for what is being read, and close the stores that were opened for this memory.
 
@@ -307,8 +317,8 @@ class EngramMemory(nn.Module):
             assert leaf.grad is not None
             grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
             entry = RowGrad(layer, ids_BTC.reshape(-1), grad_Nd)
-            weight = self.blocks[str(layer)].value.weight  # pyright: ignore[reportAttributeAccessIssue]
-            self._waiting.join(self.row_grads, entry, weight, self.stores[layer].info.rows)
+            value: Any = self.blocks[str(layer)].value
+            self._waiting.join(self.row_grads, entry, value.weight, self.stores[layer].info.rows)
             leaf.grad = None
 
         leaf_BTE.requires_grad_().register_post_accumulate_grad_hook(hand_over)

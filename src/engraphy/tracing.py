@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch
 
 from .errors import InputError
 
 _MODES = {"ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode"}
 _KINDS = {"FakeTensor", "FunctionalTensor", "Proxy"}
 REASON = (
-    "a memory looks up rows outside of the graph, for the token ids of each call: compile the blocks "
-    "(block.compile()), or leave fullgraph off; export the model detached (engraphy.detach)"
+    "a memory looks up rows outside of the graph, for the token ids of each call: compile the "
+    "blocks (block.compile()), or leave fullgraph off; export the model detached (engraphy.detach)"
 )
 
 
@@ -27,8 +28,8 @@ def refuse_tracing(ids: Any) -> None:
     if what is not None:
         raise InputError(
             f"token ids: expected an ordinary forward, found {what}, which would keep the rows of "
-            "these ids as constants: a memory looks up rows outside of the graph, for the token ids "
-            "of each call. Trace or export the model without it (engraphy.detach, or inside "
+            "these ids as constants: a memory looks up rows outside of the graph, for the token "
+            "ids of each call. Trace or export the model without it (engraphy.detach, or inside "
             "memory.disabled()); to compile, compile the blocks (block.compile())"
         )
 
@@ -40,12 +41,13 @@ def _recorder(ids: Any) -> str | None:
         return f"a {type(ids).__name__}"
     if torch.compiler.is_exporting():
         return "torch.export"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "torch.jit.trace"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    functorch: Any = torch._C
+    if functorch._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func (vmap, grad, jvp, functionalize)"
     if torch._C._len_torch_dispatch_stack():
-        modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        modes = _python_dispatch._get_current_dispatch_mode_stack()
         found = _MODES.intersection(type(mode).__name__ for mode in modes)
         if found:
             return f"tracing ({found.pop()})"

@@ -33,8 +33,9 @@ _NORMALIZER = normalizers.Sequence([
 class VocabMap:
     """A map of raw ids to compressed ids. Immutable.
 
-    table: int32 [V]; -1 = the id has no token (between len(tokenizer) and a model's padded vocabulary): such positions
-    are dead, they take part in no n-gram. `len()` is the number of compressed ids, `raw_size` is V.
+    table: int32 [V]; -1 = the id has no token (a gap in the tokenizer's ids, or between its last and a model's padded
+    vocabulary): such positions are dead, they take part in no n-gram. `len()` is the number of compressed ids,
+    `raw_size` is V.
     """
 
     def __init__(self, table_V: np.ndarray):
@@ -47,6 +48,7 @@ class VocabMap:
         table = given.astype(np.int32)
         table.setflags(write=False)
         self.table = table
+        self._own_size = len(table)
         self._size = int(table.max()) + 1
         self.has_dead_ids = bool(table.min() < 0)
         self.digest = hashlib.sha256(table.astype("<i4").tobytes()).hexdigest()
@@ -56,25 +58,25 @@ class VocabMap:
         """The map of a whole tokenizer, added tokens included.
 
         tok: a `tokenizers.Tokenizer`, or a transformers fast tokenizer that has one as `backend_tokenizer`.
-        raw_size: the model's padded vocabulary; ids from len(tokenizer) on are dead. Takes seconds for 129k ids: save
-        the map and load it. Raises ConfigError for a tokenizer with gaps in its ids.
+        raw_size: the model's padded vocabulary; default: the tokenizer's largest id, and one. Ids that have no token
+        are dead. Takes seconds for 129k ids: save the map and load it.
         """
         tok = getattr(tok, "backend_tokenizer", tok)
         if not hasattr(tok, "get_vocab_size") or not hasattr(tok, "id_to_token"):
             raise ConfigError("expected a tokenizers.Tokenizer or a transformers fast tokenizer, "
                               f"found {type(tok).__name__}")
-        size = tok.get_vocab_size(with_added_tokens=True)
+        known = np.unique(list(tok.get_vocab(with_added_tokens=True).values())).tolist()
+        if not known:
+            raise ConfigError("expected a tokenizer with tokens, found none")
+        size = known[-1] + 1
         if raw_size is not None and (not isinstance(raw_size, (int, np.integer)) or not size <= raw_size <= MOST_IDS):
             raise ConfigError(f"raw_size: expected at least the tokenizer's {size} ids and at most {MOST_IDS}, "
                               f"found {raw_size!r}")
-        texts = tok.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
+        texts = tok.decode_batch([[i] for i in known], skip_special_tokens=False)
         ids: dict[str, int] = {}
         table = np.full(size if raw_size is None else raw_size, -1, dtype=np.int32)
-        for i, text in enumerate(texts):
-            token = tok.id_to_token(i)
-            if token is None:
-                raise ConfigError(f"the tokenizer has {size} ids, but no token for id {i}")
-            table[i] = ids.setdefault(_key(text, token), len(ids))
+        for i, text in zip(known, texts, strict=True):
+            table[i] = ids.setdefault(_key(text, tok.id_to_token(i)), len(ids))
         return cls(table)
 
     @classmethod
@@ -83,6 +85,31 @@ class VocabMap:
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= MOST_IDS:
             raise ConfigError(f"identity vocabulary: expected a positive size up to {MOST_IDS}, found {n!r}")
         return cls(np.arange(n, dtype=np.int32))
+
+    def widened(self, raw_size: int) -> VocabMap:
+        """The same map for a model with more ids, all of them dead; itself for one that has no more.
+
+        `digest` and what `save` writes stay those of this map: dead ids at the end change no address.
+        """
+        if raw_size <= self.raw_size:
+            return self
+        if raw_size > MOST_IDS:
+            raise ConfigError(f"raw_size: expected at most {MOST_IDS} ids, found {raw_size}")
+        own_V = self.table[: self._own_size]
+        table_V = np.full(raw_size, -1, np.int32)
+        table_V[: self._own_size] = own_V
+        wide = VocabMap(table_V)
+        wide._own_size, wide.digest = self._own_size, self.digest
+        return wide
+
+    def agrees_with(self, tok: Any) -> bool:
+        """Whether a tokenizer gives every id that is not dead here the same compressed id.
+
+        It may have tokens that this map does not know, at dead ids or beyond: they stay dead.
+        """
+        live = np.flatnonzero(self.table >= 0)
+        theirs = VocabMap.from_tokenizer(tok).widened(self.raw_size).table
+        return bool((theirs[live] == self.table[live]).all())
 
     @property
     def raw_size(self) -> int:
@@ -107,7 +134,8 @@ class VocabMap:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the map and its digest to one JSON file, which appears whole. Raises WriteFailed if it cannot."""
-        body = {"format": _FORMAT, "digest": self.digest, "size": len(self), "table": self.table.tolist()}
+        body = {"format": _FORMAT, "digest": self.digest, "size": len(self),
+                "table": self.table[: self._own_size].tolist()}
         write_file(path, json.dumps(body, separators=(",", ":")))
 
     @classmethod

@@ -125,10 +125,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = Non
     memory = EngramMemory.load(path, store)
     try:
         if tokenizer is not None:
-            found = VocabMap.from_tokenizer(tokenizer, raw_size=memory.vocab.raw_size).digest
-            if found != memory.vocab.digest:
+            if not memory.vocab.agrees_with(tokenizer):
                 raise DigestMismatch(f"{path}: made for a vocabulary map of digest {memory.vocab.digest}, "
-                                     f"the tokenizer's is {found}")
+                                     f"the tokenizer's is {VocabMap.from_tokenizer(tokenizer).digest}")
         return attach(model, memory, margin=margin)
     except BaseException:
         memory.close()
@@ -200,6 +199,7 @@ class _Attachment:
         if cache is not None:
             carried = ready_state(cache, self.memory, len(batch.ids), seen, self.margin)
         self._warn_if_frozen()
+        self.memory.widen(_vocabulary(self.backbone))  # which may have been resized
         lookup: Any = self.memory.lookup
         given[_LOOKUP] = _Passing(lookup(batch.ids, carried and carried.state, None, batch.starts, trace,
                                          present=batch.present))
@@ -282,7 +282,7 @@ class _Attachment:
 def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store: str | Table,
           row_format: RowFormat | str | None, std: float, seed: int, dtype: torch.dtype | None) -> EngramMemory:
     if vocab is None:
-        vocab = VocabMap.identity(config.hash.vocab_size)
+        vocab = _identity(model, config.hash.vocab_size)
     if dtype is None:
         dtype = find_dtype(model)
     fresh = isinstance(store, str) and store.startswith("ram:")
@@ -294,6 +294,16 @@ def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store:
     if fresh:
         memory.init_rows(std, seed)
     return memory.train(model.training)
+
+
+def _identity(model: nn.Module, size: int) -> VocabMap:
+    """Ids as they are. Raises ConfigError if the model has more, which would all be dead."""
+    ids = _vocabulary(find_backbone(model))
+    if size < ids:
+        raise ConfigError(f"vocab_size: expected the model's {ids} ids without a vocabulary map, the "
+                          f"hash spec says {size}; give vocab=, VocabMap.from_tokenizer(tokenizer, "
+                          f"raw_size={ids})")
+    return VocabMap.identity(size)
 
 
 def _tell_cost(config: EngramConfig, row_format: RowFormat | str, dtype: torch.dtype, fresh: bool) -> None:
@@ -311,10 +321,18 @@ def _made_for(backbone: Backbone) -> dict[str, Any]:
 
 
 def _check_made_for(backbone: Backbone, memory: EngramMemory) -> None:
-    found = _made_for(backbone)
-    if memory.made_for not in (None, found):
-        raise DigestMismatch(f"the memory was made for {memory.made_for}, the model is {found}; to take it across, "
+    found, known = _made_for(backbone), memory.made_for or {}
+    size = known.get("vocab_size")
+    smaller = size is not None and _vocabulary(backbone) < size
+    if known.get("model_type", found["model_type"]) != found["model_type"] or smaller:
+        raise DigestMismatch(f"the memory was made for {known}, the model is {found} (a larger vocab_size "
+                             "would do, its new ids are dead); to take it across, "
                              "set made_for = None on what EngramMemory.load gives, and attach that")
+
+
+def _vocabulary(backbone: Backbone) -> int:
+    """How many token ids the model has."""
+    return int(getattr(backbone.config, "vocab_size", None) or 0)
 
 
 def _check_free(model: nn.Module, backbone: Backbone) -> None:
