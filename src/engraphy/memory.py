@@ -271,6 +271,7 @@ class EngramMemory(nn.Module):
             for start in range(0, store.info.rows, chunk):
                 ids_N = np.arange(start, min(start + chunk, store.info.rows))
                 store.scatter(ids_N, self.format.encode(normal_rows(seed, layer, ids_N, self.config.dim, std)))
+            follow(store).set([f"normal, std {std!r}, seed {seed}"])
 
     def drain_row_grads(self) -> list[RowGrad]:
         """Pending gradients, oldest first; the list is empty afterwards.

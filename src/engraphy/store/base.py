@@ -167,11 +167,14 @@ class RowStore(ABC):
                              "found it read-only")
         _check_flat_ids(ids_N, info.rows)
         check_array("rows", rows_NR, (len(ids_N), info.row_bytes), (np.uint8,))
-        if self.names is None:
+        if self.names is None or not len(ids_N):
             self._scatter(ids_N, rows_NR)
             return
-        with self.names.writing(ids_N, rows_NR):
+        self.names.forget()
+        try:
             self._scatter(ids_N, rows_NR)
+        finally:
+            self.names.forget()  # a name that was drawn meanwhile
 
     def count_read(self, rows: int, begun: int) -> None:
         """Put `rows` rows to the counters, read past `gather` in a call that began at `begun` (perf_counter_ns).

@@ -1,20 +1,15 @@
 """Names of rows: what belongs to the rows of a store can tell by them that they are others now.
 
-The rows of a sealed table are named by its table_id. Rows that are written get new names: a hash of
-the old name and of what was written, so that copies which are changed alike have one name, and no
-others do.
+The rows of a sealed table are named by its table_id. A write takes away all names; rows that have none
+get a random one when they are asked for it, so a write costs nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from .base import RowStore
@@ -25,14 +20,22 @@ _MOST = 4  # names that are kept: each save of the rows gives them one more
 class RowNames:
     """Names of a store's rows as they are now, which no other rows have. Safe for many threads."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str] = ()) -> None:
         self._names = list(names)
         self._lock = threading.Lock()
 
     @property
-    def now(self) -> list[str]:
-        """The names, oldest first."""
+    def known(self) -> list[str]:
+        """The names that there are, oldest first."""
         with self._lock:
+            return list(self._names)
+
+    @property
+    def now(self) -> list[str]:
+        """The same; rows without a name get one."""
+        with self._lock:
+            if not self._names:
+                self._names = [secrets.token_hex(16)]
             return list(self._names)
 
     def add(self, name: str) -> None:
@@ -50,21 +53,10 @@ class RowNames:
         with self._lock:
             self._names = list(names)
 
-    @contextmanager
-    def writing(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> Iterator[None]:
-        """Every write happens inside this. After one that fails the rows have a random name."""
-        if not len(ids_N):
-            yield
-            return
+    def forget(self) -> None:
+        """The rows are about to change, or have changed."""
         with self._lock:
-            before, unknown = self._names, [secrets.token_hex(16)]
-            self._names = unknown
-        yield
-        change = hashlib.sha256(np.ascontiguousarray(ids_N).data)
-        change.update(np.ascontiguousarray(rows_NR).data)
-        with self._lock:
-            if self._names is unknown:  # nobody else has written meanwhile
-                self._names = [_after(name, change.digest()) for name in before]
+            self._names = []
 
     def after_fork(self) -> None:
         """In a forked child the thread is gone that held the lock."""
@@ -74,23 +66,23 @@ class RowNames:
 def follow(store: RowStore, first: str | None = None) -> RowNames:
     """The names that the rows of `store` have been given, followed from now on.
 
-    first: the name of rows that are known; others get a random one. A sealed table has its table_id
-    beside them (`names_of`).
+    first: the name of rows that are known. A sealed table has its table_id beside them (`names_of`).
     """
     store = _innermost(store)
     if store.names is None:
         info, table = store.info, getattr(store, "table", None)
         if first is None and info.writable and table is not None and not table.changed:
             first = info.table_id
-        sealed = info.table_id is not None and not info.writable
-        store.names = RowNames([] if sealed else [first or secrets.token_hex(16)])
+        store.names = RowNames([] if first is None else [first])
     return store.names
 
 
 def names_of(store: RowStore) -> list[str]:
     """All names of a store's rows as they are now."""
-    info, names = store.info, follow(store).now
-    return names if info.table_id is None or info.writable else [info.table_id, *names]
+    info, names = store.info, follow(store)
+    if info.table_id is None or info.writable:
+        return names.now
+    return [info.table_id, *names.known]
 
 
 def name_copy(source: RowStore, target: RowStore) -> None:
@@ -103,10 +95,6 @@ def _innermost(store: RowStore) -> RowStore:
     while store.inner is not None:
         store = store.inner
     return store
-
-
-def _after(name: str, change: bytes) -> str:
-    return hashlib.sha256(name.encode() + change).hexdigest()[:32]
 
 
 def _few(names: Iterable[str]) -> list[str]:
