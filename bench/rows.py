@@ -42,7 +42,9 @@ def measure(store: RamStore, fmt: RowFormat, out: np.ndarray, levels: dict[str, 
     batches = itertools.cycle([rng.integers(0, info.rows, len(out)) for _ in range(31)])
     raw, copy = np.zeros((len(out), info.row_bytes), np.uint8), np.zeros_like(out)
     variants = {name: at(level, lambda: read(store, next(batches), fmt, out)) for name, level in levels.items()}
-    variants["take"] = lambda: np.take(store.shards[0], next(batches), axis=0, out=raw, mode="clip")
+    with store.reading() as shards:
+        table = shards[0]
+    variants["take"] = lambda: np.take(table, next(batches), axis=0, out=raw, mode="clip")
     variants["copy"] = lambda: np.copyto(copy, out)
     return medians(variants, rounds)
 

@@ -67,7 +67,6 @@ def probes(probe: Probe, table: np.ndarray, row_bytes: int, fresh_ids: Callable[
 def _ram_variants(probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, threads: int) -> dict[str, Variant]:
     rng, info = np.random.default_rng(1), store.info
     out_NR = buffer[:ids * info.row_bytes].reshape(ids, info.row_bytes)
-    assert store.shards is not None
     table = _as_tensor(store)
     table_out = torch.from_numpy(out_NR).view(torch.float32)
     module = torch.nn.Embedding.from_pretrained(table)
@@ -82,7 +81,7 @@ def _ram_variants(probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, t
     def tensor() -> torch.Tensor:
         return torch.from_numpy(fresh())
 
-    found = probes(probe, store.shards[0], info.row_bytes, fresh, ids, out_NR, threads)
+    found = probes(probe, _memory(store), info.row_bytes, fresh, ids, out_NR, threads)
     found[GATHER] = Variant(ids, fresh, lambda ids_N: store.gather(ids_N, out=out_NR))
     if info.row_bytes == RowFormat("fp8", 256).row_bytes:
         numbers = np.zeros((ids, 256), np.uint16)
@@ -95,10 +94,16 @@ def _ram_variants(probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, t
 
 def _as_tensor(store: RowStore) -> torch.Tensor:
     """The very rows of the store, as float32."""
-    assert store.shards is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are read-only
-        return torch.from_numpy(store.shards[0]).view(torch.float32)
+        return torch.from_numpy(_memory(store)).view(torch.float32)
+
+
+def _memory(store: RowStore) -> np.ndarray:
+    """The rows themselves, uint8 [N, row_bytes]."""
+    with store.reading() as shards:
+        assert shards is not None
+        return shards[0]
 
 
 def cache(cache_bytes: int, asked: dict[int, float], ids: int, threads: list[int], rounds: int) -> list[Result]:

@@ -154,6 +154,12 @@ def make(name: str, path: Path, fmt: RowFormat) -> tuple[str, np.ndarray]:
     return f"file:{path / 'table'}{OPTIONS.get(name, '')}", expected
 
 
+def shards_of(store: RowStore) -> Sequence[np.ndarray] | None:
+    """Its mapped memory, held beyond the scope of a read."""
+    with store.reading() as shards:
+        return shards
+
+
 def some_ids(rows: int, count: int = 500, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, rows, count)
 

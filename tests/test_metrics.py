@@ -100,7 +100,7 @@ def test_counting_costs_a_small_part_of_the_least_read():
         return min(once() for _ in range(20))
 
     ids, out = np.array([1]), np.empty((1, 4), np.uint8)
-    assert seconds(lambda: store.count_read(1, time.perf_counter_ns())) < seconds(lambda: store.gather(ids, out)) / 2
+    assert seconds(lambda: store._count_read(1, time.perf_counter_ns())) < seconds(lambda: store.gather(ids, out)) / 2
 
 
 def test_rates_are_unknown_where_nothing_tells_them():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_builders import check_in_child
+from store_builders import check_in_child, shards_of
 from test_native_rows import Guarded, any_bytes, assert_same_bits, decoded, fmt_of, in_shards
 
 from engraphy import _native, rows
@@ -30,7 +30,7 @@ LARGE = 8 << 20  # bytes: an output from here on is written past the caches
 def gathered(level: str, store, ids: np.ndarray, width: int, skip: int = 0) -> np.ndarray:
     out = Guarded((len(ids), width), U8, skip)
     with _native.forced(level):
-        rows.gather_mapped(store.shards, store.info, ids, out.array)
+        rows.gather_mapped(shards_of(store), store.info, ids, out.array)
     assert out.intact()
     return out.array
 
@@ -78,7 +78,7 @@ def test_a_large_output_is_written_whole_wherever_it_begins(level, width, skip, 
     out = memory[begin:begin + count * width].reshape(count, width)
     ids, store = np.random.default_rng(1).integers(0, 999, count), in_shards(raw, 100)
     with _native.forced(level):
-        rows.gather_mapped(store.shards, store.info, ids, out)
+        rows.gather_mapped(shards_of(store), store.info, ids, out)
     np.testing.assert_array_equal(out, raw[ids])
     assert (memory[:begin] == 0xA5).all() and (memory[begin + count * width:] == 0xA5).all()
 
@@ -105,7 +105,7 @@ def test_many_callers_share_the_threads(threads):
         for step in range(20):
             ids = np.random.default_rng(seed * 100 + step).integers(0, 2000, 9000)
             out = np.full((9000, 128), 0xA5, np.uint8)
-            rows.gather_mapped(store.shards, store.info, ids, out)
+            rows.gather_mapped(shards_of(store), store.info, ids, out)
             if not np.array_equal(out, raw[ids]):
                 wrong.append(seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
 def store_of(shards: list[np.ndarray], row_bytes: int, total: int) -> SimpleNamespace:
     """As much of a store as `read` needs."""
     info = SimpleNamespace(kind="test", rows=total, row_bytes=row_bytes, format=None)
-    return SimpleNamespace(shards=tuple(shards), info=info, count_read=lambda rows, begun: None)
+    return SimpleNamespace(info=info, reading=lambda rows=0: contextlib.nullcontext(tuple(shards)))
 
 
 def in_shards(raw: np.ndarray, shard_rows: int) -> SimpleNamespace:

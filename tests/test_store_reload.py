@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 from forking import fork
-from store_builders import LAYER, fmt_of, sealed
+from store_builders import LAYER, fmt_of, sealed, shards_of
 
 from engraphy.errors import ConfigError, DigestMismatch, StoreError
 from engraphy.rows import RowFormat, read
@@ -164,7 +164,7 @@ def test_a_table_in_place_of_another_is_read_through_its_mapped_memory_and_named
     before, after = (sealed(tmp_path / name) for name in ("a", "b"))
     store = ReloadableStore(open_store(f"file:{tmp_path / 'a'}", layer=LAYER))
     ids, fmt = first_ids(40), fmt_of("int8")
-    kept = store.shards
+    kept = shards_of(store)
     with caplog.at_level(logging.INFO, "engraphy"):
         store.reload(open_store(f"file:{tmp_path / 'b'}", layer=LAYER))
     (line,) = caplog.messages

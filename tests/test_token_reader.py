@@ -232,7 +232,7 @@ def test_neither_the_order_of_the_stores_nor_torchs_defaults_matter(native):
 @torch.no_grad()
 def test_a_closed_table_is_let_go_of():
     memory = make_memory(SPECS["demo"])
-    state, kept = memory.state(1), weakref.ref(memory.stores[1].shards[0])
+    state, kept = memory.state(1), weakref.ref(memory.stores[1]._readonly[0])
     memory.lookup(torch.tensor([[3, 4, 5]]), state)
     memory.lookup(torch.tensor([[6]]), state)
     for store in memory.stores.values():
@@ -244,9 +244,9 @@ def test_a_closed_table_is_let_go_of():
 @torch.no_grad()
 def test_a_store_that_changes_its_shards_in_place_is_read_as_it_is(native, monkeypatch):
     memory, other = make_memory(SPECS["demo"]), make_memory(SPECS["demo"], seed=1)
-    lists = {layer: list(store.shards) for layer, store in memory.stores.items()}
+    lists = {layer: list(store._readonly) for layer, store in memory.stores.items()}
     for layer, store in memory.stores.items():
-        monkeypatch.setattr(type(store), "shards", property(lambda self: lists[self.info.layer]))
+        monkeypatch.setattr(type(store), "_begin_read", lambda self: (lists[self.info.layer], None))
         monkeypatch.setattr(store, "_info", dataclasses.replace(store.info, layer=layer))
     ids, token = torch.tensor([[3, 4, 5]]), torch.tensor([[6]])
     state = memory.state(1)

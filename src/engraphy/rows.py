@@ -9,9 +9,9 @@ bits as uint16.
 from __future__ import annotations
 
 import itertools
-import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -156,10 +156,11 @@ class Readable(Protocol):
 
     @property
     def info(self) -> Any: ...
-    @property
-    def shards(self) -> Sequence[np.ndarray] | None: ...  # a first array is followed by the same others each time
+    def reading(self, rows: int = 0) -> AbstractContextManager[Sequence[np.ndarray] | None]:
+        """The scope of one read of `rows` rows: gives mapped memory, of which a first array is followed by the same
+        others each time, or None."""
+        ...
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray: ...
-    def count_read(self, rows: int, begun: int) -> None: ...
 
 
 def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> np.ndarray:
@@ -168,32 +169,38 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
     ids: int64 of any shape [...]. out: float32, or uint16 for bf16 bits; C-contiguous; of shape [..., d], or with the
     last axis of ids folded in: ids [B, T, C] -> out [B, T, C, d] or [B, T, E], E = C*d. Where the store is mapped
     memory rows are dequantised straight from it, else gathered first: the bytes are the same.
-    Raises RowOutOfRange, InputError or StoreError before anything is written.
+    Raises RowOutOfRange, InputError or StoreError before anything is written, and ShardTruncated or StoreError if the
+    memory that was read turns out to be damaged.
     """
-    begun = time.perf_counter_ns()
-    shards, info = store.shards, store.info
+    info, reading = store.info, getattr(store, "reading", None)
+    if reading is None:
+        raise StoreError(f"rows.read: expected a store with reading(rows), a scope, found a {type(store).__name__} "
+                         "without it: derive it from engraphy.store.RowStore")
     if fmt.row_bytes != info.row_bytes:
         raise InputError(f"rows.read: the store's rows have {info.row_bytes} bytes, "
                          f"rows of format {fmt.kind} with d = {fmt.d} have {fmt.row_bytes}")
     if info.format not in (None, fmt):
         raise InputError(f"rows.read: the store's rows are of {info.format}, found {fmt}")
-    native = shards is not None and _native.core is not None
-    if native:
-        _check_id_type(ids)  # the kernel checks the values
-    else:
-        check_ids(ids, info.rows)
+    _check_id_type(ids)
     folded = ids.shape[:-1] + (ids.shape[-1] * fmt.d,) if ids.ndim else (fmt.d,)
     shape = folded if isinstance(out, np.ndarray) and out.shape == folded else ids.shape + (fmt.d,)
     check_out(out, shape, (np.float32, np.uint16))
-    if shards is None:
-        fmt.decode(store.gather(ids.reshape(-1)), out.reshape(-1, fmt.d))
-        return out
-    if native:
-        _read_native(shards, info, ids, fmt, out, waits=not getattr(store, "in_memory", False))
-    else:
-        _read_plain(shards, ids.reshape(-1), fmt, out.reshape(-1, fmt.d))
-    store.count_read(ids.size, begun)
+    with reading(ids.size) as shards:
+        if shards is not None:
+            _read_mapped(shards, info, ids, fmt, out, waits=not getattr(store, "in_memory", False))
+            return out
+    check_ids(ids, info.rows)
+    fmt.decode(store.gather(ids.reshape(-1)), out.reshape(-1, fmt.d))
     return out
+
+
+def _read_mapped(shards: Sequence[np.ndarray], info: Any, ids: np.ndarray, fmt: RowFormat, out: np.ndarray,
+                 waits: bool) -> None:
+    if _native.core is not None:
+        _read_native(shards, info, ids, fmt, out, waits)  # the kernel checks the ids
+    else:
+        check_ids(ids, info.rows)
+        _read_plain(shards, ids.reshape(-1), fmt, out.reshape(-1, fmt.d))
 
 
 def _read_plain(shards: Sequence[np.ndarray], ids_N: np.ndarray, fmt: RowFormat, out_Nd: np.ndarray) -> None:

@@ -6,7 +6,6 @@ them. They are its specification: SequenceState.history, Addresser.all_rows, Seq
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from .prefetch import FEW_ROWS, Prefetcher
 from .rows import RowFormat
 from .state import SequenceState
 from .store import RowStore
+from .store.base import ReadingAll
 
 
 class TokenReader:
@@ -41,23 +41,21 @@ class TokenReader:
         None, and nothing is changed, where it takes the steps one by one: rows that are not in memory now, ids without
         a token or out of range, a document's beginning within the look-back, many sequences, something that is wrong.
         """
-        begun, stores = time.perf_counter_ns(), self._stores
+        stores = self._stores
         batch, layers, width = len(ids_B1), len(stores), self._addresser.spec.columns
         count = batch * layers * width
         if not (0 < count <= FEW_ROWS and ids_B1.dtype is torch.int64 and ids_B1.is_cpu and ids_B1.is_contiguous()):
             return None
         try:
-            shards = [store.shards for store in stores.values()]
-            native = self._reader_of(shards)
-            if native is None or (columns := state.next_ids()) is None:
-                return None
-            rows_LB1E = torch.empty(layers, batch, 1, width * self._format.d, dtype=torch.float32, device="cpu")
-            if not native.reader.read(ids_B1.data_ptr(), batch, *columns, rows_LB1E.data_ptr()):
-                return None
-            for store in stores.values():
-                store.count_read(batch * width, begun)
+            with ReadingAll(stores.values(), batch * width) as shards:
+                native = self._reader_of(shards)
+                if native is None or (columns := state.next_ids()) is None:
+                    raise _StepByStep
+                rows_LB1E = torch.empty(layers, batch, 1, width * self._format.d, dtype=torch.float32, device="cpu")
+                if not native.reader.read(ids_B1.data_ptr(), batch, *columns, rows_LB1E.data_ptr()):
+                    raise _StepByStep
             self._prefetcher.count_inline(count)
-        except (StoreError, TableError):  # closed or damaged: the steps say it where it is expected
+        except (_StepByStep, StoreError, TableError):  # closed or damaged: the steps say it where it is expected
             return None
         state.advance_ids()
         return dict(zip(stores, rows_LB1E.unbind(), strict=True))
@@ -76,6 +74,10 @@ class TokenReader:
                                               [each.rows for each in at], [not store.in_memory for store in stores])
             self._known = known = _Native(reader, at)
         return known
+
+
+class _StepByStep(Exception):
+    """Leaves the scope of a read without one."""
 
 
 class _Native(NamedTuple):

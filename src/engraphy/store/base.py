@@ -1,7 +1,7 @@
 """What a store is: rows of bytes by row id, whatever holds them. No tokens, no numbers, no model.
 
 `RowStore` checks and counts; a store fills in `_gather` and `_scatter`. `MappedStore` is the one for memory that can be
-addressed, and wrappers (caches, overlays) are stores around a store.
+addressed, and wrappers (caches, overlays) are stores around a store. `Reading` is the scope of one read of memory.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import dataclasses
 import os
 import threading
 import time
+import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -116,14 +119,24 @@ class RowStore(ABC):
     def info(self) -> StoreInfo:
         """What the store holds; answers on a closed store too."""
 
+    def reading(self, rows: int = 0) -> AbstractContextManager[Sequence[np.ndarray] | None]:
+        """`with store.reading(rows) as shards:`, the scope of one read of `rows` rows straight from mapped memory.
+
+        shards: read-only uint8 [n, row_bytes], equal sizes but the last; None if rows are not mapped, and then nothing
+        is counted. The memory stays mapped within the scope, whatever is closed or reloaded meanwhile. Leaving it
+        checks that this memory was whole, and counts a call of `rows` rows; after an exception it does neither.
+        Raises StoreError on entering a closed store, ShardTruncated or StoreError on leaving damaged memory.
+        """
+        return Reading(self, rows)
+
     @property
     def shards(self) -> Sequence[np.ndarray] | None:
-        """Mapped memory as read-only uint8 [n, row_bytes], equal sizes but the last; None where rows are not mapped.
-
-        For what reads them at once and then calls `count_read` (`rows.read`). Raises StoreError on a closed store.
-        """
-        self._check_open()
-        return None
+        """Deprecated: `reading()`, which also tells whether the memory was whole while it was read."""
+        warnings.warn("store.shards is deprecated: use `with store.reading(rows) as shards:`, which keeps the memory "
+                      "mapped and checks it for damage", DeprecationWarning, stacklevel=2)
+        shards, pin = self._begin_read()
+        self._end_read(pin, None, 0)
+        return shards
 
     @property
     def stats(self) -> StoreStats:
@@ -152,7 +165,7 @@ class RowStore(ABC):
         finally:
             with self._count_lock:
                 self._under_way -= 1
-        self.count_read(len(ids_N), begun)
+        self._count_read(len(ids_N), begun)
         return out
 
     def scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
@@ -176,11 +189,8 @@ class RowStore(ABC):
         finally:
             self.names.forget()  # a name that was drawn meanwhile
 
-    def count_read(self, rows: int, begun: int) -> None:
-        """Put `rows` rows to the counters, read past `gather` in a call that began at `begun` (perf_counter_ns).
-
-        Raises ShardTruncated or StoreError where the memory that they were read from has turned out to be damaged.
-        """
+    def _count_read(self, rows: int, begun: int) -> None:
+        """Count a call that began at `begun` (perf_counter_ns) and read `rows` rows."""
         taken = time.perf_counter_ns() - begun
         bucket = bucket_of(taken)
         with self._count_lock:
@@ -188,6 +198,15 @@ class RowStore(ABC):
             self._rows_read += rows
             self._nanoseconds += taken
             self._buckets[bucket] += 1
+
+    def _begin_read(self) -> tuple[Sequence[np.ndarray] | None, Any]:
+        """What `reading` gives on entering, and what `_end_read` has to be given. Raises StoreError if closed."""
+        self._check_open()
+        return None, None
+
+    def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
+        """Leave what `_begin_read` began, while its memory is still held. rows: None if nothing came of it."""
+        return  # nothing is mapped
 
     def __repr__(self) -> str:
         info = self.info
@@ -229,17 +248,19 @@ class MappedStore(RowStore):
         for shard in self._readonly:
             shard.flags.writeable = False
 
-    @property
-    def shards(self) -> Sequence[np.ndarray]:
-        self._check_open()
+    def _begin_read(self) -> tuple[Sequence[np.ndarray], None]:
+        shards = self._readonly  # before the check: closing marks the store first, and then lets go of the memory
+        if self._closed:
+            self._check_open()
         if self._watch is not None:
             self._watch.before()
-        return self._readonly
+        return shards, None
 
-    def count_read(self, rows: int, begun: int) -> None:
-        if self._watch is not None:
-            self._watch.after()
-        super().count_read(rows, begun)
+    def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
+        if rows is not None:
+            if self._watch is not None:
+                self._watch.after()
+            self._count_read(rows, begun)
 
     def close(self) -> None:
         super().close()
@@ -247,11 +268,66 @@ class MappedStore(RowStore):
         self._memory = self._readonly = ()
 
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        gather_mapped(self.shards, self.info, ids_N, out_NR, waits=not self.in_memory)
+        shards, _ = self._begin_read()
+        gather_mapped(shards, self.info, ids_N, out_NR, waits=not self.in_memory)
+        if self._watch is not None:
+            self._watch.after()
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
         for shard, local_n, where in by_shard(self._memory, ids_N):
             shard[local_n] = rows_NR[where]
+
+
+class Reading:
+    """The scope that `RowStore.reading` gives. An object, since a generator takes longer than reading a few rows."""
+
+    __slots__ = ("_begun", "_pin", "_rows", "_shards", "_store")
+
+    def __init__(self, store: RowStore, rows: int) -> None:
+        self._store, self._rows = store, rows
+
+    def __enter__(self) -> Sequence[np.ndarray] | None:
+        self._begun = time.perf_counter_ns()
+        self._shards, self._pin = self._store._begin_read()
+        return self._shards
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._store._end_read(self._pin, self._rows if kind is None else None, self._begun)
+        self._shards = self._pin = None
+
+
+class ReadingAll:
+    """The scopes of several stores as one, which gives a list of what each gives. For the few rows of a token: it makes
+    no object for a store, and one time is counted for all."""
+
+    __slots__ = ("_begun", "_entered", "_rows", "_shards", "_stores")
+
+    def __init__(self, stores: Iterable[RowStore], rows: int) -> None:
+        """rows: of each store."""
+        self._stores, self._rows = stores, rows
+
+    def __enter__(self) -> list[Sequence[np.ndarray] | None]:
+        self._begun = time.perf_counter_ns()
+        self._entered, self._shards = [], []
+        try:
+            for store in self._stores:
+                shards, pin = store._begin_read()
+                self._entered.append((store, pin))
+                self._shards.append(shards)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self._shards
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        rows, first = self._rows if kind is None else None, None
+        for store, pin in self._entered:
+            try:
+                store._end_read(pin, rows, self._begun)
+            except BaseException as damage:  # the others are left, too
+                first = first or damage
+        if first is not None:
+            raise first
 
 
 def copy_rows(source: RowStore, target: RowStore, chunk: int = 65_536) -> None:

@@ -5,8 +5,9 @@ the rest of the page in which a shortened file now ends reads as zeros. With the
 is noted, and the memory reads as zeros from then on (`_native/guard.cpp`). A `Watch` asks for that after each read,
 when it has looked at the last byte of each file: wherever a file was cut, that byte is gone or zero, and where it is
 zero the size tells. Every 50 ms it asks for the sizes of all files. Without the native part it looks at the sizes
-before each read; a file that is truncated between that look and the read still ends the process. A file that another
-is renamed over is not damaged: the old one stays mapped until the store is closed.
+before and after each read; a file that is truncated between the first look and the read still
+ends the process. A file that another is renamed over is not damaged: the old one stays mapped
+until the store is closed.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ class Watch:
     def after(self) -> None:
         """To be called after memory was read or written. Raises ShardTruncated or StoreError if that went wrong."""
         if self._core is None:
+            for file in self._alive():
+                file.check_size()
             return
         for file in self._alive():
             file.check_end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,15 +34,6 @@ class ReloadableStore(RowStore):
     @property
     def info(self) -> StoreInfo:
         return self.inner.info
-
-    @property
-    def shards(self) -> Sequence[np.ndarray] | None:
-        with self._reading() as store:  # its memory stays mapped as long as arrays over it
-            return store.shards
-
-    def count_read(self, rows: int, begun: int) -> None:
-        self.inner.count_read(rows, begun)
-        super().count_read(rows, begun)
 
     def check(self, new: RowStore) -> None:
         """Raise DigestMismatch unless `new` is addressed like the store that is served, ConfigError unless it has as
@@ -82,18 +74,37 @@ class ReloadableStore(RowStore):
         self._switch = threading.Lock()
         self._readers = _Readers(self.inner)
 
-    def _reading(self) -> _Readers:
+    def _pinned(self) -> _Readers:
+        """The store that is served, which is not closed until the scope of what is returned is left."""
         with self._switch:
             self._check_open()
             self._readers.begin()
             return self._readers
 
+    def _begin_read(self) -> tuple[Sequence[np.ndarray] | None, Any]:
+        readers = self._pinned()
+        try:
+            shards, pin = readers.store._begin_read()
+        except BaseException:
+            readers.end()
+            raise
+        return shards, (readers, pin, shards is not None)
+
+    def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
+        readers, inner, mapped = pin  # of the store that was read, whatever is served now
+        try:
+            readers.store._end_read(inner, rows, begun)
+        finally:
+            readers.end()
+        if mapped and rows is not None:
+            self._count_read(rows, begun)
+
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        with self._reading() as store:
-            store._gather(ids_N, out_NR)  # checked already, counted by `count_read`
+        with self._pinned() as store:
+            store.gather(ids_N, out_NR)
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        with self._reading() as store:
+        with self._pinned() as store:
             store.scatter(ids_N, rows_NR)
 
 
@@ -130,6 +141,9 @@ class _Readers:
         return self.store
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
         with self._lock:
             self._count -= 1
             last = self._retired and self._count == 0
