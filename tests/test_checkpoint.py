@@ -304,6 +304,85 @@ def test_wrong_tensors_are_named(tmp_path, damage):
     assert "scale that is" in damage or "scale of" in damage or str(tmp_path) in str(caught.value)
 
 
+EMBED, NGRAM = "layers.1.engram.embed", f"{BASE}.ngram_embedding"
+UNKNOWN = {
+    "a zero point": (v41_tensors, f"{EMBED}.zero_point"), "a bias": (qwen_tensors, f"{NGRAM}.bias"),
+    "a scale of another kind": (v41_tensors, f"{EMBED}.weight_scale_inv"),
+    "a scale of a part": (qwen_tensors, f"{NGRAM}.shard_0.weight_scale"),
+    "a scale beside the name": (qwen_tensors, f"{NGRAM}_scale"),
+    "more parts under another name": (qwen_tensors, f"{NGRAM}.part_3.weight"),
+    "parts numbered otherwise": (v41_tensors, f"{EMBED}.3.weight"),
+    "a tensor without a last name": (v41_tensors, EMBED),
+    "the table of a layer that the config does not name": (v41_tensors, "layers.2.engram.embed.weight"),
+}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_a_tensor_under_a_tables_name_that_is_not_known_is_refused_whether_the_index_lists_it_or_not(
+        tmp_path, case, listed):
+    tensors, name = UNKNOWN[case][0](), UNKNOWN[case][1]
+    files = [[*tensors, name]]
+    path = write_release(tmp_path / "c", V41 if "engram" in name else QWEN,
+                         tensors | {name: ("U8", np.zeros((2, 2), np.uint8))}, files)
+    if not listed:
+        index(path, lambda i: i["weight_map"].pop(name))
+    with pytest.raises(TableError, match=rf"{name}: expected nothing under the name of a table"):
+        Checkpoint.open(path)
+
+
+def test_an_unknown_tensor_of_any_dtype_in_a_single_file_is_refused(tmp_path):
+    path = write_release(tmp_path / "c", V41, {}, [])
+    (path / INDEX).unlink()
+    file, zero_point = path / "model.safetensors", ("U8", np.zeros(4, np.uint8))
+    write_safetensors(file, v41_tensors() | {f"{EMBED}.zero_point": zero_point})
+    before, after = (f'zero_point": {{"dtype": "{dtype}"'.encode() for dtype in ("U8", "I4"))
+    file.write_bytes(file.read_bytes().replace(before, after))
+    with pytest.raises(TableError, match=f"{EMBED}.zero_point"):
+        Checkpoint.open(path)
+
+
+def test_other_tensors_of_the_memory_and_tables_under_another_prefix_are_no_matter(tmp_path):
+    other = ("BF16", np.zeros((3, 8), np.uint8))
+    for number, (config, tensors, names) in enumerate((
+            (V41, v41_tensors(), ["layers.1.engram.wkv.weight", "layers.1.engram.embedding.weight",
+                                  "mtp.layers.2.engram.embed.weight"]),
+            (QWEN, qwen_tensors(), ["model.language_model.layers.1.ple.norm_key.weight", f"{BASE}.other"]))):
+        held = tensors | dict.fromkeys(names, other)
+        path = write_release(tmp_path / str(number), config, held, [list(held)])
+        np.testing.assert_array_equal(read(Checkpoint.open(path), 1), records(tensors, 1))
+
+
+# What a folder lacks, and what it has instead.
+
+
+@pytest.mark.parametrize(("write", "pattern", "found"), [
+    (write_v41, "embed", "found 0 among"), (write_qwen, "ngram_embedding", "found 0 among"),
+    (write_v41, "layers.1.engram.embed.scale", "found none of this name"),
+    (write_qwen, "shard_2", "found 172 in 2 tensors"), (write_qwen, "shard_1", "shard_0 to shard_2")])
+def test_files_that_the_index_leaves_out_are_named_where_they_hold_the_table(tmp_path, write, pattern, found):
+    path, left = write(tmp_path / "c"), set()
+
+    def leave_out(data: dict) -> None:
+        for name in [name for name in data["weight_map"] if pattern in name]:
+            left.add(data["weight_map"].pop(name))
+
+    index(path, leave_out)
+    write_safetensors(path / "extra.safetensors", {"other": ("U8", np.zeros((2, 2), np.uint8))})
+    with pytest.raises(TableError, match=found) as caught:
+        Checkpoint.open(path)
+    if "layers" not in str(pattern) and write is write_v41:
+        left = {sorted(left)[0]}  # the first layer that lacks its table is named
+    assert f"the folder has it in {', '.join(sorted(left))}, which {INDEX} does not say" in str(caught.value)
+
+
+def test_files_without_their_index_are_named(tmp_path):
+    path = write_v41(tmp_path / "c")
+    (path / INDEX).unlink()
+    with pytest.raises(TableError, match="neither: 3 files such as model-00001-of-00003.safetensors, whose"):
+        Checkpoint.open(path)
+
+
 @pytest.mark.parametrize("entry", [
     {"dtype": "U8", "shape": [4], "data_offsets": [0, 5]}, {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]},
     {"dtype": "U8", "shape": [-4], "data_offsets": [0, 4]}, {"dtype": 8, "shape": [4], "data_offsets": [0, 4]},

@@ -15,13 +15,14 @@ release; `qwen4_exp` in transformers 5.23 (conversion_mapping.py, split_ngram_pa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from tokenizers import Tokenizer
 from .codecs import BLOCK
 from .errors import ConfigError, DigestMismatch, TableError
 from .fields import config_fields
-from .headers import StoredTensor, read_header, read_rows, weight_files
+from .headers import INDEX_NAME, StoredTensor, read_header, read_rows, tensor_names, weight_files
+from .lfs import refuse_pointer
 from .rows import RowFormat
 from .spec import EngramConfig
 from .vocab import VocabMap
@@ -40,8 +42,6 @@ from .vocab import VocabMap
 _TABLES = {"deepseek_v41": "engram.embed", "qwen4": "ple.ple_embedding.ngram_embedding"}
 _PLAIN_KINDS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _SAMPLED_ROWS = 64
-
-Find = Callable[[str], StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,18 @@ class Checkpoint:
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
         """Look at config.json, the index and the headers of the files that hold tables; read a few rows.
 
-        Raises ConfigError (config.json), TableError naming the tensor and the number that differs, DigestMismatch
-        (stored multipliers or primes are not those of the config), ShardMissing, ShardTruncated, ShardCorrupt.
+        Raises ConfigError (config.json), TableError naming the tensor and the number that differs, or a tensor under a
+        table's name that is not known, DigestMismatch (stored multipliers or primes are not those of the config),
+        ShardMissing, ShardTruncated, ShardCorrupt.
         """
         directory = Path(os.path.abspath(directory))
         data = _read_config(directory)
         config = EngramConfig.from_hf(data)
         if config.hash.dialect not in _TABLES:
             raise ConfigError(f"{directory}: expected a release of {' or '.join(_TABLES)}, found {config.hash.dialect}")
-        files = weight_files(directory)
-        find = _finder(directory, files)
-        tables = {layer: _table(directory, files, find, config, layer) for layer in config.hash.layer_ids}
+        tensors = _Tensors(directory, weight_files(directory))
+        tables = {layer: _table(tensors, config, layer) for layer in config.hash.layer_ids}
+        tensors.check_all_found(_TABLES[config.hash.dialect])
         formats = {fmt for fmt, _, _ in tables.values()}
         if len(formats) > 1:
             raise TableError(f"{directory}: expected rows of one format in all layers, found {formats}")
@@ -135,6 +136,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises no narrower class
+        refuse_pointer(path, ConfigError)
         raise ConfigError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
 
 
@@ -153,67 +155,114 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: expected a checkpoint's config.json, found no file") from None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path, ConfigError)
         raise ConfigError(f"{path}: expected JSON, found something else ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected an object, found {type(data).__name__}")
     return data
 
 
-def _finder(directory: Path, files: Mapping[str, Path]) -> Find:
-    headers: dict[Path, dict[str, StoredTensor]] = {}
+class _Tensors:
+    """The tensors of a checkpoint, found by name. files: as the index lists them."""
 
-    def find(name: str) -> StoredTensor:
-        if name not in files:
-            raise TableError(f"{directory}: expected the tensor {name}, found none of this name")
-        if files[name] not in headers:
-            headers[files[name]] = read_header(files[name])
-        if name not in headers[files[name]]:
-            raise TableError(f"{files[name]}: expected the tensor {name}, which the index puts here, found none")
-        return headers[files[name]][name]
+    def __init__(self, directory: Path, files: Mapping[str, Path]) -> None:
+        self.directory, self._files = directory, files
+        self._headers: dict[Path, dict[str, StoredTensor]] = {}
+        self._found: set[str] = set()
 
-    return find
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def find(self, name: str) -> StoredTensor:
+        """Raises TableError where there is none, and what `read_header` raises."""
+        if name not in self._files:
+            raise TableError(f"{self.directory}: expected the tensor {name}, found none of this name"
+                             f"{self.left_out(re.compile(re.escape(name)))}")
+        path = self._files[name]
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        if name not in self._headers[path]:
+            raise TableError(f"{path}: expected the tensor {name}, which the index puts here, found none")
+        self._found.add(name)
+        return self._headers[path][name]
+
+    def check_all_found(self, table: str) -> None:
+        """Raise TableError for a tensor under a table's name that was not asked for, listed by the index or not: rows
+        would be read without what it means. `table`: what follows the layer's number in names."""
+        pattern = re.compile(rf"((?:.*\.)?)layers\.\d+\.{re.escape(table)}(?:[._].*)?")
+        names = {*self._files, *(name for path in self._headers for name in tensor_names(path))}
+        under = {name: match[1] for name in names if (match := pattern.fullmatch(name))}
+        prefixes = {under[name] for name in self._found if name in under}
+        for name in sorted(under.keys() - self._found):
+            if under[name] in prefixes:
+                raise TableError(f"{self.directory}: {name}: expected nothing under the name of a table but the "
+                                 "tensors that its rows are made of, in the layers that config.json names, found one "
+                                 "more, and what it means for the rows is not known; a newer Engraphy may know it")
+
+    def left_out(self, pattern: re.Pattern[str]) -> str:
+        """For the end of a message: the files of the folder with such tensors that the index does not list."""
+        holding = []
+        for path in sorted(self.directory.glob("*.safetensors")):
+            with contextlib.suppress(TableError):
+                names = [name for name in tensor_names(path) if pattern.fullmatch(name)]
+                if not self._files.keys() >= set(names):
+                    holding.append(path.name)
+        if not holding:
+            return ""
+        return (f"; the folder has it in {', '.join(holding)}, which {INDEX_NAME} does not say: take the index of the "
+                "same release, or add these tensors to its weight_map")
 
 
-def _table(directory: Path, files: Mapping[str, Path], find: Find, config: EngramConfig, layer: int) \
+def _table(tensors: _Tensors, config: EngramConfig, layer: int) \
         -> tuple[RowFormat, tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
     """Row format, weights and scales of one layer, checked against the config."""
-    stem, names = _names(directory, files, _TABLES[config.hash.dialect], layer)
-    weights = [find(name) for name in names]
-    _check_rows(weights, config, layer)
+    stem, names = _names(tensors, _TABLES[config.hash.dialect], layer)
+    weights = [tensors.find(name) for name in names]
+    _check_rows(weights, config, layer, lambda: tensors.left_out(_weight_pattern(re.escape(stem))))
     dtype, where = weights[0].dtype, f"{weights[0].path}: {names[0]}"
     if config.hash.dialect == "deepseek_v41":
         if dtype != "F8_E4M3":
             raise TableError(f"{where}: dtype: expected F8_E4M3, found {dtype}")
         fmt = RowFormat("fp8", config.dim)
-        return fmt, tuple(weights), tuple(_scale(find, weight, config.dim) for weight in weights)
-    _check_hash(files, find, stem.rpartition(".")[0], config, layer)
+        return fmt, tuple(weights), tuple(_scale(tensors, weight, config.dim) for weight in weights)
+    _check_hash(tensors, stem.rpartition(".")[0], config, layer)
     scale_name = f"{stem}.weight_scale"
-    if (dtype == "F8_E4M3") != (scale_name in files) or dtype not in (*_PLAIN_KINDS, "F8_E4M3"):
+    if (dtype == "F8_E4M3") != (scale_name in tensors) or dtype not in (*_PLAIN_KINDS, "F8_E4M3"):
         raise TableError(f"{where}: dtype: expected {', '.join(_PLAIN_KINDS)}, or F8_E4M3 with {scale_name}, found "
-                         f"{dtype} {'with' if scale_name in files else 'without'} it")
+                         f"{dtype} {'with' if scale_name in tensors else 'without'} it")
     if dtype == "F8_E4M3":
-        return RowFormat("fp8_scaled", config.dim, _table_scale(find(scale_name))), tuple(weights), ()
+        return RowFormat("fp8_scaled", config.dim, _table_scale(tensors.find(scale_name))), tuple(weights), ()
     return RowFormat(_PLAIN_KINDS[dtype], config.dim), tuple(weights), ()
 
 
-def _names(directory: Path, files: Mapping[str, Path], table: str, layer: int) -> tuple[str, list[str]]:
+def _weight_pattern(stem: str) -> re.Pattern[str]:
+    return re.compile(rf"({stem})(?:\.shard_(\d{{1,9}}))?\.weight")
+
+
+def _names(tensors: _Tensors, table: str, layer: int) -> tuple[str, list[str]]:
     """What the names of a layer's weights begin with, and the names in row order."""
-    pattern = re.compile(rf"((?:.*\.)?layers\.{layer}\.{re.escape(table)})(?:\.shard_(\d{{1,9}}))?\.weight")
-    found = {match: name for name in files if (match := pattern.fullmatch(name))}
+    pattern = _weight_pattern(rf"(?:.*\.)?layers\.{layer}\.{re.escape(table)}")
+    found = {match: name for name in tensors if (match := pattern.fullmatch(name))}
     stems = sorted({match[1] for match in found})
     if len(stems) != 1:
-        near = sorted(name for name in files if table in name)[:3]
-        raise TableError(f"{directory}: expected one table layers.{layer}.{table}.weight, found {len(stems)} among "
-                         f"{len(files)} tensors: {stems or near}")
-    names = {-1 if match[2] is None else int(match[2]): name for match, name in found.items()}
-    expected = [-1] if -1 in names else list(range(len(names)))
-    if len(names) != len(found) or sorted(names) != expected:
-        raise TableError(f"{directory}: {stems[0]}: expected one tensor, or shard_0 to shard_{max(names)}, "
-                         f"found {sorted(found.values())}")
-    return stems[0], [names[number] for number in expected]
+        near = sorted(name for name in tensors if table in name)[:3]
+        raise TableError(f"{tensors.directory}: expected one table layers.{layer}.{table}.weight, found {len(stems)} "
+                         f"among {len(tensors)} tensors: {stems or near}{'' if stems else tensors.left_out(pattern)}")
+    numbered = {-1 if match[2] is None else int(match[2]): name for match, name in found.items()}
+    expected = [-1] if -1 in numbered else list(range(len(numbered)))
+    if len(numbered) != len(found) or sorted(numbered) != expected:
+        raise TableError(f"{tensors.directory}: {stems[0]}: expected one tensor, or shard_0 to shard_{max(numbered)}, "
+                         f"found {sorted(found.values())}{tensors.left_out(pattern)}")
+    return stems[0], [numbered[number] for number in expected]
 
 
-def _check_rows(weights: list[StoredTensor], config: EngramConfig, layer: int) -> None:
+def _check_rows(weights: list[StoredTensor], config: EngramConfig, layer: int, left_out: Callable[[], str]) -> None:
     first = weights[0]
     for weight in weights:
         where = f"{weight.path}: {weight.name}"
@@ -227,11 +276,11 @@ def _check_rows(weights: list[StoredTensor], config: EngramConfig, layer: int) -
     expected, found = config.hash.row_count(layer), sum(weight.rows for weight in weights)
     if found != expected:
         raise TableError(f"{first.path.parent}: rows of layer {layer}: expected {expected}, which follow from "
-                         f"config.json, found {found} in {len(weights)} tensors ({first.name})")
+                         f"config.json, found {found} in {len(weights)} tensors ({first.name}){left_out()}")
 
 
-def _scale(find: Find, weight: StoredTensor, d: int) -> StoredTensor:
-    scale = find(weight.name.removesuffix("weight") + "scale")
+def _scale(tensors: _Tensors, weight: StoredTensor, d: int) -> StoredTensor:
+    scale = tensors.find(weight.name.removesuffix("weight") + "scale")
     where = f"{scale.path}: {scale.name}"
     if scale.dtype not in ("F8_E8M0", "U8"):
         raise TableError(f"{where}: dtype: expected F8_E8M0 or U8, found {scale.dtype}")
@@ -250,15 +299,15 @@ def _table_scale(tensor: StoredTensor) -> float:
     return float(RowFormat(_PLAIN_KINDS[tensor.dtype], 1).decode(raw_NR)[0, 0])
 
 
-def _check_hash(files: Mapping[str, Path], find: Find, base: str, config: EngramConfig, layer: int) -> None:
+def _check_hash(tensors: _Tensors, base: str, config: EngramConfig, layer: int) -> None:
     """Qwen4-Exp keeps its multipliers, primes and offsets among the weights: they have to be ours."""
     spec = config.hash
     ours = {"layer_multipliers": spec.multipliers(layer), "ngram_heads_vocab_sizes": spec.primes(layer),
             "ngram_heads_offsets": spec.offsets(layer)}
     for name, expected in ours.items():
-        if f"{base}.{name}" not in files:
+        if f"{base}.{name}" not in tensors:
             continue
-        tensor = find(f"{base}.{name}")
+        tensor = tensors.find(f"{base}.{name}")
         if (tensor.dtype, tensor.shape) != ("I64", (len(expected),)):
             raise TableError(f"{tensor.path}: {tensor.name}: expected I64 [{len(expected)}], found {tensor.dtype} "
                              f"{list(tensor.shape)}")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ShardCorrupt, ShardMissing, ShardTruncated, TableError
+from .lfs import refuse_pointer
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -79,12 +80,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name; those of dtypes that no table has are left out.
 
     Raises ShardMissing, ShardTruncated (too short or too long for its header), ShardCorrupt (the header: tensors that
-    overlap or leave gaps, too), TableError for what cannot be read.
+    overlap or leave gaps, too), TableError for what cannot be read and for a Git LFS pointer.
     """
+    parsed, data = _parse_header(path)
+    tensors = {name: StoredTensor(path, name, dtype, shape, data + begin, end - begin)
+               for name, (dtype, shape, begin, end) in parsed.items() if dtype in _ITEM_BYTES}
+    for tensor in tensors.values():
+        if tensor.size != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
+            raise ShardCorrupt(f"{path}: {tensor.name}: {tensor.dtype} {list(tensor.shape)} is not {tensor.size} bytes")
+    return tensors
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of all tensors of a safetensors file, of any dtype. Raises what `read_header` raises."""
+    return list(_parse_header(path)[0])
+
+
+def _parse_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], int]:
+    """Entries by name, and where the data begins."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER:
+                refuse_pointer(path, TableError)
             if size < 8 or size < 8 + length <= 8 + _MAX_HEADER:
                 raise ShardTruncated(f"{path}: expected a safetensors file, found {size} bytes: less than its header")
             if length > _MAX_HEADER:
@@ -107,12 +126,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     spans = sorted((begin, end) for _, _, begin, end in parsed.values())
     if any(begin != before for (begin, _), before in zip(spans, [0, *(end for _, end in spans)], strict=False)):
         raise ShardCorrupt(f"{path}: expected tensors that lie one after the other, found some that overlap or a gap")
-    tensors = {name: StoredTensor(path, name, dtype, shape, data + begin, end - begin)
-               for name, (dtype, shape, begin, end) in parsed.items() if dtype in _ITEM_BYTES}
-    for tensor in tensors.values():
-        if tensor.size != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
-            raise ShardCorrupt(f"{path}: {tensor.name}: {tensor.dtype} {list(tensor.shape)} is not {tensor.size} bytes")
-    return tensors
+    return parsed, data
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
@@ -132,13 +146,16 @@ def weight_files(directory: Path) -> dict[str, Path]:
     path = directory / INDEX_NAME
     if not path.exists():
         if not (directory / SINGLE_NAME).exists():
-            raise TableError(f"{directory}: expected {INDEX_NAME} or {SINGLE_NAME}, found neither")
-        return dict.fromkeys(read_header(directory / SINGLE_NAME), directory / SINGLE_NAME)
+            others = sorted(directory.glob("*.safetensors"))
+            beside = f": {len(others)} files such as {others[0].name}, whose index is missing" if others else ""
+            raise TableError(f"{directory}: expected {INDEX_NAME} or {SINGLE_NAME}, found neither{beside}")
+        return dict.fromkeys(tensor_names(directory / SINGLE_NAME), directory / SINGLE_NAME)
     try:
         names = json.loads(path.read_bytes())["weight_map"]
         files = {name: directory / file for name, file in names.items()}
         outside = [file for file in names.values() if Path(file).name != file]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        refuse_pointer(path, TableError)
         raise TableError(f"{path}: expected an index with a weight_map, found something else "
                          f"({type(error).__name__}: {error})") from None
     if outside:

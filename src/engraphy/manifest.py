@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, DigestMismatch, TableError
+from .lfs import refuse_pointer
 from .rows import RowFormat
 from .shards import Shard, shards_of
 from .spec import EngramConfig
@@ -99,6 +100,7 @@ class Manifest:
         except OSError as error:
             raise TableError(f"{path}: it cannot be read ({error})") from error
         except (ValueError, RecursionError) as error:
+            refuse_pointer(path, TableError)
             raise TableError(f"{path}: expected JSON, found something else ({error})") from error
         try:
             return cls._of(directory, path, data)

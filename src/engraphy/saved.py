@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import ConfigError, DigestMismatch, EngraphyError
 from .identity import add_row_names, row_names
+from .lfs import refuse_pointer
 from .spec import EngramConfig
 from .system.files import publish_folder
 from .vocab import VocabMap
@@ -142,6 +143,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
     except EngraphyError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_pointer(path / "memory.json", ConfigError)
         inside = path / "engraphy"  # where hf.save_pretrained has it
         hint = f"; load {inside}, or the whole model" if (inside / "memory.json").exists() else ""
         raise ConfigError(f"{path}: expected memory.json of a saved memory ({_FORMAT}), "
@@ -161,6 +163,7 @@ def _read_dense(path: Path, expected: dict[str, str]) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
+        refuse_pointer(path, ConfigError)
         raise ConfigError(f"{path}: expected dense weights, found {type(error).__name__}: {error}") from None
     found = {key: metadata.get(key) for key in expected}
     if found != expected:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import ShardCorrupt, ShardForeign, ShardMissing, ShardTruncated, TableError
+from .lfs import refuse_pointer
 
 HEADER_BYTES = 4096  # row 0 lies at this byte: a page, so that mappings and O_DIRECT reads can begin there
 MAX_SHARD_BYTES = 2**30
@@ -150,6 +151,7 @@ class Shard:
         return TableError(f"{self.path}: the shard cannot be read ({error})")
 
     def _diagnosis(self, found: bytes, size: int, table_ids: Collection[str]) -> Exception:
+        refuse_pointer(self.path, TableError)
         if size < HEADER_BYTES:
             return ShardTruncated(f"{self.path}: expected {self.size} bytes, found {size}: less than the header")
         try:

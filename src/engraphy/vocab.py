@@ -17,6 +17,7 @@ from tokenizers import Regex, normalizers
 
 from .errors import ConfigError, DigestMismatch, InputError
 from .fields import MOST_IDS
+from .lfs import refuse_pointer
 from .system.files import write_file
 
 _FORMAT = "engraphy-vocab-1"
@@ -145,6 +146,7 @@ class VocabMap:
             body = json.loads(Path(path).read_text())
             kind, digest, vocab = body["format"], body["digest"], cls(np.array(body["table"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
+            refuse_pointer(path, ConfigError)
             found = f"{type(error).__name__}: {error}"
             raise ConfigError(f"{path}: expected a vocabulary map ({_FORMAT}), found {found}") from None
         if kind != _FORMAT:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..lfs import refuse_pointer
 from ..memory import EngramMemory
 from ..system.files import write_file
 from .hub import adapter_of
@@ -43,6 +44,7 @@ def saved_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
         body = json.loads(file.read_text())
         return {"memory_config": body["config"], "address_digest": body["address_digest"], "table_id": body["table_id"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_pointer(file, ConfigError)
         raise ConfigError(f"{file}: expected the description of a saved memory, "
                           f"found {type(error).__name__}: {error}") from None
 

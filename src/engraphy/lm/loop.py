@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, DigestMismatch
+from ..lfs import refuse_pointer
 from ..system.files import make_folder, publish_folder, write_errors, write_file
 from ..system.signals import stopping
 from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
@@ -147,6 +148,8 @@ class Run:
                 table_id = (file.metadata() or {}).get("table_id")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, ValueError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+            for name in ("run.json", "optimizer.pt", "dense.safetensors"):
+                refuse_pointer(path / name, ConfigError)
             raise ConfigError(f"{path}: expected a checkpoint, found {type(error).__name__}: {error}") from None
         mine = self._identity()
         wrong = [f"{key}: expected {mine[key]}, found {where.get(key)}" for key in mine if where.get(key) != mine[key]]

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..errors import ConfigError, DataUnavailable, InputError
+from ..lfs import refuse_pointer
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 _END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
@@ -42,6 +43,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         return Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # the library raises bare Exceptions
+        refuse_pointer(path, DataUnavailable)
         raise DataUnavailable(f"{os.fspath(path)}: expected a tokenizer.json, found {error}") from None
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .. import hf  # noqa: F401  registers the model type of a model saved with its memory
 from ..doctor import bf16_is_fast
 from ..errors import DataUnavailable, EngraphyError
+from ..lfs import refuse_pointer
 
 
 def load_tokenizer(name: str) -> Any:
@@ -56,6 +57,8 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
     except EngraphyError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        for path in sorted(Path(name).iterdir()) if Path(name).is_dir() else ():
+            refuse_pointer(path, DataUnavailable)
         reason = str(error).strip().partition("\n")[0]
         raise DataUnavailable(f"{name}: expected {what}, as a folder or a name on the hub, "
                               f"found {type(error).__name__}: {reason}") from error

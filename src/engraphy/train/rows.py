@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, DigestMismatch, InputError
 from ..grads import SummedGrad, coalesce
+from ..lfs import refuse_pointer
 from ..memory import EngramMemory
 from ..rows import RowFormat
 from ..store import FileStore, RowStore, copy_rows, open_store, write_layer
@@ -126,6 +127,7 @@ class RowOptimizer:
         try:
             state = json.loads((Path(path) / "optimizer.json").read_text())
         except (OSError, ValueError) as error:
+            refuse_pointer(Path(path) / "optimizer.json", ConfigError)
             raise ConfigError(f"{path}: expected the moments of a row optimiser, "
                               f"found {type(error).__name__}: {error}") from None
         if state.pop("rows", None) != table_id:
