@@ -60,7 +60,7 @@ def measured(model: LM, corpus: Corpus, counts: NgramCounts, table: Path | None)
     own = model.memory
     assert own is not None
     if table is not None:
-        model.memory = EngramMemory(own.config, own.vocab, f"file:{table}").eval()
+        model.memory = EngramMemory(own.config, own.vocab, Path(table)).eval()
         model.memory.blocks.load_state_dict(own.blocks.state_dict())
     try:
         return measure.Losses(model, corpus.heldout_batches(), counts, "float32")

@@ -437,7 +437,7 @@ def test_stores_of_other_layers_or_tables_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected rows of"):
         EngramMemory(config, memory.vocab, one, row_format="bf16")
     with pytest.raises(ConfigError, match="store: expected a URL"):
-        EngramMemory(config, memory.vocab, tmp_path / "one")
+        EngramMemory(config, memory.vocab, 7)  # type: ignore[arg-type]
 
 
 def test_gradients_that_nobody_drains_are_noticed(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -24,14 +25,16 @@ class Group(NamedTuple):
 def open_stores(
     config: EngramConfig,
     digest: str,
-    store: str | Table | Mapping[int, RowStore],
+    store: str | os.PathLike[str] | Table | Mapping[int, RowStore],
     row_format: RowFormat | str | None,
 ) -> Group:
     """Stores of all layers, as `EngramMemory` takes them; nothing stays open after an error."""
     if isinstance(row_format, str):
         row_format = RowFormat(row_format, config.dim)
-    if not isinstance(store, (str, Table, Mapping)):
-        raise ConfigError(f"store: expected a URL, a Table or {{layer: RowStore}}, found {store!r}")
+    if not isinstance(store, (str, os.PathLike, Table, Mapping)):
+        raise ConfigError(
+            f"store: expected a URL, a path, a Table or {{layer: RowStore}}, found {store!r}"
+        )
     if isinstance(store, str) and store.startswith("ram:"):
         row_format = row_format or RowFormat("f32", config.dim)
     owned: list[RowStore] = []
@@ -54,11 +57,14 @@ def open_stores(
 
 
 def _open(
-    config: EngramConfig, store: str | Table, layer: int, row_format: RowFormat | None
+    config: EngramConfig,
+    store: str | os.PathLike[str] | Table,
+    layer: int,
+    row_format: RowFormat | None,
 ) -> RowStore:
     if isinstance(store, Table):
         return FileStore(store, layer)
-    if not store.startswith("ram:") or row_format is None:
+    if not (isinstance(store, str) and store.startswith("ram:")) or row_format is None:
         return open_store(store, layer=layer)
     rows = config.hash.row_count(layer)
     opened = open_store(store, rows=rows, row_bytes=row_format.row_bytes)

@@ -45,9 +45,9 @@ class EngramMemory(nn.Module):
     """A memory for a model: `lookup` before the blocks run, `apply` in each block that has a memory.
 
     config, vocab: what is addressed. store: "ram:" (a new table of `row_format`, all zeros until `init_rows`), the
-    URL of a table ("file:DIR"; the format is read from it), an open Table (mode "w" to train it in place), or
-    {layer: RowStore} with `row_format` given where the stores do not know it. `close`, or the end of
-    `with memory:`, closes the stores of a URL; a Table, or stores that were handed in, stay open.
+    URL of a table ("file:DIR"; the format is read from it) or its folder as a Path, an open Table (mode "w" to train it
+    in place), or {layer: RowStore} with `row_format` given where the stores do not know it. `close`, or the end of
+    `with memory:`, closes the stores of a URL or path; a Table, or stores that were handed in, stay open.
     made_for: the model that it belongs to, as `hf.attach` tells it; saved with it, and checked where it is attached
     again. None = not known, nothing is checked.
     follows_adapters: whether PEFT's `disable_adapter` disables it too, where it is attached.
@@ -56,7 +56,8 @@ class EngramMemory(nn.Module):
     Raises DigestMismatch where the table was made for other addresses, ConfigError where sizes differ.
     """
 
-    def __init__(self, config: EngramConfig, vocab: VocabMap, store: str | Table | Mapping[int, RowStore] = "ram:",
+    def __init__(self, config: EngramConfig, vocab: VocabMap,
+                 store: str | os.PathLike[str] | Table | Mapping[int, RowStore] = "ram:",
                  row_format: RowFormat | str | None = None):
         super().__init__()
         self.config, self.vocab = config, vocab
@@ -372,8 +373,9 @@ class EngramMemory(nn.Module):
         saved.save(self, path, table)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], store: str | None = None) -> EngramMemory:
-        """Read what `save` wrote. store: the URL to serve the rows from; default: the saved table through `file:`.
+    def load(cls, path: str | os.PathLike[str], store: str | os.PathLike[str] | None = None) -> EngramMemory:
+        """Read what `save` wrote. store: the URL, or the table's folder as a Path, to serve the rows from; default: the
+        saved table.
         "ram:" copies the saved table into memory.
 
         Raises ConfigError for what is no memory, DigestMismatch where table and dense weights do not belong together.

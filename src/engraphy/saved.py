@@ -68,7 +68,7 @@ def write(memory: EngramMemory, path: Path, table: str) -> str:
     return str(table_id)
 
 
-def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | None) -> EngramMemory:
+def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | os.PathLike[str] | None) -> EngramMemory:
     """`EngramMemory.load`."""
     path = Path(path)
     body, config = _read_json(path)
@@ -77,7 +77,7 @@ def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | No
         raise ConfigError(f"{path}: saved without its table; give store=")
     identity = {"table_id": body["table_id"], "address_digest": body["address_digest"]}
     tensors = _read_dense(path / "memory.safetensors", identity)
-    source = f"file:{path / str(body['table'])}" if store in (None, "ram:") else store
+    source = path / str(body["table"]) if store is None or store == "ram:" else store
     memory = kind(config, vocab, source)
     try:
         found = next(iter(memory.stores.values())).info.table_id

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from . import inspection
@@ -47,7 +48,7 @@ def convert(
             _json(made)
             return
         resumed = f", of which {made.resumed_at:,} were there" if made.resumed_at else ""
-        _facts({"table": made.path, "table_id": made.table_id, "made from": f"source {made.source_id}",
+        _facts({"table": escape(made.path), "table_id": made.table_id, "made from": f"source {made.source_id}",
                 "rows": f"{made.rows:,} of {made.kind}{resumed}", "size": _size(made.bytes)})
 
 
@@ -65,7 +66,7 @@ def quantize(
         if as_json:
             _json(made)
             return
-        _facts({"table": made.path, "table_id": made.table_id, "parent": made.parent,
+        _facts({"table": escape(made.path), "table_id": made.table_id, "parent": made.parent,
                 "size": f"{_size(made.bytes)} of {made.kind}, was {_size(made.parent_bytes)}"})
         _differences(made.difference)
 

@@ -64,14 +64,15 @@ def cost(config: EngramConfig, row_format: RowFormat | str = "f32", dtype: torch
 
 
 def attach(model: nn.Module, config: EngramConfig | EngramMemory, vocab: VocabMap | None = None,
-           store: str | Table = "ram:", *, row_format: RowFormat | str | None = None, std: float = 0.02, seed: int = 0,
-           dtype: torch.dtype | None = None, margin: int = 64) -> EngramMemory:
+           store: str | os.PathLike[str] | Table = "ram:", *, row_format: RowFormat | str | None = None,
+           std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None, margin: int = 64) -> EngramMemory:
     """Give a transformers model a memory, which is returned and registered as `model.engraphy`.
 
     config: as from `EngramConfig.for_model`, or a memory that exists. vocab: the map of the model's tokenizer; None =
     ids as they are. store: "ram:" for a new table of `row_format` (default f32), filled with N(0, std**2) from `seed`;
-    or the URL of a table, or an open Table, whose rows stay as they are. dtype: of the dense layers, default: the
-    model's. margin: tokens that a cache can take back (`cache.crop`, assisted decoding).
+    or the URL of a table, its folder as a Path, or an open Table, whose rows stay as they are.
+    dtype: of the dense layers, default: the model's. margin: tokens that a cache can take back
+    (`cache.crop`, assisted decoding).
     The value projections start at zero: a fresh memory changes no logit, and its rows learn from the second step. The
     model's own parameters stay trainable or frozen as they are; its `save_pretrained` leaves the memory out, which has
     its own `save`.
@@ -110,9 +111,10 @@ def detach(model: nn.Module) -> EngramMemory:
     return memory
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], store: str | None = None, *, tokenizer: Any = None,
-         margin: int = 64, **hub: Any) -> EngramMemory:
-    """Attach what `memory.save` wrote. store: the URL to serve the rows from; default: the saved table through `file:`.
+def load(model: nn.Module, path: str | os.PathLike[str], store: str | os.PathLike[str] | None = None, *,
+         tokenizer: Any = None, margin: int = 64, **hub: Any) -> EngramMemory:
+    """Attach what `memory.save` wrote. store: the URL, or the table's folder as a Path, to serve the rows from;
+    default: the saved table.
 
     path: a folder, or "user/name" on the hub: a memory, or a model saved with its memory. hub: revision, token,
     cache_dir, force_download, local_files_only. tokenizer: the model's; where it is given, its vocabulary map has to be
@@ -279,7 +281,7 @@ class _Attachment:
                           stacklevel=3)
 
 
-def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store: str | Table,
+def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store: str | os.PathLike[str] | Table,
           row_format: RowFormat | str | None, std: float, seed: int, dtype: torch.dtype | None) -> EngramMemory:
     if vocab is None:
         vocab = _identity(model, config.hash.vocab_size)

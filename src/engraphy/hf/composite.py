@@ -99,11 +99,11 @@ class EngraphyForCausalLM:
     config_class = EngraphyConfig
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, config: EngraphyConfig, store: str | None = None,
-                        margin: int = 64, **options: Any) -> Any:
+    def from_pretrained(cls, path: str | os.PathLike[str], *, config: EngraphyConfig,
+                        store: str | os.PathLike[str] | None = None, margin: int = 64, **options: Any) -> Any:
         """The backbone with its memory attached, in eval mode as all of from_pretrained's models.
 
-        store: the URL to serve the rows from; default: the saved table through `file:`, read-only; "ram:" to train it.
+        store: the URL or folder to serve the rows from; default: the saved table, read-only; "ram:" to train it.
         margin: as in `attach`. options: whatever the backbone's own from_pretrained takes; a dtype that is given is
         the memory's dense layers' too, else they keep theirs. Settings of the backbone's config (use_cache, ...), given
         to AutoModelForCausalLM.from_pretrained or set on `config`, are in force.

@@ -112,12 +112,13 @@ def load_without_table(model_class: type[PreTrainedModel], path: str | os.PathLi
     return model
 
 
-def serve_table(model: PreTrainedModel, store: str | Table | RowStore | Mapping[int, RowStore],
+def serve_table(model: PreTrainedModel, store: str | os.PathLike[str] | Table | RowStore | Mapping[int, RowStore],
                 row_format: RowFormat | None = None) -> None:
     """Read the rows of a Qwen4-Exp model's n-gram table from a store, from now on.
 
     model: as from `load_without_table`, or with its table in memory or on the meta device. store: the URL of a table
-    ("file:DIR", "checkpoint:DIR"), an open Table, a RowStore (for one layer), or {layer, from 0: RowStore}.
+    ("file:DIR", "checkpoint:DIR"), its folder as a Path, an open Table, a RowStore (for one layer), or
+    {layer, from 0: RowStore}.
     row_format: needed where the store does not know it (a RamStore).
     `model.save_pretrained` raises StoreError while a table is served, since the checkpoint would lack it and
     transformers would load random rows in its stead; `save_pretrained(path, without_table=True)` writes such a
@@ -130,7 +131,7 @@ def serve_table(model: PreTrainedModel, store: str | Table | RowStore | Mapping[
         raise ConfigError("a table is served already: restore_table(model) first")
     if isinstance(store, Table):
         check_config(model.config, table=store)
-    owned = isinstance(store, (str, Table))
+    owned = isinstance(store, (str, os.PathLike, Table))
     stores = _open(store, list(layers))
     try:
         formats = {layer: _check_store(model.config, memory, layer, stores[layer], row_format) for layer in layers}
@@ -233,9 +234,10 @@ def _open(store: Any, layers: list[int]) -> dict[int, RowStore]:
         return {layers[0]: store}
     if isinstance(store, Mapping) and sorted(store) == sorted(layers):
         return dict(store)
-    if not isinstance(store, (str, Table)):
+    if not isinstance(store, (str, os.PathLike, Table)):
         found = sorted(store) if isinstance(store, Mapping) else store
-        raise ConfigError(f"store: expected a URL, a Table or {{layer: RowStore}} for layers {layers}, found {found!r}")
+        raise ConfigError(f"store: expected a URL, a path, a Table or {{layer: RowStore}} for layers {layers}, "
+                          f"found {found!r}")
     opened: dict[int, RowStore] = {}
     try:
         for layer in layers:

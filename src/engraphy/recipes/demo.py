@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from .. import __version__, _native
@@ -72,7 +73,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     with console.status(f"Preparing {config.corpus.data}: tokenizer, vocabulary map, token ids"):
         corpus = _corpus(corpus_folder, config.corpus)
     trained = sum(len(ids) for ids in corpus.training)
-    console.print(f"{corpus.name}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
+    console.print(f"{escape(corpus.name)}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
                   f"{len(corpus.heldout):,} held out. Licence: {corpus.licence}")
     with ArmProgress(console, LABELS) as progress:
         train_arms(ARMS, corpus_folder, arm_config, config.folder, config.resume, progress.step)
@@ -88,7 +89,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     written = page.write(report, config.folder)
     console.print(summary(report))
     console.print(headline(report))
-    console.print(f"Report: {written}")
+    console.print(f"Report: {escape(str(written))}")
     return report
 
 

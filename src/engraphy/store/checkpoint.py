@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint import Checkpoint
-from ..errors import ConfigError, ShardMissing, StoreError
+from ..errors import ShardMissing, StoreError
 from ..headers import StoredTensor
 from ..rows import take
 from ..vocab import VocabMap
 from .base import MappedStore, RowStore, StoreInfo
 from .mapping import MappedFile, Watch
-from .options import split_options
 
 
 class MappedCheckpoint(MappedStore):
@@ -67,21 +66,16 @@ class InterleavedCheckpoint(RowStore):
         raise StoreError(f"{self._info.path}: a checkpoint is read-only")
 
 
-def open_checkpoint(url: str, rest: str, layer: int | None) -> RowStore:
-    """The store of "checkpoint:DIR" or "checkpoint:DIR?vocab=FILE", FILE a saved vocabulary map.
+def open_checkpoint(path: str | os.PathLike[str], layer: int,
+                    vocab: str | os.PathLike[str] | None = None) -> RowStore:
+    """The store of `layer` of the checkpoint in the folder `path`; vocab: the file of a saved vocabulary map.
 
-    Raises ConfigError for the URL and for a layer without memory, and what `Checkpoint.open` and `.vocab` raise.
+    Raises ConfigError for a layer without memory, and what `Checkpoint.open` and `.vocab` raise.
     """
-    path, _, text = rest.partition("?")
-    options = split_options(url, text, ("vocab",))
-    if not path:
-        raise ConfigError(f"store {url!r}: expected the folder of a checkpoint after checkpoint:")
-    if layer is None:
-        raise ConfigError(f"store {url!r}: expected a layer")
     checkpoint = Checkpoint.open(path)
     checkpoint.config.hash.layer_index(layer)
     kind = InterleavedCheckpoint if checkpoint.scales[layer] else MappedCheckpoint
-    return kind(checkpoint, layer, checkpoint.vocab(options.get("vocab")))
+    return kind(checkpoint, layer, checkpoint.vocab(vocab))
 
 
 def _info(checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> StoreInfo:

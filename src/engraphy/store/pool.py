@@ -30,7 +30,8 @@ class PoolStore(FileStore):
     in_memory = True
 
 
-def open_pool(path: str, layer: int, source: str | None, populate: bool) -> PoolStore:
+def open_pool(path: str | os.PathLike[str], layer: int, source: str | os.PathLike[str] | None = None,
+              populate: bool = True) -> PoolStore:
     """The store of `layer` of the pool at `path`; source: the directory of the table that it has to hold.
 
     With a source a pool that is not there is filled, all layers of it; other processes that open it wait meanwhile.
