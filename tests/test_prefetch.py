@@ -468,3 +468,20 @@ def test_a_forked_child_reads_its_own_tickets_and_those_that_its_parent_was_read
         other.join()
         store.go_on.set()
         assert being_read.wait() and waiting.wait()
+
+
+def test_a_thread_that_the_system_does_not_start_is_a_store_error_and_the_next_ticket_is_read(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    held = Held(FMT.encode(values_of(1)))
+    held.go_on.set()
+    prefetcher, ids = Prefetcher({1: (held, FMT)}), np.zeros((1, 2, 3), np.int64)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="the system starts none .can't start new thread"):
+                prefetcher.submit({1: ids})
+    assert prefetcher.stats.waiting == prefetcher.stats.bytes_in_flight == 0
+    assert prefetcher.submit({1: ids}).wait()[1].shape == (1, 2, 3 * FMT.d)
+    prefetcher.close()

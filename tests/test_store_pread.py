@@ -112,6 +112,29 @@ def test_no_more_threads_read_than_are_allowed(tmp_path, monkeypatch, threads):
     assert most == threads
 
 
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_threads_that_the_system_does_not_start_are_done_without(tmp_path, monkeypatch, given):
+    expected, started = sealed(tmp_path / "t", shard_rows=7), []
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if len(started) >= given:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    store = opened(tmp_path / "t", mode="w")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    order = np.random.default_rng(0).permutation(len(expected))
+    for _ in range(3):
+        np.testing.assert_array_equal(store.gather(order), expected[order])
+        store.scatter(order, expected[order][::-1])
+        np.testing.assert_array_equal(store.gather(order), expected[order][::-1])
+        store.scatter(order, expected[order])
+    assert len(started) <= given
+    store.close()
+
+
 # What goes wrong.
 
 

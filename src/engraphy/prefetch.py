@@ -214,7 +214,12 @@ class _Queue:
             self._count(rows)
             self._waiting.append(ticket)
             self._bytes += ticket.bytes
-            self._start()
+            try:
+                self._start()
+            except StoreError:
+                self._waiting.pop()
+                self._bytes -= ticket.bytes
+                raise
             self._changed.notify_all()
 
     def _count(self, rows: int) -> None:
@@ -309,7 +314,11 @@ class _Queue:
     def _start(self) -> None:
         if self._thread is None and self._waiting:
             thread = threading.Thread(target=_work, args=(self,), name="engraphy-prefetch", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise StoreError(f"prefetch: expected a thread to read ahead, the system starts none ({error}): raise "
+                                 "the limit of threads or of address space") from error
             self._thread = thread
 
     def _next(self) -> Ticket | None:

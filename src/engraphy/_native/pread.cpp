@@ -1,8 +1,8 @@
 #include "pread.hpp"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,23 +15,6 @@ namespace {
 constexpr int64_t page = 4096;
 constexpr int64_t longest_read = 1 << 17;  // give or take a row: what is longer is work for several threads
 constexpr int too_early = -1;              // instead of an errno
-
-// Memory of a thread for what it reads; begins at a page, as direct reads need it.
-struct Scratch {
-    uint8_t *at = nullptr;
-    int64_t size = 0;
-
-    ~Scratch() { free(at); }
-
-    uint8_t *reserve(int64_t bytes) {
-        if (bytes > size) {
-            free(at);
-            at = (uint8_t *)aligned_alloc(page, (bytes + page - 1) / page * page);
-            size = at ? bytes : 0;
-        }
-        return at;
-    }
-};
 
 // Returns 0, an errno, or too_early.
 int read_whole(int file, uint8_t *into, int64_t begin, int64_t length, int64_t wanted) {
@@ -60,7 +43,35 @@ struct RowFiles::Read {
 RowFiles::RowFiles(const std::vector<int> &files, const std::vector<int64_t> &sizes, int64_t file_rows,
                    int64_t row_bytes, int64_t offset, int threads, bool whole_pages)
     : files_(files), sizes_(sizes), file_rows_(file_rows), row_bytes_(row_bytes), offset_(offset), threads_(threads),
-      whole_pages_(whole_pages) {}
+      whole_pages_(whole_pages), kept_(new std::atomic<uint8_t *>[threads] {}) {}
+
+RowFiles::~RowFiles() {
+    for (int i = 0; i < threads_; i++)
+        if (uint8_t *const memory = kept_[i].load()) munmap(memory, scratch_bytes());
+}
+
+// A read begins in a window and ends with a row that does, both at whole pages.
+size_t RowFiles::scratch_bytes() const { return (longest_read + row_bytes_ + 3 * page - 1) / page * page; }
+
+// Null memory if the system has none.
+uint8_t *RowFiles::take_scratch() {
+    for (int i = 0; i < threads_; i++)
+        if (kept_[i].load(std::memory_order_relaxed))
+            if (uint8_t *const memory = kept_[i].exchange(nullptr, std::memory_order_acquire)) return memory;
+    const int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANONYMOUS;
+    void *const memory = mmap(nullptr, scratch_bytes(), access, kind, -1, 0);
+    return memory == MAP_FAILED ? nullptr : (uint8_t *)memory;
+}
+
+void RowFiles::keep_scratch(uint8_t *memory) {
+    for (int i = 0; i < threads_; i++) {
+        uint8_t *none = nullptr;
+        if (!kept_[i].load(std::memory_order_relaxed) &&
+            kept_[i].compare_exchange_strong(none, memory, std::memory_order_release))
+            return;
+    }
+    munmap(memory, scratch_bytes());
+}
 
 // One read ends where the next row begins neither in its last page nor in the page after it, and where a window of
 // longest_read bytes of the file ends.
@@ -86,10 +97,7 @@ std::vector<RowFiles::Read> RowFiles::plan(const std::vector<Wanted> &rows) cons
     return reads;
 }
 
-int RowFiles::perform(const Read &read, const Wanted *rows, uint8_t *out) const {
-    thread_local Scratch scratch;
-    uint8_t *const bytes = scratch.reserve(read.length);
-    if (!bytes) return ENOMEM;
+int RowFiles::perform(const Read &read, const Wanted *rows, uint8_t *out, uint8_t *bytes) const {
     const int64_t wanted = std::min(read.length, sizes_[read.file] - read.begin);  // the last page may not be whole
     if (const int code = read_whole(files_[read.file], bytes, read.begin, read.length, wanted)) return code;
     for (int64_t i = read.first; i < read.last; i++) {
@@ -111,13 +119,23 @@ ReadReport RowFiles::read(const int64_t *ids, int64_t count, uint8_t *out) {
     std::atomic<bool> failed{false};
     std::mutex noting;
     ReadFailure failure;
-    pool_.each(int64_t(reads.size()), threads_, [&](int64_t i) {
-        if (failed.load(std::memory_order_relaxed)) return;
-        const int code = perform(reads[i], rows.data(), out);
-        if (!code) return;
+    const auto note = [&](const Read &read, int code) {
         std::lock_guard lock(noting);
-        if (!failed.exchange(true)) failure = {int(reads[i].file), code == too_early ? 0 : code};
+        if (!failed.exchange(true)) failure = {int(read.file), code == too_early ? 0 : code};
+    };
+    std::atomic<int64_t> finished{0};
+    pool_.shared(int64_t(reads.size()), threads_, [&](ThreadPool::Parts &parts) {
+        uint8_t *const bytes = take_scratch();
+        if (!bytes) return;  // others may have some
+        int64_t i, count = 0;
+        for (; (i = parts.next()) >= 0; count++) {
+            if (failed.load(std::memory_order_relaxed)) continue;
+            if (const int code = perform(reads[i], rows.data(), out, bytes)) note(reads[i], code);
+        }
+        keep_scratch(bytes);
+        finished += count;
     });
+    if (finished.load() != int64_t(reads.size())) note(reads[0], ENOMEM);
 
     ReadReport report{int64_t(reads.size()), 0, failure};
     for (const Read &read : reads) report.bytes += read.length;

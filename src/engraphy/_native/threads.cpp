@@ -2,12 +2,12 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <condition_variable>
 #include <mutex>
-#include <system_error>
-#include <thread>
+#include <new>
 #include <vector>
 
 namespace engraphy {
@@ -16,26 +16,37 @@ namespace {
 constexpr int64_t rows_worth_a_thread = 2048;
 constexpr int parts_a_thread = 8;  // a thread that is late, woken or held up by others, then leaves more to the rest
 
+// Of a thread: kernels need a few KiB, a signal's frame with AMX registers 11 KiB; with the 8 MiB that are usual, 128
+// threads take a GiB of addresses.
+constexpr size_t stack_bytes = 256 << 10;
+constexpr size_t left_to_others = 32 << 20;  // addresses that have to be free when a thread is started
+
 std::atomic<uint64_t> forks{0};
 std::atomic<int> thread_count{1};
 
 // One call. It lies on the stack of the caller, who leaves only when nobody works on it.
 struct Job {
-    Job(void (*work)(const void *, int64_t), const void *context, int64_t count)
-        : work(work), context(context), count(count) {}
+    Job(void (*work)(const void *, ThreadPool::Parts &), const void *context, int64_t count)
+        : work(work), context(context), parts(count) {}
 
-    void (*work)(const void *, int64_t);
+    void (*work)(const void *, ThreadPool::Parts &);
     const void *context;
-    int64_t count;
-    std::atomic<int64_t> next{0};
+    ThreadPool::Parts parts;
     int places = 0;  // for more threads
     int workers = 0;
     std::condition_variable done;
 
-    void take_part() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(context, i);
-    }
+    void take_part() { work(context, parts); }
 };
+
+// Whether there are addresses for one more thread, and for what else the process does.
+bool has_room() {
+    const size_t size = stack_bytes + left_to_others;
+    void *const memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return false;
+    munmap(memory, size);
+    return true;
+}
 
 }  // namespace
 
@@ -44,7 +55,7 @@ struct ThreadPool::State {
     std::mutex mutex;
     std::condition_variable wake;
     std::vector<Job *> jobs;
-    std::vector<std::thread> threads;
+    std::vector<pthread_t> threads;
     int idle = 0;
     bool ending = false;
 
@@ -82,12 +93,24 @@ struct ThreadPool::State {
         sigfillset(&others);
         for (int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&others, fault);
         pthread_sigmask(SIG_SETMASK, &others, &before);
-        try {
-            for (int i = 0; i < wanted; i++) threads.emplace_back([this] { serve(); });
-        } catch (const std::system_error &) {  // no more threads for this process: those there are do it
-        } catch (const std::bad_alloc &) {
-        }
+        pthread_attr_t small;
+        const bool known = !pthread_attr_init(&small) && !pthread_attr_setstacksize(&small, stack_bytes);
+        for (int i = 0; known && i < wanted && has_room() && start_one(small); i++) {}
+        pthread_attr_destroy(&small);
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    // False if the system has no more threads for this process: those there are do the work.
+    bool start_one(const pthread_attr_t &attributes) {
+        try {
+            threads.emplace_back();
+        } catch (const std::bad_alloc &) {
+            return false;
+        }
+        const auto serve_it = [](void *state) -> void * { return ((State *)state)->serve(), nullptr; };
+        if (!pthread_create(&threads.back(), &attributes, serve_it, this)) return true;
+        threads.pop_back();
+        return false;
     }
 };
 
@@ -104,7 +127,7 @@ ThreadPool::~ThreadPool() {
         state->ending = true;
     }
     state->wake.notify_all();
-    for (std::thread &thread : state->threads) thread.join();
+    for (const pthread_t thread : state->threads) pthread_join(thread, nullptr);
     delete state;
 }
 
@@ -118,14 +141,11 @@ ThreadPool::State *ThreadPool::state() {
     return state;
 }
 
-void ThreadPool::run(int64_t count, int most, void (*work)(const void *, int64_t), const void *context) {
+void ThreadPool::run(int64_t count, int most, void (*work)(const void *, Parts &), const void *context) {
     const int others = int(std::min<int64_t>(most, count)) - 1;
-    if (others < 1) {
-        for (int64_t i = 0; i < count; i++) work(context, i);
-        return;
-    }
-    State *state = this->state();
     Job job(work, context, count);
+    if (others < 1) return job.take_part();
+    State *state = this->state();
     {
         std::lock_guard lock(state->mutex);
         state->jobs.push_back(&job);

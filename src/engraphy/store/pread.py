@@ -14,8 +14,9 @@ import itertools
 import mmap
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,10 @@ from ..table import Table
 from .base import RowStore, StoreInfo
 from .mapping import check_size
 
-PAGE = 4096  # bytes: what direct reads are made of, and what a disk gives at the least
+DISK_PAGE = 4096  # bytes: what direct reads are made of, and what a disk gives at the least
 _LONGEST_READ = 1 << 17  # bytes, give or take a row: what is longer is work for several threads
 _CHUNK = 1 << 24  # bytes of reads that are in memory at a time
+_THREAD_ROOM = 160 << 20  # addresses: its stack, what malloc reserves for it, and 32 MiB for others
 
 
 class PreadStore(RowStore):
@@ -120,12 +122,12 @@ def plan(distinct_U: np.ndarray, shard_rows: int, row_bytes: int, whole_pages: b
     shard_U, local_U = np.divmod(distinct_U, shard_rows)
     begin_U = HEADER_BYTES + local_U * row_bytes
     end_U = begin_U + row_bytes
-    apart = begin_U[1:] // PAGE > (end_U[:-1] - 1) // PAGE + 1
+    apart = begin_U[1:] // DISK_PAGE > (end_U[:-1] - 1) // DISK_PAGE + 1
     apart |= (np.diff(shard_U) != 0) | (np.diff(begin_U // _LONGEST_READ) != 0)
     first = np.r_[0, np.flatnonzero(apart) + 1, len(distinct_U)]
     begin_M, end_M = begin_U[first[:-1]], end_U[first[1:] - 1]
     if whole_pages:
-        begin_M, end_M = begin_M // PAGE * PAGE, -(-end_M // PAGE) * PAGE
+        begin_M, end_M = begin_M // DISK_PAGE * DISK_PAGE, -(-end_M // DISK_PAGE) * DISK_PAGE
     length_M = end_M - begin_M
     place_M = np.cumsum(length_M) - length_M
     at_U = begin_U + np.repeat(place_M - begin_M, np.diff(first))
@@ -145,12 +147,21 @@ def _read_plain(files: _Files, threads: _Threads, ids_N: np.ndarray, out_NR: np.
     chunks = np.flatnonzero(np.diff(reads.place // _CHUNK)) + 1
     for first, last in itertools.pairwise([0, *chunks.tolist(), count]):
         base, end = int(reads.place[first]), total if last == count else int(reads.place[last])
-        scratch = np.frombuffer(mmap.mmap(-1, end - base), np.uint8)  # whole pages of its own, for direct reads
+        scratch = _scratch(end - base)
         _read_all(files, threads, reads, first, last, scratch)
         begin, end = np.searchsorted(which_N, [reads.first[first], reads.first[last]])
         every_row = np.lib.stride_tricks.as_strided(scratch, (len(scratch) - row_bytes + 1, row_bytes), (1, 1))
         out_NR[order_N[begin:end]] = every_row[reads.at[which_N[begin:end]] - base]
     return count, total
+
+
+def _scratch(size: int) -> np.ndarray:
+    """uint8 [size] in whole pages of its own, for direct reads."""
+    try:
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    except OSError as error:
+        raise StoreError(f"rows cannot be read: the system has no {size} bytes of memory to read into ({error})") \
+            from error
 
 
 def _read_all(files: _Files, threads: _Threads, reads: Reads, first: int, last: int, scratch: np.ndarray) -> None:
@@ -180,29 +191,58 @@ def _write(files: _Files, threads: _Threads, ids_N: np.ndarray, rows_NR: np.ndar
 
 
 class _Threads:
-    """At most `limit` threads for blocking calls, started when they are needed."""
+    """At most `limit` threads for blocking calls, that of the caller and others, which are started when they are
+    needed, and fewer if the system starts no more."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._pool: ThreadPoolExecutor | None = None
 
     def each(self, call: Callable[[Any], None], items: Sequence[Any]) -> None:
-        """call(item) for each item; raises the first error when all have ended."""
+        """call(item) for each item; raises an error of theirs when all have ended."""
         size = -(-len(items) // (4 * self._limit))
-        batches = [items[first:first + size] for first in range(0, len(items), size)]
+        batches = deque(items[first:first + size] for first in range(0, len(items), size))
 
-        def work(batch: Sequence[Any]) -> None:
-            for item in batch:
-                call(item)
+        def work() -> None:
+            while True:
+                try:
+                    batch = batches.popleft()
+                except IndexError:  # all are taken
+                    return
+                for item in batch:
+                    call(item)
 
-        if len(batches) == 1:
-            return work(items)
-        if self._pool is None:
+        others = self._start(work, min(self._limit, len(batches)) - 1)
+        try:
+            work()
+        finally:
+            running = [other for other in others if not other.cancel()]
+            wait(running)
+            batches.clear()  # after an error
+        for other in running:
+            other.result()
+
+    def _start(self, work: Callable[[], None], count: int) -> list[Future[None]]:
+        """work() in up to `count` other threads."""
+        if count > 0 and self._pool is None:
             self._pool = ThreadPoolExecutor(self._limit, "engraphy-pread")
-        done = [self._pool.submit(work, batch) for batch in batches]
-        wait(done)
-        for each in done:
-            each.result()
+        started: list[Future[None]] = []
+        while len(started) < count and _has_room():
+            assert self._pool is not None  # for pyright
+            try:
+                started.append(self._pool.submit(work))
+            except RuntimeError:  # no more threads; what was queued with it finds nothing left to do
+                break
+        return started
+
+
+def _has_room() -> bool:
+    """Whether there are addresses for one more thread, and for what else the process does."""
+    try:
+        mmap.mmap(-1, _THREAD_ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+        return True
+    except OSError:
+        return False
 
 
 class _Files:
