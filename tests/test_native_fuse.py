@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from bounds import Bounded, fusion, joined, unit
 from torch import nn
 
 from engraphy import _native
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason=_native.reason)
 LAYER, MARGIN = 4, 5
 SPECS = {"demo": LayerSpec.demo(37, 19), "demo, streams": LayerSpec.demo(24, 64, streams=3),
          "qwen4": LayerSpec.qwen4(40, 33), "deepseek_v41": LayerSpec.deepseek_v41(48, 40, streams=4)}
-DTYPES = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}  # one bit of bfloat16
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def make(spec: LayerSpec, dtype: torch.dtype) -> EngramLayer:
@@ -73,14 +74,41 @@ def native(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.
     return out, gate
 
 
+class Reference:
+    """The layer in float64, token by token, with bounds for a computation in its own dtype."""
+
+    def __init__(self, layer: EngramLayer, state: SequenceState) -> None:
+        self.layer, self.u = layer, unit(computed(layer.value.weight.dtype))
+        self.past = self.column(state.window(LAYER)) if layer.spec.kernel else []
+
+    def column(self, inputs: torch.Tensor) -> list[Bounded]:
+        return [Bounded.exact(column, self.u) for column in inputs.split(1, dim=1)]
+
+    def window(self) -> Bounded | None:
+        if not self.layer.spec.window:
+            return None
+        return joined(torch.cat, self.past[-self.layer.spec.window:], 1)
+
+    def token(self, x: torch.Tensor, rows: torch.Tensor,
+              live: torch.Tensor | None) -> tuple[Bounded, Bounded]:
+        """x + update and the gate."""
+        found = fusion(self.layer, x, rows, self.window(), live)
+        if found.inputs is not None:
+            self.past.append(found.inputs)
+        return (Bounded.exact(x, self.u) + found.update).stored(x.dtype), found.gate
+
+    def crop(self, tokens: int) -> None:
+        del self.past[len(self.past) - tokens:]
+
+
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @torch.no_grad()
 def test_native_tokens_follow_the_plain_ones_through_refilled_and_cropped_buffers(name, dtype, level):
     layer, batch = make(SPECS[name], dtype), 3
     ours = filled(layer, batch)
-    theirs, native_tokens = ours.clone(), 0
+    theirs, native_tokens, reference = ours.clone(), 0, Reference(layer, ours)
     for step in range(60):
         x, rows = sample(layer, batch)
         live = torch.tensor([[True], [False], [True]]) if step % 7 == 0 else None
@@ -93,14 +121,16 @@ def test_native_tokens_follow_the_plain_ones_through_refilled_and_cropped_buffer
             else:
                 native_tokens += 1
                 found = native(layer, x, rows, live, ours)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+        bounds = reference.token(x, rows, live)
+        for one, other, bound in zip(found, expected, bounds, strict=True):
+            bound.assert_holds(one)
+            bound.assert_holds(other)
         if step % 10 == 5:
-            ours.crop(3), theirs.crop(3)
+            ours.crop(3), theirs.crop(3), reference.crop(3)
     assert native_tokens >= 45
     if layer.spec.kernel:
-        near = max(1e-5, DTYPES[dtype])
-        torch.testing.assert_close(ours.window(LAYER), theirs.window(LAYER), rtol=near, atol=near)
+        for state in (ours, theirs):
+            reference.window().assert_holds(state.window(LAYER))
 
 
 @torch.no_grad()
@@ -112,12 +142,12 @@ def test_a_copy_of_a_state_and_the_state_write_to_buffers_of_their_own(copied):
     first, rows = sample(layer, 2)
     native(layer, first, rows, None, state)
     other = copied(state)
-    expected = state.clone()
-    for each in (state, other, expected):
+    reference = Reference(layer, state)
+    for each in (state, other):
         each.extend([[3], [4]])
     x, rows = sample(layer, 2)
     out = native(layer, x, rows, None, other)[0]
-    torch.testing.assert_close(out, plain(layer, x, rows, None, expected)[0], rtol=1e-5, atol=1e-5)
+    reference.token(x, rows, None)[0].assert_holds(out)
     assert torch.equal(native(layer, x, rows, None, state)[0], out)
     assert torch.equal(state.window(LAYER), other.window(LAYER))
 
