@@ -69,7 +69,10 @@ def test_cpu_flags_are_read_as_what_they_mean(flags, expected):
 
 def test_an_arm_processor_is_known_by_its_features():
     assert doctor._cpu_facts({"Features": "asimd bf16"})["bf16"] is True
-    assert doctor.bf16_is_fast() == bool(doctor.report()["cpu"]["bf16"])
+
+
+def test_the_report_says_bf16_is_fast_where_its_instructions_have_a_name():
+    assert (doctor.bf16_instructions() is not None) == bool(doctor.report()["cpu"]["bf16"])
 
 
 def test_an_unknown_cpu_is_unknown_and_not_slow():

@@ -23,6 +23,7 @@ from engraphy.errors import ConfigError, DataUnavailable, InputError
 from engraphy.hf import save_pretrained
 from engraphy.lm import split_documents
 from engraphy.recipes import finetune as recipe
+from engraphy.recipes.dtype import choose_dtype
 from engraphy.recipes.finetune import FinetuneConfig, finetune, load_texts
 from engraphy.recipes.measure import mean_with_error
 from engraphy.recipes.progress import ArmProgress
@@ -46,7 +47,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def config(base, data, tmp_path):
     return FinetuneConfig(str(base), str(data), tmp_path / "memory", tokens=2560, batch=4, length=64,
-                          rows_per_head=500, lr=1e-2)
+                          rows_per_head=500, lr=1e-2, dtype="float32")
 
 
 def quiet():
@@ -64,26 +65,41 @@ def alone(model, tokenizer, texts):
     return torch.cat(losses).double().numpy()
 
 
-def test_held_out_losses_are_those_of_each_document_by_itself(config, base):
-    config = dataclasses.replace(config, batch=1, length=ROW, tokens=6 * ROW)
+def exact_and_error(base, dtype, tokenizer, texts, memory=None):
+    """`alone` as float64 computes it from weights of `dtype`, and how far a mean in that dtype may
+    lie from it: twice as far as the worst of its tokens does, since documents that share a row are
+    rounded otherwise, but not more often."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if memory is not None:
+        engraphy.load(model, memory, tokenizer=tokenizer)
+    own, exact = alone(model, tokenizer, texts), alone(model.double(), tokenizer, texts)
+    return exact, 2 * np.abs(own - exact).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_held_out_losses_are_those_of_each_document_by_itself(config, base, dtype):
+    config = dataclasses.replace(config, batch=1, length=ROW, tokens=6 * ROW, dtype=dtype)
     console = quiet()
     found = finetune(config, console)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    assert f"\n{dtype}: given\n" in console.file.getvalue()
+    tokenizer = AutoTokenizer.from_pretrained(base)
     _, heldout = split_documents(TEXTS, config.heldout, config.seed)
-    before = alone(model, tokenizer, heldout)
-    engraphy.load(model, config.out, tokenizer=tokenizer)
-    after = alone(model, tokenizer, heldout)
+    stored = getattr(torch, dtype)
+    before, before_error = exact_and_error(base, stored, tokenizer, heldout)
+    after, after_error = exact_and_error(base, stored, tokenizer, heldout, config.out)
     owners = np.repeat(np.arange(6), [len(ids) for ids in tokenizer(heldout)["input_ids"]])
     assert found.documents == len(heldout) == 6 and found.tokens == len(before)
-    assert (found.without, found.with_memory) == pytest.approx((before.mean(), after.mean()), abs=1e-5)
-    assert found.stderr == pytest.approx(mean_with_error(after - before, owners)[1], rel=1e-3)
+    assert found.without == pytest.approx(before.mean(), abs=before_error)
+    assert found.with_memory == pytest.approx(after.mean(), abs=after_error)
+    _, stderr = mean_with_error(after - before, owners)
+    assert found.stderr == pytest.approx(stderr, abs=before_error + after_error)
     assert found.with_memory < found.without - 0.02
 
 
 def test_the_backbone_stays_as_it_is(config, base, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(base)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(recipe, "load_model", lambda name: model)
+    monkeypatch.setattr(recipe, "load_model", lambda name, dtype: (model, choose_dtype(dtype)))
     finetune(config, quiet())
     memory = engraphy.detach(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

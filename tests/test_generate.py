@@ -30,8 +30,8 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(base):
-    """With a memory that has learned something, in two layers."""
+def trained(base):
+    """With a memory that has learned something, in two layers; float32."""
     model = AutoModelForCausalLM.from_pretrained(base)
     vocab = VocabMap.from_tokenizer(AutoTokenizer.from_pretrained(base), raw_size=model.config.vocab_size)
     config = EngramConfig.for_model(model.config, layers=(0, 2), heads=2, rows_per_head=101, vocab_size=len(vocab))
@@ -45,31 +45,43 @@ def model(base):
 
 
 @pytest.fixture(scope="module")
-def memory(model, tmp_path_factory):
+def memory(trained, tmp_path_factory):
     """The folder of the memory."""
     folder = tmp_path_factory.mktemp("memories") / "memory"
-    model.engraphy.save(folder)
+    trained.engraphy.save(folder)
     return folder
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def model(base, memory, request):
+    """In each dtype that `generate` may choose, with the memory."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, request.param))
+    engraphy.load(model, memory, tokenizer=AutoTokenizer.from_pretrained(base)).eval()
+    return model
 
 
 @pytest.fixture
 def config(base, memory):
-    return GenerateConfig(str(base), str(memory), PROMPT, tokens=12)
+    return GenerateConfig(str(base), str(memory), PROMPT, tokens=12, dtype="float32")
+
+
+def in_dtype_of(model, config):
+    return dataclasses.replace(config, dtype=str(model.dtype).removeprefix("torch."))
 
 
 def test_the_text_is_what_the_attached_model_generates(config, model, base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0]
-    found = generate(config)
+    found = generate(in_dtype_of(model, config))
     assert [token.id for token in found.tokens] == expected.tolist()
     assert [token.generated for token in found.tokens] == [False] * ids.shape[1] + [True] * 12
-    engraphy_free = AutoModelForCausalLM.from_pretrained(base).generate(ids, max_new_tokens=12, do_sample=False)[0]
-    assert engraphy_free.tolist() != expected.tolist()
+    bare = AutoModelForCausalLM.from_pretrained(base, dtype=model.dtype)
+    assert bare.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist() != expected.tolist()
 
 
 def test_the_gates_are_those_of_one_forward(config, model):
-    found = generate(config)
+    found = generate(in_dtype_of(model, config))
     trace = Trace()
     with torch.no_grad():
         model(torch.tensor([[token.id for token in found.tokens]]), engraphy_trace=trace)
@@ -138,10 +150,12 @@ def test_text_alone_is_printed_as_it_is():
 
 def test_the_command_prints_text_or_json(config):
     command = ["generate", config.model, config.memory, PROMPT, "--tokens", "12"]
+    command += ["--dtype", "float32"]
     found = generate(config)
     plain, shown, told = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--show-gates"], ["--json"]))
     assert plain.exit_code == shown.exit_code == told.exit_code == 0, plain.output + shown.output + told.output
-    assert plain.output.startswith(PROMPT) and "layer 2" in shown.output
+    assert plain.stdout.startswith(PROMPT) and "layer 2" in shown.stdout
+    assert plain.stderr == shown.stderr == told.stderr == "float32: given\n"
     told = json.loads(told.stdout)
     assert told["text"] == found.text and told["layers"] == [0, 2]
     assert told["tokens"][5]["gates"]["2"] == found.tokens[5].gates[2]

@@ -18,6 +18,8 @@ from .terminal import errors
 app = typer.Typer(no_args_is_help=True, help="Conditional memory for Transformers.")
 app.add_typer(table_app, name="table")
 
+_DTYPE = "float32, bfloat16, or auto: bfloat16 where this machine is fast at it, else float32."
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -53,6 +55,7 @@ def demo(
     seed: int = typer.Option(0, help="Seed of weights, order and split."),
     tokens: int = typer.Option(1_000_000, help="Training tokens of each arm."),
     resume: bool = typer.Option(False, "--resume", help="Continue a run that was interrupted."),
+    dtype: str = typer.Option("auto", help=_DTYPE),
 ) -> None:
     """Train a dense model, a mixture of experts, and one with a memory; compare them and write a report."""
     from .recipes.corpus import CorpusConfig
@@ -61,7 +64,8 @@ def demo(
 
     with errors("continue with --resume"):
         corpus = CorpusConfig(data, tokenizer, vocab, seed=seed)
-        run_demo(DemoConfig(out or _run_folder(resume), corpus, tokens, seed, resume=resume), Console())
+        folder = out or _run_folder(resume)
+        run_demo(DemoConfig(folder, corpus, tokens, seed, dtype, resume), Console())
 
 
 @app.command()
@@ -96,13 +100,14 @@ def finetune(
     length: int = typer.Option(256, help="Tokens of a row."),
     seed: int = typer.Option(0, help="Seed of weights, order and split."),
     lora: int | None = typer.Option(None, help="Rank of LoRA adapters to train with the memory; by default none."),
+    dtype: str = typer.Option("auto", help=_DTYPE),
 ) -> None:
     """Train a memory for a model that exists, on text of your own; the model itself stays as it is."""
     with errors("a training that had begun is saved"):
         from .recipes import finetune as recipe
 
         config = recipe.FinetuneConfig(model, data, out or _run_folder(False, "finetune"), tokens, lr, _layers(layers),
-                                       rows_per_head, batch, length, seed=seed, lora=lora)
+                                       rows_per_head, batch, length, seed=seed, lora=lora, dtype=dtype)
         recipe.finetune(config, Console())
 
 
@@ -116,12 +121,14 @@ def generate(
     tokens: int = typer.Option(64, help="Most tokens to generate."),
     temperature: float = typer.Option(0.0, help="0 takes the likeliest token each time."),
     seed: int = typer.Option(0, help="Seed of the samples."),
+    dtype: str = typer.Option("auto", help=_DTYPE),
 ) -> None:
     """Generate text from a model with its memory, and show what the memory's gates let in."""
     with errors("nothing was written"):
         from .recipes import generate as recipe
 
-        found = recipe.generate(recipe.GenerateConfig(model, memory, prompt, tokens, temperature, seed))
+        config = recipe.GenerateConfig(model, memory, prompt, tokens, temperature, seed, dtype)
+        found = recipe.generate(config, lambda line: typer.echo(line, err=True))
         if as_json:
             typer.echo(json.dumps(found.to_json(), indent=1))
         else:

@@ -16,7 +16,11 @@ from .system.machine import free_memory, total_memory
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-_FAST_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # the last one is Arm's name
+_BF16 = {  # CPU flag: name
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 BF16",
+    "bf16": "Arm's bfloat16 instructions",
+}
 
 
 def report() -> dict[str, Any]:
@@ -35,9 +39,11 @@ def report() -> dict[str, Any]:
     }
 
 
-def bf16_is_fast() -> bool:
-    """Whether this CPU has instructions for bfloat16 matmuls; False where that is not known."""
-    return bool(_cpu_facts(_cpuinfo())["bf16"])
+def bf16_instructions() -> str | None:
+    """Name of this CPU's instructions for bfloat16 matmuls. Returns None if it has none, or if that
+    is not known."""
+    flags = _flags(_cpuinfo())
+    return next((name for flag, name in _BF16.items() if flag in flags), None)
 
 
 def render(facts: dict[str, Any]) -> Table:
@@ -87,8 +93,12 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def _flags(cpuinfo: dict[str, str]) -> set[str]:
+    return set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
+
+
 def _cpu_facts(cpuinfo: dict[str, str]) -> dict[str, Any]:
-    flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
+    flags = _flags(cpuinfo)
     if not flags:
         return {"model": platform.processor() or None, "avx2": None, "avx512": None, "amx": None, "bf16": None}
     return {
@@ -96,7 +106,7 @@ def _cpu_facts(cpuinfo: dict[str, str]) -> dict[str, Any]:
         "avx2": "avx2" in flags,
         "avx512": _AVX512 <= flags,
         "amx": {"amx_tile", "amx_bf16"} <= flags,
-        "bf16": bool(_FAST_BF16 & flags),
+        "bf16": bool(_BF16.keys() & flags),
     }
 
 

@@ -141,8 +141,8 @@ class Run:
 
         Raises ConfigError for a damaged checkpoint or another run's, DigestMismatch where its table is not its own.
         """
+        where = described(path)
         try:
-            where = json.loads((path / "run.json").read_text())
             optimizer = torch.load(path / "optimizer.pt", weights_only=True)
             with safe_open(path / "dense.safetensors", framework="pt") as file:
                 table_id = (file.metadata() or {}).get("table_id")
@@ -232,6 +232,18 @@ def heldout_loss(model: LM, batches: Batches, dtype: str = "float32") -> float:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints below `folder`, oldest first."""
     return sorted(folder.glob("checkpoint-????????"))
+
+
+def described(checkpoint: Path) -> dict[str, Any]:
+    """What run.json says of a checkpoint's run. Raises ConfigError if it describes none."""
+    try:
+        where = json.loads((checkpoint / "run.json").read_text())
+        if not isinstance(where["config"]["dtype"], str):
+            raise TypeError(f"a dtype of {where['config']['dtype']!r}")
+        return where
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{checkpoint}: expected a checkpoint, found {found}") from None
 
 
 def autocast(dtype: str) -> AbstractContextManager[Any]:

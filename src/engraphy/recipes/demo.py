@@ -24,14 +24,14 @@ from rich.table import Table as RichTable
 
 from .. import __version__, _native
 from ..analysis import report as page
-from ..doctor import bf16_is_fast
-from ..errors import EngraphyError
+from ..errors import ConfigError, EngraphyError
 from ..lm import LM, Arm, NgramCounts
-from ..lm.loop import TrainConfig
+from ..lm.loop import TrainConfig, checkpoints, described
 from ..memory import EngramMemory
 from . import machine, measure
 from .arms import LABELS, ArmConfig, load, train_arms
 from .corpus import Corpus, CorpusConfig, prepare
+from .dtype import AUTO, DtypeChoice, check_dtype, choose_dtype
 from .progress import ArmProgress, curves
 
 ARMS = ("dense", "moe", "memory")
@@ -46,21 +46,39 @@ PROMPTS = ("Alexander the Great was", "The capital city of", "In the field of ma
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes of a demo. tokens: of training, for each arm. dtype: None = bfloat16 where this CPU is fast at it, else
-    float32. resume: continue the runs that `folder` holds."""
+    """Sizes of a demo. tokens: of training, for each arm. dtype: as `choose_dtype` takes it.
+    resume: continue the runs that `folder` holds, in the dtype that they have."""
 
     folder: Path
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokens: int = 1_000_000
     seed: int = 0
-    dtype: str | None = None
+    dtype: str = AUTO
     resume: bool = False
 
-    def arms(self) -> ArmConfig:
-        """Settings that all arms share."""
-        dtype = self.dtype or ("bfloat16" if bf16_is_fast() else "float32")
-        train = TrainConfig(self.tokens, dtype=dtype, heldout_every=100, checkpoint_every=200)
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+
+    def arms(self, dtype: DtypeChoice | None = None) -> ArmConfig:
+        """Settings that all arms share. dtype: `chosen_dtype`, where the caller has it."""
+        name = (dtype or self.chosen_dtype()).name
+        train = TrainConfig(self.tokens, dtype=name, heldout_every=100, checkpoint_every=200)
         return ArmConfig(train, self.seed)
+
+    def chosen_dtype(self) -> DtypeChoice:
+        """The dtype that all arms compute in. A run that is resumed keeps its own on any machine.
+
+        Raises ConfigError if another one is demanded, or if a checkpoint cannot be read.
+        """
+        found = [checkpoints(self.folder / name)[-1:] for name in ARMS] if self.resume else []
+        saved = next((path for paths in found for path in paths), None)
+        if saved is None:
+            return choose_dtype(self.dtype)
+        name = described(saved)["config"]["dtype"]
+        if self.dtype not in (AUTO, name):
+            raise ConfigError(f"{saved}: this run computes in {name}, found dtype {self.dtype!r}; "
+                              "resume it without a dtype, or choose another folder")
+        return DtypeChoice(name, "of the run that is resumed")
 
 
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
@@ -69,7 +87,9 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     Raises ConfigError where `folder` holds another run, DataUnavailable for text that cannot be had, EngraphyError
     where an arm fails.
     """
-    corpus_folder, arm_config = config.folder / "corpus", config.arms()
+    dtype = config.chosen_dtype()
+    corpus_folder, arm_config = config.folder / "corpus", config.arms(dtype)
+    console.print(dtype, soft_wrap=True, markup=False)
     with console.status(f"Preparing {config.corpus.data}: tokenizer, vocabulary map, token ids"):
         corpus = _corpus(corpus_folder, config.corpus)
     trained = sum(len(ids) for ids in corpus.training)

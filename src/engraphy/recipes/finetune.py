@@ -36,6 +36,7 @@ from ..system.signals import stopping, terminable
 from ..train import OptimizerPair, RowAdam, warmup_cosine
 from ..vocab import VocabMap
 from .adapt_arms import with_lora
+from .dtype import AUTO, DtypeChoice, check_dtype
 from .measure import mean_with_error
 from .pretrained import load_model, load_tokenizer, require_peft
 from .progress import ArmProgress
@@ -57,6 +58,7 @@ class FinetuneConfig:
     `EngramConfig.for_model` chooses where None, but no more rows than the text has tokens, since it has no more
     n-grams. batch, length: of a step. heldout: share of the documents not trained on. lora: rank of LoRA adapters that
     are trained together with the memory, at a tenth of its rate, and saved in `out`/adapter; None = the memory alone.
+    dtype: of the frozen model, as `choose_dtype` takes it; the memory is float32 while it trains.
     """
 
     model: str
@@ -71,8 +73,10 @@ class FinetuneConfig:
     heldout: float = 0.05
     seed: int = 0
     lora: int | None = None
+    dtype: str = AUTO
 
     def __post_init__(self) -> None:
+        check_dtype(self.dtype)
         if self.tokens is not None and self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -125,12 +129,13 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
     unseen = Batches(heldout, start, batch=config.batch, tokens=config.length, seed=None)
     tokens = sum(map(len, training))
     _say(console, f"{config.data}: {_documents_of(training)} to train on, {_documents_of(heldout)} held out")
-    model = load_model(config.model).requires_grad_(False)
+    model, dtype = load_model(config.model, config.dtype)
+    model.requires_grad_(False)
     if hasattr(model, "engraphy"):
         raise ConfigError(f"{config.model}: expected a model without a memory, found one saved with its memory")
     vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.get_text_config().vocab_size)
     memory_config = _memory_config(config, model, tokenizer, vocab, tokens)
-    _tell(model, memory_config, config.out, console)
+    _tell(model, dtype, memory_config, config.out, console)
     with console.status("Held-out loss without a memory"):
         before, owners = _losses(model, unseen)
     _say(console, f"held-out loss without a memory: {before.mean():.4f} nats a token")
@@ -226,12 +231,15 @@ def _memory_config(config: FinetuneConfig, model: Any, tokenizer: Any, vocab: Vo
     return EngramConfig.for_model(inner, config.layers, rows_per_head=rows, vocab_size=len(vocab), pad_id=pad)
 
 
-def _tell(model: Any, config: EngramConfig, out: Path, console: Console) -> None:
-    """Say what the memory takes. Raises ConfigError if it does not fit while it trains, WriteFailed if not on disk."""
+def _tell(model: Any, dtype: DtypeChoice, config: EngramConfig, out: Path,
+          console: Console) -> None:
+    """Say what the model is and what the memory takes. Raises ConfigError if it does not fit while
+    it trains, WriteFailed if not on disk."""
     takes, free = cost(config), free_memory()
     moments = 2 * config.table_parameters() * torch.float32.itemsize
-    _say(console, f"{type(model).__name__}: {model.num_parameters():,} parameters, frozen, "
-                  f"{str(model.dtype).removeprefix('torch.')} on {model.device}")
+    parameters = f"{model.num_parameters():,} parameters"
+    _say(console, f"{type(model).__name__}: {parameters}, frozen, on {model.device}")
+    _say(console, str(dtype))
     _say(console, f"memory in layers {list(config.hash.layer_ids)}: {takes}; {moments / 1e6:,.1f} MB more while it "
                   "trains")
     if free is not None and takes.table_bytes + moments > free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import ConfigError, InputError
 from ..hf import load
 from ..hf.hub import adapter_of, find_memory
 from ..memory import Trace
+from .dtype import AUTO, check_dtype
 from .pretrained import load_adapter, load_model, load_tokenizer
 
 _FAINT, _FULL = (237, 243, 251), (8, 69, 148)  # the ends of a layer's colour scale
@@ -53,7 +55,8 @@ class Generation:
 class GenerateConfig:
     """model: folder or hub name. memory: folder that `memory.save` or `finetune` wrote, or its name
     on the hub; adapters in it are loaded too. tokens: the most to generate. temperature: 0 = the
-    likeliest token each time, else samples drawn by `seed`."""
+    likeliest token each time, else samples drawn by `seed`. dtype: as `choose_dtype`
+    takes it."""
 
     model: str
     memory: str
@@ -61,8 +64,10 @@ class GenerateConfig:
     tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
+    dtype: str = AUTO
 
     def __post_init__(self) -> None:
+        check_dtype(self.dtype)
         if self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
         if not self.temperature >= 0:
@@ -70,14 +75,16 @@ class GenerateConfig:
 
 
 @torch.no_grad()
-def generate(config: GenerateConfig) -> Generation:
+def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: None) -> Generation:
     """Generate, then read the gates off one forward over prompt and text together.
 
+    say: is given the dtype that was chosen and why, as one line.
     Raises DataUnavailable for a model or tokenizer that is not there, DigestMismatch for a memory of another tokenizer,
     InputError for a prompt without tokens.
     """
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model)
+    model, dtype = load_model(config.model, config.dtype)
+    say(str(dtype))
     folder = find_memory(config.memory)
     if (adapter := adapter_of(folder)) is not None:
         model = load_adapter(model, adapter)

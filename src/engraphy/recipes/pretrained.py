@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .. import hf  # noqa: F401  registers the model type of a model saved with its memory
-from ..doctor import bf16_is_fast
 from ..errors import DataUnavailable, EngraphyError
 from ..lfs import refuse_pointer
+from .dtype import AUTO, DtypeChoice, choose_dtype
 
 
 def load_tokenizer(name: str) -> Any:
@@ -23,16 +23,26 @@ def load_tokenizer(name: str) -> Any:
     return _load(name, "a tokenizer beside the model", AutoTokenizer.from_pretrained)
 
 
-def load_model(name: str) -> Any:
-    """The model, on a GPU where there is one, in eval mode. Raises DataUnavailable where there is none.
+def load_model(name: str, dtype: str = AUTO) -> tuple[Any, DtypeChoice]:
+    """The model, on a GPU if there is one, in eval mode; and its dtype, whatever the file holds.
 
-    In bfloat16 on a GPU and on a CPU that is fast at it, else in float32, whatever the file holds.
+    Args:
+        name: a folder, or a name on the hub.
+        dtype: as `choose_dtype` takes it.
+
+    Raises:
+        DataUnavailable: there is no such model.
+        ConfigError: there is no such dtype.
     """
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" or bf16_is_fast() else torch.float32
-    model = _load(name, "a model", lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=dtype))
-    return model.to(device)
+    choice = choose_dtype(dtype, device)
+
+    def load(name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=choice.torch)
+
+    model = _load(name, "a model", load)
+    return model.to(device), choice
 
 
 def require_peft(what: str) -> Any:
