@@ -171,6 +171,23 @@ def test_where_the_system_does_not_tell_what_is_in_memory_mapped_rows_go_the_lon
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("residency", "expected"), [("auto", True), ("off", False)])
+def test_mapped_rows_are_asked_after_unless_that_is_switched_off(
+        tmp_path, native, monkeypatch, residency, expected):
+    memory = make_memory(SPECS["demo"])
+    memory.write_table(tmp_path / "table")
+    monkeypatch.setenv("ENGRAPHY_RESIDENCY", residency)
+    disk = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}?read=mmap")
+    assert all(store.tells_residency is expected for store in disk.stores.values())
+    rows = []
+    for served in (disk, memory):
+        state = served.state(1)
+        served.lookup(torch.tensor([[3, 4, 5]]), state)
+        rows.append(served.lookup(torch.tensor([[6]]), state).rows[1])
+    assert torch.equal(*rows) and native == [expected, True]
+
+
+@torch.no_grad()
 def test_rows_that_are_read_by_threads_go_the_long_way_and_a_table_loaded_anew_is_read(tmp_path, native):
     memory = make_memory(SPECS["demo"])
     memory.write_table(tmp_path / "table")

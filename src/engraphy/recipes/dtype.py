@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from ..doctor import bf16_instructions
 from ..errors import ConfigError
+from ..switches import DTYPE, switch
 
 AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16")
-VARIABLE = "ENGRAPHY_DTYPE"
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ class DtypeChoice:
         return f"{self.name}: {self.reason}"
 
 
-def check_dtype(demand: str, source: str = "dtype") -> str:
+def check_dtype(demand: str) -> str:
     """Returns `demand`. Raises ConfigError unless it is one of DTYPES."""
     if demand not in DTYPES:
-        raise ConfigError(f"{source}: expected one of {', '.join(DTYPES)}, found {demand!r}")
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {demand!r}")
     return demand
 
 
@@ -51,9 +50,9 @@ def choose_dtype(demand: str = AUTO, device: str = "cpu") -> DtypeChoice:
     """
     if check_dtype(demand) != AUTO:
         return DtypeChoice(demand, "given")
-    variable = check_dtype(os.environ.get(VARIABLE) or AUTO, VARIABLE)
+    variable = switch(DTYPE)
     if variable != AUTO:
-        return DtypeChoice(variable, f"{VARIABLE} is set")
+        return DtypeChoice(variable, f"{DTYPE[0]} is set")
     if device == "cuda":
         return DtypeChoice("bfloat16", "on a GPU")
     instructions = bf16_instructions()

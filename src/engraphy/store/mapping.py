@@ -24,6 +24,7 @@ import numpy as np
 
 from .. import _native
 from ..errors import ShardTruncated, StoreError
+from ..switches import RESIDENCY, switch
 
 PAGE = mmap.PAGESIZE
 _POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
@@ -36,7 +37,7 @@ class MappedFile:
 
     fd: is duplicated; the caller may close it. The memory is given back when the last array over it dies.
     tells_residency: whether mincore tells which pages are in memory. Linux tells it to those who own a file or may
-    write to it; to others it says that all are.
+    write to it; to others it says that all are. ENGRAPHY_RESIDENCY=off: it is not asked.
     Raises StoreError where the system refuses.
     """
 
@@ -51,7 +52,8 @@ class MappedFile:
         if writable:
             weakref.finalize(self, os.close, self.fd).atexit = False
         self._memory.madvise(mmap.MADV_RANDOM)
-        self.tells_residency = os.fstat(fd).st_uid == os.geteuid() or os.access(path, os.W_OK)
+        told = os.fstat(fd).st_uid == os.geteuid() or os.access(path, os.W_OK)
+        self.tells_residency = told and switch(RESIDENCY) == "auto"
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
         self._core = _native.core
         if self._core is not None:

@@ -8,11 +8,13 @@ import mmap
 import numpy as np
 
 from ..errors import ConfigError, StoreError
+from ..switches import HUGE_PAGES, switch
 from .base import MappedStore, StoreInfo
 
 
 class RamStore(MappedStore):
-    """`rows` rows of `row_bytes` bytes, zero at first, in private anonymous memory, on huge pages where there are any.
+    """`rows` rows of `row_bytes` bytes, zero at first, in private anonymous memory, on huge pages if
+    the kernel has any and ENGRAPHY_HUGE_PAGES is not "off".
 
     layer: only a label in `info`. Memory is taken as rows are touched. Raises ConfigError for sizes that cannot be
     meant, StoreError where the system refuses the mapping.
@@ -41,6 +43,7 @@ def zeros(rows: int, row_bytes: int) -> np.ndarray:
     except (OSError, OverflowError) as error:
         raise StoreError(f"the system refuses to map {rows} rows of {row_bytes} bytes = {size} bytes "
                          f"({error})") from error
+    advice = mmap.MADV_HUGEPAGE if switch(HUGE_PAGES) == "on" else mmap.MADV_NOHUGEPAGE
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(advice)
     return np.frombuffer(memory, np.uint8).reshape(rows, row_bytes)
