@@ -264,6 +264,7 @@ def test_one_layer_and_all_layers_and_a_given_buffer_agree(case):
 
 # --- the released numbers ---------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_demo_dialect_equals_the_papers_demo(deepseek):
     case = GOLDEN["paper-demo"]
     spec = HashSpec.demo((1, 15), (2, 3), 8, 646_400, 99_092, pad_id=2)

@@ -15,6 +15,8 @@ import pytest
 from engraphy import _native
 from engraphy.errors import ConfigError, NativeUnavailable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -393,6 +393,7 @@ for step in range(600):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_leaves_a_conversion_that_goes_on_and_never_a_wrong_table(tmp_path):
     source = write_v41(tmp_path / "c")
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", CRASHES, source, tmp_path], capture_output=True,
@@ -421,6 +422,7 @@ def test_a_kill_at_any_step_leaves_a_conversion_that_goes_on_and_never_a_wrong_t
 # Size.
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_table(tmp_path):
     """300 MB of rows may take 64 MB more than a few rows do."""
     code = """

@@ -128,6 +128,7 @@ def _version() -> str | None:
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_version() != "1.5.0", reason="simple-icd-10-cm 1.5.0 not installed")
 def test_the_real_classification_gives_the_known_documents():
     domains._icd.cache_clear()

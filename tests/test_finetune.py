@@ -123,6 +123,7 @@ def test_cost_is_told_before_training_and_the_result_is_in_the_card(config, data
     assert f"{12 * table / 1e6:,.1f} MB" not in told and f"{8 * table / 1e6:,.1f} MB more while it trains" in told
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_memory(config, tmp_path):
     rows, dense = [], []
     for seed in (0, 0, 1):

@@ -18,6 +18,8 @@ from hf_models import FAMILIES, all_in_float64, run_of
 from hf_modes import FORWARD, TEXT
 from packaging.version import Version
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-9
 ROUNDING = 1e-4  # what float32 parts of a model may cost; a mode that fails is beyond it
 FLOAT32 = 1e-3  # in float32, where the text is what counts

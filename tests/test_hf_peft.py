@@ -38,6 +38,7 @@ def kind(name: str) -> str:
     return "lora" if "lora_" in name else "memory" if "engraphy." in name else "backbone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["attached first", "attached last"])
 def test_adapter_and_memory_both_learn_and_the_backbone_does_not(order, tmp_path):
     model, memory = adapted(order)
@@ -189,6 +190,7 @@ def test_a_second_memory_through_a_peft_model_is_refused():
         attach_tiny(model)
 
 
+@pytest.mark.slow
 def test_training_of_adapter_and_memory_resumes_bit_for_bit_and_the_best_comes_back(tmp_path):
     ends = []
     for resume in (None, str(tmp_path / "checkpoint-2")):

@@ -124,9 +124,9 @@ def test_a_cache_that_carries_no_state_of_the_memory_is_refused(model):
 def test_continuous_batching_is_refused(model):
     """It hands pages of its own to the decoder, token by token."""
     with_memory(model)
-    options = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0, num_blocks=4,
-                               block_size=32, max_batch_tokens=32)
-    told = model.float().generate_batch([prompts()[0].tolist()], generation_config=options)
+    options = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    pages = tf.ContinuousBatchingConfig(num_blocks=4, block_size=32, max_batch_tokens=32)
+    told = model.float().generate_batch([prompts()[0].tolist()], options, pages)
     assert told and all("not generate_batch" in each.error for each in told.values())
 
 

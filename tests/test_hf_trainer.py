@@ -31,6 +31,8 @@ from engraphy.memory import RowGrad
 from engraphy.system import files
 from engraphy.train import OptimizerPair, RowAdagrad, RowAdam, weight_decay_groups
 
+pytestmark = pytest.mark.slow
+
 LONG = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, max_grad_norm=0.5)
 
 

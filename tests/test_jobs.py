@@ -12,6 +12,8 @@ import pytest
 from engraphy.errors import EngraphyError
 from engraphy.recipes.jobs import run_missing
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Named:

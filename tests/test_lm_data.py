@@ -85,6 +85,7 @@ def test_a_datasets_source_that_fails_or_is_not_installed_says_what_to_give_inst
 # --- split -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.text(max_size=3), min_size=2, max_size=40), st.integers(0, 3), st.randoms())
 def test_the_split_knows_neither_order_nor_repetition(texts, seed, random):

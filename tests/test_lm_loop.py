@@ -80,6 +80,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(with_memory, tmp_path, number, e
     assert_same(straight, resumed)
 
 
+@pytest.mark.slow
 def test_a_crash_after_a_checkpoint_loses_only_what_came_later(tmp_path):
     straight = make_run(checkpoint_every=3)
     train(straight, tmp_path / "straight")
@@ -120,6 +121,7 @@ def test_heldout_loss_is_the_mean_over_tokens_not_batches():
     assert heldout_loss(run.model.eval(), heldout) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_memory_learns_what_its_text_repeats():
     losses = {}
     for with_memory in (True, False):

@@ -26,6 +26,7 @@ def test_a_trained_tokenizer_has_the_size_asked_for_and_both_special_tokens_firs
     assert [TOKENIZER.id_to_token(index) for index in (0, 1)] == [END, PAD] and end_id(TOKENIZER) == 0
 
 
+@pytest.mark.slow
 def test_the_same_texts_give_the_same_tokenizer_in_another_process_on_one_thread():
     program = (f"from engraphy.lm import train_tokenizer; import sys; "
                f"sys.stdout.write(train_tokenizer({TEXTS!r}, 300).to_str())")

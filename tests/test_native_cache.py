@@ -194,6 +194,7 @@ def stamped(ids_N: np.ndarray, times_N: np.ndarray, words: int) -> np.ndarray:
     return np.tile(pair_N2, (1, words // 2))
 
 
+@pytest.mark.slow
 @every_level
 @pytest.mark.parametrize(("rows", "words", "sets"), [(64, 66, 2), (24, 512, 2), (2000, 32, 3)])
 def test_eight_readers_beside_a_writer_see_whole_rows_that_only_grow_newer(level, rows, words, sets):

@@ -117,6 +117,7 @@ def test_many_callers_share_the_threads(threads):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_children_forked_while_the_threads_work_have_threads_of_their_own(threads):
     threads(4)
     store, stop = RamStore(5000, 128), threading.Event()

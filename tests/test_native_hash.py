@@ -152,6 +152,7 @@ def test_kernel_equals_the_reference_with_any_options(level, data):
     np.testing.assert_array_equal(rows, case.expected(*arguments))
 
 
+@pytest.mark.slow
 @every_level
 @settings(max_examples=300)
 @given(data=st.data())

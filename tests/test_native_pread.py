@@ -172,6 +172,7 @@ def test_no_more_threads_are_started_than_are_allowed_and_they_end_with_the_stor
     assert open_fds() == fds
 
 
+@pytest.mark.slow
 def test_a_child_forked_while_others_read_has_threads_of_its_own(tmp_path):
     expected = sealed(tmp_path / "t", fmt_of("f32", 64), rows=2000)
     store, stop, ids = opened(tmp_path / "t", "read=pread&threads=5"), threading.Event(), np.arange(0, len(expected), 7)

@@ -425,6 +425,7 @@ def test_a_prefetcher_that_is_dropped_ends_its_thread_after_the_last_ticket():
     until(lambda: not threads())
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_while_rows_are_read_ends_in_peace():
     code = """
 import numpy as np

@@ -154,6 +154,7 @@ def killed_or_busy(name: str, *rest) -> None:
     rest[-1].put((name, "done", None))
 
 
+@pytest.mark.slow
 def test_a_killed_arm_is_named_while_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(arms, "_work", killed_or_busy)
     steps = []
@@ -192,6 +193,7 @@ def test_an_arm_learns(corpus):
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_text_to_report(text, tmp_path):
     command = ["demo", "--data", str(text), "--out", str(tmp_path / "run"), "--tokens", "4000", "--vocab", "300"]
     result = CliRunner().invoke(app, command)

@@ -16,6 +16,8 @@ from tiny_training import attach_tiny, rows_of, same, tiny_model, tiny_trainer, 
 from engraphy.errors import ConfigError
 from engraphy.train import OptimizerPair, replica_group
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

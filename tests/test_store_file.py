@@ -256,6 +256,7 @@ def test_a_truncated_shard_is_not_made_longer_by_writing_to_it(table, engine, re
         store.close()
 
 
+@pytest.mark.slow
 @every_engine
 def test_a_thousand_stores_leave_no_file_open_and_nothing_mapped(tmp_path, engine):
     path, expected = tmp_path / "table", sealed(tmp_path / "table")

@@ -205,6 +205,7 @@ def test_a_process_killed_halfway_leaves_no_pool_and_the_next_begins_anew(tmp_pa
     assert left_beside(tmp_path / "pool") == set()
 
 
+@pytest.mark.slow
 def test_processes_that_come_while_it_is_filled_wait_and_one_fills_it(tmp_path, source):
     first = filler(tmp_path / "pool", source[0], 2, "wait")
     assert first.stdout and first.stdout.readline().startswith("half")

@@ -176,6 +176,7 @@ for name, url in json.loads(sys.argv[1]).items():
 """
 
 
+@pytest.mark.slow
 def test_four_spawned_processes_read_every_row_of_every_store_that_has_a_url(tmp_path):
     urls = {}
     for name in BY_URL:

@@ -18,6 +18,8 @@ from engraphy.recipes.corpus import CorpusConfig, prepare
 from engraphy.recipes.study import RATES, Job, StudyConfig, run_job, run_queue, study
 from engraphy.recipes.tables import tables
 
+pytestmark = pytest.mark.slow
+
 CONFIG = StudyConfig(seeds=(0, 1, 2), tokens=4000, data="wiki")
 BEST = {"dense": 3e-3, "moe": 6e-3, "memory": 1e-2, "one-row": 6e-3}
 LEVEL = {"dense": 4.0, "moe": 3.9, "memory": 3.8, "one-row": 3.85}

@@ -664,6 +664,7 @@ def killed_in_training(tmp_path_factory) -> tuple[Table, list[Path]]:
     return base, kill_at_every_step(tmp_path, "train", base.path)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_of_training_leaves_the_old_table_the_new_one_or_one_that_says_unsealed(
         tmp_path, killed_in_training):
     base, paths = killed_in_training

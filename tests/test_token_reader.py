@@ -246,6 +246,7 @@ def test_neither_the_order_of_the_stores_nor_torchs_defaults_matter(native):
         assert torch.equal(found.rows[layer], expected.rows[layer])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_closed_table_is_let_go_of():
     memory = make_memory(SPECS["demo"])

@@ -49,6 +49,7 @@ def deepseek_map(deepseek) -> VocabMap:
 
 # --- the released map -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_deepseek_tokenizer_gives_the_production_constant(deepseek_map):
     assert deepseek_map.raw_size == 129_280
     assert len(deepseek_map) == 99_092
@@ -59,6 +60,7 @@ def test_the_deepseek_map_is_pinned(deepseek_map):
     assert deepseek_map.digest == "c60a86322ec17b4142bfef3c57a8d81fb428550cdf487f88a4320cb59fe46481"
 
 
+@pytest.mark.slow
 def test_the_deepseek_map_equals_one_made_with_the_standard_library(deepseek, deepseek_map):
     def key(text: str, token: str) -> str:
         if "\ufffd" in text:
