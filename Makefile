@@ -1,8 +1,13 @@
 # make demo   install into .venv and run `engraphy demo`
 # make test   install with the development tools, run all tests, print coverage
+# make quick  the tests that are not marked slow, in two minutes
+# make check  ruff, pyright and the import-direction test
 # make test-transformers VERSION=5.20.0
 #             what joins transformers, against another version of it
-# make check  ruff, pyright and the import-direction test
+# make test-levels
+#             what depends on the machine, under each instruction set and one and two threads
+# make valgrind
+#             the native kernels under memcheck; needs valgrind, and says so
 #
 # ENGRAPHY_REQUIRE_NATIVE=true demands the C++ core; without it a machine that cannot build it
 # gets a pure-Python installation.
@@ -26,25 +31,36 @@ $(EDITABLE) $(1) || { rm -rf build/native; exit 1; }
 @touch $@
 endef
 
-# The decoding matrix is timed twice over by the coverage's tracing and covers nothing that the others do not.
-MATRIX := tests/test_hf_matrix.py
+# Tracing for the coverage doubles the time of these two, which cover nothing that the others do not.
+UNTRACED := tests/test_hf_matrix.py tests/test_hf_training.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test test-transformers check clean
+.PHONY: demo test quick test-transformers test-levels valgrind check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
 	$(VENV)/bin/engraphy demo
 
 test: $(VENV)/installed-dev
-	$(PYTEST) --cov --cov-report=term:skip-covered --ignore $(MATRIX)
-	$(PYTEST) $(MATRIX)
+	$(PYTEST) --cov --cov-report=term:skip-covered $(UNTRACED:%=--ignore %)
+	$(PYTEST) $(UNTRACED)
+
+quick: $(VENV)/installed-dev
+	$(PYTEST) -m "not slow"
 
 test-transformers: $(VENV)/installed-dev
 	@test -n "$(VERSION)" || { echo "expected make test-transformers VERSION=5.20.0" >&2; exit 1; }
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
 		--target build/transformers-$(VERSION) "transformers==$(VERSION)"
 	PYTHONPATH=build/transformers-$(VERSION) $(PYTEST) $(wildcard tests/test_hf_*.py)
+
+test-levels: $(VENV)/installed-dev
+	$(PY) tests/levels.py
+
+valgrind: $(VENV)/installed-dev
+	@command -v valgrind >/dev/null || { echo "make valgrind: expected the program valgrind, found \
+	none; on Debian: apt-get install valgrind libc6-dbg" >&2; exit 2; }
+	$(PY) tests/memcheck.py
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

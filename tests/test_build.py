@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -101,3 +102,11 @@ def test_forcing_what_cannot_be_had_is_an_error_and_changes_nothing():
         with pytest.raises(NativeUnavailable, match=f"forced to '{level}'"), _native.forced(level):
             pass
     assert (_native.core, _native.reason) == before
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_target_that_needs_more_than_pip_says_what_is_missing_and_exits_with_2(tmp_path):
+    make = [shutil.which("make"), "--directory", str(ROOT), "--old-file=.venv/installed-dev", "valgrind"]
+    run = subprocess.run(make, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "expected the program valgrind, found none; on Debian: apt-get install" in run.stderr

@@ -53,7 +53,7 @@ def test_a_demand_is_met_or_refused_with_its_reason(demand, expected):
     assert imported == "imported"  # importing is never refused
     native = json.loads(printed)["native"]
     assert expected in native["reason"]
-    met = demand in (_native.core.levels() if _native.core else ())
+    met = demand in (_native._compiled.levels() if _native._compiled else ())
     assert (run.returncode, native["usable"], native["active"]) == ((0, True, True) if met else (1, False, False))
 
 
