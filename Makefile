@@ -31,7 +31,7 @@ $(EDITABLE) $(1) || { rm -rf build/native; exit 1; }
 @touch $@
 endef
 
-# Tracing for the coverage doubles the time of these two, which cover nothing that the others do not.
+# Tracing for the coverage doubles the time of these two, and they cover what the others do.
 UNTRACED := tests/test_hf_matrix.py tests/test_hf_training.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
