@@ -32,7 +32,7 @@ PATTERNS = (
     "test_build.py",
     "test_doctor.py",
     "test_dtype.py",
-    "test_switches.py",
+    "test_environment.py",
     "test_finetune.py",
     "test_generate.py",
     "test_hf_cache.py",

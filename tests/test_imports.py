@@ -20,7 +20,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # A module imports from its own row and from those above it; the parts of a row named in APART do not import each other.
 # "engraphy" is the package itself, engraphy/__init__.py.
 LAYERS = (
-    ("errors", "lfs", "switches", "system"),
+    ("errors", "environment", "lfs", "system"),
     ("spec", "dialects", "fields", "_native"),
     ("vocab", "address", "rows", "codecs", "rowinit", "table", "manifest", "shards", "headers",
      "checkpoint", "convert", "quantize", "inspection", "usage"),

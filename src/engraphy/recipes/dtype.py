@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ..doctor import bf16_instructions
+from ..environment import DTYPE, switch
 from ..errors import ConfigError
-from ..switches import DTYPE, switch
 
 AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engraphy import switches
+from engraphy import environment
 from engraphy.errors import ConfigError
 from engraphy.store import RamStore
 
-VARIABLES = [switches.HUGE_PAGES, switches.RESIDENCY, switches.DTYPE]
+VARIABLES = [environment.HUGE_PAGES, environment.RESIDENCY, environment.DTYPE]
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
@@ -19,15 +19,15 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 def test_a_variable_has_one_of_its_values_and_the_first_if_it_is_not_set(monkeypatch, variable):
     name, values = variable
     monkeypatch.delenv(name, raising=False)
-    assert switches.switch(variable) == values[0]
+    assert environment.switch(variable) == values[0]
     for value in values:
         monkeypatch.setenv(name, value)
-        assert switches.switch(variable) == value
+        assert environment.switch(variable) == value
     monkeypatch.setenv(name, "")
-    assert switches.switch(variable) == values[0]
+    assert environment.switch(variable) == values[0]
     monkeypatch.setenv(name, "perhaps")
     with pytest.raises(ConfigError, match=f"{name}: expected one of .* found 'perhaps'"):
-        switches.switch(variable)
+        environment.switch(variable)
 
 
 def flags_at(address: int) -> list[str]:
