@@ -47,7 +47,8 @@ def flags_at(address: int) -> list[str]:
 def test_rows_in_ram_lie_on_huge_pages_unless_that_is_switched_off(monkeypatch, value, flag):
     monkeypatch.setenv("ENGRAPHY_HUGE_PAGES", value)
     store = RamStore(100_000, 64)
-    address = store.shards[0].__array_interface__["data"][0]
-    assert set(flags_at(address)) & {"hg", "nh"} == {flag}
+    with store.reading() as shards:
+        address = shards[0].__array_interface__["data"][0]
+        assert set(flags_at(address)) & {"hg", "nh"} == {flag}
     store.scatter(np.arange(3), np.full((3, 64), 7, np.uint8))
     assert (store.gather(np.array([1, 50])) == [[7], [0]]).all()
