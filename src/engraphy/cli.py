@@ -56,6 +56,7 @@ def demo(
     tokens: int = typer.Option(1_000_000, help="Training tokens of each arm."),
     resume: bool = typer.Option(False, "--resume", help="Continue a run that was interrupted."),
     dtype: str = typer.Option("auto", help=_DTYPE),
+    threads: int | None = typer.Option(None, help="Threads of each model; by default a share of the CPUs."),
 ) -> None:
     """Train a dense model, a mixture of experts, and one with a memory; compare them and write a report."""
     from .recipes.corpus import CorpusConfig
@@ -65,7 +66,7 @@ def demo(
     with errors("continue with --resume"):
         corpus = CorpusConfig(data, tokenizer, vocab, seed=seed)
         folder = out or _run_folder(resume)
-        run_demo(DemoConfig(folder, corpus, tokens, seed, dtype, resume), Console())
+        run_demo(DemoConfig(folder, corpus, tokens, seed, dtype, resume, threads), Console())
 
 
 @app.command()

@@ -16,6 +16,11 @@ class Adapters:
         self._names: tuple[str, ...] = ()
         self._layers: list[Any] = []
 
+    @property
+    def present(self) -> bool:
+        """Whether there are any."""
+        return bool(getattr(self._model[0], "peft_config", None))
+
     def all_disabled(self) -> bool:
         """Whether there are adapters and all of their layers are off, as in `disable_adapter`.
 

@@ -281,6 +281,13 @@ class _Attachment:
                           stacklevel=3)
 
 
+def has_adapters(memory: EngramMemory) -> bool:
+    """Whether the model that a memory is attached to has PEFT's adapters."""
+    attachment = getattr(memory, "_attachment", None)
+    adapters = attachment.adapters if isinstance(attachment, _Attachment) else None
+    return adapters is not None and adapters.present
+
+
 def _make(model: nn.Module, config: EngramConfig, vocab: VocabMap | None, store: str | os.PathLike[str] | Table,
           row_format: RowFormat | str | None, std: float, seed: int, dtype: torch.dtype | None) -> EngramMemory:
     if vocab is None:

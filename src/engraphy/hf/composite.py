@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -27,7 +28,7 @@ from .. import saved
 from ..errors import ConfigError, DigestMismatch
 from ..memory import EngramMemory
 from ..system.files import check_folder, publish_folder, settle_modes, write_errors
-from .attach import attach
+from .attach import attach, has_adapters
 from .backbone import unwrapped
 from .card import saved_identity, write_card
 from .hub import FOLDER, download, upload
@@ -203,13 +204,17 @@ def push_to_hub(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB",
     """Upload a model and its attached memory as `save_pretrained` writes them, or an EngramMemory alone.
 
     The folder is written to a temporary place first, the table included. options: private, token, revision,
-    commit_message, commit_description, create_pr. Returns huggingface_hub's CommitInfo.
+    commit_message, commit_description, create_pr. Returns huggingface_hub's CommitInfo. PEFT's adapters beside a memory
+    are no part of it: a warning says so.
     Raises what `save_pretrained` and huggingface_hub raise.
     """
     inner: Any = unwrapped(model)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]
         if isinstance(model, EngramMemory):
+            if has_adapters(model):
+                warnings.warn("the memory is uploaded without the adapters of its model: push those too, or upload "
+                              "the folder that `engraphy finetune --lora` wrote", stacklevel=2)
             model.save(folder)
             write_card(folder, model, name=repo_id)
         else:

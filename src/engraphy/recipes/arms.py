@@ -94,8 +94,8 @@ def tuned_malloc() -> Iterator[None]:
 
 
 def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool,
-               report: Callable[[str, StepReport], None]) -> None:
-    """Train arms at the same time, in a process and with an equal share of the CPUs each.
+               report: Callable[[str, StepReport], None], threads: int | None = None) -> None:
+    """Train arms at the same time, in a process each, with `threads` threads; None = an equal share of the CPUs.
 
     Results do not depend on how many run beside each other, save by the number of threads. On Ctrl-C or SIGTERM, and
     where an arm fails, every arm writes a checkpoint first; on a second signal they are killed.
@@ -103,7 +103,8 @@ def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, fol
     """
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
-    threads = max(1, len(os.sched_getaffinity(0)) // len(names))
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // len(names))
     arguments = (corpus_folder, config, folder, resume, threads, told)
     workers = {name: context.Process(target=_work, args=(name, *arguments)) for name in names}
     with tuned_malloc():

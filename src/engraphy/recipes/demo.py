@@ -47,7 +47,8 @@ PROMPTS = ("Alexander the Great was", "The capital city of", "In the field of ma
 @dataclass(frozen=True)
 class DemoConfig:
     """Sizes of a demo. tokens: of training, for each arm. dtype: as `choose_dtype` takes it.
-    resume: continue the runs that `folder` holds, in the dtype that they have."""
+    resume: continue the runs that `folder` holds, in the dtype that they have. threads: of each arm; None = an equal
+    share of the CPUs."""
 
     folder: Path
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -55,9 +56,12 @@ class DemoConfig:
     seed: int = 0
     dtype: str = AUTO
     resume: bool = False
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads: expected 1 or more, found {self.threads}")
 
     def arms(self, dtype: DtypeChoice | None = None) -> ArmConfig:
         """Settings that all arms share. dtype: `chosen_dtype`, where the caller has it."""
@@ -96,7 +100,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     console.print(f"{escape(corpus.name)}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
                   f"{len(corpus.heldout):,} held out. Licence: {corpus.licence}")
     with ArmProgress(console, LABELS) as progress:
-        train_arms(ARMS, corpus_folder, arm_config, config.folder, config.resume, progress.step)
+        train_arms(ARMS, corpus_folder, arm_config, config.folder, config.resume, progress.step, config.threads)
     with console.status("Measuring: losses, gates, the table on disk"):
         loaded = {name: load(name, corpus, arm_config, config.folder) for name in ARMS}
         models = {name: model for name, (model, _) in loaded.items()}
