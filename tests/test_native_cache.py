@@ -372,6 +372,32 @@ def test_a_cache_closed_while_others_read_lets_them_finish():
     assert not wrong
 
 
+class Lying:
+    """A lock that says it is free while somebody holds it, as one of Python's does for a moment: a thread that waited
+    has it, and does not have the interpreter's yet. A fork at that moment leaves it so for ever."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.acquire, self.release = self.lock.acquire, self.lock.release
+        self.acquire()
+
+    def locked(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("which", ["sets", "writer"])
+def test_a_forked_child_waits_for_no_lock_that_a_lost_thread_has_just_got(which):
+    cache = CacheStore(Written(500, 66), 100_000)
+    before = cache._sets
+    if which == "sets":
+        cache._sets.lock = Lying()
+    else:
+        cache._writer = Lying()
+    cache._after_fork()
+    assert cache._sets is not before and cache._sets.lock.acquire(blocking=False)
+    assert cache._writer.acquire(blocking=False)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_forked_while_others_read_and_write_reads_the_right_rows(threads):
     threads(3)

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,6 +282,28 @@ def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path, monkey
         Table.open(tmp_path / "t", "w")
     writer.seal()
     assert not locked(tmp_path / "t")
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_was_writing(tmp_path):
+    table, inside, leave = create(tmp_path / "t"), threading.Event(), threading.Event()
+
+    def write() -> None:
+        with table.writing(LAYERS[0], [0]):
+            inside.set()
+            leave.wait()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    inside.wait()
+    child = fork()
+    if not child:
+        signal.alarm(30)
+        table.write_rows(LAYERS[0], 0, np.zeros((1, FMT.row_bytes), np.uint8))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    leave.set()
+    writer.join()
+    assert status == 0
 
 
 def test_a_forked_child_neither_unlocks_nor_removes_what_its_parent_holds(tmp_path):

@@ -60,6 +60,7 @@ class Table:
         self._gate = threading.RLock()  # no row is written while shards are hashed
         self._lock_fd = lock_fd
         self._owner = os.getpid()
+        _ALL.add(self)
         # A forked child that drops its copy must not unlock, so the finalizer only closes.
         self._drop_lock = weakref.finalize(self, _close, lock_fd)
         self._dirty = {shard.name for shard in dirty}
@@ -348,3 +349,14 @@ def _lock(directory: Path) -> int:
 def _close(fd: int | None) -> None:
     if fd is not None:
         os.close(fd)
+
+
+_ALL: weakref.WeakSet[Table] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for table in list(_ALL):
+        table._gate = threading.RLock()  # the thread that held it may not be in the child
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -79,7 +79,7 @@ class CacheStore(RowStore):
 
     def _after_fork(self) -> None:
         super()._after_fork()
-        if self._sets is not None and (self._sets.lock.locked() or self._writer.locked()):
+        if self._sets is not None and not (_is_free(self._sets.lock) and _is_free(self._writer)):
             self._make()  # a thread that is gone was half-way through a change
         self._writer = threading.Lock()
 
@@ -110,6 +110,15 @@ class CacheStore(RowStore):
                 written = True
             finally:
                 sets.write(ids_N, rows_NR if written else None)
+
+
+def _is_free(lock: threading.Lock) -> bool:
+    """Whether nobody holds a lock, found by taking it: `locked()` still says no where a thread that waited for the lock
+    has got it and not yet the interpreter's."""
+    if not lock.acquire(blocking=False):
+        return False
+    lock.release()
+    return True
 
 
 def parse_size(url: str, text: str) -> int:
