@@ -9,8 +9,8 @@
 //   e4m3 and f16 are widened as bits. Their subnormals are differences of two normal float32 numbers, so a mode that
 //   flushes subnormals does not change them, and a signalling NaN of f16 stays one, as in numpy's conversion (the F16C
 //   instructions would quiet it).
-//   Of a product of two NaNs numpy keeps the first, which is the code; which one comes first in compiled code is not
-//   ours to say. So where a scale is NaN there is no multiplication.
+//   Of a product of two NaNs the code's is kept; which one compiled code keeps is not ours to say. So if a scale is NaN
+//   there is no multiplication.
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
