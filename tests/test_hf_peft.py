@@ -125,7 +125,7 @@ def test_merging_keeps_the_memory_attached_and_the_output(order):
     with torch.no_grad():
         logits = model(IDS_BT).logits
         merged = model.merge_and_unload()
-        assert merged.engraphy is memory and not hasattr(merged, "peft_config")
+        assert merged.engraphy is memory and not any("lora" in name for name, _ in merged.named_modules())
         torch.testing.assert_close(merged(IDS_BT).logits, logits, rtol=0, atol=1e-4)
         assert torch.equal(merged.generate(IDS_BT[:1], max_new_tokens=6, do_sample=False), expected)
         engraphy.detach(merged)
