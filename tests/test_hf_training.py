@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import numpy as np
@@ -106,6 +107,8 @@ def test_layers_compiled_to_machine_code_are_as_near_as_the_bare_ones():
         with compiled_layers(model, backend="inductor"):
             found.append(far(clean(model, ids), expected))
     bare, with_a_memory = found
+    if math.isnan(bare):  # seen with ATEN_CPU_CAPABILITY=avx2 on a CPU with AVX-512
+        pytest.skip("what torch compiles of the bare model gives NaN here")
     assert with_a_memory <= 10 * bare <= 1e-4
 
 
