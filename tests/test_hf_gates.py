@@ -11,6 +11,8 @@ from transformers import Trainer, TrainerCallback
 from engraphy import Trace
 from engraphy.hf import GateCallback, trainer_kwargs
 
+pytestmark = pytest.mark.slow
+
 GATES = ["engraphy/gate_layer_1", "engraphy/gate_layer_2"]
 ROWS = ["engraphy/rows_layer_1", "engraphy/rows_layer_2"]
 

@@ -72,6 +72,7 @@ model.save_pretrained(out + "-again")
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_its_code(saved, model, python,
                                                                                         tmp_path):
     ran = python(LOADED, saved, tmp_path / "logits")
@@ -84,6 +85,7 @@ def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_
     assert kept["saved"] == kept["again"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", [None, False])
 def test_without_trust_transformers_names_the_way_out_and_so_does_the_card(saved, python, trust):
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code="
@@ -92,6 +94,7 @@ def test_without_trust_transformers_names_the_way_out_and_so_does_the_card(saved
     assert "trust_remote_code=True" in (saved / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_the_package_the_error_says_what_to_install(saved, python):
     ran = python("import sys; sys.modules['engraphy'] = None; import transformers as t; "
                  "t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)", saved)

@@ -21,6 +21,8 @@ from engraphy.errors import ConfigError
 from engraphy.hf import MemoryAdamW, trainer_kwargs, trainer_optimizers
 from engraphy.train import RowAdagrad
 
+pytestmark = pytest.mark.slow
+
 LONG = dict(save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, max_grad_norm=0.5)
 
 

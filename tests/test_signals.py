@@ -20,6 +20,8 @@ from engraphy import cli
 from engraphy.system.signals import Terminated, exit_code, stopping, terminable
 from engraphy.terminal import errors
 
+pytestmark = pytest.mark.slow
+
 BOTH = pytest.mark.parametrize("number, error, code", [(signal.SIGINT, KeyboardInterrupt, 130),
                                                        (signal.SIGTERM, Terminated, 143)], ids=["int", "term"])
 
