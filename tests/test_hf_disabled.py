@@ -220,8 +220,10 @@ def test_transformers_own_way_of_disabling_adapters_reaches_it_too():
     model, _, without, with_it = attached()
     try:
         model.add_adapter(lora())
-    except ValueError as error:  # 5.24 asks for a PEFT that is not out yet
-        pytest.skip(str(error))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))  # transformers 5.24 asks for a PEFT that is not out yet
     model.disable_adapters()
     assert torch.equal(logits(model), without)
     model.enable_adapters()

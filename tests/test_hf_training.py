@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 
 import numpy as np
@@ -107,8 +108,8 @@ def test_layers_compiled_to_machine_code_are_as_near_as_the_bare_ones():
         with compiled_layers(model, backend="inductor"):
             found.append(far(clean(model, ids), expected))
     bare, with_a_memory = found
-    if math.isnan(bare):  # seen with ATEN_CPU_CAPABILITY=avx2 on a CPU with AVX-512
-        pytest.skip("what torch compiles of the bare model gives NaN here")
+    if math.isnan(bare) and "ATEN_CPU_CAPABILITY" in os.environ:  # seen with avx2 on a CPU with AVX-512
+        pytest.skip("with this ATEN_CPU_CAPABILITY what torch compiles of the bare model gives NaN")
     assert with_a_memory <= 10 * bare <= 1e-4
 
 

@@ -20,8 +20,7 @@ from .warming import Warmed, warm
 
 __all__ = ["CacheStore", "FileStore", "MappedStore", "PoolStore", "PreadStore", "RamStore", "ReloadableStore",
            "RowStore", "StoreInfo", "StoreStats", "Warmed", "copy_rows", "follow", "names_of", "open_checkpoint",
-           "open_pool", "open_store",
-           "reload_layers", "warm", "write_layer"]
+           "open_pool", "open_store", "reload_layers", "warm", "write_layer"]
 
 
 def open_store(url: str | os.PathLike[str], layer: int | None = None, rows: int | None = None,
