@@ -32,7 +32,7 @@ $(EDITABLE) $(1) || { rm -rf build/native; exit 1; }
 endef
 
 # Tracing for the coverage doubles the time of these two, and they cover what the others do.
-UNTRACED := tests/test_hf_matrix.py tests/test_hf_training.py
+UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 .PHONY: demo test quick test-transformers test-levels valgrind check clean
@@ -52,15 +52,15 @@ test-transformers: $(VENV)/installed-dev
 	@test -n "$(VERSION)" || { echo "expected make test-transformers VERSION=5.20.0" >&2; exit 1; }
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
 		--target build/transformers-$(VERSION) "transformers==$(VERSION)"
-	PYTHONPATH=build/transformers-$(VERSION) $(PYTEST) $(wildcard tests/test_hf_*.py)
+	PYTHONPATH=build/transformers-$(VERSION) $(PYTEST) tests/hf
 
 test-levels: $(VENV)/installed-dev
-	$(PY) tests/levels.py
+	$(PY) -m tests.tools.levels
 
 valgrind: $(VENV)/installed-dev
 	@command -v valgrind >/dev/null || { echo "make valgrind: expected the program valgrind, found \
 	none; on Debian: apt-get install valgrind libc6-dbg" >&2; exit 2; }
-	$(PY) tests/memcheck.py
+	$(PY) -m tests.tools.memcheck
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import numpy as np
 
 from engraphy import _native
-from engraphy.address import Addresser
+from engraphy.addresses.addresser import Addresser
+from engraphy.addresses.vocab import VocabMap
 from engraphy.spec import HashSpec
-from engraphy.vocab import VocabMap
 
 BATCH, TOKENS, RAW_IDS, COMPRESSED_IDS = 8, 2048, 129_280, 99_092
 CALLS = 200  # single tokens in a row, per turn

@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from engraphy.address import Addresser
-from engraphy.lm.tokens import encode
-from engraphy.lm.wiki import wiki_texts
+from engraphy.addresses.addresser import Addresser
+from engraphy.addresses.vocab import VocabMap
+from engraphy.data.tokens import encode
+from engraphy.data.wiki import wiki_texts
 from engraphy.spec import HashSpec
 from engraphy.store import RamStore
 from engraphy.store.cache import CacheStore
-from engraphy.vocab import VocabMap
 
 LAYERS, HEADS, ORDERS, ROW_BYTES, NOTED = 2, 8, 3, 264, 12
 COLUMNS = [order * HEADS for order in range(ORDERS)]

@@ -35,13 +35,13 @@ import numpy as np
 from damages import BEFORE, ROWS, SERVED, Damage, Specimen
 
 from engraphy import _native
+from engraphy.addresses.vocab import VocabMap
 from engraphy.errors import EngraphyError
-from engraphy.prefetch import Prefetcher
+from engraphy.memory.prefetch import Prefetcher
 from engraphy.rows import RowFormat, read
 from engraphy.spec import EngramConfig, HashSpec, LayerSpec
 from engraphy.store import RowStore, open_store
 from engraphy.table import Table
-from engraphy.vocab import VocabMap
 
 OUTCOMES = ("error at opening", "error at reading", "right rows", "served until verified", "WRONG ROWS",
             "unnamed error", "process died")

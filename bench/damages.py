@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engraphy.rows import RowFormat
-from engraphy.shards import HEADER_BYTES
+from engraphy.table.shards import HEADER_BYTES
 
 MANIFEST = "engram.json"
 Rng = np.random.Generator

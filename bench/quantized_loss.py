@@ -24,15 +24,17 @@ from typing import Any
 
 import torch
 
-from engraphy.codecs import CODECS
-from engraphy.lm import LM, NgramCounts, demo_config, three_arms
+from engraphy.data.corpus import Corpus, CorpusConfig, prepare
+from engraphy.eval import losses as measure
+from engraphy.eval.bands import NgramCounts
+from engraphy.lm import LM, demo_config, three_arms
 from engraphy.lm.loop import Run, TrainConfig
 from engraphy.memory import EngramMemory
-from engraphy.quantize import Difference, quantize
-from engraphy.recipes import machine, measure
-from engraphy.recipes.arms import MALLOC, ArmConfig
-from engraphy.recipes.corpus import Corpus, CorpusConfig, prepare
+from engraphy.recipes.studies.demo_arms import MALLOC, ArmConfig
+from engraphy.rows.codecs import CODECS
+from engraphy.system import cpu, provenance
 from engraphy.table import Table
+from engraphy.table.quantize import Difference, quantize
 
 KINDS = ("bf16", "fp8", "int8", "int4")
 
@@ -127,8 +129,8 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({
             "tokens": options.tokens, "data": corpus.name, "heldout_tokens": heldout,
-            "heldout_documents": len(corpus.heldout), "seed": options.seed, "cpu": machine.cpu(),
-            "commit": machine.commit(), "torch": torch.__version__, "tables": told}, indent=1) + "\n")
+            "heldout_documents": len(corpus.heldout), "seed": options.seed, "cpu": cpu.name(),
+            "commit": provenance.commit(), "torch": torch.__version__, "tables": told}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

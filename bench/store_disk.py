@@ -19,8 +19,8 @@ from store_ram import LIMIT, probes, use_threads
 from turns import Result, Variant, best, best_first, rows_a_second, threads_in_words
 
 from engraphy import EngramConfig, HashSpec, LayerSpec, RowFormat, Table, VocabMap
-from engraphy.shards import HEADER_BYTES
 from engraphy.store import RowStore, open_store
+from engraphy.table.shards import HEADER_BYTES
 
 ROW_BYTES = 256  # a divisor of the header: what has no header reads the very same files
 PEER, PEER_VERSION = "engramdb", "0.3.0"

@@ -20,9 +20,9 @@ from store_disk import ROW_BYTES, OnDisk
 from store_ram import LIMIT, use_threads
 from turns import Result, Variant, best_first, rows_a_second
 
-from engraphy.shards import HEADER_BYTES
 from engraphy.store import CacheStore, RowStore, open_store
 from engraphy.store.sets import WAYS, set_bytes
+from engraphy.table.shards import HEADER_BYTES
 
 COUNTS = (1, 2, 4, 8)
 HOT, CALL, ORDERS = 16_384, 1024, 8  # rows; rows a call; calls of a reader until its ids come again

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import engraphy
 from engraphy import EngramConfig, Trace, VocabMap
+from engraphy.data.tokens import train_tokenizer
 from engraphy.hf import cost
-from engraphy.lm import train_tokenizer
 from engraphy.train import OptimizerPair, RowAdam, warmup_cosine
 
 STEPS, ROWS, LENGTH = 30, 8, 128

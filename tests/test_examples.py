@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from tiny_model import lives, write_model
+
+from tests.tools.paths import ROOT
+from tests.tools.tiny_model import lives, write_model
 
 pytestmark = pytest.mark.slow
 
-FOLDER = Path(__file__).parent.parent / "examples"
+FOLDER = ROOT / "examples"
 PROMISES = {"addresses.py": "has the same rows: True", "attach.py": "loaded, equal bit for bit: True",
             "decode.py": "largest difference: ", "train_and_serve.py": "equal bit for bit: True"}
 

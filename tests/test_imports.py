@@ -1,7 +1,7 @@
-"""Imports point one way, and what is optional is imported only where it is needed.
+"""Imports point one way, in five wings, and what is optional is imported only where it is needed.
 
-Every file under src/engraphy is looked at, imports inside functions too. A new top-level module has to be given its
-place in LAYERS, or its test fails.
+Every file under src/engraphy is looked at, imports inside functions too. A new folder has to be
+given its place in WINGS, or its test fails.
 """
 
 from __future__ import annotations
@@ -14,48 +14,65 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "src" / "engraphy"
+from tests.tools.paths import ROOT
+
+PACKAGE = ROOT / "src" / "engraphy"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
-# A module imports from its own row and from those above it; the parts of a row named in APART do not import each other.
+# A folder imports from itself, from folders before it in its wing, and from earlier wings.
 # "engraphy" is the package itself, engraphy/__init__.py.
-LAYERS = (
-    ("errors", "environment", "lfs", "system"),
-    ("spec", "dialects", "fields", "_native"),
-    ("vocab", "address", "rows", "codecs", "rowinit", "table", "manifest", "shards", "headers",
-     "checkpoint", "convert", "quantize", "inspection", "usage"),
-    ("store",),
-    ("buffers", "prefetch", "metrics", "layer", "past", "state"),
-    ("memory", "saved", "token_reader", "lookup", "grads", "group", "identity", "switch", "tracing"),
-    ("train",),
-    ("lm", "hf", "analysis", "vision"),
-    ("engraphy",),
-    ("recipes", "doctor"),
-    ("cli", "table_cli", "terminal"),
-)
-APART = {"lm", "hf", "analysis", "vision"}
-WITHOUT_TORCH = {name for layer in LAYERS[:4] for name in layer}
-EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers", "typer", "rich"}
-OPTIONAL = {
-    "transformers": {"hf", "recipes"},
+WINGS = {
+    "core": (
+        "errors",
+        "system",
+        "_native",
+        "spec",
+        "addresses",
+        "rows",
+        "table",
+        "released",
+        "store",
+    ),
+    "model": ("fusion", "memory", "train"),
+    "hosts": ("hf", "engines", "vision", "edit"),
+    "research": ("data", "lm", "eval", "analysis", "report"),
+    "commands": ("engraphy", "plan", "recipes", "cli"),
+}
+ORDER = [folder for wing in WINGS.values() for folder in wing]
+# Folders that know nothing of these: addresses, rows and fusion of each other, nor fusion of any
+# store; hosts of other hosts; research of hosts.
+APART = {
+    "rows": {"addresses"},
+    "fusion": {"addresses", "rows", "table", "released", "store"},
+    **{host: set(WINGS["hosts"]) - {host} for host in WINGS["hosts"]},
+    **{folder: set(WINGS["hosts"]) for folder in WINGS["research"]},
+}
+EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers"}
+OPTIONAL = {  # package: the folders that may import it
+    "transformers": {"hf", "recipes", "data"},
     "huggingface_hub": {"hf"},
-    "peft": {"recipes"},
+    "peft": {"hf", "recipes"},
     "diffusers": {"vision"},
-    "lm_eval": {"hf", "recipes"},
-    "matplotlib": {"analysis", "recipes"},
-    "triton": {"layer"},
+    "lm_eval": {"eval"},
+    "matplotlib": {"report"},
+    "triton": {"fusion"},
+    "typer": {"cli"},
+    "rich": {"cli", "memory", "recipes"},
 }
 
 
-def unit(file: Path) -> str:
-    """The top-level module a file belongs to."""
+def folder_of(file: Path) -> str:
+    """The folder or module under engraphy that a file belongs to."""
     if len(file.parts) > 1:
         return file.parts[0]
     return "engraphy" if file.stem == "__init__" else file.stem
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Dotted names of the modules that a file imports; of `from . import name`, the package's name with it."""
+    """Dotted names of the modules that a file imports.
+
+    Of `from . import name`, the name of the package with it.
+    """
     package = ("engraphy", *file.parts[:-1])
     for node in ast.walk(ast.parse((PACKAGE / file).read_text(), str(file))):
         if isinstance(node, ast.Import):
@@ -63,42 +80,51 @@ def imported(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join((*above, *(node.module or "").split("."))).strip(".")
-            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "engraphy" else (module,)
+            if module == "engraphy":
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+            else:
+                yield module
 
 
-def own_units(file: Path) -> set[str]:
-    """A name that `engraphy` has and that is no module counts as the package itself."""
-    parts = (name.split(".") for name in imported(file))
-    modules = {part[1] for part in parts if part[0] == "engraphy" and len(part) > 1}
-    known = {name for layer in LAYERS for name in layer} | {unit(file) for file in FILES}
-    return {name if name in known else "engraphy" for name in modules} - {unit(file)}
+def own_folders(file: Path) -> set[str]:
+    """Folders that a file imports. A name of `engraphy` that is no folder counts as the package."""
+    parts = [name.split(".") for name in imported(file)]
+    names = {part[1] for part in parts if part[0] == "engraphy" and len(part) > 1}
+    known = {*ORDER, *(folder_of(file) for file in FILES)}
+    return {name if name in known else "engraphy" for name in names} - {folder_of(file)}
 
 
-def depth(name: str) -> int:
-    for index, layer in enumerate(LAYERS):
-        if name in layer:
-            return index
-    pytest.fail(f"{name} has no place in LAYERS of {Path(__file__).name}; give it one")
+def place(folder: str) -> int:
+    if folder not in ORDER:
+        pytest.fail(f"{folder} has no place in WINGS of {Path(__file__).name}; give it one")
+    return ORDER.index(folder)
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_imports_point_one_way(file):
-    here = unit(file)
-    for there in own_units(file):
-        assert depth(there) <= depth(here), f"{file} imports {there}, which lies above it"
-        assert not {here, there} <= APART, f"{file} imports {there}; {sorted(APART)} do not import each other"
+    here = folder_of(file)
+    for there in own_folders(file):
+        assert place(there) < place(here), f"{file} imports {there}, which comes after {here}"
+        assert there not in APART.get(here, ()), f"{file} imports {there}; {here} must not know it"
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_foreign_packages_are_imported_only_where_they_may_be(file):
-    here = unit(file)
-    depth(here)
-    for name in {name.split(".")[0] for name in imported(file)} - {"engraphy", "__future__"} - sys.stdlib_module_names:
+    here = folder_of(file)
+    names = {name.split(".")[0] for name in imported(file)}
+    for name in names - {"engraphy", "__future__"} - sys.stdlib_module_names:
         assert name in EVERYWHERE or here in OPTIONAL.get(name, ()), f"{file} imports {name}"
-        assert name != "torch" or here not in WITHOUT_TORCH, f"{file} imports torch; up to store there is numpy only"
+        assert name != "torch" or here not in WINGS["core"], f"{file} imports torch; core is numpy"
+
+
+def test_the_top_holds_folders_and_nothing_else():
+    files = {file.name for file in FILES if len(file.parts) == 1}
+    assert files == {"__init__.py", "errors.py"}
+    assert {folder_of(file) for file in FILES} <= set(ORDER)
 
 
 def test_importing_engraphy_needs_no_torch_and_nothing_optional():
     code = "import sys, engraphy; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert not set(run.stdout.split()) & {"torch", *OPTIONAL}

@@ -10,26 +10,31 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .address import Addresser
+from .addresses.addresser import Addresser
+from .addresses.vocab import VocabMap
 from .errors import EngraphyError
-from .rows import RowFormat
-from .spec import EngramConfig, HashSpec, LayerSpec
+from .rows.format import RowFormat
+from .spec.config import EngramConfig
+from .spec.hash import HashSpec
+from .spec.layer import LayerSpec
 from .store import RowStore, open_store
-from .table import Table
-from .vocab import VocabMap
+from .system import moved
+from .table.table import Table
 
 if TYPE_CHECKING:
+    from .fusion.layer import EngramLayer
     from .hf import attach, detach, load
-    from .layer import EngramLayer
-    from .memory import EngramMemory, Lookup, Trace
-    from .state import SequenceState
+    from .memory.memory import EngramMemory, Lookup, Trace
+    from .memory.state import SequenceState
 
 __version__ = "0.1.0"
 __all__ = ["Addresser", "EngramConfig", "EngramLayer", "EngramMemory", "EngraphyError", "HashSpec", "LayerSpec",
            "Lookup", "RowFormat", "RowStore", "SequenceState", "Table", "Trace", "VocabMap", "attach", "detach", "load",
            "open_store"]
-_WITH_TORCH = {"EngramLayer": ".layer", "EngramMemory": ".memory", "Lookup": ".memory", "Trace": ".memory",
-               "SequenceState": ".state", "attach": ".hf", "detach": ".hf", "load": ".hf"}
+_WITH_TORCH = {"EngramLayer": ".fusion", "EngramMemory": ".memory", "Lookup": ".memory", "Trace": ".memory",
+               "SequenceState": ".memory", "attach": ".hf", "detach": ".hf", "load": ".hf"}
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

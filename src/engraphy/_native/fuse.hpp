@@ -1,5 +1,5 @@
 // The fusion layer for one token of each of a few sequences: what the kernel reads. The plain version in
-// engraphy/layer.py is its specification, up to the order of sums.
+// engraphy/fusion/layer.py is its specification, up to the order of sums.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// Row addresses of hashed n-grams: what the kernel reads. The plain version in engraphy/address.py is its
+// Row addresses of hashed n-grams: what the kernel reads. The plain version in engraphy/addresses/addresser.py is its
 // specification, apart from the error report, which is described here.
 #pragma once
 

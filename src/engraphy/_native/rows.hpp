@@ -1,4 +1,4 @@
-// Rows of mapped memory as numbers: what the kernel reads. The plain versions in engraphy/rows.py and codecs.py are its
+// Rows of mapped memory as numbers: what the kernel reads. The plain versions in engraphy/rows are its
 // specification, bit for bit.
 #pragma once
 

@@ -1,5 +1,5 @@
 // One token of each of a few sequences, looked up in all layers by one call: addresses, rows, and the ids' place in
-// what the sequences' state keeps. engraphy/address.py, rows.py and past.py are the plain version of its three steps.
+// what the sequences' state keeps. addresses/addresser.py, rows/read.py and memory/past.py are the plain version of its three steps.
 #include "bind.hpp"
 
 #include <sys/mman.h>

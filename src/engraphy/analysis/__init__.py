@@ -1,1 +1,1 @@
-"""What a memory has learned and what it is worth: probes of a model, and the pages that show them."""
+"""What a memory has learned, in numbers."""

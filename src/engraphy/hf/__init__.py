@@ -13,7 +13,13 @@ from .card import card, write_card
 from .composite import EngraphyConfig, push_to_hub, save_pretrained
 
 if TYPE_CHECKING:
-    from .trainer import GateCallback, MemoryAdamW, MemoryCallback, trainer_kwargs, trainer_optimizers
+    from .trainer import (
+        GateCallback,
+        MemoryAdamW,
+        MemoryCallback,
+        trainer_kwargs,
+        trainer_optimizers,
+    )
 
 __all__ = ["Cost", "EngraphyConfig", "GateCallback", "MemoryAdamW", "MemoryCallback", "attach", "card", "cost",
            "detach", "load", "push_to_hub", "save_pretrained", "trainer_kwargs", "trainer_optimizers", "write_card"]

@@ -18,20 +18,20 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from ..addresses.vocab import VocabMap
 from ..errors import ConfigError, DigestMismatch, InputError
-from ..memory import EngramMemory, Lookup
-from ..rows import RowFormat
-from ..spec import EngramConfig
+from ..memory.memory import EngramMemory, Lookup
+from ..memory.tracing import REASON, refuse_tracing
+from ..rows.format import RowFormat
+from ..spec.config import EngramConfig
 from ..system.machine import VARIABLE, free_memory
-from ..table import Table
-from ..tracing import REASON, refuse_tracing
-from ..vocab import VocabMap
+from ..table.table import Table
 from .adapters import Adapters
 from .backbone import Backbone, find_backbone, find_dtype, same_device, unwrapped
 from .batch import read_batch
 from .cache import cached_state, ready_state, reserve, tokens_seen
 from .hub import find_memory, warn_without_adapter
-from .probe import check_joins
+from .joins import check_joins
 from .versions import check_version, rename_cache
 
 _uncompiled: Any = torch.compiler.disable(reason=REASON)  # its own type hides what it decorates

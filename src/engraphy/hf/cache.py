@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from ..errors import InputError
-from ..memory import EngramMemory
-from ..state import SequenceState
+from ..memory.memory import EngramMemory
+from ..memory.state import SequenceState
 from .versions import PAGES
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..lfs import refuse_pointer
-from ..memory import EngramMemory
+from ..memory.memory import EngramMemory
 from ..system.files import write_file
+from ..system.lfs import refuse_pointer
 from .hub import adapter_of
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

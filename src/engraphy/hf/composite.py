@@ -24,9 +24,9 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .. import saved
 from ..errors import ConfigError, DigestMismatch
-from ..memory import EngramMemory
+from ..memory import saved
+from ..memory.memory import EngramMemory
 from ..system.files import check_folder, publish_folder, settle_modes, write_errors
 from .attach import attach, has_adapters
 from .backbone import unwrapped

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..memory import EngramMemory
+from ..memory.memory import EngramMemory
 
 _uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
 

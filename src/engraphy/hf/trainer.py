@@ -25,11 +25,18 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .. import saved
 from ..errors import ConfigError
-from ..memory import EngramMemory
+from ..memory import saved
+from ..memory.memory import EngramMemory
 from ..system.files import check_folder, publish_folder, put_folder
-from ..train import RowAdam, RowOptimizer, clip_together, drain_mean, replica_group, weight_decay_groups
+from ..train import (
+    RowAdam,
+    RowOptimizer,
+    clip_together,
+    drain_mean,
+    replica_group,
+    weight_decay_groups,
+)
 from .backbone import unwrapped
 from .gates import GateCallback
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import ConfigError
-from ..spec import EngramConfig, HashSpec, LayerSpec
+from ..spec.config import EngramConfig
+from ..spec.hash import HashSpec
+from ..spec.layer import LayerSpec
 from .model import LM, LMConfig
 from .moe import MoE
 

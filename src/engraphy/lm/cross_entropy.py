@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""Target of a position that has none."""
+from ..data.packing import IGNORED
+
 _CHUNK = 256
 
 

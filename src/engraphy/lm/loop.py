@@ -23,12 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..data.packing import Batches
 from ..errors import ConfigError, DigestMismatch
-from ..lfs import refuse_pointer
 from ..system.files import make_folder, publish_folder, write_errors, write_file
+from ..system.lfs import refuse_pointer
 from ..system.signals import stopping
 from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
-from .data import Batches
 from .model import LM
 
 

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.packing import IGNORED
 from ..errors import ConfigError, InputError
-from .cross_entropy import IGNORED, mean_cross_entropy, token_cross_entropy
+from .cross_entropy import mean_cross_entropy, token_cross_entropy
 from .moe import MoE, SwiGLU, compute_dtype
 
 if TYPE_CHECKING:
-    from ..memory import EngramMemory, Trace
+    from ..memory.memory import EngramMemory, Trace
 
 @dataclass(frozen=True)
 class LMConfig:

@@ -23,16 +23,19 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from .. import __version__, _native
-from ..analysis import report as page
+from ..analysis.gates import gates_by_bucket, gates_of_sentences
+from ..data.corpus import Corpus, CorpusConfig, prepare
 from ..errors import ConfigError, EngraphyError
-from ..lm import LM, Arm, NgramCounts
+from ..eval import losses as measure
+from ..eval.bands import NgramCounts
+from ..lm import LM, Arm
 from ..lm.loop import TrainConfig, checkpoints, described
-from ..memory import EngramMemory
-from . import machine, measure
-from .arms import LABELS, ArmConfig, load, train_arms
-from .corpus import Corpus, CorpusConfig, prepare
-from .dtype import AUTO, DtypeChoice, check_dtype, choose_dtype
+from ..memory.memory import EngramMemory
+from ..report import page
+from ..system import cpu, provenance
+from ..train.dtype import AUTO, DtypeChoice, check_dtype, choose_dtype
 from .progress import ArmProgress, curves
+from .studies.demo_arms import LABELS, ArmConfig, load, train_arms
 
 ARMS = ("dense", "moe", "memory")
 SENTENCES = (
@@ -160,7 +163,7 @@ def _corpus(folder: Path, config: CorpusConfig) -> Corpus:
 
 
 def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus, steps: int) -> dict[str, Any]:
-    train, commit = arms.train, machine.commit()
+    train, commit = arms.train, provenance.commit()
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     return {
         "format": "engraphy-report-1",
@@ -169,7 +172,7 @@ def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus, steps: int) -> 
         "seed": config.seed,
         "versions": {"engraphy": __version__, **({"commit": commit} if commit else {}),
                      "python": platform.python_version(), **versions},
-        "machine": {"cpu": machine.cpu(), "cores": len(os.sched_getaffinity(0)),
+        "machine": {"cpu": cpu.name(), "cores": len(os.sched_getaffinity(0)),
                     "isa": _native.level(), "native": _native.core is not None},
         "settings": {"tokens": train.tokens, "steps": steps, "batch": corpus.config.batch,
                      "length": corpus.config.length, "vocabulary": corpus.vocab_size,
@@ -201,8 +204,8 @@ def _measure(models: dict[str, LM], arms: dict[str, Arm], corpus: Corpus, config
         "differences": {"moe - dense": measure.difference(losses["moe"], losses["dense"]),
                         "memory - moe": measure.difference(losses["memory"], losses["moe"])},
         "gates": {"layer": arms["memory"].memory.hash.layer_ids[0] if arms["memory"].memory else None,
-                  "sentences": measure.gates_of_sentences(models["memory"], corpus, SENTENCES),
-                  "by_frequency": measure.gates_by_bucket(models["memory"], batches, counts)},
+                  "sentences": gates_of_sentences(models["memory"], corpus, SENTENCES),
+                  "by_frequency": gates_by_bucket(models["memory"], batches, counts)},
     }
 
 

@@ -20,26 +20,25 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from .. import saved
+from ..addresses.vocab import VocabMap
+from ..data.documents import load_documents, split_documents
+from ..data.packing import IGNORED, Batch, Batches
 from ..errors import ConfigError, DataUnavailable, InputError
+from ..eval.losses import mean_with_error
 from ..hf import attach, cost, write_card
 from ..hf.hub import ADAPTER
-from ..lm import Batches, load_documents, split_documents
-from ..lm.cross_entropy import IGNORED
-from ..lm.data import Batch
+from ..hf.pretrained import load_model, load_tokenizer, require_peft
 from ..lm.loop import StepReport
-from ..memory import EngramMemory
-from ..spec import EngramConfig
+from ..memory import saved
+from ..memory.memory import EngramMemory
+from ..spec.config import EngramConfig
 from ..system.files import check_folder, publish_folder
 from ..system.machine import VARIABLE, free_memory
 from ..system.signals import stopping, terminable
 from ..train import OptimizerPair, RowAdam, warmup_cosine
-from ..vocab import VocabMap
-from .adapt_arms import with_lora
-from .dtype import AUTO, DtypeChoice, check_dtype
-from .measure import mean_with_error
-from .pretrained import load_model, load_tokenizer, require_peft
+from ..train.dtype import AUTO, DtypeChoice, check_dtype
 from .progress import ArmProgress
+from .studies.adapt_arms import with_lora
 
 ROW_RATE = 5.0
 """The rows' learning rate over that of the dense layers."""

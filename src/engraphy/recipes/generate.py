@@ -15,9 +15,9 @@ from rich.text import Text
 from ..errors import ConfigError, InputError
 from ..hf import load
 from ..hf.hub import adapter_of, find_memory
-from ..memory import Trace
-from .dtype import AUTO, check_dtype
-from .pretrained import load_adapter, load_model, load_tokenizer
+from ..hf.pretrained import load_adapter, load_model, load_tokenizer
+from ..memory.memory import Trace
+from ..train.dtype import AUTO, check_dtype
 
 _FAINT, _FULL = (237, 243, 251), (8, 69, 148)  # the ends of a layer's colour scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import ConfigError
-from ..table import Table
+from ..table.table import Table
 from .base import MappedStore, RowStore, StoreInfo, StoreStats, copy_rows
 from .cache import CacheStore, parse_size
 from .checkpoint import open_checkpoint

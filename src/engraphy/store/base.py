@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, StoreError
-from ..rows import RowFormat, by_shard, check_array, check_ids, check_out, gather_mapped
-from ..table import Table
+from ..rows.format import RowFormat
+from ..rows.read import by_shard, check_ids, gather_mapped
+from ..system.checks import check_array, check_out
+from ..table.table import Table
 from .latency import BUCKETS, Latency, bucket_of, latency_of
 from .mapping import Watch
 from .names import RowNames, name_copy

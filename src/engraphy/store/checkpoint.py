@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import Checkpoint
+from ..addresses.vocab import VocabMap
 from ..errors import ShardMissing, StoreError
-from ..headers import StoredTensor
-from ..rows import take
-from ..vocab import VocabMap
+from ..released.checkpoint import Checkpoint
+from ..rows.read import take
+from ..table.safetensors import StoredTensor
 from .base import MappedStore, RowStore, StoreInfo
 from .mapping import MappedFile, Watch
 

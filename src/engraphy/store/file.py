@@ -7,9 +7,9 @@ import os
 import numpy as np
 
 from ..errors import InputError
-from ..rows import by_shard
-from ..shards import HEADER_BYTES, Shard
-from ..table import Table
+from ..rows.read import by_shard
+from ..table.shards import HEADER_BYTES, Shard
+from ..table.table import Table
 from .base import MappedStore, RowStore, StoreInfo
 from .mapping import MappedFile, Reserved, Watch
 from .options import FileOptions

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from .. import _native
-from ..environment import RESIDENCY, switch
 from ..errors import ShardTruncated, StoreError
+from ..system.environment import RESIDENCY, switch
 
 PAGE = mmap.PAGESIZE
 _POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError, StoreError
 from ..system.machine import free_memory
-from ..table import Table
+from ..table.table import Table
 
 READS = ("auto", "mmap", "pread")
 THREADS, MAX_THREADS = 128, 1024

@@ -14,9 +14,9 @@ import os
 from pathlib import Path
 
 from ..errors import DigestMismatch, StoreError, TableError
-from ..manifest import FILE_NAME, Manifest
 from ..system.files import publish_folder
-from ..table import Table
+from ..table.manifest import FILE_NAME, Manifest
+from ..table.table import Table
 from .file import FileStore
 from .mapping import check_size
 

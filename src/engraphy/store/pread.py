@@ -24,8 +24,8 @@ import numpy as np
 
 from .. import _native
 from ..errors import ConfigError, EngraphyError, StoreError
-from ..shards import HEADER_BYTES
-from ..table import Table
+from ..table.shards import HEADER_BYTES
+from ..table.table import Table
 from .base import RowStore, StoreInfo
 from .mapping import check_size
 

@@ -7,8 +7,8 @@ import mmap
 
 import numpy as np
 
-from ..environment import HUGE_PAGES, switch
 from ..errors import ConfigError, StoreError
+from ..system.environment import HUGE_PAGES, switch
 from .base import MappedStore, StoreInfo
 
 

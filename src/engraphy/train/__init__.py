@@ -1,8 +1,11 @@
 """Training a memory: row optimisers, and a dense and a row optimiser that step together."""
 
+from ..memory.grads import SummedGrad, coalesce
+from .adagrad import RowAdagrad
+from .adam import RowAdam
+from .optimizer import RowOptimizer
 from .pair import OptimizerPair, clip_together, gradient_norm, warmup_cosine, weight_decay_groups
 from .replicated import drain_mean, replica_group
-from .rows import RowAdagrad, RowAdam, RowOptimizer, SummedGrad, coalesce
 
 __all__ = ["OptimizerPair", "RowAdagrad", "RowAdam", "RowOptimizer", "SummedGrad", "clip_together", "coalesce",
            "drain_mean", "gradient_norm", "replica_group", "warmup_cosine", "weight_decay_groups"]

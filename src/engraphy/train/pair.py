@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError, InputError
+from ..memory.grads import SummedGrad
+from .optimizer import RowOptimizer, check_finite
 from .replicated import drain_mean
-from .rows import RowOptimizer, SummedGrad, check_finite
 
 Schedule = Callable[[float], float]
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError, DigestMismatch
-from ..grads import RowGrad, SummedGrad, coalesce
-from ..memory import EngramMemory
+from ..memory.grads import RowGrad, SummedGrad, coalesce
+from ..memory.memory import EngramMemory
 
 _CHUNK = 65_536
 

@@ -1,0 +1,6 @@
+"""From token ids to row ids: pure arithmetic, with no store and no hidden state."""
+
+from .addresser import Addresser
+from .vocab import VocabMap
+
+__all__ = ["Addresser", "VocabMap"]

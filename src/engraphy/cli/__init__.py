@@ -1,0 +1,5 @@
+"""The command line, one module a noun."""
+
+from .app import app
+
+__all__ = ["app"]

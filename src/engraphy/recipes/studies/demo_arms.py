@@ -1,0 +1,159 @@
+"""The arms of a comparison: built by name from one seed, trained side by side, one process each."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...addresses.vocab import VocabMap
+from ...data.corpus import Corpus
+from ...errors import ConfigError, EngraphyError
+from ...lm import LM, Arm, demo_config, three_arms
+from ...lm.loop import Run, StepReport, TrainConfig, checkpoints, train
+from ...memory.memory import EngramMemory
+from ...system.signals import end_workers
+
+LABELS = {"dense": "Dense", "moe": "MoE", "memory": "MoE + memory", "one-row": "MoE + one-row table"}
+# glibc's malloc gives large buffers back to the system after each use: on a CPU the page faults of a small model's step
+# then cost as much as its arithmetic. These keep them, on huge pages where there are any.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26),
+          "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """What all arms of a comparison share. rho: share of the routed experts that the memory arm keeps.
+    row_std: of the table's initial values."""
+
+    train: TrainConfig
+    seed: int = 0
+    rho: float = 0.75
+    row_std: float = 0.02
+
+    def origin(self, name: str) -> dict[str, Any]:
+        """Where the initial weights of an arm come from, for its checkpoints."""
+        return {"arm": name, "seed": self.seed, "rho": self.rho, "row_std": self.row_std}
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed: expected 0 or more, found {self.seed}")
+
+
+def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
+    """A fresh model of an arm, one of LABELS, whose weights depend on the seed and the arm alone.
+
+    "one-row" is the control of "memory": the same model, but every token has the same address, so that each head reads
+    one constant row and what is left of the memory is a gated constant.
+    """
+    if name not in LABELS:
+        raise ConfigError(f"arm: expected one of {list(LABELS)}, found {name!r}")
+    vocab = VocabMap(np.zeros(corpus.vocab_size, dtype=np.int64)) if name == "one-row" else corpus.vocab
+    arms = three_arms(demo_config(corpus.vocab_size), len(vocab), corpus.end_id, rho=config.rho)
+    arm: Arm = getattr(arms, "memory" if name == "one-row" else name)
+    torch.manual_seed(config.seed)
+    memory = None if arm.memory is None else EngramMemory(arm.memory, vocab)
+    if memory is not None:
+        memory.init_rows(config.row_std, config.seed)
+    return LM(arm.model, memory), arm._replace(name=name)
+
+
+def load(name: str, corpus: Corpus, config: ArmConfig, folder: Path) -> tuple[LM, Arm]:
+    """The trained model of an arm, from the last checkpoint of its finished run."""
+    model, arm = build(name, corpus, config)
+    run = Run(model, corpus.batches(), config.train, config.origin(name))
+    found = checkpoints(folder / name)
+    if not found:
+        raise ConfigError(f"{folder / name}: expected a checkpoint of the arm {name}, found none")
+    run.resume(found[-1])
+    if not run.done:
+        raise ConfigError(f"{found[-1]}: expected a finished run of {run.steps} steps, found step {run.step_index}")
+    return model.eval(), arm
+
+
+@contextmanager
+def tuned_malloc() -> Iterator[None]:
+    """Processes started within use MALLOC, save where the environment says otherwise."""
+    missing = {name: value for name, value in MALLOC.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool,
+               report: Callable[[str, StepReport], None], threads: int | None = None) -> None:
+    """Train arms at the same time, in a process each, with `threads` threads; None = an equal share of the CPUs.
+
+    Results do not depend on how many run beside each other, save by the number of threads. On Ctrl-C or SIGTERM, and
+    where an arm fails, every arm writes a checkpoint first; on a second signal they are killed.
+    Raises EngraphyError naming the arm where one fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // len(names))
+    arguments = (corpus_folder, config, folder, resume, threads, told)
+    workers = {name: context.Process(target=_work, args=(name, *arguments)) for name in names}
+    with tuned_malloc():
+        for worker in workers.values():
+            worker.start()
+    try:
+        _follow(workers, told, report)
+    finally:
+        end_workers(workers.values())
+
+
+def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepReport], None]) -> None:
+    done: set[str] = set()
+    while len(done) < len(workers):
+        # Looked up before the queue is read: what a worker said last lies in the queue when it has ended.
+        ended = [name for name, worker in workers.items() if name not in done and not worker.is_alive()]
+        try:
+            name, kind, value = told.get(block=not ended, timeout=1.0)
+        except queue.Empty:
+            for name in ended:
+                code = workers[name].exitcode
+                raise EngraphyError(f"arm {name}: its process ended with exit code {code}") from None
+            continue
+        if kind == "step":
+            report(name, StepReport(**value))
+        elif kind == "done":
+            done.add(name)
+        else:
+            raise EngraphyError(f"arm {name}: {value}")
+
+
+def _work(name: str, corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool, threads: int,
+          told: Any) -> None:
+    torch.set_num_threads(threads)
+
+    def tell(step: StepReport) -> None:
+        told.put((name, "step", dataclasses.asdict(step)))
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os.kill(os.getpid(), signal.SIGINT)  # nobody is listening: the loop writes a checkpoint and stops
+
+    try:
+        corpus = Corpus.load(corpus_folder)
+        model, _ = build(name, corpus, config)
+        run = Run(model, corpus.batches(), config.train, config.origin(name))
+        train(run, folder / name, resume, corpus.heldout_batches(), tell)
+        told.put((name, "done", None))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        told.put((name, "failed", f"{type(error).__name__}: {error}"))
+        raise

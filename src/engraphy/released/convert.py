@@ -1,0 +1,178 @@
+"""Released checkpoints become tables: the same bytes, as records of a sealed table, in bounded memory.
+
+    journal at row 0  ->  table created, "open"  ->  rows, synced, journal  ->  ...  ->  sealed  ->  journal removed
+
+The journal stands beside the table and says how many rows are on disk for good, so a conversion that was killed goes on
+there. The checkpoint's source_id stands in the journal and, as `parent`, in the table: another source is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..addresses.vocab import VocabMap
+from ..errors import TableError
+from ..system.files import check_folder, free_disk, write_file
+from ..table.chunks import Progress
+from ..table.manifest import FILE_NAME, Manifest
+from ..table.shards import HEADER_BYTES
+from ..table.table import Table
+from .checkpoint import Checkpoint
+
+JOURNAL_SUFFIX = ".converting.json"
+_FORMAT = "engraphy-conversion-1"
+CHUNK_BYTES = 8 << 20  # read and written at a time
+SYNC_BYTES = 256 << 20  # what a kill can cost
+
+@dataclass(frozen=True)
+class Converted:
+    """A conversion that is done. source_id: the checkpoint, which is the table's parent. resumed_at: the row (counted
+    through all layers) where this run took up an earlier one, 0 if it did not."""
+
+    path: str
+    table_id: str
+    source_id: str
+    kind: str
+    rows: int
+    bytes: int
+    resumed_at: int
+
+
+def convert(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *,
+            vocab_file: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> Converted:
+    """Make a sealed table of a released checkpoint's rows, byte for byte; goes on where an earlier call was killed.
+
+    vocab_file: a saved vocabulary map, by default that of the checkpoint's tokenizer. Takes some MB of memory whatever
+    the size. Raises what `Checkpoint.open` and `.vocab` raise, and TableError: `out` is taken, is being converted from
+    another source, does not fit the disk, or cannot be written (then the same call continues).
+    """
+    out = Path(os.path.abspath(out))
+    report = progress or (lambda stage, done, total: None)
+    try:
+        source = Checkpoint.open(checkpoint)
+        journal = _Journal(out.with_name(out.name + JOURNAL_SUFFIX), source.source_id)
+        if journal.read() is None:  # else it may be the table of an earlier call
+            check_folder(out, taken=TableError)
+        vocab = source.vocab(vocab_file)
+        table, done = _open_table(source, vocab, out, journal)
+        try:
+            if table.mode == "w":
+                _copy(source, table, journal, done, report)
+                report("sealing", 0, 0)
+                table.seal()
+            journal.remove()
+        finally:
+            table.close()
+    except OSError as error:
+        raise TableError(f"{out}: the conversion stopped ({error}); the same command continues it") from error
+    rows = source.config.row_count()
+    return Converted(str(out), table.table_id, source.source_id, source.fmt.kind, rows, rows * source.fmt.row_bytes,
+                     done)
+
+
+def _open_table(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal) -> tuple[Table, int]:
+    """The table, and how many of its rows are written: a new one, an unfinished one open for writing, or the finished
+    one of an earlier conversion that only left its journal behind."""
+    found = journal.read()
+    if found is None or not (out / FILE_NAME).exists():
+        return _create(source, vocab, out, journal), 0
+    table_id, done = found
+    manifest = Manifest.read(out)
+    expected = (source.source_id, source.config.address_digest(vocab.digest), source.fmt)
+    possible = table_id in (manifest.table_id, None) and done <= source.config.row_count()
+    if (manifest.parent, manifest.address_digest, manifest.fmt) != expected or not possible:
+        raise TableError(f"{out}: expected the unfinished conversion of {source.directory} that {journal.path} tells "
+                         f"of, found table {manifest.table_id} of parent {manifest.parent}, rows of {manifest.fmt}")
+    if manifest.next_id is None:
+        return Table.open(out), source.config.row_count()
+    table = Table.open(out, "w")
+    try:
+        _check_space(out, source)
+    except BaseException:
+        table.close()
+        raise
+    return table, done
+
+
+def _create(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal) -> Table:
+    _check_space(out, source)
+    journal.write(None, 0)  # first, so that there is never an unfinished table without one
+    try:
+        return Table.create(out, source.config, source.fmt, vocab, parent=source.source_id)
+    except BaseException:
+        journal.remove()
+        raise
+
+
+def _copy(source: Checkpoint, table: Table, journal: _Journal, done: int, progress: Progress) -> None:
+    """Write the rows from the `done`-th on, layers in order; every SYNC_BYTES they are synced and journalled."""
+    width = table.row_bytes
+    step, span = max(1, CHUNK_BYTES // width), max(1, SYNC_BYTES // width)
+    buffer_nR = np.empty((step, width), np.uint8)
+    total, before = source.config.row_count(), 0
+    progress("converting", done * width, total * width)
+    for layer in table.layers:
+        rows = table.rows(layer)
+        shards = table.shards(layer)
+        for begin in range(min(max(done - before, 0), rows), rows, span):
+            end = min(begin + span, rows)
+            for first in range(begin, end, step):
+                chunk_nR = buffer_nR[:min(step, end - first)]
+                source.read_rows(layer, first, chunk_nR)
+                table.write_rows(layer, first, chunk_nR)
+                progress("converting", (before + first + len(chunk_nR)) * width, total * width)
+            for shard in shards[begin // table.shard_rows:-(-end // table.shard_rows)]:
+                shard.sync()
+            journal.write(table.table_id, before + end)
+        before += rows
+
+
+def _check_space(out: Path, source: Checkpoint) -> None:
+    rows, width = source.config.row_count(), source.fmt.row_bytes
+    shards = list(out.glob("*.safetensors"))  # of an earlier run; sparse
+    headers = HEADER_BYTES * max(len(shards), len(source.config.hash.layer_ids))
+    needed = max(0, rows * width + headers - sum(shard.stat().st_blocks * 512 for shard in shards))
+    free = free_disk(out)
+    if free < needed:
+        raise TableError(f"{out}: expected {needed} bytes of free disk for {rows} rows of {width}, found {free}")
+
+
+class _Journal:
+    """How many rows (through all layers, in order) of a conversion are on disk for good: one small file."""
+
+    def __init__(self, path: Path, source_id: str) -> None:
+        self.path, self.source_id = path, source_id
+
+    def read(self) -> tuple[str | None, int] | None:
+        """The table_id (None before there is a table) and rows; None where there is no journal.
+
+        Raises TableError for another source or another kind of file.
+        """
+        try:
+            data = json.loads(self.path.read_bytes())
+            kind, source, table_id, rows = data["format"], data["source_id"], data["table_id"], data["rows"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise TableError(f"{self.path}: expected the journal of a conversion, found something else "
+                             f"({type(error).__name__}: {error})") from None
+        if kind != _FORMAT or type(rows) is not int or rows < 0 or table_id is None and rows:
+            raise TableError(f"{self.path}: expected a journal {_FORMAT} with rows done, found {data}")
+        if source != self.source_id:
+            raise TableError(f"{self.path}: expected the journal of source {self.source_id}, found one of {source}: "
+                             "another checkpoint; give another name, or delete this file and its unfinished table")
+        return table_id, rows
+
+    def write(self, table_id: str | None, rows: int) -> None:
+        """Replace the file in one step that survives a crash."""
+        body = {"format": _FORMAT, "source_id": self.source_id, "table_id": table_id, "rows": rows}
+        write_file(self.path, json.dumps(body))
+
+    def remove(self) -> None:
+        """Take the file away: the conversion is done, or was never begun."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,36 @@
+"""Row-wise Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..memory.memory import EngramMemory
+from .optimizer import RowOptimizer
+
+
+class RowAdagrad(RowOptimizer):
+    """Row-wise Adagrad: one accumulator a row, the mean of the squared gradient over its d values.
+
+    The form that recommenders use for embedding tables: adds 1/d to the memory of f32 rows, where Adam adds 2.
+    """
+
+    name = "row_adagrad"
+
+    def __init__(self, memory: EngramMemory, lr: float = 2e-2, eps: float = 1e-8, moments: str = "ram:"):
+        if not (lr >= 0 and eps > 0):
+            raise ConfigError(f"RowAdagrad: expected lr >= 0 and eps > 0, found {lr}, {eps}")
+        self.eps = eps
+        super().__init__(memory, lr, moments)
+
+    def moment_width(self, dim: int) -> int:
+        return 1
+
+    def hyper(self) -> dict[str, Any]:
+        return {"eps": self.eps}
+
+    def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
+        moments_Um += (grad_Ud * grad_Ud).mean(axis=1, keepdims=True)
+        rows_Ud -= np.float32(self.lr) * grad_Ud / (np.sqrt(moments_Um) + np.float32(self.eps))

@@ -1,0 +1,149 @@
+"""Row optimisers: update the rows that a step has read, and nothing else.
+
+The cost of a step depends on the rows of the batch, not on the table. Moments lie in sibling stores of the same row
+count, one per layer. These are the plain versions: sort by row id, sum duplicates in a fixed order, one update a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DigestMismatch, InputError
+from ..memory.grads import SummedGrad, coalesce
+from ..memory.memory import EngramMemory
+from ..rows.format import RowFormat
+from ..store import FileStore, RowStore, copy_rows, open_store, write_layer
+from ..system.files import publish_folder
+from ..system.lfs import refuse_pointer
+from ..table.table import Table
+
+_TRAINABLE = ("f32", "bf16")
+
+
+class RowOptimizer:
+    """Base of the row optimisers: drains `memory.row_grads`, reads rows and moments, writes both back.
+
+    A subclass gives `moment_width(d)` (f32 values kept per row) and `update(rows_Ud, grad_Ud, moments_Um) -> None`, in
+    place. Rows are f32, or bf16 and then rounded to nearest after each step: updates below half a unit in the last
+    place are lost. moments: "ram:", or "file:DIR" for a new table at DIR, for moments that do not fit in memory.
+    Raises ConfigError for a table whose row format cannot be trained or that is not writable.
+    """
+
+    name: str
+
+    def __init__(self, memory: EngramMemory, lr: float, moments: str = "ram:"):
+        if memory.format.kind not in _TRAINABLE:
+            raise ConfigError(f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}")
+        for layer, store in memory.stores.items():
+            if not store.info.writable:
+                raise ConfigError(f"layer {layer}: expected a writable store, found {store.info.kind} opened to read")
+        self.memory, self.lr, self.steps = memory, lr, 0
+        self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
+        self.moments: dict[int, RowStore]
+        if moments.startswith("file:"):
+            table = self._new_table(Path(moments.removeprefix("file:")))
+            self.moments = {layer: FileStore(table, layer) for layer in memory.layers}
+        else:
+            self.moments = {layer: open_store(moments, rows=store.info.rows, row_bytes=self._moment_format.row_bytes)
+                            for layer, store in memory.stores.items()}
+
+    def moment_width(self, dim: int) -> int:
+        raise NotImplementedError
+
+    def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def hyper(self) -> dict[str, Any]:
+        """Settings that have to be the same when a run is resumed."""
+        raise NotImplementedError
+
+    def step(self, summed: dict[int, SummedGrad] | None = None) -> None:
+        """One update from `summed` (as `coalesce` gives, perhaps scaled), or from the memory's pending gradients.
+
+        Raises InputError where pending gradients are not finite: they are dropped, and nothing is updated.
+        """
+        if summed is None:
+            summed = coalesce(self.memory.drain_row_grads())
+            check_finite(summed)
+        self.steps += 1
+        form = self.memory.format
+        for layer, (ids_U, grad_Ud) in summed.items():
+            store, moments = self.memory.stores[layer], self.moments[layer]
+            rows_Ud = form.decode(store.gather(ids_U))
+            moments_Um = self._moment_format.decode(moments.gather(ids_U))
+            self.update(rows_Ud, grad_Ud, moments_Um)
+            store.scatter(ids_U, form.encode(rows_Ud))
+            moments.scatter(ids_U, self._moment_format.encode(moments_Um))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and learning rate; the moments are tables (`save`)."""
+        return {"name": self.name, "steps": self.steps, "lr": self.lr, "hyper": self.hyper()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises ConfigError for another optimiser or other settings."""
+        mine = {"name": self.name, "hyper": self.hyper()}
+        found = {key: state.get(key) for key in mine}
+        if found != mine:
+            raise ConfigError(f"row optimiser: expected {mine}, found {found}")
+        self.steps, self.lr = int(state["steps"]), float(state["lr"])
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of the moments of all rows."""
+        return sum(store.info.rows * store.info.row_bytes for store in self.moments.values())
+
+    def save(self, path: str | Path, table_id: str) -> None:
+        """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they belong to.
+
+        It appears whole. Raises ConfigError if `path` is taken, WriteFailed if the system refuses.
+        """
+        with publish_folder(path, needed=self.moment_bytes, last="optimizer.json") as folder:
+            table = self._new_table(folder)
+            try:
+                for index, store in self.moments.items():
+                    write_layer(store, table, index)
+                table.seal()
+            finally:
+                table.close()
+            state = {**self.state_dict(), "rows": table_id}
+            (folder / "optimizer.json").write_text(json.dumps(state))
+
+    def _new_table(self, path: Path) -> Table:
+        config, width = self.memory.config, self._moment_format.d
+        layer = dataclasses.replace(config.layer, width=config.hash.columns * width)
+        config = dataclasses.replace(config, layer=layer, dim=width)
+        return Table.create(path, config, self._moment_format, self.memory.vocab)
+
+    def load(self, path: str | Path, table_id: str) -> None:
+        """Read what `save` wrote. Raises ConfigError where nothing of the kind is there or the optimiser is another,
+        DigestMismatch where the moments belong to another table."""
+        try:
+            state = json.loads((Path(path) / "optimizer.json").read_text())
+        except (OSError, ValueError) as error:
+            refuse_pointer(Path(path) / "optimizer.json", ConfigError)
+            raise ConfigError(f"{path}: expected the moments of a row optimiser, "
+                              f"found {type(error).__name__}: {error}") from None
+        if state.pop("rows", None) != table_id:
+            raise DigestMismatch(f"{path}: the moments belong to another table than {table_id}")
+        self.load_state_dict(state)
+        table = Table.open(path)
+        try:
+            for layer, store in self.moments.items():
+                with closing(FileStore(table, layer)) as rows:
+                    copy_rows(rows, store)
+        finally:
+            table.close()
+
+
+def check_finite(summed: dict[int, SummedGrad]) -> None:
+    """Raises InputError naming the layer and row of the first gradient that is not finite."""
+    for layer, (ids_U, grad_Ud) in summed.items():
+        wrong = ~np.isfinite(grad_Ud).all(axis=1)
+        if wrong.any():
+            raise InputError(f"layer {layer}, row {int(ids_U[wrong][0])}: the gradient is not finite")

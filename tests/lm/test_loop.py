@@ -1,0 +1,194 @@
+"""The training loop: stops by tokens, resumes bit for bit, and leaves a checkpoint when interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap
+from engraphy.data.packing import Batches
+from engraphy.errors import ConfigError, DigestMismatch
+from engraphy.lm import LM, LMConfig
+from engraphy.lm.loop import Run, TrainConfig, checkpoints, heldout_loss, train
+from engraphy.system.signals import Terminated
+
+VOCAB = 32
+
+
+def documents(seed: int = 0, count: int = 40) -> list[np.ndarray]:
+    """Texts in which every token but the first follows from the two before it."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count):
+        ids = [int(rng.integers(1, VOCAB)), int(rng.integers(1, VOCAB))]
+        for _ in range(30):
+            ids.append(1 + (ids[-1] * 7 + ids[-2] * 3) % (VOCAB - 1))
+        texts.append(np.array(ids, dtype=np.int32))
+    return texts
+
+
+def make_run(with_memory: bool = True, tokens: int = 640, **settings) -> Run:
+    torch.manual_seed(0)
+    memory = None
+    if with_memory:
+        spec = HashSpec.demo((1,), (2, 3), 2, 101, VOCAB, 0)
+        memory = EngramMemory(EngramConfig(spec, LayerSpec(16, spec.columns * 4), 4), VocabMap.identity(VOCAB))
+        memory.init_rows(0.02, 0)
+    model = LM(LMConfig(VOCAB, 16, 2, 2, 32, moe_layers=(1,), experts=4, top_k=2, expert_ffn=8, shared_ffn=8), memory)
+    batches = Batches(documents(), end_id=0, batch=4, tokens=16, seed=0)
+    return Run(model, batches, TrainConfig(tokens, lr=1e-2, **settings))
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    found = {name: value.clone() for name, value in run.model.state_dict().items()}
+    if run.model.memory is not None:
+        store = run.model.memory.stores[1]
+        found["rows"] = torch.from_numpy(store.gather(np.arange(store.info.rows)))
+    return found
+
+
+def assert_same(one: Run, other: Run) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        rows = name.endswith("_extra_state")  # their names, which each memory has for itself
+        assert rows or torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_an_interrupted_run_resumes_bit_for_bit(with_memory, tmp_path, number, error):
+    straight = make_run(with_memory)
+    train(straight, tmp_path / "straight")
+    broken = make_run(with_memory)
+
+    def interrupt(told):
+        if told.step == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(error, match="step 4 of 10; the checkpoint is in"):
+        train(broken, tmp_path / "broken", report=interrupt)
+    assert [path.name for path in checkpoints(tmp_path / "broken")] == ["checkpoint-00000004"]
+    resumed = make_run(with_memory)
+    train(resumed, tmp_path / "broken", resume=True)
+    assert_same(straight, resumed)
+
+
+@pytest.mark.slow
+def test_a_crash_after_a_checkpoint_loses_only_what_came_later(tmp_path):
+    straight = make_run(checkpoint_every=3)
+    train(straight, tmp_path / "straight")
+    broken = make_run(checkpoint_every=3)
+
+    def crash(told):
+        if told.step == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(broken, tmp_path / "broken", report=crash)
+    resumed = make_run(checkpoint_every=3)
+    train(resumed, tmp_path / "broken", resume=True)
+    assert_same(straight, resumed)
+    lines = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+
+
+def test_runs_stop_by_tokens_and_metrics_tell_every_step(tmp_path):
+    run = make_run(tokens=300)
+    heldout = Batches(documents(seed=1, count=5), end_id=0, batch=4, tokens=16, seed=None)
+    run.config = dataclasses.replace(run.config, heldout_every=2)
+    told = []
+    train(run, tmp_path, heldout=heldout, report=told.append)
+    assert [step.step for step in told] == [1, 2, 3, 4, 5] and told[-1].tokens == 5 * 64
+    assert [step.heldout is not None for step in told] == [False, True, False, True, True]
+    assert told[-1].heldout == pytest.approx(heldout_loss(run.model, heldout))
+    assert told[-1].max_load is not None and told[-1].max_load >= 1
+    assert run.done
+
+
+def test_heldout_loss_is_the_mean_over_tokens_not_batches():
+    run = make_run()
+    heldout = Batches(documents(seed=1, count=5), end_id=0, batch=4, tokens=16, seed=None)
+    assert len({int((targets >= 0).sum()) for _, targets, _ in heldout}) > 1  # batches of different size
+    with torch.no_grad():
+        losses = [run.model.token_losses(*batch)[batch.targets_BT >= 0] for batch in heldout]
+    assert heldout_loss(run.model.eval(), heldout) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_memory_learns_what_its_text_repeats():
+    losses = {}
+    for with_memory in (True, False):
+        run = make_run(with_memory, tokens=64 * 300)
+        losses[with_memory] = np.mean([run.step()[0] for _ in range(300)][-20:])
+    # The next token follows from the last two, which is what the table is addressed by.
+    assert losses[True] < 0.8 * losses[False]
+
+
+def test_bfloat16_trains(tmp_path):
+    run = make_run(dtype="bfloat16")
+    losses = [run.step()[0] for _ in range(10)]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    train(make_run(tokens=64), tmp_path)
+    with pytest.raises(ConfigError, match="resume that run, or choose another folder"):
+        train(make_run(tokens=64), tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train(make_run(tokens=64), tmp_path)
+    with pytest.raises(ConfigError, match="belongs to another run: .*config: expected"):
+        train(make_run(tokens=64, warmup=0.5), tmp_path, resume=True)
+
+
+def test_a_checkpoint_with_another_table_or_origin_is_refused(tmp_path):
+    train(make_run(tokens=64), tmp_path)
+    checkpoint, = checkpoints(tmp_path)
+    run = make_run(tokens=64)
+    run.origin = {"seed": 5}
+    with pytest.raises(ConfigError, match="origin: expected {'seed': 5}, found {}"):
+        run.resume(checkpoint)
+    shutil.rmtree(checkpoint / "table")
+    other = make_run(tokens=64).model.memory
+    other.write_table(checkpoint / "table")
+    with pytest.raises(DigestMismatch, match="expected table"):
+        make_run(tokens=64).resume(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["run.json", "dense.safetensors", "optimizer.pt"])
+def test_a_damaged_checkpoint_is_a_named_error(name, tmp_path):
+    train(make_run(tokens=64), tmp_path)
+    checkpoint, = checkpoints(tmp_path)
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-30])
+    with pytest.raises(ConfigError, match="expected a checkpoint"):
+        make_run(tokens=64).resume(checkpoint)
+
+
+def test_a_metrics_line_that_was_cut_short_does_not_stop_a_resume(tmp_path):
+    run = make_run(tokens=128)
+    train(run, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')
+    train(make_run(tokens=128), tmp_path, resume=True)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"clip": -1.0}, {"heldout_every": -1}])
+def test_numbers_out_of_range_are_errors(bad):
+    with pytest.raises(ConfigError, match=f"{next(iter(bad))}: expected"):
+        TrainConfig(tokens=5, **bad)
+
+
+@pytest.mark.parametrize("bad", [{"tokens": 0}, {"tokens": 5, "dtype": "float16"}])
+def test_settings_that_cannot_be_meant_are_errors(bad):
+    with pytest.raises(ConfigError, match="expected tokens >= 1"):
+        TrainConfig(**bad)

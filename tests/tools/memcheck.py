@@ -1,0 +1,143 @@
+"""The native kernels under valgrind's memcheck: no read or write outside of what they are given, and
+no branch on memory that nobody wrote. `make valgrind`.
+
+valgrind knows no AVX-512: the kernels of scalar and AVX2 are run, on small inputs of odd sizes, and
+are compared with the plain versions as everywhere. What memcheck says of Python and numpy themselves
+is not counted.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+
+from engraphy import HashSpec, VocabMap, _native
+from engraphy.addresses.addresser import Addresser
+from engraphy.rows import RowFormat, read
+from engraphy.store import CacheStore, RamStore
+
+SPECS = (
+    HashSpec.demo((1, 4), (2, 3), 3, 101, vocab_size=40, pad_id=0),
+    HashSpec.qwen4((1, 4), (2, 3), 2, 61, vocab_size=40, eos_id=5),
+    HashSpec.deepseek_v41((1,), (2, 3, 4), 2, 997, vocab_size=40, pad_id=2),
+)
+FORMATS = [RowFormat(kind, 34) for kind in ("f32", "f16", "bf16", "int8", "int4")]
+FORMATS.append(RowFormat("fp8", 64))
+COUNTS = (0, 1, 7, 9, 33)
+
+
+def plainly(function):
+    with _native.forced("off"):
+        return function()
+
+
+def hashes(level: str, rng: np.random.Generator) -> None:
+    vocab = VocabMap(np.arange(60) % 40)
+    for spec in SPECS:
+        for tokens in COUNTS:
+            ids_BT = rng.integers(0, 60, (3, tokens))
+            live = rng.random((3, tokens)) < 0.8
+            starts = rng.random((3, tokens)) < 0.2
+
+            def rows(spec=spec, ids_BT=ids_BT, live=live, starts=starts) -> np.ndarray:
+                return Addresser(spec, vocab).all_rows(ids_BT, live=live, starts=starts)
+
+            expected = plainly(rows)
+            with _native.forced(level):
+                np.testing.assert_array_equal(rows(), expected)
+
+
+def stores(level: str, rng: np.random.Generator) -> None:
+    for fmt in FORMATS:
+        store = RamStore(101, fmt.row_bytes)
+        values = rng.standard_normal((101, fmt.d)).astype(np.float32)
+        store.scatter(np.arange(101), plainly(lambda fmt=fmt, values=values: fmt.encode(values)))
+        cached = CacheStore(store, 1 << 14)
+        for count in COUNTS:
+            ids_N = rng.integers(0, 101, count)
+
+            def numbers(source, fmt=fmt, ids_N=ids_N) -> np.ndarray:
+                return read(source, ids_N, fmt, np.empty((len(ids_N), fmt.d), np.float32))
+
+            expected = plainly(lambda store=store, numbers=numbers: numbers(store))
+            raw = plainly(lambda store=store, ids_N=ids_N: store.gather(ids_N))
+            with _native.forced(level):
+                np.testing.assert_array_equal(numbers(store), expected)
+                for _ in range(2):  # missed, then found
+                    np.testing.assert_array_equal(cached.gather(ids_N), raw)
+
+
+def fusion(level: str, rng: np.random.Generator) -> None:
+    """One token of three sequences; its values are compared where there is torch, in the tests."""
+    batch, streams, hidden, width, taps, order = 3, 2, 37, 19, 4, 3
+    before = (taps - 1) * order
+
+    def values(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    def at(array: np.ndarray) -> int:
+        return array.__array_interface__["data"][0]
+
+    weights = [
+        values(streams * hidden, width),
+        values(streams * hidden),
+        values(hidden, width),
+        values(hidden),
+        *(values(streams, hidden) for _ in range(3)),
+        values(streams, hidden, taps),
+    ]
+    x, rows = values(batch, streams, hidden), values(batch, width)
+    columns = values(batch, before + 1, streams, hidden)
+    out, gate = np.empty_like(x), np.empty((batch, streams), np.float32)
+    inputs = at(columns) + before * columns.strides[1]
+    sizes = 0, streams, hidden, width, taps, order, 1e-6, 1e-6, False
+    pointers = at(x), at(rows), at(columns), inputs, columns[0].size, 0, at(out), at(gate)
+    with _native.forced(level):
+        _native.core.fuse_token(*sizes, *map(at, weights), batch, *pointers)
+    assert np.isfinite(out).all() and ((gate > 0) & (gate < 1)).all()
+
+
+def kernels() -> None:
+    """Run by valgrind."""
+    for level in _native.core.levels():
+        for number, run in enumerate((hashes, stores, fusion)):
+            run(level, np.random.default_rng(number))
+            print(f"{level}: {run.__name__}", flush=True)
+
+
+def of_ours(error: ET.Element) -> bool:
+    """Whether an error is no leak, and a frame of its first stack lies in the native core."""
+    stack = error.find("stack")
+    if stack is None or (error.findtext("kind") or "").startswith("Leak_"):
+        return False
+    return any("/_native/_core." in (obj.text or "") for obj in stack.iter("obj"))
+
+
+def main() -> int:
+    if _native.core is None:
+        print(f"make valgrind: expected the native core, found none: {_native.reason}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "memcheck.xml"
+        command = ["valgrind", "--xml=yes", f"--xml-file={found}", "--leak-check=no"]
+        command += [sys.executable, "-m", "tests.tools.memcheck", "--kernels"]
+        given = {"PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1", "ENGRAPHY_THREADS": "1"}
+        done = subprocess.run(command, env={**os.environ, **given, "ENGRAPHY_NATIVE": "auto"}, check=False)
+        errors = [error for error in ET.parse(found).iter("error") if of_ours(error)]
+    for error in errors:
+        frames = [f"{frame.findtext('fn')} ({frame.findtext('file')}:{frame.findtext('line')})"
+                  for frame in error.find("stack").iter("frame")]
+        what = error.findtext("what") or error.findtext("xwhat/text")
+        print(what, *frames[:6], sep="\n    ")
+    print(f"memcheck: {len(errors)} errors in the native core, exit code {done.returncode}")
+    return int(bool(errors or done.returncode))
+
+
+if __name__ == "__main__":
+    sys.exit(kernels() if "--kernels" in sys.argv else main())
