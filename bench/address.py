@@ -1,10 +1,12 @@
-"""Row addresses: the plain version and the native kernel side by side, and what writing the result alone costs.
+"""Row addresses: the plain version and the native kernel side by side, and what writing the result
+alone costs.
 
     python bench/address.py [--rounds 15]
 
-One thread. The variants take turns, so that noise meets all of them alike; medians over the rounds. A turn is one call,
-which finds the caches as another variant left them, or several calls in a row, as in use. The limit is a fill of the
-same buffer: no address can be faster than the memory that takes it.
+One thread. The variants take turns, so that noise meets all of them alike; medians over the rounds.
+A turn is one call, which finds the caches as another variant left them, or several calls in a row,
+as in use. The limit is a fill of the same buffer: no address can be faster than the memory that
+takes it.
 """
 
 from __future__ import annotations
@@ -27,15 +29,19 @@ IN_A_ROW = 8  # batches in a row, per turn
 
 
 def production_like() -> Addresser:
-    """Two layers, 2- and 3-grams, 8 heads: 16 columns a layer, over a map of the released one's size."""
+    """Two layers, 2- and 3-grams, 8 heads: 16 columns a layer, over a map of the released one's
+    size."""
     rng = np.random.default_rng(0)
-    table = np.concatenate([np.arange(COMPRESSED_IDS), rng.integers(0, COMPRESSED_IDS, size=RAW_IDS - COMPRESSED_IDS)])
+    table = np.concatenate(
+        [np.arange(COMPRESSED_IDS), rng.integers(0, COMPRESSED_IDS, size=RAW_IDS - COMPRESSED_IDS)]
+    )
     vocab = VocabMap(rng.permutation(table))
     return Addresser(HashSpec.demo((1, 14), (2, 3), 8, 2_262_400, len(vocab), pad_id=2), vocab)
 
 
 def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant, the variants taking turns; one round before them is not counted."""
+    """Median seconds of each variant, the variants taking turns; one round before them is not
+    counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, run in variants.items():
@@ -47,6 +53,7 @@ def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def at(level: str, call: Callable[[], object], times: int = 1) -> Callable[[], None]:
     """`call` on one kernel; switching it costs microseconds, so short calls are repeated."""
+
     def run() -> None:
         with _native.forced(level):
             for _ in range(times):
@@ -56,18 +63,30 @@ def at(level: str, call: Callable[[], object], times: int = 1) -> Callable[[], N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
 
     addresser = production_like()
     ids = np.random.default_rng(1).integers(0, RAW_IDS, size=(BATCH, TOKENS))
     out = np.empty((2, BATCH, TOKENS, addresser.spec.columns), dtype=np.int64)
-    token, history, one = ids[:1, -1:].copy(), ids[:1, -3:-1].copy(), np.empty((2, 1, 1, 16), dtype=np.int64)
-    levels = {"plain": "off"} if _native.core is None else {"plain": "off", _native.level(): _native.level()}
+    token, history, one = (
+        ids[:1, -1:].copy(),
+        ids[:1, -3:-1].copy(),
+        np.empty((2, 1, 1, 16), dtype=np.int64),
+    )
+    levels = (
+        {"plain": "off"}
+        if _native.core is None
+        else {"plain": "off", _native.level(): _native.level()}
+    )
 
     def prefill(times: int) -> dict[str, Callable[[], object]]:
-        found: dict[str, Callable[[], object]] = {"fill of the buffer": at("auto", lambda: out.fill(7), times)}
+        found: dict[str, Callable[[], object]] = {
+            "fill of the buffer": at("auto", lambda: out.fill(7), times)
+        }
         for name, level in levels.items():
             found[f"{name}, into out="] = at(level, lambda: addresser.all_rows(ids, out=out), times)
             found[f"{name}, new array"] = at(level, lambda: addresser.all_rows(ids), times)
@@ -75,19 +94,27 @@ def main() -> None:
 
     decode: dict[str, Callable[[], object]] = {}
     for name, level in levels.items():
-        decode[f"{name}, into out="] = at(level, lambda: addresser.all_rows(token, history, out=one), times=CALLS)
-        decode[f"{name}, new array"] = at(level, lambda: addresser.all_rows(token, history), times=CALLS)
+        decode[f"{name}, into out="] = at(
+            level, lambda: addresser.all_rows(token, history, out=one), times=CALLS
+        )
+        decode[f"{name}, new array"] = at(
+            level, lambda: addresser.all_rows(token, history), times=CALLS
+        )
 
     print(f"native: {_native.reason}")
     for times in (1, IN_A_ROW):
-        print(f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, {out.nbytes / 2**20:.0f} MiB of row ids, "
-              f"{rounds} rounds, {times} in a row")
+        print(
+            f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, {out.nbytes / 2**20:.0f} MiB of row ids, "
+            f"{rounds} rounds, {times} in a row"
+        )
         seconds = {name: value / times for name, value in medians(prefill(times), rounds).items()}
         fill, plain = seconds["fill of the buffer"], seconds["plain, into out="]
         print(f"{'':24}{'ms':>10}{'M tokens/s':>12}{'x plain':>10}{'of limit':>10}")
         for name, value in seconds.items():
-            print(f"{name:24}{value * 1e3:10.3f}{ids.size / value / 1e6:12.2f}{plain / value:10.1f}"
-                  f"{fill / value:10.1%}")
+            print(
+                f"{name:24}{value * 1e3:10.3f}{ids.size / value / 1e6:12.2f}{plain / value:10.1f}"
+                f"{fill / value:10.1%}"
+            )
         print(f"fill: {out.nbytes / fill / 1e9:.1f} GB/s")
 
     print("\none decoded token (B=1 T=1, with history)")

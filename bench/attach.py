@@ -1,14 +1,16 @@
-"""What an attached memory costs: prefill and cached decoding of one model, with its memory and without it.
+"""What an attached memory costs: prefill and cached decoding of one model, with its memory and
+without it.
 
     python bench/attach.py [--rounds 9] [--tokens 64] [--threads 1] [--dtype bfloat16] [--table DIR]
 
-A Llama of 135 M parameters (random weights, the shape of SmolLM2-135M), a table of 77 M parameters in float32 over two
-of its layers. The same memory is attached and detached in turns: for each prompt, and while decoding for each token, so
-that noise meets both alike; which of the two comes first alternates too. The rows lie in RAM, or with --table are
-written to DIR and mapped from there, as `engraphy.load` does; the page cache holds them. Medians; the difference is the
-median of the pairs' differences, with its standard error (bootstrap). At the end, what a decoded token spends in the
-memory's hooks, clocked where they run: the same cost without the noise of all the rest, and without what the memory
-does to that.
+A Llama of 135 M parameters (random weights, the shape of SmolLM2-135M), a table of 77 M parameters
+in float32 over two of its layers. The same memory is attached and detached in turns: for each
+prompt, and while decoding for each token, so that noise meets both alike; which of the two comes
+first alternates too. The rows lie in RAM, or with --table are written to DIR and mapped from there,
+as `engraphy.load` does; the page cache holds them. Medians; the difference is the median of the
+pairs' differences, with its standard error (bootstrap). At the end, what a decoded token spends in
+the memory's hooks, clocked where they run: the same cost without the noise of all the rest, and
+without what the memory does to that.
 """
 
 from __future__ import annotations
@@ -30,14 +32,24 @@ from engraphy import EngramConfig, EngramMemory
 from engraphy.hf.versions import cache_argument
 
 PROMPT = 512
-CACHE = str(cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters))  # its name depends on the version
+CACHE = str(
+    cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters)
+)  # its name depends on the version
 WITH, WITHOUT = "with memory", "without"
 
 
 def model_and_memory(dtype: torch.dtype, folder: Path | None) -> tuple[Any, EngramMemory]:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49_152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
-                         num_key_value_heads=3, intermediate_size=1536, tie_word_embeddings=True, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config).to(dtype).eval()
     memory = engraphy.attach(model, EngramConfig.for_model(config, rows_per_head=150_000))
     for parameter in memory.parameters():
@@ -49,8 +61,11 @@ def model_and_memory(dtype: torch.dtype, folder: Path | None) -> tuple[Any, Engr
     return model, EngramMemory.load(folder)
 
 
-def taking_turns(model: Any, memory: EngramMemory, run: Callable[[str], object], count: int) -> dict[str, list[float]]:
-    """Seconds of `run` with the memory attached and without it, `count` times each; a first time is not counted."""
+def taking_turns(
+    model: Any, memory: EngramMemory, run: Callable[[str], object], count: int
+) -> dict[str, list[float]]:
+    """Seconds of `run` with the memory attached and without it, `count` times each; a first time is
+    not counted."""
     seconds: dict[str, list[float]] = {WITH: [], WITHOUT: []}
     for turn in range(count + 1):
         for name in (WITH, WITHOUT) if turn % 2 else (WITHOUT, WITH):
@@ -66,7 +81,9 @@ def taking_turns(model: Any, memory: EngramMemory, run: Callable[[str], object],
 
 def prefill(model: Any, memory: EngramMemory, rounds: int) -> dict[str, list[float]]:
     ids = torch.randint(3, 49_152, (1, PROMPT))
-    return taking_turns(model, memory, lambda _: model(ids, use_cache=True, logits_to_keep=1), rounds)
+    return taking_turns(
+        model, memory, lambda _: model(ids, use_cache=True, logits_to_keep=1), rounds
+    )
 
 
 def decode(model: Any, memory: EngramMemory, tokens: int) -> dict[str, list[float]]:
@@ -82,8 +99,8 @@ def decode(model: Any, memory: EngramMemory, tokens: int) -> dict[str, list[floa
 
 
 def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
-    """Median milliseconds that a decoded token spends in the memory's hooks before the decoder, before all of its
-    layers, and after the decoder."""
+    """Median milliseconds that a decoded token spends in the memory's hooks before the decoder,
+    before all of its layers, and after the decoder."""
     seconds: dict[str, list[float]] = {}
     begun = 0.0
 
@@ -95,18 +112,32 @@ def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
         return lambda *_: seconds.setdefault(name, []).append(time.perf_counter() - begun)
 
     engraphy.attach(model, memory)
-    decoder, cache, last = model.model, DynamicCache(config=model.config), torch.randint(3, 49_152, (1, PROMPT))
-    handles = [decoder.register_forward_hook(start, prepend=True), decoder.register_forward_hook(stop("after"))]
-    for name, module in [("look-up", decoder), *(("layers", decoder.layers[layer]) for layer in memory.layers)]:
-        handles += [module.register_forward_pre_hook(start, prepend=True),
-                    module.register_forward_pre_hook(stop(name))]
+    decoder, cache, last = (
+        model.model,
+        DynamicCache(config=model.config),
+        torch.randint(3, 49_152, (1, PROMPT)),
+    )
+    handles = [
+        decoder.register_forward_hook(start, prepend=True),
+        decoder.register_forward_hook(stop("after")),
+    ]
+    for name, module in [
+        ("look-up", decoder),
+        *(("layers", decoder.layers[layer]) for layer in memory.layers),
+    ]:
+        handles += [
+            module.register_forward_pre_hook(start, prepend=True),
+            module.register_forward_pre_hook(stop(name)),
+        ]
     for _ in range(tokens + 1):
         last = model(last, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
     for handle in handles:
         handle.remove()
     engraphy.detach(model)
-    return {name: statistics.median(np.reshape(values, (tokens + 1, -1)).sum(1)[1:]) * 1e3
-            for name, values in seconds.items()}
+    return {
+        name: statistics.median(np.reshape(values, (tokens + 1, -1)).sum(1)[1:]) * 1e3
+        for name, values in seconds.items()
+    }
 
 
 def report(name: str, seconds: dict[str, list[float]], tokens: int, layers: int) -> None:
@@ -115,35 +146,49 @@ def report(name: str, seconds: dict[str, list[float]], tokens: int, layers: int)
     pairs = np.subtract(seconds[WITH], seconds[WITHOUT]) * 1e3 / tokens
     again = np.median(np.random.default_rng(0).choice(pairs, (1000, len(pairs))), axis=1)
     more, error = float(np.median(pairs)), float(again.std())
-    print(f"{name:8}{both:10.3f}{bare:10.3f}{1e3 / both:10.1f}{1e3 / bare:10.1f}{more / layers:12.3f} +- "
-          f"{error / layers:5.3f}{1 + more / bare:9.3f}")
+    print(
+        f"{name:8}{both:10.3f}{bare:10.3f}{1e3 / both:10.1f}{1e3 / bare:10.1f}{more / layers:12.3f} +- "
+        f"{error / layers:5.3f}{1 + more / bare:9.3f}"
+    )
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=64, help="decoded tokens with the memory, and as many without")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="decoded tokens with the memory, and as many without"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of model and memory")
-    parser.add_argument("--table", type=Path, help="a new folder, for rows that are mapped from disk")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of model and memory"
+    )
+    parser.add_argument(
+        "--table", type=Path, help="a new folder, for rows that are mapped from disk"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, memory = model_and_memory(getattr(torch, options.dtype), options.table)
     layers = len(memory.layers)
 
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{size / 1e6:.0f} M parameters, {options.dtype}, {options.threads} threads; memory at layers "
-          f"{list(memory.layers)}, rows {'mapped' if options.table else 'in RAM'}: "
-          f"{engraphy.hf.cost(memory.config, dtype=model.dtype)}")
+    print(
+        f"{size / 1e6:.0f} M parameters, {options.dtype}, {options.threads} threads; memory at layers "
+        f"{list(memory.layers)}, rows {'mapped' if options.table else 'in RAM'}: "
+        f"{engraphy.hf.cost(memory.config, dtype=model.dtype)}"
+    )
     print(f"{'':8}{'ms a token':>20}{'tokens/s':>20}{'ms more a':>21}{'ratio':>9}")
     print(f"{'':8}{'with':>10}{'without':>10}{'with':>10}{'without':>10}{'memory layer':>21}")
     report("prefill", prefill(model, memory, options.rounds), PROMPT, layers)
     report("decode", decode(model, memory, options.tokens), 1, layers)
     inside = in_hooks(model, memory, options.tokens)
-    print(f"a decoded token, in the memory's hooks: look-up {inside['look-up']:.3f} ms, its {layers} layers "
-          f"{inside['layers']:.3f} ms, after {inside['after']:.3f} ms: {sum(inside.values()) / layers:.3f} ms a memory "
-          "layer")
+    print(
+        f"a decoded token, in the memory's hooks: look-up {inside['look-up']:.3f} ms, its {layers} layers "
+        f"{inside['layers']:.3f} ms, after {inside['after']:.3f} ms: {sum(inside.values()) / layers:.3f} ms a memory "
+        "layer"
+    )
 
 
 if __name__ == "__main__":

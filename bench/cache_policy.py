@@ -1,16 +1,20 @@
-"""Which rows to keep: the row cache beside other policies and the best that any could do, on the rows that text reads.
+"""Which rows to keep: the row cache beside other policies and the best that any could do, on the
+rows that text reads.
 
-    python bench/cache_policy.py [--tokens 200000] [--budgets 64 256 1024] [--out results/cache/policies.json]
+    python bench/cache_policy.py [--tokens 200000] [--budgets 64 256 1024] [--out
+    results/cache/policies.json]
 
-Text is addressed as DeepSeek-V4.1 does (its tokenizer, orders 2 to 4, 16 million rows a head), in 1, 4 and 16 streams
-that take turns token by token: Wikipedia summaries, Python's own library, and summaries in four streams with the prompt
-of a French one, 8,000 tokens at a time, between every 500 steps (`scan`). The heads of an order hit and miss together,
-so one of 8 is followed, in one of 2 layers, with a sixteenth of the budget. Budgets are MiB for rows of 264 bytes with
-12 bytes noted of each. Hit rates are of what comes after the first 30 %.
+Text is addressed as DeepSeek-V4.1 does (its tokenizer, orders 2 to 4, 16 million rows a head), in
+1, 4 and 16 streams that take turns token by token: Wikipedia summaries, Python's own library, and
+summaries in four streams with the prompt of a French one, 8,000 tokens at a time, between every 500
+steps (`scan`). The heads of an order hit and miss together, so one of 8 is followed, in one of 2
+layers, with a sixteenth of the budget. Budgets are MiB for rows of 264 bytes with 12 bytes noted of
+each. Hit rates are of what comes after the first 30 %.
 
-`store` is CacheStore itself, asked for 512 tokens a call. The others are given one row at a time, and any place for any
-row: Belady's optimum, told the future and free to keep nothing; LRU; CLOCK with two bits; S3-FIFO; W-TinyLFU with exact
-counts where it would have a sketch. `ever` is the share that comes again at all: a cache of the whole table.
+`store` is CacheStore itself, asked for 512 tokens a call. The others are given one row at a time,
+and any place for any row: Belady's optimum, told the future and free to keep nothing; LRU; CLOCK
+with two bits; S3-FIFO; W-TinyLFU with exact counts where it would have a sketch. `ever` is the
+share that comes again at all: a cache of the whole table.
 """
 
 from __future__ import annotations
@@ -163,22 +167,32 @@ def the_store(keys: list[int], size: int) -> list[bool]:
     hits = []
     for first in range(0, len(rows), CALL):
         before = cache.stats.hits or 0
-        call = rows[first:first + CALL]
+        call = rows[first : first + CALL]
         cache.gather(call)
         found = (cache.stats.hits or 0) - before
         hits += [True] * found + [False] * (len(call) - found)
     return hits
 
 
-POLICIES: dict[str, Policy] = {"belady": belady, "lru": lru, "clock": clock, "s3-fifo": s3_fifo,
-                               "w-tinylfu": tiny_lfu, "store": the_store}
+POLICIES: dict[str, Policy] = {
+    "belady": belady,
+    "lru": lru,
+    "clock": clock,
+    "s3-fifo": s3_fifo,
+    "w-tinylfu": tiny_lfu,
+    "store": the_store,
+}
 
 
 def library_texts() -> list[str]:
     """Files of this Python's standard library, in an order of their own."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for depth in ("*.py", "*/*.py") for file in folder.glob(depth)
-                   if "site-packages" not in file.parts)
+    files = sorted(
+        file
+        for depth in ("*.py", "*/*.py")
+        for file in folder.glob(depth)
+        if "site-packages" not in file.parts
+    )
     order = np.random.default_rng(0).permutation(len(files))
     return [files[i].read_text(encoding="utf-8", errors="ignore") for i in order]
 
@@ -208,9 +222,11 @@ def rows_read(addresser: Addresser, docs: list[np.ndarray], streams: int) -> lis
     live_BT, starts_BT = np.zeros(ids_BT.shape, bool), np.zeros(ids_BT.shape, bool)
     for stream, part in enumerate(parts):
         ids = np.concatenate(part)
-        ids_BT[stream, :len(ids)], live_BT[stream, :len(ids)] = ids, True
+        ids_BT[stream, : len(ids)], live_BT[stream, : len(ids)] = ids, True
         starts_BT[stream, np.cumsum([0, *map(len, part[:-1])])] = True
-    rows_BTC = addresser.rows(ids_BT, addresser.spec.layer_ids[0], live=live_BT, starts=starts_BT)[..., COLUMNS]
+    rows_BTC = addresser.rows(ids_BT, addresser.spec.layer_ids[0], live=live_BT, starts=starts_BT)[
+        ..., COLUMNS
+    ]
     return [rows_BTC[live_BT[:, step], step] for step in range(ids_BT.shape[1])]
 
 
@@ -220,7 +236,9 @@ def workloads(tokens: int) -> dict[str, np.ndarray]:
     vocab = VocabMap.from_tokenizer(tok)
     addresser = Addresser(HashSpec.deepseek_v41(layer_ids=(1,), vocab_size=len(vocab)), vocab)
     wiki, code = documents(tok, wiki_texts(), tokens), documents(tok, library_texts(), tokens)
-    steps = {f"wiki, {streams} streams": rows_read(addresser, wiki, streams) for streams in (1, 4, 16)}
+    steps = {
+        f"wiki, {streams} streams": rows_read(addresser, wiki, streams) for streams in (1, 4, 16)
+    }
     steps["python, 4 streams"] = rows_read(addresser, code, 4)
     prompts = np.concatenate(rows_read(addresser, documents(tok, wiki_texts("fr"), tokens), 1))
     steps["scan, 4 streams"] = []
@@ -228,19 +246,26 @@ def workloads(tokens: int) -> dict[str, np.ndarray]:
         steps["scan, 4 streams"].append(step)
         if number % SCAN_EVERY == SCAN_EVERY - 1:
             first = number // SCAN_EVERY * SCAN_TOKENS
-            steps["scan, 4 streams"].append(prompts[first:first + SCAN_TOKENS])
-    return {name: np.unique(np.concatenate(each).reshape(-1), return_inverse=True)[1] for name, each in steps.items()}
+            steps["scan, 4 streams"].append(prompts[first : first + SCAN_TOKENS])
+    return {
+        name: np.unique(np.concatenate(each).reshape(-1), return_inverse=True)[1]
+        for name, each in steps.items()
+    }
 
 
 def share(hits: list[bool]) -> float:
-    counted = hits[int(WARM * len(hits)):]
+    counted = hits[int(WARM * len(hits)) :]
     return sum(counted) / len(counted)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=200_000, help="of each text")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 256, 1024], help="MiB for both layers")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[64, 256, 1024], help="MiB for both layers"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -254,15 +279,35 @@ def main() -> None:
         for budget in options.budgets:
             size = (budget << 20) // (ROW_BYTES + NOTED) // (LAYERS * HEADS)
             rates = {policy: share(run(keys, size)) for policy, run in POLICIES.items()}
-            results.append({"rows_read_by": name, "reads": len(keys), "distinct": int(rows.max()) + 1,
-                            "budget_MiB": budget, "ever": round(ever, 4),
-                            "hit_rate": {policy: round(rate, 4) for policy, rate in rates.items()}})
-            print(f"{name:18}{budget:6}{ever:8.1%}" + "".join(f"{rate:11.1%}" for rate in rates.values()), flush=True)
+            results.append(
+                {
+                    "rows_read_by": name,
+                    "reads": len(keys),
+                    "distinct": int(rows.max()) + 1,
+                    "budget_MiB": budget,
+                    "ever": round(ever, 4),
+                    "hit_rate": {policy: round(rate, 4) for policy, rate in rates.items()},
+                }
+            )
+            print(
+                f"{name:18}{budget:6}{ever:8.1%}"
+                + "".join(f"{rate:11.1%}" for rate in rates.values()),
+                flush=True,
+            )
     print(f"{time.process_time() - begun:.0f} s of CPU time")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"tokens": options.tokens, "python": sysconfig.get_python_version(),
-                                           "runs": results}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps(
+                {
+                    "tokens": options.tokens,
+                    "python": sysconfig.get_python_version(),
+                    "runs": results,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

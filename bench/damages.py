@@ -1,4 +1,5 @@
-"""Ways in which a table may be damaged, for bench/damage.py: each a function that changes files of a `Specimen`."""
+"""Ways in which a table may be damaged, for bench/damage.py: each a function that changes files of
+a `Specimen`."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ Rng = np.random.Generator
 class Specimen:
     """A sealed table at `path`, which is damaged and put right again.
 
-    records: its rows by layer, uint8 [rows, row_bytes]. files: what it consists of. before: the same table before its
-    rows were changed, under an older table_id. twin: another table of the same addresses, sizes and names of shards.
+    records: its rows by layer, uint8 [rows, row_bytes]. files: what it consists of. before: the
+    same table before its rows were changed, under an older table_id. twin: another table of the
+    same addresses, sizes and names of shards.
     """
 
     path: Path
@@ -38,7 +40,8 @@ class Specimen:
         return [name for name in self.files if name != MANIFEST]
 
     def put(self, name: str, data: bytes | None, in_place: bool = False) -> None:
-        """Give a file this content (None: remove it), under a new inode or under the one that it has."""
+        """Give a file this content (None: remove it), under a new inode or under the one that it
+        has."""
         self.touched.add(name)
         path = self.path / name
         if not in_place:
@@ -60,9 +63,12 @@ class Specimen:
 
     def rows_changed(self) -> bool:
         """Whether bytes of rows differ from those written, in files that are there."""
-        return any((self.path / name).is_file()
-                   and (self.path / name).read_bytes()[HEADER_BYTES:] != self.files[name][HEADER_BYTES:]
-                   for name in self.touched if name != MANIFEST)
+        return any(
+            (self.path / name).is_file()
+            and (self.path / name).read_bytes()[HEADER_BYTES:] != self.files[name][HEADER_BYTES:]
+            for name in self.touched
+            if name != MANIFEST
+        )
 
     def restore(self, all_of_it: bool = False) -> None:
         """Put right what was touched, under new inodes."""
@@ -115,7 +121,9 @@ def manifest_digit(specimen: Specimen, rng: Rng) -> None:
 def header_bytes(specimen: Specimen, rng: Rng) -> None:
     name = shard_of(specimen, rng)
     text = len(specimen.files[name][:HEADER_BYTES].rstrip())
-    specimen.put(name, changed(specimen.files[name], rng, 0, text if rng.random() < 0.7 else HEADER_BYTES))
+    specimen.put(
+        name, changed(specimen.files[name], rng, 0, text if rng.random() < 0.7 else HEADER_BYTES)
+    )
 
 
 def row_bytes(specimen: Specimen, rng: Rng, in_place: bool = False) -> None:
@@ -128,17 +136,28 @@ def row_block(specimen: Specimen, rng: Rng) -> None:
     """A block of a disk that reads as another block, or as zeros."""
     name, size = shard_of(specimen, rng), int(rng.choice([512, 4096]))
     data = bytearray(specimen.files[name])
-    to, source = (int(rng.integers(HEADER_BYTES // size, -(-len(data) // size))) * size for _ in range(2))
+    to, source = (
+        int(rng.integers(HEADER_BYTES // size, -(-len(data) // size))) * size for _ in range(2)
+    )
     end = min(to + size, len(data))
-    data[to:end] = (bytes(data[source:source + end - to]) if rng.random() < 0.5 else b"").ljust(end - to, b"\0")
+    data[to:end] = (bytes(data[source : source + end - to]) if rng.random() < 0.5 else b"").ljust(
+        end - to, b"\0"
+    )
     specimen.put(name, bytes(data))
 
 
 def cut_length(data: bytes, rng: Rng) -> int:
     """Any, those near an end and at pages as often as the others."""
     size = len(data)
-    return int(rng.choice([rng.integers(0, size), size - 1 - rng.integers(0, min(size, 300)),
-                           rng.integers(0, -(-size // 4096)) * 4096]))
+    return int(
+        rng.choice(
+            [
+                rng.integers(0, size),
+                size - 1 - rng.integers(0, min(size, 300)),
+                rng.integers(0, -(-size // 4096)) * 4096,
+            ]
+        )
+    )
 
 
 def cut_shard(specimen: Specimen, rng: Rng) -> None:
@@ -171,34 +190,42 @@ def any_name(specimen: Specimen, rng: Rng) -> str:
     return MANIFEST if rng.random() < 0.3 else shard_of(specimen, rng)
 
 
-BEFORE = [Damage(kind, apply) for kind, apply in {
-    "engram.json: bits, bytes": manifest_bytes,
-    "engram.json: a digit or letter": manifest_digit,
-    "engram.json: cut": cut_manifest,
-    "engram.json: extended": lambda s, rng: extend(MANIFEST, s, rng),
-    "engram.json: older": lambda s, rng: s.put(MANIFEST, s.before[MANIFEST]),
-    "engram.json: of another table": lambda s, rng: s.put(MANIFEST, s.twin[MANIFEST]),
-    "shard's header: bits, bytes": header_bytes,
-    "rows: bits, bytes": row_bytes,
-    "rows: a block": row_block,
-    "shard: cut": cut_shard,
-    "shard: extended": lambda s, rng: extend(shard_of(s, rng), s, rng),
-    "shards: two swapped": swap,
-    "shard: of another table": lambda s, rng: shard_from("twin", s, rng),
-    "shard: older": lambda s, rng: shard_from("before", s, rng),
-    "file: gone": lambda s, rng: s.put(any_name(s, rng), None),
-    "file: empty": lambda s, rng: s.put(any_name(s, rng), b""),
-    "file: a directory": lambda s, rng: s.replace_by_directory(any_name(s, rng)),
-}.items()]
-SERVED = [Damage(kind, apply) for kind, apply in {
-    "shard: cut": cut_shard,
-    "shard: extended": lambda s, rng: extend(shard_of(s, rng), s, rng),
-    "shard: empty": lambda s, rng: s.cut(shard_of(s, rng), 0),
-    "shard: gone": lambda s, rng: s.put(shard_of(s, rng), None),
-    "shard: another table's renamed over it": lambda s, rng: shard_from("twin", s, rng),
-    "shard: another table's copied over it": lambda s, rng: shard_from("twin", s, rng, in_place=True),
-    "rows: bits, bytes": lambda s, rng: row_bytes(s, rng, in_place=True),
-    "engram.json: older": lambda s, rng: s.put(MANIFEST, s.before[MANIFEST]),
-}.items()]
+BEFORE = [
+    Damage(kind, apply)
+    for kind, apply in {
+        "engram.json: bits, bytes": manifest_bytes,
+        "engram.json: a digit or letter": manifest_digit,
+        "engram.json: cut": cut_manifest,
+        "engram.json: extended": lambda s, rng: extend(MANIFEST, s, rng),
+        "engram.json: older": lambda s, rng: s.put(MANIFEST, s.before[MANIFEST]),
+        "engram.json: of another table": lambda s, rng: s.put(MANIFEST, s.twin[MANIFEST]),
+        "shard's header: bits, bytes": header_bytes,
+        "rows: bits, bytes": row_bytes,
+        "rows: a block": row_block,
+        "shard: cut": cut_shard,
+        "shard: extended": lambda s, rng: extend(shard_of(s, rng), s, rng),
+        "shards: two swapped": swap,
+        "shard: of another table": lambda s, rng: shard_from("twin", s, rng),
+        "shard: older": lambda s, rng: shard_from("before", s, rng),
+        "file: gone": lambda s, rng: s.put(any_name(s, rng), None),
+        "file: empty": lambda s, rng: s.put(any_name(s, rng), b""),
+        "file: a directory": lambda s, rng: s.replace_by_directory(any_name(s, rng)),
+    }.items()
+]
+SERVED = [
+    Damage(kind, apply)
+    for kind, apply in {
+        "shard: cut": cut_shard,
+        "shard: extended": lambda s, rng: extend(shard_of(s, rng), s, rng),
+        "shard: empty": lambda s, rng: s.cut(shard_of(s, rng), 0),
+        "shard: gone": lambda s, rng: s.put(shard_of(s, rng), None),
+        "shard: another table's renamed over it": lambda s, rng: shard_from("twin", s, rng),
+        "shard: another table's copied over it": lambda s, rng: shard_from(
+            "twin", s, rng, in_place=True
+        ),
+        "rows: bits, bytes": lambda s, rng: row_bytes(s, rng, in_place=True),
+        "engram.json: older": lambda s, rng: s.put(MANIFEST, s.before[MANIFEST]),
+    }.items()
+]
 # Bytes of rows are changed where they lie: what opening does not look at, and `verify` does.
 ROWS = {"rows: bits, bytes", "rows: a block", "shard: another table's copied over it"}

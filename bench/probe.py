@@ -30,17 +30,32 @@ class Probe:
     def __init__(self) -> None:
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
-            raise SystemExit("the limits are probed by a C program: expected a compiler (cc, gcc or clang), found none")
+            raise SystemExit(
+                "the limits are probed by a C program: expected a compiler (cc, gcc or clang), found none"
+            )
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, "probe.so")
-            command = [compiler, "-O3", "-march=native", "-pthread", "-shared", "-fPIC", "-o", str(library),
-                       str(Path(__file__).with_name("probe.c"))]
+            command = [
+                compiler,
+                "-O3",
+                "-march=native",
+                "-pthread",
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(library),
+                str(Path(__file__).with_name("probe.c")),
+            ]
             built = subprocess.run(command, capture_output=True, text=True)
             if built.returncode:
-                raise SystemExit(f"{' '.join(command)}: the probe does not compile:\n{built.stderr}")
+                raise SystemExit(
+                    f"{' '.join(command)}: the probe does not compile:\n{built.stderr}"
+                )
             self._library = ctypes.CDLL(str(library))
         address, long = ctypes.c_void_p, ctypes.c_int64
-        self._library.probe_gather.argtypes = [address, address, long, long, long, address] + [ctypes.c_int] * 3
+        self._library.probe_gather.argtypes = [address, address, long, long, long, address] + [
+            ctypes.c_int
+        ] * 3
         self._library.probe_pread.argtypes = [address, address, long, long, ctypes.c_int]
         self._library.probe_resident.argtypes = [ctypes.c_int, long]
         self._library.probe_map.argtypes = [address, long, long, long]
@@ -49,20 +64,50 @@ class Probe:
         self._library.probe_gather.restype = self._library.probe_pread.restype = ctypes.c_double
         self._library.probe_resident.restype = long
 
-    def gather(self, table: np.ndarray, ids_N: np.ndarray, row_bytes: int, out: np.ndarray, threads: int, ahead: int,
-               stream: bool, call_rows: int | None = None) -> float:
-        """Rows of a table (uint8, contiguous) to `out`; call_rows: each thread writes so many to the same place."""
-        if ids_N.dtype != np.int64 or int(ids_N.max()) >= table.nbytes // row_bytes or \
-                out.nbytes < row_bytes * (len(ids_N) if call_rows is None else threads * call_rows):
+    def gather(
+        self,
+        table: np.ndarray,
+        ids_N: np.ndarray,
+        row_bytes: int,
+        out: np.ndarray,
+        threads: int,
+        ahead: int,
+        stream: bool,
+        call_rows: int | None = None,
+    ) -> float:
+        """Rows of a table (uint8, contiguous) to `out`; call_rows: each thread writes so many to
+        the same place."""
+        if (
+            ids_N.dtype != np.int64
+            or int(ids_N.max()) >= table.nbytes // row_bytes
+            or out.nbytes < row_bytes * (len(ids_N) if call_rows is None else threads * call_rows)
+        ):
             raise ValueError("probe: ids, table and out do not fit each other")
-        return _seconds(self._library.probe_gather(table.ctypes.data, ids_N.ctypes.data, len(ids_N), row_bytes,
-                                                   call_rows or len(ids_N), out.ctypes.data, threads, ahead, stream))
+        return _seconds(
+            self._library.probe_gather(
+                table.ctypes.data,
+                ids_N.ctypes.data,
+                len(ids_N),
+                row_bytes,
+                call_rows or len(ids_N),
+                out.ctypes.data,
+                threads,
+                ahead,
+                stream,
+            )
+        )
 
     def pread(self, files_N: np.ndarray, offsets_N: np.ndarray, depth: int) -> float:
         """A page at each offset of the file beside it, `depth` reads under way."""
-        files_N, offsets_N = np.ascontiguousarray(files_N, np.int32), np.ascontiguousarray(offsets_N, np.int64)
-        return _seconds(self._library.probe_pread(files_N.ctypes.data, offsets_N.ctypes.data, len(offsets_N), PAGE,
-                                                  depth))
+        files_N, offsets_N = (
+            np.ascontiguousarray(files_N, np.int32),
+            np.ascontiguousarray(offsets_N, np.int64),
+        )
+        return _seconds(
+            self._library.probe_pread(
+                files_N.ctypes.data, offsets_N.ctypes.data, len(offsets_N), PAGE, depth
+            )
+        )
 
     def resident(self, paths: Sequence[Path]) -> float:
         """Share of the files that lies in the page cache."""
@@ -78,15 +123,19 @@ class Probe:
 
     @contextlib.contextmanager
     def mapped(self, paths: Sequence[Path], offset: int, size: int) -> Iterator[np.ndarray]:
-        """The same part of several files as one array, uint8 [all], each page in the page table. offset, size: whole
-        pages."""
+        """The same part of several files as one array, uint8 [all], each page in the page table.
+        offset, size: whole pages."""
         with contextlib.ExitStack() as stack:
-            files = np.array([stack.enter_context(open(path, "rb")).fileno() for path in paths], np.int32)
+            files = np.array(
+                [stack.enter_context(open(path, "rb")).fileno() for path in paths], np.int32
+            )
             memory = self._library.probe_map(files.ctypes.data, len(files), offset, size)
         if not memory:
             raise OSError("the system refuses to map the files of the table")
         try:
-            found = np.ctypeslib.as_array((ctypes.c_uint8 * (len(files) * size)).from_address(memory))
+            found = np.ctypeslib.as_array(
+                (ctypes.c_uint8 * (len(files) * size)).from_address(memory)
+            )
             found[::PAGE].max()
             yield found
         finally:
@@ -109,14 +158,25 @@ def huge(size: int) -> np.ndarray:
 def machine(folder: Path) -> dict[str, Any]:
     """What figures depend on; folder: the disk in question."""
     text = _first("/proc/cpuinfo", "model name") or platform.processor()
-    mount = max((line.split() for line in Path("/proc/mounts").read_text().splitlines()
-                 if folder.resolve().is_relative_to(line.split()[1])), key=lambda words: len(words[1]))
-    return {"cpu": text, "cores": len(os.sched_getaffinity(0)),
-            "l3": _read("/sys/devices/system/cpu/cpu0/cache/index3/size"),
-            "memory": _first("/proc/meminfo", "MemTotal"),
-            "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
-            "disk": {"device": mount[0], "file_system": mount[2], **_disk(folder)}, "kernel": platform.release(),
-            "python": platform.python_version(), "numpy": np.__version__}
+    mount = max(
+        (
+            line.split()
+            for line in Path("/proc/mounts").read_text().splitlines()
+            if folder.resolve().is_relative_to(line.split()[1])
+        ),
+        key=lambda words: len(words[1]),
+    )
+    return {
+        "cpu": text,
+        "cores": len(os.sched_getaffinity(0)),
+        "l3": _read("/sys/devices/system/cpu/cpu0/cache/index3/size"),
+        "memory": _first("/proc/meminfo", "MemTotal"),
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "disk": {"device": mount[0], "file_system": mount[2], **_disk(folder)},
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
 
 
 def _disk(folder: Path) -> dict[str, str]:
@@ -126,8 +186,11 @@ def _disk(folder: Path) -> dict[str, str]:
         return {}
     device = found.resolve()
     device = device.parent if (device / "partition").exists() else device
-    return {"name": device.name, "model": _read(str(device / "device/model")),
-            "rotational": _read(str(device / "queue/rotational"))}
+    return {
+        "name": device.name,
+        "model": _read(str(device / "device/model")),
+        "rotational": _read(str(device / "queue/rotational")),
+    }
 
 
 def _read(path: str) -> str:

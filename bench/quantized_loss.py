@@ -1,13 +1,15 @@
-"""What rows of fewer bits cost a trained model: held-out loss with the table as trained, and quantised.
+"""What rows of fewer bits cost a trained model: held-out loss with the table as trained, and
+quantised.
 
-    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32] [--out results/quantized/loss.json]
+    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32] [--out
+    results/quantized/loss.json]
 
-Trains the memory arm of `engraphy demo` (its sizes, text and rates; f32 rows), writes the table, has `quantize` make
-one of each kind that d allows, and serves them to the same model: only rows differ. Losses are of all held-out
-documents; differences to the f32 rows are paired token by token, their standard error takes documents as the units.
-d = 16 is the demo's; d = 32, with half as many rows, is the least that fp8 can have. Controls: the f32 table from disk
-has to give the loss that it gave in memory, and `zero rows` says what the table is worth. About five minutes on two
-idle cores.
+Trains the memory arm of `engraphy demo` (its sizes, text and rates; f32 rows), writes the table,
+has `quantize` make one of each kind that d allows, and serves them to the same model: only rows
+differ. Losses are of all held-out documents; differences to the f32 rows are paired token by token,
+their standard error takes documents as the units. d = 16 is the demo's; d = 32, with half as many
+rows, is the least that fp8 can have. Controls: the f32 table from disk has to give the loss that it
+gave in memory, and `zero rows` says what the table is worth. About five minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ KINDS = ("bf16", "fp8", "int8", "int4")
 
 def trained(corpus: Corpus, dim: int, config: ArmConfig) -> LM:
     """The demo's model with a memory, of rows of `dim` values."""
-    arm = three_arms(demo_config(corpus.vocab_size), len(corpus.vocab), corpus.end_id, rho=config.rho, dim=dim).memory
+    arm = three_arms(
+        demo_config(corpus.vocab_size), len(corpus.vocab), corpus.end_id, rho=config.rho, dim=dim
+    ).memory
     assert arm.memory is not None
     torch.manual_seed(config.seed)
     memory = EngramMemory(arm.memory, corpus.vocab)
@@ -52,8 +56,11 @@ def trained(corpus: Corpus, dim: int, config: ArmConfig) -> LM:
         loss, _ = run.step()
         if run.step_index % 50 == 0 or run.done:
             speed = run.step_index * run.batches.tokens_per_step / (time.monotonic() - begun)
-            print(f"d = {dim}: step {run.step_index} of {run.steps}, loss {loss:.3f}, {speed:,.0f} tokens/s",
-                  file=sys.stderr, flush=True)
+            print(
+                f"d = {dim}: step {run.step_index} of {run.steps}, loss {loss:.3f}, {speed:,.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
     return run.model.eval()
 
 
@@ -77,37 +84,65 @@ def compared(model: LM, corpus: Corpus, dim: int, folder: Path) -> list[dict[str
     counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
     memory.write_table(folder / "f32")
     Table.create(folder / "zero rows", memory.config, memory.format, corpus.vocab).seal()
-    reports = {kind: quantize(folder / "f32", folder / kind, kind) for kind in KINDS
-               if dim % CODECS[kind].multiple == 0}
+    reports = {
+        kind: quantize(folder / "f32", folder / kind, kind)
+        for kind in KINDS
+        if dim % CODECS[kind].multiple == 0
+    }
     before, told = measured(model, corpus, counts, None), []
     for name in ("f32", *reports, "zero rows"):
         losses, report = measured(model, corpus, counts, folder / name), reports.get(name)
-        rows = {} if report is None else {layer: asdict(each) for layer, each in report.difference.items()}
-        told.append({"d": dim, "rows": name, "bytes": memory.config.table_bytes(Table.open(folder / name).row_bytes),
-                     **losses.mean(), "difference": measure.difference(losses, before), "row_error": rows})
+        rows = (
+            {}
+            if report is None
+            else {layer: asdict(each) for layer, each in report.difference.items()}
+        )
+        told.append(
+            {
+                "d": dim,
+                "rows": name,
+                "bytes": memory.config.table_bytes(Table.open(folder / name).row_bytes),
+                **losses.mean(),
+                "difference": measure.difference(losses, before),
+                "row_error": rows,
+            }
+        )
     if told[0]["difference"]["all"] != 0:
-        raise SystemExit("the f32 table on disk gives another loss than the rows in memory that it was written from")
+        raise SystemExit(
+            "the f32 table on disk gives another loss than the rows in memory that it was written from"
+        )
     return told
 
 
 def markdown(told: list[dict[str, Any]]) -> str:
-    lines = ["| d | rows | bytes | row error, rms | smallest cosine | held-out loss | difference to f32 | its error |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| d | rows | bytes | row error, rms | smallest cosine | held-out loss | difference to f32 | its error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for each in told:
         errors = [Difference(**error) for error in each["row_error"].values()]
         rms = max((error.relative_rms or 0.0 for error in errors), default=None)
-        cosine = min((1.0 if error.min_cosine is None else error.min_cosine for error in errors), default=None)
+        cosine = min(
+            (1.0 if error.min_cosine is None else error.min_cosine for error in errors),
+            default=None,
+        )
         gap = each["difference"]
-        lines.append(f"| {each['d']} | {each['rows']} | {each['bytes']:,} | {'' if rms is None else f'{rms:.2%}'} | "
-                     f"{'' if cosine is None else f'{cosine:.5f}'} | {each['validation_loss']:.4f} | "
-                     f"{gap['all']:+.5f} | {gap.get('all_stderr', float('nan')):.5f} |")
+        lines.append(
+            f"| {each['d']} | {each['rows']} | {each['bytes']:,} | {'' if rms is None else f'{rms:.2%}'} | "
+            f"{'' if cosine is None else f'{cosine:.5f}'} | {each['validation_loss']:.4f} | "
+            f"{gap['all']:+.5f} | {gap.get('all_stderr', float('nan')):.5f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="wiki", help="wiki, hf:NAME, or a text file or folder")
-    parser.add_argument("--vocab", type=int, default=CorpusConfig.vocab_size, help="of the BPE trained on it")
+    parser.add_argument(
+        "--vocab", type=int, default=CorpusConfig.vocab_size, help="of the BPE trained on it"
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of training, for each d")
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 32], help="values of a row")
     parser.add_argument("--seed", type=int, default=0)
@@ -122,18 +157,35 @@ def main() -> None:
             place.mkdir()
             told += compared(trained(corpus, dim, config), corpus, dim, place)
     heldout = sum(map(len, corpus.heldout))
-    print(f"{options.tokens:,} training tokens of {corpus.name}, {heldout:,} held-out tokens in "
-          f"{len(corpus.heldout):,} documents, seed {options.seed}, {time.monotonic() - begun:.0f} s\n\n"
-          f"{markdown(told)}")
+    print(
+        f"{options.tokens:,} training tokens of {corpus.name}, {heldout:,} held-out tokens in "
+        f"{len(corpus.heldout):,} documents, seed {options.seed}, {time.monotonic() - begun:.0f} s\n\n"
+        f"{markdown(told)}"
+    )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({
-            "tokens": options.tokens, "data": corpus.name, "heldout_tokens": heldout,
-            "heldout_documents": len(corpus.heldout), "seed": options.seed, "cpu": cpu.name(),
-            "commit": provenance.commit(), "torch": torch.__version__, "tables": told}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps(
+                {
+                    "tokens": options.tokens,
+                    "data": corpus.name,
+                    "heldout_tokens": heldout,
+                    "heldout_documents": len(corpus.heldout),
+                    "seed": options.seed,
+                    "cpu": cpu.name(),
+                    "commit": provenance.commit(),
+                    "torch": torch.__version__,
+                    "tables": told,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
     if missing := {name: value for name, value in MALLOC.items() if name not in os.environ}:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | missing)  # read when a process starts
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], os.environ | missing
+        )  # read when a process starts
     main()

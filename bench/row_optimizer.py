@@ -1,10 +1,12 @@
-"""Does a row optimiser's step grow with the table? Prints milliseconds and resident memory at 1x, 4x and 16x rows.
+"""Does a row optimiser's step grow with the table? Prints milliseconds and resident memory at 1x,
+4x and 16x rows.
 
     python bench/row_optimizer.py [--rows 262144] [--dim 64] [--grads 65536]
 
-Tables and moments are filled before the clock starts, the three sizes alternate, figures are medians. The limit beside
-them, probed in the same run: reading and writing back the same bytes (rows and moments of the distinct ids) at random
-positions of the largest table by plain fancy indexing.
+Tables and moments are filled before the clock starts, the three sizes alternate, figures are
+medians. The limit beside them, probed in the same run: reading and writing back the same bytes
+(rows and moments of the distinct ids) at random positions of the largest table by plain fancy
+indexing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ SCALES = (1, 4, 16)
 
 def make(kind: type[RowOptimizer], rows: int, dim: int) -> RowOptimizer:
     spec = HashSpec.demo((0,), (2,), 1, rows, vocab_size=1000, pad_id=0)
-    memory = EngramMemory(EngramConfig(spec, LayerSpec(8, dim, order=2), dim), VocabMap.identity(1000))
+    memory = EngramMemory(
+        EngramConfig(spec, LayerSpec(8, dim, order=2), dim), VocabMap.identity(1000)
+    )
     memory.init_rows(std=0.02, seed=0)
     return kind(memory)
 
@@ -59,12 +63,16 @@ def main() -> None:
                     growth[scale] = max(growth.get(scale, 0.0), resident_mib() - before)
         medians = {scale: statistics.median(values) * 1e3 for scale, values in times.items()}
         limit = probe(options.rows * SCALES[-1], options.dim, options.grads, rng)
-        print(f"{kind.__name__}: {options.grads} row gradients of width {options.dim}; "
-              f"copying as many rows at random takes {limit:.1f} ms")
+        print(
+            f"{kind.__name__}: {options.grads} row gradients of width {options.dim}; "
+            f"copying as many rows at random takes {limit:.1f} ms"
+        )
         for scale, value in medians.items():
-            print(f"  {scale:>2}x  {options.rows * scale:>9} rows  {value:7.1f} ms  "
-                  f"({value / medians[1]:.2f} of 1x, {value / limit:.1f} of the copy)  "
-                  f"resident memory +{growth[scale]:.0f} MiB a step at most")
+            print(
+                f"  {scale:>2}x  {options.rows * scale:>9} rows  {value:7.1f} ms  "
+                f"({value / medians[1]:.2f} of 1x, {value / limit:.1f} of the copy)  "
+                f"resident memory +{growth[scale]:.0f} MiB a step at most"
+            )
 
 
 def probe(rows: int, dim: int, count: int, rng: np.random.Generator) -> float:

@@ -1,11 +1,13 @@
-"""Reading rows as numbers: the plain version and the native kernel side by side, and what moving the bytes alone costs.
+"""Reading rows as numbers: the plain version and the native kernel side by side, and what moving
+the bytes alone costs.
 
     python bench/rows.py [--gib 2] [--ids 65536] [--rounds 9]
 
-One thread, random rows of a table in RAM, into a reused buffer. Each round runs every variant once, on ids that were
-not used lately, so that noise and cold rows meet all of them alike; medians over the rounds. Two limits are probed in
-the same run: `take`, which copies the same records unread into a reused buffer, and a copy of as many bytes as `out`
-has, to which the bytes read and written by the kernel are put in proportion.
+One thread, random rows of a table in RAM, into a reused buffer. Each round runs every variant once,
+on ids that were not used lately, so that noise and cold rows meet all of them alike; medians over
+the rounds. Two limits are probed in the same run: `take`, which copies the same records unread into
+a reused buffer, and a copy of as many bytes as `out` has, to which the bytes read and written by
+the kernel are put in proportion.
 """
 
 from __future__ import annotations
@@ -32,16 +34,21 @@ def filled(fmt: RowFormat, table_bytes: int) -> RamStore:
     store = RamStore(rows, fmt.row_bytes)
     for first in range(0, rows, len(some)):
         ids = np.arange(first, min(first + len(some), rows))
-        store.scatter(ids, some[:len(ids)])
+        store.scatter(ids, some[: len(ids)])
     return store
 
 
-def measure(store: RamStore, fmt: RowFormat, out: np.ndarray, levels: dict[str, str], rounds: int) -> dict[str, float]:
+def measure(
+    store: RamStore, fmt: RowFormat, out: np.ndarray, levels: dict[str, str], rounds: int
+) -> dict[str, float]:
     """Median seconds of each variant for len(out) rows."""
     rng, info = np.random.default_rng(1), store.info
     batches = itertools.cycle([rng.integers(0, info.rows, len(out)) for _ in range(31)])
     raw, copy = np.zeros((len(out), info.row_bytes), np.uint8), np.zeros_like(out)
-    variants = {name: at(level, lambda: read(store, next(batches), fmt, out)) for name, level in levels.items()}
+    variants = {
+        name: at(level, lambda: read(store, next(batches), fmt, out))
+        for name, level in levels.items()
+    }
     with store.reading() as shards:
         table = shards[0]
     variants["take"] = lambda: np.take(table, next(batches), axis=0, out=raw, mode="clip")
@@ -50,36 +57,51 @@ def measure(store: RamStore, fmt: RowFormat, out: np.ndarray, levels: dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=2.0, help="size of each table")
     parser.add_argument("--ids", type=int, default=65_536, help="rows a call")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    levels = {"plain": "off"} if _native.core is None else {"plain": "off", "native": _native.level()}
+    levels = (
+        {"plain": "off"} if _native.core is None else {"plain": "off", "native": _native.level()}
+    )
     last = list(levels)[-1]
 
     print(f"native: {_native.reason}")
-    print(f"\n{options.ids} rows a call, tables of {options.gib:g} GiB, {options.rounds} rounds; ns a row; "
-          f"of take, of copy: what {last} reaches of that limit")
-    print(f"{'rows':>5}{'d':>5}{'out':>6}{'plain':>9}{last:>9}{'ratio':>7}{'take':>8}{'of take':>9}{'copy GB/s':>11}"
-          f"{'of copy':>9}")
+    print(
+        f"\n{options.ids} rows a call, tables of {options.gib:g} GiB, {options.rounds} rounds; ns a row; "
+        f"of take, of copy: what {last} reaches of that limit"
+    )
+    print(
+        f"{'rows':>5}{'d':>5}{'out':>6}{'plain':>9}{last:>9}{'ratio':>7}{'take':>8}{'of take':>9}{'copy GB/s':>11}"
+        f"{'of copy':>9}"
+    )
     for kind, d in itertools.product(KINDS, DIMS):
         fmt = RowFormat(kind, d)
         store = filled(fmt, int(options.gib * 2**30))
         for name, dtype in OUTPUTS.items():
             out = np.zeros((options.ids, d), dtype)
             seconds = measure(store, fmt, out, levels, options.rounds)
-            plain, best, take = (seconds[key] / options.ids * 1e9 for key in ("plain", last, "take"))
+            plain, best, take = (
+                seconds[key] / options.ids * 1e9 for key in ("plain", last, "take")
+            )
             copied = out.nbytes / seconds["copy"] / 1e9
             moved = (options.ids * fmt.row_bytes + out.nbytes) / 2 / seconds[last] / 1e9
-            print(f"{kind:>5}{d:5}{name:>6}{plain:9.1f}{best:9.1f}{plain / best:7.1f}{take:8.1f}{take / best:9.1%}"
-                  f"{copied:11.1f}{moved / copied:9.1%}", flush=True)
+            print(
+                f"{kind:>5}{d:5}{name:>6}{plain:9.1f}{best:9.1f}{plain / best:7.1f}{take:8.1f}{take / best:9.1%}"
+                f"{copied:11.1f}{moved / copied:9.1%}",
+                flush=True,
+            )
         store.close()
 
     fmt = RowFormat("fp8", 256)
     store, out = filled(fmt, 2**24), np.zeros((TOKEN_ROWS, 256), np.float32)
     ids = np.random.default_rng(2).integers(0, store.info.rows, TOKEN_ROWS)
-    calls = {name: at(level, lambda: read(store, ids, fmt, out), CALLS) for name, level in levels.items()}
+    calls = {
+        name: at(level, lambda: read(store, ids, fmt, out), CALLS) for name, level in levels.items()
+    }
     print(f"\none decoded token: {TOKEN_ROWS} rows of {fmt.row_bytes} bytes, in the cache")
     for name, value in medians(calls, options.rounds).items():
         print(f"{name:>8}{value / CALLS * 1e6:9.2f} us a call")

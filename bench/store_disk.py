@@ -1,6 +1,8 @@
-"""A table on disk: cold, beside the best random reads of the disk; in the page cache, beside numpy and a C copy.
+"""A table on disk: cold, beside the best random reads of the disk; in the page cache, beside numpy
+and a C copy.
 
-Part of bench/store.py. Cold means that no page of the table is in the page cache, which is looked at, not assumed.
+Part of bench/store.py. Cold means that no page of the table is in the page cache, which is looked
+at, not assumed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ PAGE_ROWS = PAGE // ROW_BYTES
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A sealed table of one layer, its whole shards alone: rows 0 to `rows` - 1 lie in `shards`, shard_rows each."""
+    """A sealed table of one layer, its whole shards alone: rows 0 to `rows` - 1 lie in `shards`,
+    shard_rows each."""
 
     path: Path
     shards: list[Path]
@@ -53,8 +56,10 @@ class OnDisk:
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if (share := probe.resident(self.shards)) > 0.001:
-            raise SystemExit(f"{self.path}: expected no page in the page cache, found {share:.1%} of them there: "
-                             "is it a disk?")
+            raise SystemExit(
+                f"{self.path}: expected no page in the page cache, found {share:.1%} of them there: "
+                "is it a disk?"
+            )
 
     def bring(self) -> None:
         """Into the page cache."""
@@ -65,18 +70,32 @@ class OnDisk:
 
 
 def make_table(folder: Path, table_bytes: int) -> OnDisk:
-    """Random rows in shards of about 1 GiB, whole pages; the last one, of what the prime leaves, is not read."""
+    """Random rows in shards of about 1 GiB, whole pages; the last one, of what the prime leaves, is
+    not read."""
     spec = HashSpec.demo((0,), (2,), 1, table_bytes // ROW_BYTES, vocab_size=1000, pad_id=0)
     dim, rng = ROW_BYTES // 2, np.random.default_rng(0)
     rows = spec.row_count(0)
     shard_rows = rows // max(1, round(table_bytes / 2**30)) // PAGE_ROWS * PAGE_ROWS
-    table = Table.create(folder / "table", EngramConfig(spec, LayerSpec(8, dim, order=2), dim), RowFormat("bf16", dim),
-                         VocabMap.identity(1000), shard_rows=shard_rows)
+    table = Table.create(
+        folder / "table",
+        EngramConfig(spec, LayerSpec(8, dim, order=2), dim),
+        RowFormat("bf16", dim),
+        VocabMap.identity(1000),
+        shard_rows=shard_rows,
+    )
     for first in range(0, rows, CHUNK):
         count = min(CHUNK, rows - first)
-        table.write_rows(0, first, np.frombuffer(rng.bytes(count * ROW_BYTES), np.uint8).reshape(count, ROW_BYTES))
+        table.write_rows(
+            0,
+            first,
+            np.frombuffer(rng.bytes(count * ROW_BYTES), np.uint8).reshape(count, ROW_BYTES),
+        )
     table.seal()
-    return OnDisk(table.path, [shard.path for shard in table.shards(0) if shard.rows == shard_rows], shard_rows)
+    return OnDisk(
+        table.path,
+        [shard.path for shard in table.shards(0) if shard.rows == shard_rows],
+        shard_rows,
+    )
 
 
 def find_peer(folder: Path | None) -> Any:
@@ -86,8 +105,10 @@ def find_peer(folder: Path | None) -> Any:
     try:
         module = importlib.import_module(PEER)
     except ImportError as error:
-        print(f"\n{PEER} is left out ({error}): pip install --no-deps --target DIR engramdb-python=={PEER_VERSION}, "
-              "then --peer DIR")
+        print(
+            f"\n{PEER} is left out ({error}): pip install --no-deps --target DIR engramdb-python=={PEER_VERSION}, "
+            "then --peer DIR"
+        )
         return None
     if (found := importlib.metadata.version("engramdb-python")) != PEER_VERSION:
         raise SystemExit(f"engramdb-python: expected version {PEER_VERSION}, found {found}")
@@ -95,8 +116,8 @@ def find_peer(folder: Path | None) -> Any:
 
 
 class PeerStore:
-    """The same files through engramdb, to which a shard's header is some rows more. It takes lists, and returns bytes
-    of its own."""
+    """The same files through engramdb, to which a shard's header is some rows more. It takes lists,
+    and returns bytes of its own."""
 
     def __init__(self, module: Any, table: OnDisk, threads: int | None) -> None:
         self._table, self._header = table, HEADER_BYTES // ROW_BYTES
@@ -106,8 +127,9 @@ class PeerStore:
             if not (link := folder / f"shard_{number:03d}.bin").exists():
                 os.link(path, link)
         threaded = {} if threads is None else {"threads": threads}
-        self._store = module.Store(str(folder), len(table.shards), table.shard_rows + self._header, ROW_BYTES,
-                                   **threaded)
+        self._store = module.Store(
+            str(folder), len(table.shards), table.shard_rows + self._header, ROW_BYTES, **threaded
+        )
 
     def ids(self, ids_N: np.ndarray) -> list[int]:
         return (ids_N + (ids_N // self._table.shard_rows + 1) * self._header).tolist()
@@ -124,8 +146,10 @@ def check(table: OnDisk, peer: Any) -> None:
     ids_N = np.random.default_rng(3).integers(0, table.rows, 1000)
     shard_N, begin_N = table.where(ids_N)
     mapped = [np.memmap(path, np.uint8, "r") for path in table.shards]
-    expected = b"".join(mapped[shard][begin:begin + ROW_BYTES].tobytes()
-                        for shard, begin in zip(shard_N.tolist(), begin_N.tolist(), strict=True))
+    expected = b"".join(
+        mapped[shard][begin : begin + ROW_BYTES].tobytes()
+        for shard, begin in zip(shard_N.tolist(), begin_N.tolist(), strict=True)
+    )
     for options in ("read=mmap", "read=pread", "direct=1"):
         store = open_store(f"file:{table.path}?{options}", layer=0)
         if store.gather(ids_N).tobytes() != expected:
@@ -138,24 +162,38 @@ def check(table: OnDisk, peer: Any) -> None:
 
 
 def cold(probe: Probe, table: OnDisk, peer: Any, count: int, threads: int, rounds: int) -> Result:
-    """`count` random rows a call, each call after the page cache was emptied of the table; fewer where few reads are
-    under way. Opening is not timed."""
+    """`count` random rows a call, each call after the page cache was emptied of the table; fewer
+    where few reads are under way. Opening is not timed."""
     use_threads(threads)
     cache = _PageCache(probe, table)
-    variants = {f"{READS}, depth {depth}{', direct' * direct}": _cold_probe(cache, depth, direct, count)
-                for direct in (False, True) for depth in DEPTHS}
+    variants = {
+        f"{READS}, depth {depth}{', direct' * direct}": _cold_probe(cache, depth, direct, count)
+        for direct in (False, True)
+        for depth in DEPTHS
+    }
     variants[MAPPED] = _cold_store(cache, "read=mmap", max(1, count // 4))
     for depth in PREAD_THREADS:
-        variants[f"{PREAD}, threads={depth}"] = _cold_store(cache, f"read=pread&threads={depth}", count)
-        variants[f"{PREAD}, threads={depth}, direct"] = _cold_store(cache, f"direct=1&threads={depth}", count)
+        variants[f"{PREAD}, threads={depth}"] = _cold_store(
+            cache, f"read=pread&threads={depth}", count
+        )
+        variants[f"{PREAD}, threads={depth}, direct"] = _cold_store(
+            cache, f"direct=1&threads={depth}", count
+        )
     if peer is not None:
         variants[PEER] = _cold_peer(cache, peer, None, count)
-        variants[f"{PEER}, threads={PREAD_THREADS[-1]}"] = _cold_peer(cache, peer, PREAD_THREADS[-1], count)
+        variants[f"{PEER}, threads={PREAD_THREADS[-1]}"] = _cold_peer(
+            cache, peer, PREAD_THREADS[-1], count
+        )
     speeds = rows_a_second(variants, rounds, seed=4)
     cache.close()
     limit, asked = best(speeds, READS), [(1.5, best(speeds, PEER))] if peer is not None else []
-    result = Result(f"cold disk, {ROW_BYTES} B rows, {count} a call", ROW_BYTES, speeds, limit,
-                    {best(speeds, PREAD): [(0.9, limit), *asked]})
+    result = Result(
+        f"cold disk, {ROW_BYTES} B rows, {count} a call",
+        ROW_BYTES,
+        speeds,
+        limit,
+        {best(speeds, PREAD): [(0.9, limit), *asked]},
+    )
     print(result.markdown(), flush=True)
     return result
 
@@ -224,21 +262,28 @@ def _cold_peer(cache: _PageCache, peer: Any, threads: int | None, count: int) ->
 
 
 def warm(probe: Probe, table: OnDisk, peer: Any, ids: int, threads: int, rounds: int) -> Result:
-    """`ids` random rows a call of a table that lies in the page cache, and in the page tables of whoever maps it."""
+    """`ids` random rows a call of a table that lies in the page cache, and in the page tables of
+    whoever maps it."""
     use_threads(threads)
     table.bring()
     with probe.mapped(table.shards, HEADER_BYTES, table.shard_rows * ROW_BYTES) as memory:
         variants = _warm_variants(probe, memory, table, peer, ids, threads)
         speeds = rows_a_second(variants, rounds, seed=8)
     peers = [(10.0, best(speeds, PEER))] if peer is not None else []
-    result = Result(f"warm page cache, {ROW_BYTES} B rows, {threads_in_words(threads)}", ROW_BYTES,
-                    best_first(speeds, LIMIT), LIMIT, {MAPPED: [(5.0, MEMMAP), *peers]})
+    result = Result(
+        f"warm page cache, {ROW_BYTES} B rows, {threads_in_words(threads)}",
+        ROW_BYTES,
+        best_first(speeds, LIMIT),
+        LIMIT,
+        {MAPPED: [(5.0, MEMMAP), *peers]},
+    )
     print(result.markdown(), flush=True)
     return result
 
 
-def _warm_variants(probe: Probe, memory: np.ndarray, table: OnDisk, peer: Any, ids: int,
-                   threads: int) -> dict[str, Variant]:
+def _warm_variants(
+    probe: Probe, memory: np.ndarray, table: OnDisk, peer: Any, ids: int, threads: int
+) -> dict[str, Variant]:
     rng, out_NR = np.random.default_rng(9), huge(ids * ROW_BYTES).reshape(ids, ROW_BYTES)
     memmap = memory.reshape(-1, ROW_BYTES).view(np.memmap)  # as if the shards were one file
 
@@ -248,7 +293,9 @@ def _warm_variants(probe: Probe, memory: np.ndarray, table: OnDisk, peer: Any, i
     found = probes(probe, memory, ROW_BYTES, fresh, ids, out_NR, threads)
     for name, options in ((MAPPED, "populate=1"), (PREAD, "read=pread")):
         store = open_store(f"file:{table.path}?{options}", layer=0)
-        found[name] = Variant(ids, fresh, lambda ids_N, store=store: store.gather(ids_N, out=out_NR))
+        found[name] = Variant(
+            ids, fresh, lambda ids_N, store=store: store.gather(ids_N, out=out_NR)
+        )
     found[MEMMAP] = Variant(ids, fresh, lambda ids_N: memmap[ids_N])
     if peer is not None:
         for depth in (None, threads):

@@ -1,4 +1,5 @@
-"""Stores in RAM beside the limit of the memory: gathers, rows as numbers, what torch has for it, hits of a row cache.
+"""Stores in RAM beside the limit of the memory: gathers, rows as numbers, what torch has for it,
+hits of a row cache.
 
 Part of bench/store.py.
 """
@@ -28,7 +29,7 @@ def filled(rows: int, row_bytes: int) -> RowStore:
     some = np.random.default_rng(0).integers(0, 256, (65_536, row_bytes), np.uint8)
     for first in range(0, rows, len(some)):
         ids = np.arange(first, min(first + len(some), rows))
-        store.scatter(ids, some[:len(ids)])
+        store.scatter(ids, some[: len(ids)])
     return store
 
 
@@ -37,7 +38,9 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def ram(probe: Probe, table_bytes: int, sizes: list[int], ids: int, threads: list[int], rounds: int) -> list[Result]:
+def ram(
+    probe: Probe, table_bytes: int, sizes: list[int], ids: int, threads: list[int], rounds: int
+) -> list[Result]:
     """Tables of so many bytes, rows of each size, `ids` random ones a call into a reused buffer."""
     buffer = huge(ids * max(sizes))
     results = []
@@ -45,28 +48,54 @@ def ram(probe: Probe, table_bytes: int, sizes: list[int], ids: int, threads: lis
         store = filled(table_bytes // row_bytes, row_bytes)
         for count in threads:
             use_threads(count)
-            speeds = rows_a_second(_ram_variants(probe, store, buffer, ids, count), rounds, seed=row_bytes)
+            speeds = rows_a_second(
+                _ram_variants(probe, store, buffer, ids, count), rounds, seed=row_bytes
+            )
             title = f"RAM, {row_bytes} B rows, {threads_in_words(count)}"
-            results.append(Result(title, row_bytes, best_first(speeds, LIMIT), LIMIT,
-                                  {GATHER: [(0.7, LIMIT), (3.0, EMBEDDING)]}))
+            results.append(
+                Result(
+                    title,
+                    row_bytes,
+                    best_first(speeds, LIMIT),
+                    LIMIT,
+                    {GATHER: [(0.7, LIMIT), (3.0, EMBEDDING)]},
+                )
+            )
             print(results[-1].markdown(), flush=True)
         store.close()
     return results
 
 
-def probes(probe: Probe, table: np.ndarray, row_bytes: int, fresh_ids: Callable[[], np.ndarray], ids: int,
-           out: np.ndarray, threads: int) -> dict[str, Variant]:
+def probes(
+    probe: Probe,
+    table: np.ndarray,
+    row_bytes: int,
+    fresh_ids: Callable[[], np.ndarray],
+    ids: int,
+    out: np.ndarray,
+    threads: int,
+) -> dict[str, Variant]:
     """The probe's ways to copy rows; the best is the limit."""
+
     def copies(ahead: int, stream: bool) -> Variant:
-        return Variant(ids, fresh_ids, lambda ids_N: probe.gather(table, ids_N, row_bytes, out, threads, ahead, stream))
+        return Variant(
+            ids,
+            fresh_ids,
+            lambda ids_N: probe.gather(table, ids_N, row_bytes, out, threads, ahead, stream),
+        )
 
-    return {f"{LIMIT}, {ahead} ahead{', past the caches' * stream}": copies(ahead, stream)
-            for ahead in AHEAD for stream in (False, True)}
+    return {
+        f"{LIMIT}, {ahead} ahead{', past the caches' * stream}": copies(ahead, stream)
+        for ahead in AHEAD
+        for stream in (False, True)
+    }
 
 
-def _ram_variants(probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, threads: int) -> dict[str, Variant]:
+def _ram_variants(
+    probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, threads: int
+) -> dict[str, Variant]:
     rng, info = np.random.default_rng(1), store.info
-    out_NR = buffer[:ids * info.row_bytes].reshape(ids, info.row_bytes)
+    out_NR = buffer[: ids * info.row_bytes].reshape(ids, info.row_bytes)
     table = _as_tensor(store)
     table_out = torch.from_numpy(out_NR).view(torch.float32)
     module = torch.nn.Embedding.from_pretrained(table)
@@ -86,9 +115,12 @@ def _ram_variants(probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, t
     if info.row_bytes == RowFormat("fp8", 256).row_bytes:
         numbers = np.zeros((ids, 256), np.uint16)
         found["ram:, read as bf16 (fp8 + scales)"] = Variant(
-            ids, fresh, lambda ids_N: read(store, ids_N, RowFormat("fp8", 256), numbers))
+            ids, fresh, lambda ids_N: read(store, ids_N, RowFormat("fp8", 256), numbers)
+        )
     found[EMBEDDING] = Variant(ids, tensor, embedded)
-    found["index_select(out=)"] = Variant(ids, tensor, lambda ids_N: torch.index_select(table, 0, ids_N, out=table_out))
+    found["index_select(out=)"] = Variant(
+        ids, tensor, lambda ids_N: torch.index_select(table, 0, ids_N, out=table_out)
+    )
     return found
 
 
@@ -106,8 +138,11 @@ def _memory(store: RowStore) -> np.ndarray:
         return shards[0]
 
 
-def cache(cache_bytes: int, asked: dict[int, float], ids: int, threads: list[int], rounds: int) -> list[Result]:
-    """Hits of a CacheStore that has all rows that it is asked for, beside a gather of the same rows from RAM.
+def cache(
+    cache_bytes: int, asked: dict[int, float], ids: int, threads: list[int], rounds: int
+) -> list[Result]:
+    """Hits of a CacheStore that has all rows that it is asked for, beside a gather of the same rows
+    from RAM.
 
     cache_bytes: of the rows. asked: row size -> the share of the gather that is asked for.
     """
@@ -123,7 +158,9 @@ def cache(cache_bytes: int, asked: dict[int, float], ids: int, threads: list[int
         for count in threads:
             use_threads(count)
             before = store.stats
-            speeds = rows_a_second(_cache_variants(store, behind, kept, out_NR), rounds, seed=row_bytes)
+            speeds = rows_a_second(
+                _cache_variants(store, behind, kept, out_NR), rounds, seed=row_bytes
+            )
             title = f"cache, {row_bytes} B rows, {len(kept)} kept, {threads_in_words(count)}"
             results.append(Result(title, row_bytes, speeds, GATHER, {HITS: [(least, GATHER)]}))
             print(results[-1].markdown(), flush=True)
@@ -133,11 +170,15 @@ def cache(cache_bytes: int, asked: dict[int, float], ids: int, threads: list[int
     return results
 
 
-def _cache_variants(store: CacheStore, behind: RowStore, kept: np.ndarray, out_NR: np.ndarray) -> dict[str, Variant]:
+def _cache_variants(
+    store: CacheStore, behind: RowStore, kept: np.ndarray, out_NR: np.ndarray
+) -> dict[str, Variant]:
     rng = np.random.default_rng(2)
 
     def some_kept() -> np.ndarray:
         return kept[rng.integers(0, len(kept), len(out_NR))]
 
-    return {GATHER: Variant(len(out_NR), some_kept, lambda ids_N: behind.gather(ids_N, out=out_NR)),
-            HITS: Variant(len(out_NR), some_kept, lambda ids_N: store.gather(ids_N, out=out_NR))}
+    return {
+        GATHER: Variant(len(out_NR), some_kept, lambda ids_N: behind.gather(ids_N, out=out_NR)),
+        HITS: Variant(len(out_NR), some_kept, lambda ids_N: store.gather(ids_N, out=out_NR)),
+    }

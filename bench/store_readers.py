@@ -26,15 +26,17 @@ from engraphy.table.shards import HEADER_BYTES
 
 COUNTS = (1, 2, 4, 8)
 HOT, CALL, ORDERS = 16_384, 1024, 8  # rows; rows a call; calls of a reader until its ids come again
-LARGE = 16 * CALL  # rows a call whose copying takes far longer than handing over the interpreter's lock
+LARGE = (
+    16 * CALL
+)  # rows a call whose copying takes far longer than handing over the interpreter's lock
 KEPT = 0.8  # of what one reader gets, by all of them together
 PATIENCE = 300  # seconds until a reader is given up
 forked = multiprocessing.get_context("fork")
 
 
 def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result]:
-    """1 to 8 threads and processes, each with so many calls, on a mapped file, in small calls and in as many rows in
-    large ones; threads on a cache before it."""
+    """1 to 8 threads and processes, each with so many calls, on a mapped file, in small calls and
+    in as many rows in large ones; threads on a cache before it."""
     use_threads(1)
     hot = np.random.default_rng(10).choice(table.shard_rows, HOT, replace=False)
     url = f"file:{table.path}?read=mmap"
@@ -46,9 +48,12 @@ def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result
         LIMIT: lambda count: _probe_readers(probe, memory, hot, count, calls),
         "threads, file:": lambda count: _thread_readers(store, hot, count, calls),
         "threads, populated file:": lambda count: _thread_readers(populated, hot, count, calls),
-        "threads, large calls, file:": lambda count: _thread_readers(store, hot, count, max(1, calls // 16), LARGE),
+        "threads, large calls, file:": lambda count: _thread_readers(
+            store, hot, count, max(1, calls // 16), LARGE
+        ),
         "threads, cache": lambda count: _thread_readers(cache, hot, count, max(1, calls // 4)),
-        "processes, file:": lambda count: _process_readers(url, hot, count, calls)}
+        "processes, file:": lambda count: _process_readers(url, hot, count, calls),
+    }
     variants = {f"{kind}, {count}": make(count) for kind, make in kinds.items() for count in COUNTS}
     speeds = rows_a_second(variants, rounds, seed=11)
     for each in (store, populated, cache):
@@ -57,8 +62,15 @@ def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result
     for kind in list(kinds)[1:]:
         own = {name: speed for name, speed in speeds.items() if name.startswith((LIMIT, kind))}
         asked = {f"{kind}, {count}": [(KEPT, f"{kind}, 1")] for count in COUNTS[1:]}
-        results.append(Result(f"readers of {HOT} hot rows: {kind}, together", ROW_BYTES, best_first(own, LIMIT), LIMIT,
-                              asked))
+        results.append(
+            Result(
+                f"readers of {HOT} hot rows: {kind}, together",
+                ROW_BYTES,
+                best_first(own, LIMIT),
+                LIMIT,
+                asked,
+            )
+        )
         print(results[-1].markdown(), flush=True)
     return results
 
@@ -67,16 +79,27 @@ def _batches(hot: np.ndarray, reader: int, rows: int = CALL) -> np.ndarray:
     return np.random.default_rng(reader).choice(hot, (ORDERS, rows))
 
 
-def _probe_readers(probe: Probe, memory: np.ndarray, hot: np.ndarray, count: int, calls: int) -> Variant:
-    ids_N, out = np.concatenate([_batches(hot, reader).reshape(-1) for reader in range(count)]), huge(
-        count * CALL * ROW_BYTES)
+def _probe_readers(
+    probe: Probe, memory: np.ndarray, hot: np.ndarray, count: int, calls: int
+) -> Variant:
+    ids_N, out = (
+        np.concatenate([_batches(hot, reader).reshape(-1) for reader in range(count)]),
+        huge(count * CALL * ROW_BYTES),
+    )
     times = max(1, calls // ORDERS)
     ids_N = np.concatenate([np.tile(part, times) for part in np.split(ids_N, count)])
-    return Variant(len(ids_N), lambda: None, lambda _: probe.gather(memory, ids_N, ROW_BYTES, out, count, AHEAD[1],
-                                                                    False, call_rows=CALL))
+    return Variant(
+        len(ids_N),
+        lambda: None,
+        lambda _: probe.gather(
+            memory, ids_N, ROW_BYTES, out, count, AHEAD[1], False, call_rows=CALL
+        ),
+    )
 
 
-def _thread_readers(store: RowStore, hot: np.ndarray, count: int, calls: int, rows: int = CALL) -> Variant:
+def _thread_readers(
+    store: RowStore, hot: np.ndarray, count: int, calls: int, rows: int = CALL
+) -> Variant:
     def run(_: None) -> float:
         spans: list[tuple[float, float]] = []
         start = threading.Barrier(count)
@@ -99,11 +122,14 @@ def _process_readers(url: str, hot: np.ndarray, count: int, calls: int) -> Varia
         store = open_store(url, layer=0)
         answers.put(_read(store, hot, reader, calls, start))
 
-    return Variant(count * calls * CALL, lambda: None, lambda _: _between(_in_processes(one, count), count))
+    return Variant(
+        count * calls * CALL, lambda: None, lambda _: _between(_in_processes(one, count), count)
+    )
 
 
-def _read(store: RowStore, hot: np.ndarray, reader: int, calls: int, start: Any,
-          rows: int = CALL) -> tuple[float, float]:
+def _read(
+    store: RowStore, hot: np.ndarray, reader: int, calls: int, start: Any, rows: int = CALL
+) -> tuple[float, float]:
     """When this reader began and when it ended; the clock is the same in all processes."""
     batches, out_NR = _batches(hot, reader, rows), np.zeros((rows, ROW_BYTES), np.uint8)
     store.gather(hot)
@@ -121,9 +147,13 @@ def _between(spans: list[tuple[float, float]], count: int) -> float:
 
 
 def _in_processes(work: Callable[[int, Any, Any], None], count: int) -> list[Any]:
-    """What `work(number, barrier, answers)` puts into `answers`, once in each of `count` forked processes."""
+    """What `work(number, barrier, answers)` puts into `answers`, once in each of `count` forked
+    processes."""
     start, answers = forked.Barrier(count), forked.Queue()
-    children = [forked.Process(target=work, args=(number, start, answers), daemon=True) for number in range(count)]
+    children = [
+        forked.Process(target=work, args=(number, start, answers), daemon=True)
+        for number in range(count)
+    ]
     for child in children:
         child.start()
     found = [answers.get(timeout=PATIENCE) for _ in children]
@@ -133,16 +163,19 @@ def _in_processes(work: Callable[[int, Any, Any], None], count: int) -> list[Any
 
 
 def copies(table: OnDisk, shared: Path, count: int = 8) -> list[dict[str, Any]]:
-    """How many copies of the table lie in memory while `count` processes have all of it mapped: the proportional set
-    sizes of their mappings, summed. A pool is made in `shared`, where there is room for one."""
+    """How many copies of the table lie in memory while `count` processes have all of it mapped: the
+    proportional set sizes of their mappings, summed. A pool is made in `shared`, where there is
+    room for one."""
     found = [_copies(f"file:{table.path}?populate=1", table.path, count)]
     folder = Path(tempfile.mkdtemp(prefix="engraphy-bench-", dir=shared))
     try:
         found.append(_copies(f"pool:{folder / 'pool'}?from={table.path}", folder / "pool", count))
     finally:
         shutil.rmtree(folder)
-    print(f"\n### {count} processes, the whole table in the page table of each\n\n| path | copies in memory | asked |\n"
-          "|---|---|---|")
+    print(
+        f"\n### {count} processes, the whole table in the page table of each\n\n| path | copies in memory | asked |\n"
+        "|---|---|---|"
+    )
     for each in found:
         print(f"| {each['path']} | {each['copies']:.3f} | at most 1.05 |", flush=True)
     return found
@@ -161,13 +194,19 @@ def _copies(url: str, folder: Path, count: int) -> dict[str, Any]:
 
     sizes = _in_processes(one, count)
     rows_mapped = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"path": url.partition(":")[0] + ":", "processes": count, "table_bytes": rows_mapped,
-            "resident_bytes_each": sizes[0]["Rss:"], "proportional_bytes_of_all": sum(each["Pss:"] for each in sizes),
-            "copies": round(sum(each["Pss:"] for each in sizes) / rows_mapped, 4)}
+    return {
+        "path": url.partition(":")[0] + ":",
+        "processes": count,
+        "table_bytes": rows_mapped,
+        "resident_bytes_each": sizes[0]["Rss:"],
+        "proportional_bytes_of_all": sum(each["Pss:"] for each in sizes),
+        "copies": round(sum(each["Pss:"] for each in sizes) / rows_mapped, 4),
+    }
 
 
 def _mapped_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of this process' mappings of files in `folder`: resident, and in proportion to who else maps them."""
+    """Bytes of this process' mappings of files in `folder`: resident, and in proportion to who else
+    maps them."""
     found, ours = {"Rss:": 0, "Pss:": 0}, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()

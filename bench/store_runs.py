@@ -1,5 +1,5 @@
-"""What several runs of bench/store.py found for each figure that is asked, and for each path: a virtual machine has
-neighbours.
+"""What several runs of bench/store.py found for each figure that is asked, and for each path: a
+virtual machine has neighbours.
 
     for n in 1 2 3; do python bench/store.py --peer DIR --out results/store/run-$n.json; done
     python bench/store_runs.py results/store/*.json
@@ -21,7 +21,8 @@ def plain(name: str) -> str:
 
 
 def ratios(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str, float], list[float]]:
-    """(title, path, other path, asked) -> how many times as many rows a second the path had, in each run."""
+    """(title, path, other path, asked) -> how many times as many rows a second the path had, in
+    each run."""
     found: dict[tuple[str, str, str, float], list[float]] = {}
     for run in runs:
         for figure in run["figures"]:
@@ -36,15 +37,23 @@ def ratios(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str, float], list
     return found
 
 
-def speeds(runs: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[list[float], dict[str, list[float]]]]:
-    """(title, path) -> rows a second in each run, and how many times those of each path that something is asked of."""
+def speeds(
+    runs: list[dict[str, Any]],
+) -> dict[tuple[str, str], tuple[list[float], dict[str, list[float]]]]:
+    """(title, path) -> rows a second in each run, and how many times those of each path that
+    something is asked of."""
     found: dict[tuple[str, str], tuple[list[float], dict[str, list[float]]]] = {}
     for run in runs:
         for figure in run["figures"]:
             if "asked" not in figure:
                 continue
             measured = figure["rows_a_second"]
-            others = {other for asked in figure["asked"].values() for _, other in asked if other in measured}
+            others = {
+                other
+                for asked in figure["asked"].values()
+                for _, other in asked
+                if other in measured
+            }
             for path, speed in measured.items():
                 each, shares = found.setdefault((figure["title"], path), ([], {}))
                 each.append(speed)
@@ -54,19 +63,25 @@ def speeds(runs: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[list[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="what --out wrote")
     paths = parser.parse_args().runs
     runs = [json.loads(path.read_text()) for path in paths]
     found = ratios(runs)
     print("| | path | of | asked | median | lowest to highest |\n|---|---|---|---|---|---|")
     for (title, path, other, least), values in found.items():
-        print(f"| {title} | {path} | {other} | {least:g} | {statistics.median(values):.2f} | "
-              f"{min(values):.2f} to {max(values):.2f} |")
+        print(
+            f"| {title} | {path} | {other} | {least:g} | {statistics.median(values):.2f} | "
+            f"{min(values):.2f} to {max(values):.2f} |"
+        )
     below = sum(statistics.median(values) < least for (*_, least), values in found.items())
     print("\n| | path | k rows/s | of |\n|---|---|---|---|")
     for (title, path), (each, shares) in speeds(runs).items():
-        of = ", ".join(f"{statistics.median(values):.2f} {other}" for other, values in sorted(shares.items()))
+        of = ", ".join(
+            f"{statistics.median(values):.2f} {other}" for other, values in sorted(shares.items())
+        )
         print(f"| {title} | {path} | {statistics.median(each) / 1e3:.1f} | {of} |")
     print(f"\n{len(paths)} runs. Medians below what is asked: {below} of {len(found)}.")
 

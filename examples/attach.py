@@ -1,9 +1,10 @@
-"""Give a transformers model a memory, train it on a text while the model stays frozen, generate, save it and load it.
+"""Give a transformers model a memory, train it on a text while the model stays frozen, generate,
+save it and load it.
 
     python examples/attach.py [MODEL [TEXT]]
 
-MODEL: folder or hub name of a model that you have; without it, a tiny one with random weights. TEXT: a text file, by
-default this one.
+MODEL: folder or hub name of a model that you have; without it, a tiny one with random weights.
+TEXT: a text file, by default this one.
 """
 
 import sys
@@ -26,9 +27,18 @@ if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 else:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer([text], 384), eos_token="<|endoftext|>")
-    sizes = LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                        num_attention_heads=4, bos_token_id=0, eos_token_id=0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer([text], 384), eos_token="<|endoftext|>"
+    )
+    sizes = LlamaConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = AutoModelForCausalLM.from_config(sizes).eval()
 
 # The memory hashes the tokenizer's ids, those of the same text (case, accents, blanks) merged.
@@ -37,7 +47,7 @@ config = EngramConfig.for_model(model.config, rows_per_head=2_000, vocab_size=le
 print(f"layers {list(config.hash.layer_ids)}:", cost(config))
 
 ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-ids = ids[:min(ROWS, len(ids) // LENGTH) * LENGTH].view(-1, LENGTH)
+ids = ids[: min(ROWS, len(ids) // LENGTH) * LENGTH].view(-1, LENGTH)
 before = model(ids, labels=ids).logits
 memory = engraphy.attach(model.requires_grad_(False), config, vocab)
 print("a fresh memory changes nothing:", torch.equal(model(ids, labels=ids).logits, before))
@@ -54,15 +64,23 @@ for step in range(STEPS):
 memory.eval()
 
 prompt = tokenizer("from engraphy import", return_tensors="pt")["input_ids"]
-new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
+new = model.generate(
+    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False
+)
 print(repr(tokenizer.decode(new[0])))
 trace = Trace()
-model(new, engraphy_trace=trace)                          # what the memory let in, token by token
-print("gates:", {layer: [round(float(gate), 2) for gate in gates[0, :6, 0]] for layer, gates in trace.gates.items()})
+model(new, engraphy_trace=trace)  # what the memory let in, token by token
+print(
+    "gates:",
+    {
+        layer: [round(float(gate), 2) for gate in gates[0, :6, 0]]
+        for layer, gates in trace.gates.items()
+    },
+)
 
 after = model(ids).logits
 with tempfile.TemporaryDirectory() as folder:
-    memory.save(Path(folder) / "memory")                  # dense weights and the table; the model is not in it
+    memory.save(Path(folder) / "memory")  # dense weights and the table; the model is not in it
     engraphy.detach(model)
     print("detached, the model is what it was:", torch.equal(model(ids).logits, before))
     engraphy.load(model, Path(folder) / "memory", tokenizer=tokenizer)

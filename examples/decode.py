@@ -1,13 +1,16 @@
-"""What a decoder has to carry: a SequenceState. One token at a time equals one forward, and tokens can be taken back.
+"""What a decoder has to carry: a SequenceState. One token at a time equals one forward, and tokens
+can be taken back.
 
-    python examples/decode.py
+python examples/decode.py
 """
 
 import torch
 
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, Trace, VocabMap
 
-spec = HashSpec.demo(layer_ids=(0,), orders=(2, 3), heads=4, rows_per_head=1_000, vocab_size=500, pad_id=0)
+spec = HashSpec.demo(
+    layer_ids=(0,), orders=(2, 3), heads=4, rows_per_head=1_000, vocab_size=500, pad_id=0
+)
 config = EngramConfig(spec, LayerSpec(hidden_size=16, width=spec.columns * 8), dim=8)
 torch.manual_seed(0)
 memory = EngramMemory(config, VocabMap.identity(500)).eval()
@@ -21,10 +24,13 @@ with torch.no_grad():
 
     state = memory.state(batch=1, margin=4)
     prompt = memory.apply(0, x[:, :8], memory.lookup(ids[:, :8], state=state))
-    wrong = torch.randint(0, 500, (1, 3))                 # a draft that is rejected
+    wrong = torch.randint(0, 500, (1, 3))  # a draft that is rejected
     memory.apply(0, x[:, 8:11], memory.lookup(wrong, state=state))
     state.crop(3)
-    steps = [memory.apply(0, x[:, t:t + 1], memory.lookup(ids[:, t:t + 1], state=state)) for t in range(8, 12)]
+    steps = [
+        memory.apply(0, x[:, t : t + 1], memory.lookup(ids[:, t : t + 1], state=state))
+        for t in range(8, 12)
+    ]
 
 print("largest difference:", float((torch.cat([prompt, *steps], dim=1) - whole).abs().max()))
 print("gates:", [round(float(gate), 3) for gate in trace.gates[0][0, :, 0]])

@@ -1,6 +1,7 @@
-"""Train a memory beside a toy model, save it, and serve its table from disk: the same outputs, bit for bit.
+"""Train a memory beside a toy model, save it, and serve its table from disk: the same outputs, bit
+for bit.
 
-    python examples/train_and_serve.py
+python examples/train_and_serve.py
 """
 
 import tempfile
@@ -13,11 +14,16 @@ from engraphy.train import OptimizerPair, RowAdam, warmup_cosine
 
 VOCAB, HIDDEN, DIM = 100, 32, 8
 
-# Addresses: 2-grams and 3-grams of layer 1, two heads each. The multipliers depend on the vocabulary.
-spec = HashSpec.demo(layer_ids=(1,), orders=(2, 3), heads=2, rows_per_head=5_000, vocab_size=VOCAB, pad_id=0)
+# Addresses: 2-grams and 3-grams of layer 1, two heads each. The multipliers depend on the
+# vocabulary.
+spec = HashSpec.demo(
+    layer_ids=(1,), orders=(2, 3), heads=2, rows_per_head=5_000, vocab_size=VOCAB, pad_id=0
+)
 config = EngramConfig(spec, LayerSpec(HIDDEN, width=spec.columns * DIM), DIM)
-print(f"{config.row_count():,} rows, {config.table_parameters():,} values in the table, "
-      f"{config.dense_parameters():,} dense parameters")
+print(
+    f"{config.row_count():,} rows, {config.table_parameters():,} values in the table, "
+    f"{config.dense_parameters():,} dense parameters"
+)
 
 torch.manual_seed(0)
 memory = EngramMemory(config, VocabMap.identity(VOCAB))
@@ -26,12 +32,13 @@ embed, head = torch.nn.Embedding(VOCAB, HIDDEN), torch.nn.Linear(HIDDEN, VOCAB)
 
 
 def logits(memory: EngramMemory, ids_BT: torch.Tensor) -> torch.Tensor:
-    lookup = memory.lookup(ids_BT)                        # reads the rows of every memory layer
+    lookup = memory.lookup(ids_BT)  # reads the rows of every memory layer
     x_BTD = embed(ids_BT)
-    return head(memory.apply(1, x_BTD[:, :, None], lookup)[:, :, 0])   # one residual stream: S = 1
+    return head(memory.apply(1, x_BTD[:, :, None], lookup)[:, :, 0])  # one residual stream: S = 1
 
 
-# A text in which the next token follows from the last two: nothing but the memory sees the second one.
+# A text in which the next token follows from the last two: nothing but the memory sees the second
+# one.
 ids = torch.randint(1, VOCAB, (32, 48))
 for t in range(2, 48):
     ids[:, t] = 1 + (ids[:, t - 1] * 7 + ids[:, t - 2] * 3) % 20
@@ -39,7 +46,9 @@ for t in range(2, 48):
 dense = torch.optim.AdamW([*memory.parameters(), *embed.parameters(), *head.parameters()], lr=3e-3)
 pair = OptimizerPair(dense, RowAdam(memory, lr=1.5e-2), warmup_cosine(), clip=1.0)
 for step in range(60):
-    loss = torch.nn.functional.cross_entropy(logits(memory, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits(memory, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+    )
     loss.backward()
     pair.step(progress=(step + 1) / 60)
     if step % 20 == 0 or step == 59:

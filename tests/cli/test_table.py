@@ -1,4 +1,5 @@
-"""`engraphy table`: it prints what the functions found, 0 means done, sound or equal, and an error is one line."""
+"""`engraphy table`: it prints what the functions found, 0 means done, sound or equal, and an error
+is one line."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def told(*arguments) -> dict:
 def refused(*arguments) -> str:
     """The one line of a command that fails."""
     result = run(*arguments)
-    assert result.exit_code == 1 and not result.stdout and result.stderr.count("\n") == 1, result.output
+    assert result.exit_code == 1 and not result.stdout and result.stderr.count("\n") == 1, (
+        result.output
+    )
     return result.stderr
 
 
@@ -75,7 +78,10 @@ def spoil(path: Path) -> None:
 
 
 def test_the_command_and_each_verb_explain_themselves():
-    for arguments in ([], *([verb] for verb in ("convert", "quantize", "stat", "verify", "compare"))):
+    for arguments in (
+        [],
+        *([verb] for verb in ("convert", "quantize", "stat", "verify", "compare")),
+    ):
         assert CliRunner().invoke(app, ["table", *arguments, "--help"]).exit_code == 0
     assert "table" in CliRunner().invoke(app, ["--help"]).output
 
@@ -88,14 +94,28 @@ def test_convert_makes_a_table_and_says_which(tmp_path):
     VocabMap.from_tokenizer(tokenizer()).save(tmp_path / "v.json")
     (tmp_path / "c/tokenizer.json").unlink()
     made = told("convert", tmp_path / "c", tmp_path / "u", "--vocab", tmp_path / "v.json")
-    assert made == {"path": str(tmp_path / "u"), "table_id": Table.open(tmp_path / "u").table_id,
-                    "source_id": table.parent, "kind": "fp8", "rows": 546, "bytes": 36036, "resumed_at": 0}
+    assert made == {
+        "path": str(tmp_path / "u"),
+        "table_id": Table.open(tmp_path / "u").table_id,
+        "source_id": table.parent,
+        "kind": "fp8",
+        "rows": 546,
+        "bytes": 36036,
+        "resumed_at": 0,
+    }
 
 
 def test_quantize_makes_a_table_and_says_what_it_costs(deepseek, tmp_path):
     text = said("quantize", deepseek, tmp_path / "q", "--kind", "int4")
     table = Table.open(tmp_path / "q")
-    for part in (table.table_id, table.parent, "18.6 kB of int4, was 36 kB", "relative RMS", "240", "306"):
+    for part in (
+        table.table_id,
+        table.parent,
+        "18.6 kB of int4, was 36 kB",
+        "relative RMS",
+        "240",
+        "306",
+    ):
         assert part in text
     made = told("quantize", deepseek, tmp_path / "q8", "--kind", "int8")
     assert made["kind"] == "int8" and set(made["difference"]) == {"1", "3"}
@@ -104,13 +124,21 @@ def test_quantize_makes_a_table_and_says_what_it_costs(deepseek, tmp_path):
 
 def test_verify_says_whether_a_table_is_sound(qwen):
     text = said("verify", qwen)
-    assert "sound" in text and "1 of 1 shards" in text and "4 from 53 to 67" in text and "none" in text
+    assert (
+        "sound" in text and "1 of 1 shards" in text and "4 from 53 to 67" in text and "none" in text
+    )
     found = told("verify", qwen, "--sample", "1")
-    assert found["sound"] and found["layers"][0]["rows"] == 256 and found["layers"][0]["primes"] == [53, 67]
+    assert (
+        found["sound"]
+        and found["layers"][0]["rows"] == 256
+        and found["layers"][0]["primes"] == [53, 67]
+    )
     spoil(qwen)
     bad = run("verify", qwen)
     assert bad.exit_code == 1 and "no numbers" in bad.stdout
-    assert told("verify", qwen)["layers"][0]["not_finite"] == [3] and not told("verify", qwen)["sound"]
+    assert (
+        told("verify", qwen)["layers"][0]["not_finite"] == [3] and not told("verify", qwen)["sound"]
+    )
 
 
 def test_compare_says_where_tables_differ(deepseek, tmp_path):
@@ -119,7 +147,11 @@ def test_compare_says_where_tables_differ(deepseek, tmp_path):
     assert "0.000000" not in said("compare", deepseek, tmp_path / "f32")
     assert told("compare", deepseek, tmp_path / "f32")["equal"]
     differ = run("compare", deepseek, tmp_path / "int4")
-    assert differ.exit_code == 1 and Table.open(deepseek).table_id in differ.stdout and "int4" in differ.stdout
+    assert (
+        differ.exit_code == 1
+        and Table.open(deepseek).table_id in differ.stdout
+        and "int4" in differ.stdout
+    )
     found = told("compare", deepseek, tmp_path / "int4")
     assert not found["equal"] and found["difference"]["1"]["different"] > 0
     assert run("compare", deepseek, tmp_path / "int4", "--json").exit_code == 1
@@ -135,7 +167,8 @@ def test_stat_tells_the_statistics_of_the_rows(deepseek):
         assert part in text
     expected = [dataclasses.asdict(layer) for layer in inspection.statistics(deepseek, 50, 7)]
     assert told("stat", deepseek, "--sample", "50", "--seed", "7") == json.loads(
-        json.dumps({"layers": expected, "usage": []}))
+        json.dumps({"layers": expected, "usage": []})
+    )
     assert told("stat", deepseek, "--sample", "0")["layers"][0]["scanned"] == 240
 
 
@@ -143,11 +176,20 @@ def test_stat_tells_what_a_text_touches(deepseek, tmp_path):
     ids_T = np.arange(500) % len(WORDS)
     tokenizer().save(str(tmp_path / "tok.json"))
     np.save(tmp_path / "ids.npy", ids_T)
-    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids_T)), encoding="utf-8-sig")  # with a byte order mark
+    (tmp_path / "ids.txt").write_text(
+        " ".join(map(str, ids_T)), encoding="utf-8-sig"
+    )  # with a byte order mark
     model = ("--tokenizer", tmp_path / "tok.json")
-    found = [told("stat", deepseek, "--ids", tmp_path / name, *model)["usage"] for name in ("ids.npy", "ids.txt")]
+    found = [
+        told("stat", deepseek, "--ids", tmp_path / name, *model)["usage"]
+        for name in ("ids.npy", "ids.txt")
+    ]
     expected = usage(Table.open(deepseek), VocabMap.from_tokenizer(tokenizer()), ids_T)
-    assert found[0] == found[1] == json.loads(json.dumps([dataclasses.asdict(layer) for layer in expected]))
+    assert (
+        found[0]
+        == found[1]
+        == json.loads(json.dumps([dataclasses.asdict(layer) for layer in expected]))
+    )
     text = said("stat", deepseek, "--ids", tmp_path / "ids.npy", *model)
     assert f"500 tokens touch {expected[0].used} of 240 rows" in text and "hottest row" in text
 
@@ -155,7 +197,9 @@ def test_stat_tells_what_a_text_touches(deepseek, tmp_path):
 def test_stat_reads_text_through_the_tokenizer(deepseek, tmp_path):
     tokenizer().save(str(tmp_path / "tok.json"))
     (tmp_path / "text").write_text("w3")
-    found = told("stat", deepseek, "--text", tmp_path / "text", "--tokenizer", tmp_path / "tok.json")["usage"]
+    found = told(
+        "stat", deepseek, "--text", tmp_path / "text", "--tokenizer", tmp_path / "tok.json"
+    )["usage"]
     assert found[0]["tokens"] == 1 and found[0]["used"] == 4
 
 
@@ -172,20 +216,31 @@ def test_errors_are_one_line_that_names_them(deepseek, tmp_path):
     model = ("--tokenizer", tmp_path / "tok.json")
     none = tmp_path / "none"
     for arguments, name in (
-            (("convert", none, tmp_path / "x"), "ConfigError"), (("convert", tmp_path / "c", deepseek), "TableError"),
-            (("quantize", deepseek, tmp_path / "x", "--kind", "int3"), "ConfigError"),
-            (("quantize", none, tmp_path / "x", "--kind", "int8"), "TableError"), (("verify", none), "TableError"),
-            (("verify", deepseek, "--sample", "99"), "ConfigError"), (("compare", deepseek, none), "TableError"),
-            (("stat", none), "TableError"), (("stat", deepseek, "--sample", "-1"), "ConfigError"),
-            (("stat", deepseek, "--ids", none, *model), "ConfigError"),
-            (("stat", deepseek, "--ids", tmp_path / "bad", *model), "ConfigError"),
-            (("stat", deepseek, "--ids", tmp_path / "bad.npy", *model), "ConfigError"),
-            (("stat", deepseek, "--ids", tmp_path / "far", *model), "InputError"),
-            (("stat", deepseek, "--ids", tmp_path / "far"), "DigestMismatch"),
-            (("stat", deepseek, "--text", tmp_path / "bad"), "ConfigError"),
-            (("stat", deepseek, "--text", tmp_path / "bad", "--ids", tmp_path / "bad", *model), "ConfigError"),
-            (("stat", deepseek, "--text", tmp_path / "bad", "--tokenizer", tmp_path / "bad"), "ConfigError"),
-            (("stat", deepseek, "--ids", tmp_path / "far", "--vocab", none), "ConfigError")):
+        (("convert", none, tmp_path / "x"), "ConfigError"),
+        (("convert", tmp_path / "c", deepseek), "TableError"),
+        (("quantize", deepseek, tmp_path / "x", "--kind", "int3"), "ConfigError"),
+        (("quantize", none, tmp_path / "x", "--kind", "int8"), "TableError"),
+        (("verify", none), "TableError"),
+        (("verify", deepseek, "--sample", "99"), "ConfigError"),
+        (("compare", deepseek, none), "TableError"),
+        (("stat", none), "TableError"),
+        (("stat", deepseek, "--sample", "-1"), "ConfigError"),
+        (("stat", deepseek, "--ids", none, *model), "ConfigError"),
+        (("stat", deepseek, "--ids", tmp_path / "bad", *model), "ConfigError"),
+        (("stat", deepseek, "--ids", tmp_path / "bad.npy", *model), "ConfigError"),
+        (("stat", deepseek, "--ids", tmp_path / "far", *model), "InputError"),
+        (("stat", deepseek, "--ids", tmp_path / "far"), "DigestMismatch"),
+        (("stat", deepseek, "--text", tmp_path / "bad"), "ConfigError"),
+        (
+            ("stat", deepseek, "--text", tmp_path / "bad", "--ids", tmp_path / "bad", *model),
+            "ConfigError",
+        ),
+        (
+            ("stat", deepseek, "--text", tmp_path / "bad", "--tokenizer", tmp_path / "bad"),
+            "ConfigError",
+        ),
+        (("stat", deepseek, "--ids", tmp_path / "far", "--vocab", none), "ConfigError"),
+    ):
         assert refused(*arguments).startswith(f"{name}: "), arguments
     assert not (tmp_path / "x").exists()
 
@@ -204,8 +259,12 @@ def test_a_long_run_in_a_log_says_how_far_it_is(monkeypatch, capsys):
 def examples() -> list[tuple[str, str]]:
     """Commands of the guide, in order, and what it says that they print."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-    commands = [part for _, block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
-    return [(command, printed) for command, _, printed in (part.partition("\n") for part in commands)]
+    commands = [
+        part for _, block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
+    ]
+    return [
+        (command, printed) for command, _, printed in (part.partition("\n") for part in commands)
+    ]
 
 
 def masked(text: str, here: Path) -> str:
@@ -222,7 +281,9 @@ def test_the_guide_shows_what_its_commands_print(tmp_path, monkeypatch):
     for command, printed in examples():
         program, *arguments = shlex.split(command.partition(" > ")[0])
         if program == "python":
-            done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, *arguments], env=environment, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr
             (tmp_path / (command.partition(" > ")[2] or "none")).write_text(done.stdout)
             continue

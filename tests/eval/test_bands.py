@@ -18,7 +18,10 @@ END, VOCAB = 0, 6
 
 def random_documents(count: int, seed: int) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    return [random.integers(1, VOCAB, size=random.integers(1, 30)).astype(np.int32) for _ in range(count)]
+    return [
+        random.integers(1, VOCAB, size=random.integers(1, 30)).astype(np.int32)
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -27,7 +30,7 @@ def test_counts_equal_counting_by_hand(order):
     by_hand: Counter[tuple[int, ...]] = Counter()
     for ids in train:
         whole = [END, *ids.tolist(), END]
-        by_hand.update(tuple(whole[at:at + order]) for at in range(len(whole) - order + 1))
+        by_hand.update(tuple(whole[at : at + order]) for at in range(len(whole) - order + 1))
     counts = NgramCounts(train, END, VOCAB, order)
     seen = set()
     for batch in Batches(unseen, END, batch=3, tokens=11, seed=None):
@@ -35,8 +38,8 @@ def test_counts_equal_counting_by_hand(order):
         ids, targets, starts = (value.tolist() for value in batch)
         for row, last in np.ndindex(found.shape):
             begin = max(at for at in range(last + 1) if starts[row][at])
-            gram = (*ids[row][max(begin, last - order + 2):last + 1], targets[row][last])
-            gram = gram[len(gram) - order:] if order == 1 else gram
+            gram = (*ids[row][max(begin, last - order + 2) : last + 1], targets[row][last])
+            gram = gram[len(gram) - order :] if order == 1 else gram
             whole = targets[row][last] >= 0 and len(gram) == order
             expected = by_hand[gram] if whole else -1
             assert found[row, last] == expected
@@ -71,6 +74,11 @@ def test_keys_that_do_not_fit_are_refused():
 def test_losses_are_averaged_by_band():
     losses = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], dtype=np.float32)
     found = loss_by_band(losses, np.array([[0, 1, 3], [4, -1, 0]]))
-    assert {name: band.targets for name, band in found.items()} == {"never": 2, "1-3": 2, "4-30": 1, "31+": 0}
+    assert {name: band.targets for name, band in found.items()} == {
+        "never": 2,
+        "1-3": 2,
+        "4-30": 1,
+        "31+": 0,
+    }
     assert (found["never"].loss, found["1-3"].loss, found["4-30"].loss) == (16.5, 3.0, 8.0)
     assert math.isnan(found["31+"].loss)

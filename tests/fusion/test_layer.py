@@ -1,4 +1,5 @@
-"""layer.py: equal to the released layers, and the same whatever the chunks, documents and dead positions."""
+"""layer.py: equal to the released layers, and the same whatever the chunks, documents and dead
+positions."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ from tests.tools.bounds import fusion
 from tests.tools.paths import DATA
 
 GOLDEN = DATA / "demo_layer.safetensors"
-PRESETS = {"demo": LayerSpec.demo(8, 6, streams=3, order=2), "qwen4": LayerSpec.qwen4(8, 6, streams=3, order=2),
-           "deepseek_v41": LayerSpec.deepseek_v41(8, 6, streams=3)}
+PRESETS = {
+    "demo": LayerSpec.demo(8, 6, streams=3, order=2),
+    "qwen4": LayerSpec.qwen4(8, 6, streams=3, order=2),
+    "deepseek_v41": LayerSpec.deepseek_v41(8, 6, streams=3),
+}
 ORACLE = PRESETS["qwen4"]
 
 
@@ -35,7 +39,13 @@ def trained(spec: LayerSpec, dtype: torch.dtype = torch.float64, seed: int = 0) 
     return layer.to(dtype)
 
 
-def case(spec: LayerSpec, batch: int = 2, tokens: int = 17, dtype: torch.dtype = torch.float64, seed: int = 1):
+def case(
+    spec: LayerSpec,
+    batch: int = 2,
+    tokens: int = 17,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+):
     torch.manual_seed(seed)
     x_BTSD = torch.randn(batch, tokens, spec.streams, spec.hidden_size, dtype=dtype)
     return x_BTSD, torch.randn(batch, tokens, spec.width, dtype=dtype)
@@ -45,7 +55,13 @@ def flags(batch: int, tokens: int, share: float, seed: int) -> torch.Tensor:
     return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def plain(layer: EngramLayer, x_BTSD: torch.Tensor, rows_BTE: torch.Tensor, live: torch.Tensor, starts: torch.Tensor):
+def plain(
+    layer: EngramLayer,
+    x_BTSD: torch.Tensor,
+    rows_BTE: torch.Tensor,
+    live: torch.Tensor,
+    starts: torch.Tensor,
+):
     """The formulas of the module's docstring, position by position."""
     spec, (batch, tokens) = layer.spec, x_BTSD.shape[:2]
     offset = 1.0 if spec.unit_offset else 0.0
@@ -61,7 +77,9 @@ def plain(layer: EngramLayer, x_BTSD: torch.Tensor, rows_BTE: torch.Tensor, live
             begins: list[bool] = []
             for t in range(tokens):
                 key = layer.key(rows_BTE[b, t]).view(spec.streams, -1)[s]
-                u = norm(x_BTSD[b, t, s], layer.query_norm[s], spec.eps) @ norm(key, layer.key_norm[s], spec.eps)
+                u = norm(x_BTSD[b, t, s], layer.query_norm[s], spec.eps) @ norm(
+                    key, layer.key_norm[s], spec.eps
+                )
                 u = u / spec.hidden_size**0.5
                 gate = torch.sigmoid(u.sign() * u.abs().clamp_min(1e-6).sqrt())
                 v = gate * layer.value(rows_BTE[b, t])
@@ -76,7 +94,7 @@ def plain(layer: EngramLayer, x_BTSD: torch.Tensor, rows_BTE: torch.Tensor, live
                 mixed = torch.zeros_like(v)
                 for back in range(spec.kernel):
                     then = t - back * spec.order
-                    if then >= 0 and not any(begins[then + 1:]):
+                    if then >= 0 and not any(begins[then + 1 :]):
                         mixed = mixed + inputs[then] * layer.conv[s, :, spec.kernel - 1 - back]
                 update[b, t, s] += torch.nn.functional.silu(mixed)
     return update, gates
@@ -87,8 +105,11 @@ def plain(layer: EngramLayer, x_BTSD: torch.Tensor, rows_BTE: torch.Tensor, live
 
 def golden():
     tensors = load_file(GOLDEN)
-    own = {name: tensor for name, tensor in tensors.items()
-           if name.split(".")[0] in ("key_projs", "value_proj", "norm1", "norm2", "short_conv")}
+    own = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.split(".")[0] in ("key_projs", "value_proj", "norm1", "norm2", "short_conv")
+    }
     spec = HashSpec.demo((1, 4), (2, 3), 3, 101, vocab_size=317, pad_id=2, seed=3)
     addresser = Addresser(spec, VocabMap(np.arange(500) % 317))
     ids_BTC = torch.from_numpy(addresser.rows(tensors["input_ids"].numpy(), layer=4))
@@ -107,19 +128,37 @@ def test_equals_the_demo_layer():
 
 
 def qwen_oracle(eps: float):
-    modeling = pytest.importorskip("transformers.models.qwen4_exp.modeling_qwen4_exp",
-                                   reason="needs transformers with qwen4_exp")
+    modeling = pytest.importorskip(
+        "transformers.models.qwen4_exp.modeling_qwen4_exp",
+        reason="needs transformers with qwen4_exp",
+    )
     from transformers import Qwen4ExpTextConfig
 
-    config = Qwen4ExpTextConfig(vocab_size=97, hidden_size=24, hc_count=4, ple_layer_ids=[2], ple_embed_dim=32,
-                                ngram_size=3, heads_per_ngram=4, ngram_vocab_size_base=50, ple_conv_kernel_size=4,
-                                num_hidden_layers=4, eos_token_id=9, pad_token_id=9, rms_norm_eps=eps)
+    config = Qwen4ExpTextConfig(
+        vocab_size=97,
+        hidden_size=24,
+        hc_count=4,
+        ple_layer_ids=[2],
+        ple_embed_dim=32,
+        ngram_size=3,
+        heads_per_ngram=4,
+        ngram_vocab_size_base=50,
+        ple_conv_kernel_size=4,
+        num_hidden_layers=4,
+        eos_token_id=9,
+        pad_token_id=9,
+        rms_norm_eps=eps,
+    )
     torch.manual_seed(0)
     oracle = modeling.Qwen4ExpTextPLELayer(config, layer_idx=1, ple_layer_index=0)
     with torch.no_grad():
         for parameter in oracle.parameters():
             parameter.normal_(0.1, 0.5)
-    own = {name: tensor for name, tensor in oracle.state_dict().items() if not name.startswith("ple_embedding")}
+    own = {
+        name: tensor
+        for name, tensor in oracle.state_dict().items()
+        if not name.startswith("ple_embedding")
+    }
     return oracle, own
 
 
@@ -174,7 +213,12 @@ def test_a_dot_product_of_zero_opens_the_gate_by_half():
 
 
 @settings(max_examples=60)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_chunks_equal_one_forward(sizes, some_dead, some_starts, seed):
     layer, tokens = trained(ORACLE), sum(sizes)
     x_BTSD, rows_BTE = case(layer.spec, tokens=tokens)
@@ -185,8 +229,12 @@ def test_chunks_equal_one_forward(sizes, some_dead, some_starts, seed):
     for size in sizes:
         cut = slice(first, first + size)
         first += size
-        update, gate, window = layer(x_BTSD[:, cut], rows_BTE[:, cut], window, *(
-            None if values is None else values[:, cut] for values in (live, starts)))
+        update, gate, window = layer(
+            x_BTSD[:, cut],
+            rows_BTE[:, cut],
+            window,
+            *(None if values is None else values[:, cut] for values in (live, starts)),
+        )
         assert window.shape == (2, layer.spec.window, 3, 8)
         updates.append(update)
         gates.append(gate)
@@ -198,7 +246,10 @@ def test_chunks_equal_one_forward(sizes, some_dead, some_starts, seed):
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=6), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
 def test_decoding_with_a_state_and_tokens_taken_back_equals_one_forward(steps, seed):
     layer, tokens = trained(ORACLE), sum(size for size, _ in steps)
     x_BTSD, rows_BTE = case(layer.spec, tokens=tokens)
@@ -219,7 +270,11 @@ def test_decoding_with_a_state_and_tokens_taken_back_equals_one_forward(steps, s
         first += size
         update = step(x_BTSD[:, cut], rows_BTE[:, cut], live[:, cut], starts[:, cut])
         bound.map(lambda t, cut=cut: t[:, cut]).assert_holds(update)
-        step(*case(layer.spec, tokens=wrong, seed=seed), flags(2, wrong, 0.8, seed), flags(2, wrong, 0.4, seed))
+        step(
+            *case(layer.spec, tokens=wrong, seed=seed),
+            flags(2, wrong, 0.8, seed),
+            flags(2, wrong, 0.4, seed),
+        )
         state.crop(wrong)
 
 
@@ -252,7 +307,9 @@ def test_left_padding_equals_no_padding():
     garbage = case(layer.spec, tokens=5, seed=8)
     garbage[0].fill_(float("nan"))
     live = torch.arange(14).expand(2, 14) >= 5
-    padded, gate, window = layer(torch.cat([garbage[0], x_BTSD], 1), torch.cat([garbage[1], rows_BTE], 1), live=live)
+    padded, gate, window = layer(
+        torch.cat([garbage[0], x_BTSD], 1), torch.cat([garbage[1], rows_BTE], 1), live=live
+    )
     clean = fusion(layer, x_BTSD, rows_BTE)
     for update, after in ((padded[:, 5:], window), layer(x_BTSD, rows_BTE)[::2]):
         clean.update.assert_holds(update)
@@ -285,15 +342,25 @@ def test_later_tokens_do_not_change_earlier_ones():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradients_are_those_of_the_formulas(preset):
     spec = PRESETS[preset]
-    layer = trained(LayerSpec(4, 3, 2, 2, spec.kernel and 2, spec.bias, spec.eps, spec.conv_eps, spec.unit_offset))
+    layer = trained(
+        LayerSpec(
+            4, 3, 2, 2, spec.kernel and 2, spec.bias, spec.eps, spec.conv_eps, spec.unit_offset
+        )
+    )
     x_BTSD, rows_BTE = (values.requires_grad_() for values in case(layer.spec, tokens=4))
-    window = torch.randn(2, layer.spec.window, 2, 4, dtype=torch.float64).requires_grad_() if spec.kernel else None
+    window = (
+        torch.randn(2, layer.spec.window, 2, 4, dtype=torch.float64).requires_grad_()
+        if spec.kernel
+        else None
+    )
     live, starts = flags(2, 4, 0.7, 5), flags(2, 4, 0.3, 6)
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
     def run(x, rows, window, *values):
         arguments = (x, rows, window, live, starts)
-        outputs = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), arguments)
+        outputs = torch.func.functional_call(
+            layer, dict(zip(names, values, strict=True)), arguments
+        )
         return tuple(output for output in outputs if output is not None)
 
     assert torch.autograd.gradcheck(run, (x_BTSD, rows_BTE, window, *parameters))
@@ -387,7 +454,8 @@ def test_compiles_to_one_graph():
     live, starts = flags(2, 17, 0.8, 2), flags(2, 17, 0.2, 3)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     fusion(layer, x_BTSD, rows_BTE, None, live, starts).update.assert_holds(
-        compiled(x_BTSD, rows_BTE, None, live, starts)[0])
+        compiled(x_BTSD, rows_BTE, None, live, starts)[0]
+    )
 
 
 # --- released names
@@ -402,9 +470,14 @@ def test_released_tensors_survive_the_round_trip(preset):
     assert again.spec == layer.spec
     copied = again.to_state(preset)
     assert copied.keys() == tensors.keys()
-    assert all(torch.equal(copied[name], tensors[name]) and copied[name].dtype == torch.bfloat16 for name in tensors)
+    assert all(
+        torch.equal(copied[name], tensors[name]) and copied[name].dtype == torch.bfloat16
+        for name in tensors
+    )
     x_BTSD, rows_BTE = case(layer.spec)
-    torch.testing.assert_close(again(x_BTSD, rows_BTE)[0], layer(x_BTSD, rows_BTE)[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        again(x_BTSD, rows_BTE)[0], layer(x_BTSD, rows_BTE)[0], rtol=0, atol=0
+    )
     with torch.no_grad():
         for tensor in copied.values():
             tensor.fill_(float("nan"))
@@ -421,7 +494,10 @@ def test_deepseek_fuses_the_keys_and_then_the_value():
     layer = trained(PRESETS["deepseek_v41"])
     tensors = layer.to_state("deepseek_v41")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "wkv.weight": (32, 6), "q_weight": (3, 8), "k_weight": (3, 8)}
+        "wkv.weight": (32, 6),
+        "q_weight": (3, 8),
+        "k_weight": (3, 8),
+    }
     torch.testing.assert_close(tensors["wkv.weight"][:24], layer.key.weight, rtol=0, atol=0)
     torch.testing.assert_close(tensors["wkv.weight"][24:], layer.value.weight, rtol=0, atol=0)
     assert EngramLayer.from_state(tensors, "deepseek_v41").spec.eps == 1e-20
@@ -429,15 +505,28 @@ def test_deepseek_fuses_the_keys_and_then_the_value():
 
 def test_deepseek_fp8_weights_are_scaled_by_blocks():
     torch.manual_seed(0)
-    weight = torch.randn(80, 96).to(torch.float8_e4m3fn)  # S=1, D=40: blocks that do not end with the matrix
+    weight = torch.randn(80, 96).to(
+        torch.float8_e4m3fn
+    )  # S=1, D=40: blocks that do not end with the matrix
     exponents = torch.randint(-6, 3, (3, 3))
-    tensors = {"wkv.weight": weight, "wkv.scale": torch.exp2(exponents.float()).to(torch.float8_e8m0fnu),
-               "q_weight": torch.ones(1, 40).bfloat16(), "k_weight": torch.ones(1, 40).bfloat16()}
+    tensors = {
+        "wkv.weight": weight,
+        "wkv.scale": torch.exp2(exponents.float()).to(torch.float8_e8m0fnu),
+        "q_weight": torch.ones(1, 40).bfloat16(),
+        "k_weight": torch.ones(1, 40).bfloat16(),
+    }
     whole = EngramLayer.from_state(tensors, "deepseek_v41").to_state("deepseek_v41")["wkv.weight"]
     for row, column in ((0, 0), (31, 95), (32, 31), (79, 64)):
-        assert whole[row, column] == weight[row, column].float() * 2.0 ** exponents[row // 32, column // 32]
-    with pytest.raises(ConfigError, match=r"wkv.weight: expected floats .* found torch.float8_e4m3fn"):
-        EngramLayer.from_state({name: t for name, t in tensors.items() if name != "wkv.scale"}, "deepseek_v41")
+        assert (
+            whole[row, column]
+            == weight[row, column].float() * 2.0 ** exponents[row // 32, column // 32]
+        )
+    with pytest.raises(
+        ConfigError, match=r"wkv.weight: expected floats .* found torch.float8_e4m3fn"
+    ):
+        EngramLayer.from_state(
+            {name: t for name, t in tensors.items() if name != "wkv.scale"}, "deepseek_v41"
+        )
     with pytest.raises(ConfigError, match=r"wkv.scale: expected \[3, 3\]"):
         EngramLayer.from_state({**tensors, "wkv.scale": tensors["wkv.scale"][:2]}, "deepseek_v41")
 
@@ -459,7 +548,9 @@ def test_a_missing_unknown_or_misshaped_tensor_is_named(preset):
 
 def test_sizes_that_differ_from_the_tensors_are_refused():
     tensors = trained(PRESETS["qwen4"]).to_state("qwen4")
-    with pytest.raises(ConfigError, match=r"key_proj.weight: expected floats \[16, 6\], found .* \[24, 6\]"):
+    with pytest.raises(
+        ConfigError, match=r"key_proj.weight: expected floats \[16, 6\], found .* \[24, 6\]"
+    ):
         EngramLayer.from_state(tensors, "qwen4", streams=2)
     with pytest.raises(ConfigError, match="colour"):
         EngramLayer.from_state(tensors, "qwen4", colour=1)
@@ -472,26 +563,44 @@ def test_unknown_presets_and_presets_that_cannot_express_a_layer_are_refused():
     with pytest.raises(ConfigError, match="found 'paper'"):
         EngramLayer.from_state(layer.to_state("demo"), "paper")
     for preset in ("qwen4", "deepseek_v41"):
-        with pytest.raises(ConfigError, match=f"preset {preset}: expected .bias, unit_offset, conv."):
+        with pytest.raises(
+            ConfigError, match=f"preset {preset}: expected .bias, unit_offset, conv."
+        ):
             layer.to_state(preset)
 
 
 # --- what does not fit
 
 
-@pytest.mark.parametrize("change", [
-    {"x": lambda x: x[:, :, 0]}, {"x": lambda x: x[..., :-1]}, {"x": lambda x: x.long()},
-    {"rows": lambda rows: rows[:, 1:]}, {"rows": lambda rows: rows[..., 1:]}, {"rows": lambda rows: rows.int()},
-    {"window": lambda window: window[:, 1:]}, {"window": lambda window: window[:1]},
-    {"live": lambda live: live.long()}, {"live": lambda live: live[:, 1:]},
-    {"starts": lambda starts: starts[0]}, {"starts": lambda starts: starts.float()}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": lambda x: x[:, :, 0]},
+        {"x": lambda x: x[..., :-1]},
+        {"x": lambda x: x.long()},
+        {"rows": lambda rows: rows[:, 1:]},
+        {"rows": lambda rows: rows[..., 1:]},
+        {"rows": lambda rows: rows.int()},
+        {"window": lambda window: window[:, 1:]},
+        {"window": lambda window: window[:1]},
+        {"live": lambda live: live.long()},
+        {"live": lambda live: live[:, 1:]},
+        {"starts": lambda starts: starts[0]},
+        {"starts": lambda starts: starts.float()},
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name(change):
     x_BTSD, rows_BTE = case(ORACLE)
-    arguments = {"x": x_BTSD, "rows": rows_BTE, "window": torch.zeros(2, ORACLE.window, 3, 8),
-                 "live": flags(2, 17, 0.5, 0), "starts": flags(2, 17, 0.5, 1)}
+    arguments = {
+        "x": x_BTSD,
+        "rows": rows_BTE,
+        "window": torch.zeros(2, ORACLE.window, 3, 8),
+        "live": flags(2, 17, 0.5, 0),
+        "starts": flags(2, 17, 0.5, 1),
+    }
     layer = trained(ORACLE)
     layer(*arguments.values())
-    (name, wrong), = change.items()
+    ((name, wrong),) = change.items()
     arguments[name] = wrong(arguments[name])
     with pytest.raises(InputError, match=f"^{name}: expected .* found"):
         layer(*arguments.values())

@@ -1,4 +1,5 @@
-"""attach, detach, load: what they take, what they leave, and what they refuse. Decoding is test_hf_matrix's."""
+"""attach, detach, load: what they take, what they leave, and what they refuse. Decoding is
+test_hf_matrix's."""
 
 from __future__ import annotations
 
@@ -29,8 +30,17 @@ VOCAB = 97
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -74,8 +84,13 @@ def test_a_fresh_memory_and_a_detached_one_leave_every_family_bit_for_bit(family
     model = build(family, torch.float32)
 
     def answers():
-        text = model.generate(ids_BT, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
-                              output_logits=True)
+        text = model.generate(
+            ids_BT,
+            max_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         return torch.cat([model(ids_BT).logits, torch.stack(text.logits, 1)], 1)
 
     before, weights = answers(), {name: value.clone() for name, value in model.state_dict().items()}
@@ -88,7 +103,9 @@ def test_a_fresh_memory_and_a_detached_one_leave_every_family_bit_for_bit(family
     assert torch.equal(answers(), before)
     engraphy.detach(model)
     after = model.state_dict()
-    assert list(after) == list(weights) and all(torch.equal(after[name], weights[name]) for name in weights)
+    assert list(after) == list(weights) and all(
+        torch.equal(after[name], weights[name]) for name in weights
+    )
 
 
 def test_an_awake_memory_changes_the_logits_and_can_be_attached_again(model, config, ids_BT):
@@ -112,7 +129,9 @@ def test_rows_learn_from_the_second_step(model, config, ids_BT):
         optimizer.step()
 
 
-def test_a_saved_memory_gives_the_same_logits_on_a_fresh_copy_of_the_model(model, config, ids_BT, tmp_path):
+def test_a_saved_memory_gives_the_same_logits_on_a_fresh_copy_of_the_model(
+    model, config, ids_BT, tmp_path
+):
     bare = copy.deepcopy(model)
     memory = wake(engraphy.attach(model, config))
     memory.save(tmp_path / "memory")
@@ -126,7 +145,9 @@ def test_the_backbone_is_saved_without_the_memory(model, config, ids_BT, tmp_pat
     before = model(ids_BT).logits
     wake(engraphy.attach(model, config))
     model.save_pretrained(tmp_path / "model")
-    assert not [name for name in load_file(tmp_path / "model" / "model.safetensors") if "engraphy" in name]
+    assert not [
+        name for name in load_file(tmp_path / "model" / "model.safetensors") if "engraphy" in name
+    ]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(again(ids_BT).logits, before)
     engraphy.detach(model)
@@ -165,14 +186,28 @@ def test_a_memory_of_another_model_is_refused_unless_that_is_said(model, config,
     engraphy.detach(model)
     wider = copy.deepcopy(model)
     wider.resize_token_embeddings(VOCAB + 3)
-    mistral = AutoModelForCausalLM.from_config(MistralConfig(**{name: getattr(model.config, name) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads")}))
+    mistral = AutoModelForCausalLM.from_config(
+        MistralConfig(
+            **{
+                name: getattr(model.config, name)
+                for name in (
+                    "vocab_size",
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "num_key_value_heads",
+                )
+            }
+        )
+    )
     narrower = copy.deepcopy(model)
     narrower.resize_token_embeddings(VOCAB - 1)
     for other, told in ((narrower, "'vocab_size': 96"), (mistral, "'model_type': 'mistral'")):
-        for call in (lambda other=other: engraphy.load(other, tmp_path / "memory"),
-                     lambda other=other: engraphy.attach(other, memory)):
+        for call in (
+            lambda other=other: engraphy.load(other, tmp_path / "memory"),
+            lambda other=other: engraphy.attach(other, memory),
+        ):
             with pytest.raises(DigestMismatch, match=told):
                 call()
         assert not hasattr(other, "engraphy")
@@ -207,7 +242,9 @@ def test_new_ids_of_a_resized_model_are_dead_and_change_no_address(model, config
         assert (gates_BTS[0, [1, 3]] == 0).all() and (gates_BTS[0, [0, 2]] > 0).all()
     with pytest.raises(InputError, match=f"expected 0 to {VOCAB + 2}, found {VOCAB + 3}"):
         model(new_BT + 1)
-    assert memory.address_digest == digest and memory.vocab.digest == memory.vocab.widened(999).digest
+    assert (
+        memory.address_digest == digest and memory.vocab.digest == memory.vocab.widened(999).digest
+    )
     engraphy.detach(model)
     for path in (tmp_path / "memory", tmp_path / "again"):
         loaded = engraphy.load(model, path)
@@ -216,11 +253,15 @@ def test_new_ids_of_a_resized_model_are_dead_and_change_no_address(model, config
         if path.name == "memory":
             loaded.save(tmp_path / "again")
         engraphy.detach(model)
-    assert (tmp_path / "memory" / "vocab.json").read_text() == (tmp_path / "again" / "vocab.json").read_text()
+    assert (tmp_path / "memory" / "vocab.json").read_text() == (
+        tmp_path / "again" / "vocab.json"
+    ).read_text()
 
 
 def test_a_map_that_is_forgotten_is_noticed(model):
-    config = EngramConfig.for_model(model.config, layers=(1,), rows_per_head=101, dim=8, vocab_size=50)
+    config = EngramConfig.for_model(
+        model.config, layers=(1,), rows_per_head=101, dim=8, vocab_size=50
+    )
     with pytest.raises(ConfigError, match="expected the model's 97 ids without a vocabulary map"):
         engraphy.attach(model, config)
     memory = engraphy.attach(model, config, VocabMap.identity(50))
@@ -238,7 +279,9 @@ def test_a_model_and_its_decoder_have_one_memory_between_them(model, config):
 
 def test_a_block_that_did_not_take_from_the_memory_is_noticed(model, config, ids_BT):
     wake(engraphy.attach(model, config))
-    model.config.num_hidden_layers = 2  # as drafting by an early exit does: layer 2 is not meant to run
+    model.config.num_hidden_layers = (
+        2  # as drafting by an early exit does: layer 2 is not meant to run
+    )
     model(ids_BT, use_cache=False)
     model.config.num_hidden_layers = 4
     model.model.layers[2]._forward_pre_hooks.clear()
@@ -252,19 +295,24 @@ def test_a_memory_is_not_pickled(model, config, tmp_path):
         torch.save(model, tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("change, error, match", [
-    (dict(layers=(1, 4)), ConfigError, "layers: expected 0 to 3, found 4"),
-    (dict(layers=(1, 1)), ConfigError, "distinct"),
-    (dict(orders=(0,)), ConfigError, "orders"),
-    (dict(orders=()), ConfigError, "orders"),
-    (dict(rows_per_head=0), ConfigError, "rows_per_head"),
-    (dict(heads=0), ConfigError, "heads"),
-    (dict(dim=0), ConfigError, "dim"),
-    (dict(streams=4), ConfigError, "streams"),
-])
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        (dict(layers=(1, 4)), ConfigError, "layers: expected 0 to 3, found 4"),
+        (dict(layers=(1, 1)), ConfigError, "distinct"),
+        (dict(orders=(0,)), ConfigError, "orders"),
+        (dict(orders=()), ConfigError, "orders"),
+        (dict(rows_per_head=0), ConfigError, "rows_per_head"),
+        (dict(heads=0), ConfigError, "heads"),
+        (dict(dim=0), ConfigError, "dim"),
+        (dict(streams=4), ConfigError, "streams"),
+    ],
+)
 def test_a_configuration_that_cannot_be_meant_is_refused(model, change, error, match):
     with pytest.raises(error, match=match):
-        engraphy.attach(model, EngramConfig.for_model(model.config, **{"rows_per_head": 101, **change}))
+        engraphy.attach(
+            model, EngramConfig.for_model(model.config, **{"rows_per_head": 101, **change})
+        )
     assert not hasattr(model, "engraphy")
 
 
@@ -282,15 +330,21 @@ def test_a_memory_of_another_model_is_refused(model, ids_BT):
     other = LlamaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=9, pad_token_id=0)
     with pytest.raises(ConfigError, match="hidden size"):
         engraphy.attach(model, EngramConfig.for_model(other, layers=(1,), rows_per_head=101, dim=8))
-    deep = EngramConfig.for_model(LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=9, pad_token_id=0),
-                                  layers=(7,), rows_per_head=101, dim=8)
+    deep = EngramConfig.for_model(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=9, pad_token_id=0),
+        layers=(7,),
+        rows_per_head=101,
+        dim=8,
+    )
     with pytest.raises(ConfigError, match="layers 0 to 3, the memory has layer 7"):
         engraphy.attach(model, deep)
     assert not hasattr(model, "engraphy")
 
 
 def test_a_vocabulary_map_of_another_size_is_refused(model, config):
-    with pytest.raises(DigestMismatch, match="vocab_size: the hash spec says 97 ids, the vocabulary map gives 50"):
+    with pytest.raises(
+        DigestMismatch, match="vocab_size: the hash spec says 97 ids, the vocabulary map gives 50"
+    ):
         engraphy.attach(model, config, VocabMap.identity(50))
     assert not hasattr(model, "engraphy")
 
@@ -298,7 +352,9 @@ def test_a_vocabulary_map_of_another_size_is_refused(model, config):
 def test_what_is_no_decoder_is_refused(config):
     with pytest.raises(ConfigError, match="transformers model"):
         engraphy.attach(torch.nn.Linear(2, 2), config)
-    tiny = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=32, d_ff=32, num_layers=1, num_heads=2))
+    tiny = T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, d_model=32, d_ff=32, num_layers=1, num_heads=2)
+    )
     with pytest.raises(ConfigError, match="encoder-decoder"):
         engraphy.attach(tiny, config)
 
@@ -316,16 +372,26 @@ def test_a_second_memory_is_refused_and_so_is_one_memory_on_two_models(model, co
         engraphy.detach(model)
 
 
-@pytest.mark.parametrize("damage, error", [
-    (lambda d: (d / "memory.safetensors").unlink(), ConfigError),
-    (lambda d: (d / "memory.json").unlink(), ConfigError),
-    (lambda d: (d / "vocab.json").unlink(), ConfigError),
-    (lambda d: (d / "memory.safetensors").write_bytes((d / "memory.safetensors").read_bytes()[:-100]), ConfigError),
-    (lambda d: next((d / "table").glob("*.safetensors")).unlink(), TableError),
-    (lambda d: shutil.rmtree(d / "table"), TableError),
-    (lambda d: truncate(next((d / "table").glob("*.safetensors"))), TableError),
-])
-def test_a_damaged_memory_is_a_named_error_and_nothing_is_half_attached(model, config, tmp_path, damage, error):
+@pytest.mark.parametrize(
+    "damage, error",
+    [
+        (lambda d: (d / "memory.safetensors").unlink(), ConfigError),
+        (lambda d: (d / "memory.json").unlink(), ConfigError),
+        (lambda d: (d / "vocab.json").unlink(), ConfigError),
+        (
+            lambda d: (d / "memory.safetensors").write_bytes(
+                (d / "memory.safetensors").read_bytes()[:-100]
+            ),
+            ConfigError,
+        ),
+        (lambda d: next((d / "table").glob("*.safetensors")).unlink(), TableError),
+        (lambda d: shutil.rmtree(d / "table"), TableError),
+        (lambda d: truncate(next((d / "table").glob("*.safetensors"))), TableError),
+    ],
+)
+def test_a_damaged_memory_is_a_named_error_and_nothing_is_half_attached(
+    model, config, tmp_path, damage, error
+):
     wake(engraphy.attach(model, config)).save(tmp_path / "memory")
     engraphy.detach(model)
     damage(tmp_path / "memory")
@@ -396,7 +462,10 @@ def test_a_cache_of_another_memory_is_an_error(model, config, ids_BT):
     engraphy.attach(model, config)
     cache = cache_of(model(ids_BT, use_cache=True))
     engraphy.detach(model)
-    engraphy.attach(model, EngramConfig.for_model(model.config, layers=(1, 2), heads=2, rows_per_head=103, dim=8))
+    engraphy.attach(
+        model,
+        EngramConfig.for_model(model.config, layers=(1, 2), heads=2, rows_per_head=103, dim=8),
+    )
     with pytest.raises(InputError, match="address digest"):
         model(ids_BT[:, :1], **cached(cache))
 

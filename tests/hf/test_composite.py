@@ -1,4 +1,5 @@
-"""A model saved with its memory as one: what loads is what was saved, and what does not belong together is refused."""
+"""A model saved with its memory as one: what loads is what was saved, and what does not belong
+together is refused."""
 
 from __future__ import annotations
 
@@ -81,8 +82,18 @@ def logits(model, ids_BT):
         return model(ids_BT).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"store": "ram:"}, {"low_cpu_mem_usage": True}, {"device_map": {"": "cpu"}},
-                                     {"dtype": "auto"}, {"dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"store": "ram:"},
+        {"low_cpu_mem_usage": True},
+        {"device_map": {"": "cpu"}},
+        {"dtype": "auto"},
+        {"dtype": torch.float32},
+    ],
+    ids=str,
+)
 def test_what_loads_is_what_was_saved_bit_for_bit(model, saved, ids_BT, options):
     loaded = AutoModelForCausalLM.from_pretrained(saved, **options)
     assert type(loaded) is type(model) and not loaded.training and not loaded.engraphy.training
@@ -102,7 +113,9 @@ def test_saving_leaves_the_model_as_it_is(base, ids_BT, tmp_path):
 
 def test_the_backbones_file_holds_the_backbone_and_the_table_lies_beside_it(model, saved):
     assert not [name for name in load_file(saved / "model.safetensors") if "engraphy" in name]
-    assert set(load_file(saved / "engraphy" / "memory.safetensors")) == set(model.engraphy.blocks.state_dict())
+    assert set(load_file(saved / "engraphy" / "memory.safetensors")) == set(
+        model.engraphy.blocks.state_dict()
+    )
     assert engraphy.Table.open(saved / "engraphy" / "table").layers == (1, 2)
     assert not list(saved.rglob(".*"))
 
@@ -116,17 +129,30 @@ def test_the_config_says_what_it_is(saved, model):
 
 
 def test_it_loads_beside_the_tokenizer_and_in_a_pipeline(saved):
-    told = pipeline("text-generation", model=str(saved))("Ada Lovelace was", max_new_tokens=4, do_sample=False)
-    tokenizer, loaded = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
+    told = pipeline("text-generation", model=str(saved))(
+        "Ada Lovelace was", max_new_tokens=4, do_sample=False
+    )
+    tokenizer, loaded = (
+        AutoTokenizer.from_pretrained(saved),
+        AutoModelForCausalLM.from_pretrained(saved),
+    )
     prompt = tokenizer("Ada Lovelace was", return_tensors="pt")
     ids = loaded.generate(prompt["input_ids"], max_new_tokens=4, do_sample=False)
     assert told[0]["generated_text"] == tokenizer.decode(ids[0])
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"cache_implementation": "static"},
-    {"use_cache": False}, {"prompt_lookup_num_tokens": 2},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
 def test_it_generates_what_the_attached_model_generates(model, saved, ids_BT, options):
     loaded = AutoModelForCausalLM.from_pretrained(saved)
     prompts = ids_BT[:1] if "prompt_lookup_num_tokens" in options else ids_BT
@@ -140,8 +166,12 @@ def test_it_generates_what_the_attached_model_generates(model, saved, ids_BT, op
 def test_left_padding_generates_the_same(model, saved, ids_BT):
     padded, mask = ids_BT.clone(), torch.ones_like(ids_BT)
     padded[1, :5], mask[1, :5] = 1, 0
-    texts = [each.generate(padded, attention_mask=mask, max_new_tokens=6, pad_token_id=1, do_sample=False)
-             for each in (model, AutoModelForCausalLM.from_pretrained(saved))]
+    texts = [
+        each.generate(
+            padded, attention_mask=mask, max_new_tokens=6, pad_token_id=1, do_sample=False
+        )
+        for each in (model, AutoModelForCausalLM.from_pretrained(saved))
+    ]
     assert torch.equal(*texts)
 
 
@@ -188,17 +218,24 @@ def test_an_interrupted_save_leaves_no_model_that_has_lost_its_memory(base, tmp_
 def test_weights_in_several_files_load_too(model, ids_BT, tmp_path):
     save_pretrained(model, tmp_path / "one", max_shard_size="50KB")
     assert len(list((tmp_path / "one").glob("model-*.safetensors"))) > 1
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "one"), ids_BT), logits(model, ids_BT))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "one"), ids_BT),
+        logits(model, ids_BT),
+    )
 
 
-def test_a_dtype_that_is_asked_for_is_the_memorys_too_and_else_it_keeps_its_own(base, saved, ids_BT, tmp_path):
+def test_a_dtype_that_is_asked_for_is_the_memorys_too_and_else_it_keeps_its_own(
+    base, saved, ids_BT, tmp_path
+):
     half = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert logits(half, ids_BT).isfinite().all()
     mixed = remembering(base, dtype=torch.bfloat16)
     save_pretrained(mixed, tmp_path / "mixed")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
-    assert loaded.dtype == torch.bfloat16 and loaded.engraphy.blocks["1"].conv.dtype == torch.float32
+    assert (
+        loaded.dtype == torch.bfloat16 and loaded.engraphy.blocks["1"].conv.dtype == torch.float32
+    )
     assert torch.equal(logits(loaded, ids_BT), logits(mixed, ids_BT))
 
 
@@ -208,15 +245,22 @@ def test_a_detached_model_saves_itself_as_the_backbone_that_it_is(saved, base, i
     loaded.save_pretrained(tmp_path / "bare")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
     assert not (tmp_path / "bare" / "engraphy").exists() and not hasattr(again, "engraphy")
-    assert torch.equal(logits(again, ids_BT), logits(AutoModelForCausalLM.from_pretrained(base), ids_BT))
-    assert not torch.allclose(logits(again, ids_BT), logits(AutoModelForCausalLM.from_pretrained(saved), ids_BT))
+    assert torch.equal(
+        logits(again, ids_BT), logits(AutoModelForCausalLM.from_pretrained(base), ids_BT)
+    )
+    assert not torch.allclose(
+        logits(again, ids_BT), logits(AutoModelForCausalLM.from_pretrained(saved), ids_BT)
+    )
 
 
 def test_the_backbones_own_class_reads_the_backbone_alone(saved, base, ids_BT):
-    """As docs/attaching.md says: transformers finds the class's own config within this one, and nobody is asked."""
+    """As docs/attaching.md says: transformers finds the class's own config within this one, and
+    nobody is asked."""
     loaded = LlamaForCausalLM.from_pretrained(saved)
     assert not hasattr(loaded, "engraphy")
-    assert torch.equal(logits(loaded, ids_BT), logits(AutoModelForCausalLM.from_pretrained(base), ids_BT))
+    assert torch.equal(
+        logits(loaded, ids_BT), logits(AutoModelForCausalLM.from_pretrained(base), ids_BT)
+    )
 
 
 def test_a_model_whose_vocabulary_was_resized_loads_as_one(base, ids_BT, tmp_path):
@@ -257,8 +301,15 @@ def test_training_goes_on_where_the_rows_are_in_ram(saved, ids_BT, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(saved, store="ram:")
     before = logits(loaded, ids_BT)
     data = [{"input_ids": ids_T, "labels": ids_T} for ids_T in ids_BT]
-    args = TrainingArguments(str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, save_strategy="no", report_to=[],
-                             use_cpu=True, disable_tqdm=True)
+    args = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     trainer = Trainer(model=loaded, train_dataset=data, **trainer_kwargs(loaded.engraphy, args))
     trainer.train()
     for _ in range(2):
@@ -272,16 +323,31 @@ def rewrite(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("damage, error, match", [
-    (lambda d: shutil.rmtree(d / "engraphy"), ConfigError, "memory.json"),
-    (lambda d: shutil.rmtree(d / "engraphy" / "table"), TableError, "engram.json"),
-    (lambda d: next((d / "engraphy" / "table").glob("*.safetensors")).unlink(), TableError, "safetensors"),
-    (lambda d: (d / "engraphy" / "memory.safetensors").unlink(), ConfigError, "dense weights"),
-    (lambda d: (d / "engraphy" / "memory.json").write_text("[]"), ConfigError, "TypeError"),
-    (lambda d: rewrite(d / "config.json", table_id="0" * 32), DigestMismatch, "belongs to the memory"),
-    (lambda d: rewrite(d / "config.json", memory_config={}), DigestMismatch, "belongs to the memory"),
-    (lambda d: (d / "model.safetensors").unlink(), OSError, "model.safetensors"),
-])
+@pytest.mark.parametrize(
+    "damage, error, match",
+    [
+        (lambda d: shutil.rmtree(d / "engraphy"), ConfigError, "memory.json"),
+        (lambda d: shutil.rmtree(d / "engraphy" / "table"), TableError, "engram.json"),
+        (
+            lambda d: next((d / "engraphy" / "table").glob("*.safetensors")).unlink(),
+            TableError,
+            "safetensors",
+        ),
+        (lambda d: (d / "engraphy" / "memory.safetensors").unlink(), ConfigError, "dense weights"),
+        (lambda d: (d / "engraphy" / "memory.json").write_text("[]"), ConfigError, "TypeError"),
+        (
+            lambda d: rewrite(d / "config.json", table_id="0" * 32),
+            DigestMismatch,
+            "belongs to the memory",
+        ),
+        (
+            lambda d: rewrite(d / "config.json", memory_config={}),
+            DigestMismatch,
+            "belongs to the memory",
+        ),
+        (lambda d: (d / "model.safetensors").unlink(), OSError, "model.safetensors"),
+    ],
+)
 def test_a_damaged_directory_is_a_named_error(mine, damage, error, match):
     damage(mine)
     with pytest.raises(error, match=match):
@@ -292,7 +358,9 @@ def test_the_table_or_memory_of_another_model_is_refused(base, mine, tmp_path):
     save_pretrained(remembering(base, seed=6), tmp_path / "other")
     table = mine / "engraphy" / "table"
     with pytest.raises(DigestMismatch, match="dense weights belong to table"):
-        AutoModelForCausalLM.from_pretrained(mine, store=f"file:{tmp_path / 'other' / 'engraphy' / 'table'}")
+        AutoModelForCausalLM.from_pretrained(
+            mine, store=f"file:{tmp_path / 'other' / 'engraphy' / 'table'}"
+        )
     shutil.rmtree(table)
     shutil.copytree(tmp_path / "other" / "engraphy" / "table", table)
     with pytest.raises(DigestMismatch, match="dense weights belong to table"):
@@ -304,8 +372,15 @@ def test_the_table_or_memory_of_another_model_is_refused(base, mine, tmp_path):
 
 
 def test_layers_that_are_offloaded_have_no_memory(saved, tmp_path):
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu",
-              "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     with pytest.raises(ConfigError, match="layer 1: expected its weights on a device"):
         AutoModelForCausalLM.from_pretrained(saved, device_map=places, offload_folder=tmp_path)
 
@@ -316,10 +391,17 @@ def test_what_cannot_load_as_one_is_not_saved_as_one(base, model, tmp_path):
         save_pretrained(bare, tmp_path / "one")
     judge = LlamaForSequenceClassification(bare.config)
     engraphy.attach(judge, model.engraphy.config)
-    with pytest.raises(ConfigError, match="LlamaForSequenceClassification: expected a model that AutoModelForCausalLM"):
+    with pytest.raises(
+        ConfigError,
+        match="LlamaForSequenceClassification: expected a model that AutoModelForCausalLM",
+    ):
         save_pretrained(judge, tmp_path / "one")
-    for options, match in (({"push_to_hub": True, "table": "link"}, "push_to_hub"), ({"table": "skip"}, "skip"),
-                           ({"table": "hardlink"}, "hardlink"), ({"table": "link"}, "sealed table on disk")):
+    for options, match in (
+        ({"push_to_hub": True, "table": "link"}, "push_to_hub"),
+        ({"table": "skip"}, "skip"),
+        ({"table": "hardlink"}, "hardlink"),
+        ({"table": "link"}, "sealed table on disk"),
+    ):
         with pytest.raises(ConfigError, match=match):
             save_pretrained(model, tmp_path / "one", **options)
     assert not list(tmp_path.glob("one/*"))
@@ -331,7 +413,9 @@ def test_what_cannot_load_as_one_is_not_saved_as_one(base, model, tmp_path):
 def test_a_model_with_adapters_is_merged_first(base, ids_BT, tmp_path):
     peft = pytest.importorskip("peft")
     model = remembering(base)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
     with pytest.raises(ConfigError, match="merge_and_unload"):
         save_pretrained(adapted, tmp_path / "one")
     merged = adapted.merge_and_unload()
@@ -349,10 +433,16 @@ def test_the_card_tells_the_real_numbers(model, saved):
     memory, told = model.engraphy, (saved / "README.md").read_text()
     table = sum(store.info.rows for store in memory.stores.values()) * 8
     dense = sum(parameter.numel() for parameter in memory.parameters())
-    for fact in (f"| table | {table:,} parameters, {4 * table:,} bytes |", f"| dense layers | {dense:,} parameters |",
-                 f"| trainable | {table + dense:,} parameters", "| layers | 1, 2 (0-based) |",
-                 "| orders, heads | 2, 3; 2 heads each |", "| row format | f32, 8 values in 32 bytes |",
-                 memory.address_digest, engraphy.Table.open(saved / "engraphy" / "table").table_id):
+    for fact in (
+        f"| table | {table:,} parameters, {4 * table:,} bytes |",
+        f"| dense layers | {dense:,} parameters |",
+        f"| trainable | {table + dense:,} parameters",
+        "| layers | 1, 2 (0-based) |",
+        "| orders, heads | 2, 3; 2 heads each |",
+        "| row format | f32, 8 values in 32 bytes |",
+        memory.address_digest,
+        engraphy.Table.open(saved / "engraphy" / "table").table_id,
+    ):
         assert fact in told
     memory.requires_grad_(False)
     assert "| trainable | 0 parameters" in card(memory, "one", "id")

@@ -1,4 +1,5 @@
-"""Gates and rows in Trainer's log: the numbers are those of the forwards, and the training does not notice."""
+"""Gates and rows in Trainer's log: the numbers are those of the forwards, and the training does not
+notice."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def run_of(folder, log_gates=True, data=None, callbacks=(), **changes):
     memory = attach_tiny(model)
     parts = trainer_kwargs(memory, arguments(folder, **changes), log_gates=log_gates)
     parts["callbacks"] += callbacks
-    trainer = Trainer(model=model, train_dataset=data or token_data(), eval_dataset=token_data(4, seed=2), **parts)
+    trainer = Trainer(
+        model=model, train_dataset=data or token_data(), eval_dataset=token_data(4, seed=2), **parts
+    )
     trainer.train()
     return trainer, memory
 
@@ -42,14 +45,23 @@ def lines_of(trainer):
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-                                     {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, {"bf16": True}],
+    ids=str,
+)
 def test_training_is_equal_bit_for_bit_with_and_without(changes, tmp_path):
-    (run, memory), (bare, other) = (run_of(tmp_path, log_gates, **changes) for log_gates in (True, False))
-    assert same(weights_of(run.model), weights_of(bare.model)) and same(rows_of(memory), rows_of(other))
+    (run, memory), (bare, other) = (
+        run_of(tmp_path, log_gates, **changes) for log_gates in (True, False)
+    )
+    assert same(weights_of(run.model), weights_of(bare.model)) and same(
+        rows_of(memory), rows_of(other)
+    )
     for line, plain in zip(lines_of(run), lines_of(bare), strict=True):
         assert line["loss"] == plain["loss"] and set(line) - set(plain) == {*GATES, *ROWS}
-    assert not [name for line in bare.state.log_history for name in line if name.startswith("engraphy/")]
+    assert not [
+        name for line in bare.state.log_history for name in line if name.startswith("engraphy/")
+    ]
 
 
 class FirstForward(TrainerCallback):
@@ -69,27 +81,43 @@ class FirstForward(TrainerCallback):
         self.handle.remove()
 
 
-def test_a_line_holds_the_mean_over_the_training_tokens_since_the_last_and_the_rows_since_the_beginning(tmp_path):
+def test_a_line_holds_the_mean_over_the_training_tokens_since_the_last_and_the_rows_since_the_beginning(
+    tmp_path,
+):
     traces = FirstForward()
-    run, memory = run_of(tmp_path, callbacks=[traces], logging_steps=2, gradient_accumulation_steps=2)
+    run, memory = run_of(
+        tmp_path, callbacks=[traces], logging_steps=2, gradient_accumulation_steps=2
+    )
     lines = lines_of(run)
     assert len(lines) == 2 and len(traces.traces) == 8
     for at, line in enumerate(lines):
         for layer in memory.layers:
-            gates = torch.cat([trace.gates[layer].flatten() for trace in traces.traces[4 * at:4 * at + 4]])
-            assert line[f"engraphy/gate_layer_{layer}"] == pytest.approx(gates.double().mean().item(), abs=1e-7)
-            ids = [trace.row_ids[layer][:, :-1].ravel()  # a sequence's last token predicts nothing
-                   for trace in traces.traces[:4 * at + 4]]
+            gates = torch.cat(
+                [trace.gates[layer].flatten() for trace in traces.traces[4 * at : 4 * at + 4]]
+            )
+            assert line[f"engraphy/gate_layer_{layer}"] == pytest.approx(
+                gates.double().mean().item(), abs=1e-7
+            )
+            ids = [
+                trace.row_ids[layer][:, :-1].ravel()  # a sequence's last token predicts nothing
+                for trace in traces.traces[: 4 * at + 4]
+            ]
             share = len(np.unique(np.concatenate(ids))) / memory.stores[layer].info.rows
             assert line[f"engraphy/rows_layer_{layer}"] == pytest.approx(share)
 
 
 def test_padding_and_evaluation_do_not_count(tmp_path):
     whole = token_data(8)
-    padded = [{"input_ids": torch.cat([each["input_ids"], torch.zeros(20, dtype=torch.long)]),
-               "labels": torch.cat([each["labels"], torch.full((20,), -100)]),
-               "attention_mask": torch.cat([torch.ones(12, dtype=torch.long), torch.zeros(20, dtype=torch.long)])}
-              for each in whole]
+    padded = [
+        {
+            "input_ids": torch.cat([each["input_ids"], torch.zeros(20, dtype=torch.long)]),
+            "labels": torch.cat([each["labels"], torch.full((20,), -100)]),
+            "attention_mask": torch.cat(
+                [torch.ones(12, dtype=torch.long), torch.zeros(20, dtype=torch.long)]
+            ),
+        }
+        for each in whole
+    ]
     settings = dict(max_steps=1, eval_strategy="steps", eval_steps=1)
     (plain, _), (wide, _) = (run_of(tmp_path, data=data, **settings) for data in (whole, padded))
     for name in (*GATES, *ROWS):
@@ -108,7 +136,9 @@ def test_callbacks_that_come_later_see_the_numbers_and_no_hook_or_tensor_stays(t
     run, memory = run_of(tmp_path, callbacks=[Reader()])
     assert all(set(GATES) <= set(line) for line in seen if "loss" in line)
     assert not any(block._forward_hooks for block in memory.blocks.values())
-    (callback,) = [each for each in run.callback_handler.callbacks if isinstance(each, GateCallback)]
+    (callback,) = [
+        each for each in run.callback_handler.callbacks if isinstance(each, GateCallback)
+    ]
     assert not callback._sums
 
 
@@ -116,8 +146,11 @@ def test_a_table_that_does_not_learn_logs_its_gates_alone(tmp_path):
     model = tiny_model()
     memory = attach_tiny(model)
     memory.rows_require_grad = False
-    trainer = Trainer(model=model, train_dataset=token_data(),
-                      **trainer_kwargs(memory, arguments(tmp_path), log_gates=True))
+    trainer = Trainer(
+        model=model,
+        train_dataset=token_data(),
+        **trainer_kwargs(memory, arguments(tmp_path), log_gates=True),
+    )
     trainer.train()
     assert all(set(GATES) <= set(line) and not set(line) & set(ROWS) for line in lines_of(trainer))
 

@@ -22,20 +22,29 @@ def holes(batch: int, seed: int, share: float = 0.4) -> torch.Tensor:
 def assert_equals_the_bare_sequences(memory, out, ids, x, present, **flags) -> None:
     for b in range(len(ids)):
         there = present[b]
-        own = {name: flag[b:b + 1, there] for name, flag in flags.items()}
-        bare = run(memory, ids[b:b + 1, there], x[b:b + 1, there], **own)
-        torch.testing.assert_close(out[b:b + 1, there], bare, rtol=0, atol=1e-9)
+        own = {name: flag[b : b + 1, there] for name, flag in flags.items()}
+        bare = run(memory, ids[b : b + 1, there], x[b : b + 1, there], **own)
+        torch.testing.assert_close(out[b : b + 1, there], bare, rtol=0, atol=1e-9)
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2**31), st.lists(st.integers(1, TOKENS), max_size=8), st.booleans(), st.sampled_from([1, 3]))
-def test_holes_in_any_chunks_equal_one_forward_over_the_sequence_without_them(seed, cuts, flagged, streams):
+@given(
+    st.integers(0, 2**31),
+    st.lists(st.integers(1, TOKENS), max_size=8),
+    st.booleans(),
+    st.sampled_from([1, 3]),
+)
+def test_holes_in_any_chunks_equal_one_forward_over_the_sequence_without_them(
+    seed, cuts, flagged, streams
+):
     memory, (ids, x) = make_memory(streams), sample(3, TOKENS, streams, seed)
     present, flags = holes(3, seed), {}
     if flagged:
         flags = {"live": holes(3, seed + 1, 0.2), "starts": ~holes(3, seed + 2, 0.1)}
     ids[~present] = -5  # what stands at a hole may be anything
-    assert_equals_the_bare_sequences(memory, run(memory, ids, x, present=present, **flags), ids, x, present, **flags)
+    assert_equals_the_bare_sequences(
+        memory, run(memory, ids, x, present=present, **flags), ids, x, present, **flags
+    )
     state, parts, ends = memory.state(3), [], [0, *sorted({*cuts, TOKENS})]
     for first, last in zip(ends, ends[1:], strict=False):
         part = slice(first, last)
@@ -51,7 +60,7 @@ def test_single_tokens_after_a_hole_equal_the_sequence_without_it():
     state = memory.state(2)
     with torch.no_grad():
         parts = [run(memory, ids[:, :10], x[:, :10], state, present=present[:, :10])]
-        parts += [run(memory, ids[:, t:t + 1], x[:, t:t + 1], state) for t in range(10, TOKENS)]
+        parts += [run(memory, ids[:, t : t + 1], x[:, t : t + 1], state) for t in range(10, TOKENS)]
     assert_equals_the_bare_sequences(memory, torch.cat(parts, 1), ids, x, present)
 
 
@@ -65,8 +74,13 @@ def test_tokens_and_holes_are_taken_back_as_they_stand():
     state.crop(6)
     rest = run(memory, ids[:, 12:], x[:, 12:], state, present=present[:, 12:])
     for b in range(2):
-        whole, later = run(memory, ids[b:b + 1, present[b]], x[b:b + 1, present[b]]), present[b, 12:]
-        torch.testing.assert_close(rest[b:b + 1, later], whole[:, -int(later.sum()):], rtol=0, atol=1e-9)
+        whole, later = (
+            run(memory, ids[b : b + 1, present[b]], x[b : b + 1, present[b]]),
+            present[b, 12:],
+        )
+        torch.testing.assert_close(
+            rest[b : b + 1, later], whole[:, -int(later.sum()) :], rtol=0, atol=1e-9
+        )
 
 
 def test_a_dead_position_still_stops_the_look_back_where_a_hole_does_not():
@@ -106,7 +120,9 @@ def test_gradients_of_rows_and_weights_are_those_of_the_sequence_without_holes()
                 rows.index_add_(0, torch.from_numpy(row_ids), torch.from_numpy(grad))
         grads.append([rows, *(parameter.grad for parameter in memory.parameters())])
     for found, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 if found is grads[0][0] else 1e-9)
+        torch.testing.assert_close(
+            found, expected, rtol=1e-5, atol=1e-5 if found is grads[0][0] else 1e-9
+        )
 
 
 def test_joined_states_decode_as_each_by_itself():

@@ -1,4 +1,5 @@
-"""A model with its memory in processes that never heard of Engraphy, and on the hub. No test reaches a network."""
+"""A model with its memory in processes that never heard of Engraphy, and on the hub. No test
+reaches a network."""
 
 from __future__ import annotations
 
@@ -46,12 +47,19 @@ def saved(model, base, tmp_path_factory):
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs code in a process of its own, which has transformers' caches to itself and cannot ask anybody."""
+    """Runs code in a process of its own, which has transformers' caches to itself and cannot ask
+    anybody."""
 
     def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
         own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=os.environ | own, text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, cwd=tmp_path)
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=os.environ | own,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=tmp_path,
+        )
 
     return run
 
@@ -73,15 +81,18 @@ model.save_pretrained(out + "-again")
 
 
 @pytest.mark.slow
-def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_its_code(saved, model, python,
-                                                                                        tmp_path):
+def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_its_code(
+    saved, model, python, tmp_path
+):
     ran = python(LOADED, saved, tmp_path / "logits")
     assert ran.returncode == 0, ran.stderr
     assert torch.equal(torch.load(tmp_path / "logits"), logits(model, IDS_BT))
     again = tmp_path / "logits-again"  # no file of the package is copied into what it saves
     assert [path.name for path in again.glob("*.py")] == ["modeling_engraphy.py"]
-    kept = {name: json.loads((folder / "config.json").read_text())["auto_map"]
-            for name, folder in (("saved", saved), ("again", again))}
+    kept = {
+        name: json.loads((folder / "config.json").read_text())["auto_map"]
+        for name, folder in (("saved", saved), ("again", again))
+    }
     assert kept["saved"] == kept["again"]
 
 
@@ -96,9 +107,16 @@ def test_without_trust_transformers_names_the_way_out_and_so_does_the_card(saved
 
 @pytest.mark.slow
 def test_without_the_package_the_error_says_what_to_install(saved, python):
-    ran = python("import sys; sys.modules['engraphy'] = None; import transformers as t; "
-                 "t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)", saved)
-    assert ran.returncode and 'ImportError: this model has an Engraphy memory: pip install "engraphy[hf]"' in ran.stderr
+    ran = python(
+        "import sys; sys.modules['engraphy'] = None; import transformers as t; "
+        "t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)",
+        saved,
+    )
+    assert (
+        ran.returncode
+        and 'ImportError: this model has an Engraphy memory: pip install "engraphy[hf]"'
+        in ran.stderr
+    )
 
 
 @pytest.mark.parametrize("trust", [None, False, True])
@@ -109,15 +127,24 @@ def test_where_engraphy_is_imported_its_own_classes_load_whatever_is_trusted(sav
     assert torch.equal(logits(loaded, IDS_BT), logits(model, IDS_BT))
 
 
-SETTINGS = {"use_cache": False, "output_hidden_states": True, "attn_implementation": "eager", "num_labels": 5,
-            "pad_token_id": 7}
+SETTINGS = {
+    "use_cache": False,
+    "output_hidden_states": True,
+    "attn_implementation": "eager",
+    "num_labels": 5,
+    "pad_token_id": 7,
+}
 
 
 def settings_of(model):
     config = model.config
-    return {"use_cache": config.use_cache, "output_hidden_states": config.output_hidden_states,
-            "attn_implementation": config._attn_implementation, "num_labels": config.num_labels,
-            "pad_token_id": config.pad_token_id}
+    return {
+        "use_cache": config.use_cache,
+        "output_hidden_states": config.output_hidden_states,
+        "attn_implementation": config._attn_implementation,
+        "num_labels": config.num_labels,
+        "pad_token_id": config.pad_token_id,
+    }
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "all"])
@@ -125,9 +152,13 @@ def test_settings_of_the_backbones_config_reach_it(saved, base, name):
     wanted = SETTINGS if name == "all" else {name: SETTINGS[name]}
     loaded = AutoModelForCausalLM.from_pretrained(saved, **wanted)
     bare = AutoModelForCausalLM.from_pretrained(base, **wanted)
-    assert settings_of(loaded) == settings_of(bare) and settings_of(loaded).items() >= wanted.items()
+    assert (
+        settings_of(loaded) == settings_of(bare) and settings_of(loaded).items() >= wanted.items()
+    )
     config = AutoConfig.from_pretrained(saved, **wanted)
-    assert settings_of(AutoModelForCausalLM.from_pretrained(saved, config=config)) == settings_of(bare)
+    assert settings_of(AutoModelForCausalLM.from_pretrained(saved, config=config)) == settings_of(
+        bare
+    )
 
 
 @pytest.mark.parametrize("inner", [True, False], ids=["on the text config", "on the whole config"])
@@ -172,7 +203,9 @@ class FakeHub:
 
     def create_repo(self, repo_id, private=None, exist_ok=False):
         self.calls.append(("create_repo", repo_id, private, exist_ok))
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/someone/{repo_id.rpartition('/')[2]}")
+        return huggingface_hub.RepoUrl(
+            f"https://huggingface.co/someone/{repo_id.rpartition('/')[2]}"
+        )
 
     def create_branch(self, repo_id, branch, exist_ok=False):
         self.calls.append(("create_branch", repo_id, branch))
@@ -182,8 +215,14 @@ class FakeHub:
 
     def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **options):
         self.calls.append(("upload_folder", repo_id, options))
-        names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
-        for name in huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=ignore_patterns):
+        names = [
+            path.relative_to(folder_path).as_posix()
+            for path in Path(folder_path).rglob("*")
+            if path.is_file()
+        ]
+        for name in huggingface_hub.utils.filter_repo_objects(
+            names, ignore_patterns=ignore_patterns
+        ):
             (self.place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(folder_path) / name, self.place / name)
         return "uploaded"
@@ -202,24 +241,41 @@ def files(folder):
 
 def test_a_model_that_was_loaded_as_one_pushes_itself_as_one(saved, hub):
     loaded = AutoModelForCausalLM.from_pretrained(saved)
-    done = loaded.push_to_hub("someone/remembers", private=True, token="secret", revision="v2", create_pr=True,
-                              commit_message="first")
+    done = loaded.push_to_hub(
+        "someone/remembers",
+        private=True,
+        token="secret",
+        revision="v2",
+        create_pr=True,
+        commit_message="first",
+    )
     assert done == "uploaded"
-    assert hub.calls[:3] == [("HfApi", "secret"), ("create_repo", "someone/remembers", True, True),
-                             ("create_branch", "someone/remembers", "v2")]
+    assert hub.calls[:3] == [
+        ("HfApi", "secret"),
+        ("create_repo", "someone/remembers", True, True),
+        ("create_branch", "someone/remembers", "v2"),
+    ]
     name, repo, options = hub.calls[3]
     assert (name, repo) == ("upload_folder", "someone/remembers")
-    assert (options["revision"], options["create_pr"], options["commit_message"]) == ("v2", True, "first")
+    assert (options["revision"], options["create_pr"], options["commit_message"]) == (
+        "v2",
+        True,
+        "first",
+    )
     assert files(hub.place) == files(saved) - {"tokenizer.json", "tokenizer_config.json"}
     assert 'from_pretrained("someone/remembers")' in (hub.place / "README.md").read_text()
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(hub.place), IDS_BT), logits(loaded, IDS_BT))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(hub.place), IDS_BT), logits(loaded, IDS_BT)
+    )
 
 
 def test_a_model_that_lost_its_memory_pushes_itself_as_the_backbone_that_it_is(saved, monkeypatch):
     loaded = AutoModelForCausalLM.from_pretrained(saved)
     engraphy.detach(loaded)
     pushed = []
-    monkeypatch.setattr(type(loaded), "push_to_hub", lambda self, *args, **options: pushed.append((args, options)))
+    monkeypatch.setattr(
+        type(loaded), "push_to_hub", lambda self, *args, **options: pushed.append((args, options))
+    )
     loaded.push_to_hub("someone/bare", private=True)
     assert pushed == [(("someone/bare",), {"private": True})]
 
@@ -232,7 +288,13 @@ def test_a_memory_alone_is_pushed_to_the_root_of_its_repository(model, hub):
             push_to_hub(model.engraphy, "someone/memory")
     finally:
         del model.peft_config
-    assert {"memory.json", "memory.safetensors", "vocab.json", "table/engram.json", "README.md"} <= files(hub.place)
+    assert {
+        "memory.json",
+        "memory.safetensors",
+        "vocab.json",
+        "table/engram.json",
+        "README.md",
+    } <= files(hub.place)
     assert 'engraphy.load(model, "someone/memory")' in (hub.place / "README.md").read_text()
 
 
@@ -242,13 +304,22 @@ def test_saving_pushes_the_folder_with_what_lies_beside_the_model(model, base, h
     (folder / "checkpoint-3").mkdir()
     (folder / "engraphy.partial").mkdir()
     (folder / "other").mkdir()
-    for name in ("checkpoint-3/optimizer.pt", "engraphy.partial/memory.json", ".hidden", "other/writer.lock"):
+    for name in (
+        "checkpoint-3/optimizer.pt",
+        "engraphy.partial/memory.json",
+        ".hidden",
+        "other/writer.lock",
+    ):
         (folder / name).write_text("x")
     save_pretrained(model, folder, push_to_hub=True, private=True, commit_message="first")
     assert hub.calls[1][:3] == ("create_repo", "remembers", True)
     assert hub.calls[2][2]["commit_message"] == "first" and hub.calls[2][1] == "someone/remembers"
-    expected = files(folder) - {"checkpoint-3/optimizer.pt", ".hidden", "other/writer.lock",
-                                "engraphy.partial/memory.json"}
+    expected = files(folder) - {
+        "checkpoint-3/optimizer.pt",
+        ".hidden",
+        "other/writer.lock",
+        "engraphy.partial/memory.json",
+    }
     assert files(hub.place) == expected and "tokenizer.json" in expected
     save_pretrained(model, folder, push_to_hub=True, repo_id="other/name")
     assert hub.calls[-1][1] == "someone/name"
@@ -284,7 +355,9 @@ def test_a_memory_loads_by_its_name_on_the_hub(kind, saved, base, model, tmp_pat
     cache = repository(tmp_path, "someone/remembers", folder)
     for revision in (None, COMMIT, "main"):
         bare = AutoModelForCausalLM.from_pretrained(base)
-        engraphy.load(bare, "someone/remembers", cache_dir=cache, revision=revision, local_files_only=True)
+        engraphy.load(
+            bare, "someone/remembers", cache_dir=cache, revision=revision, local_files_only=True
+        )
         assert torch.equal(logits(bare, IDS_BT), logits(model, IDS_BT))
 
 
@@ -293,15 +366,34 @@ def test_only_the_files_of_the_memory_are_asked_for(saved, base, monkeypatch):
 
     def download(name, *, allow_patterns, **options):
         names = files(saved)
-        asked.append((name, set(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)),
-                      options))
+        asked.append(
+            (
+                name,
+                set(
+                    huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)
+                ),
+                options,
+            )
+        )
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    engraphy.load(AutoModelForCausalLM.from_pretrained(base), "someone/remembers", revision="v2", token="secret",
-                  cache_dir="there", force_download=True)
+    engraphy.load(
+        AutoModelForCausalLM.from_pretrained(base),
+        "someone/remembers",
+        revision="v2",
+        token="secret",
+        cache_dir="there",
+        force_download=True,
+    )
     options = {"revision": "v2", "token": "secret", "cache_dir": "there", "force_download": True}
-    assert asked == [("someone/remembers", {name for name in files(saved) if name.startswith("engraphy/")}, options)]
+    assert asked == [
+        (
+            "someone/remembers",
+            {name for name in files(saved) if name.startswith("engraphy/")},
+            options,
+        )
+    ]
 
 
 def test_a_folder_is_a_folder_whatever_its_name(saved, base, tmp_path, monkeypatch):
@@ -322,7 +414,10 @@ def test_a_repository_that_cannot_be_had_is_a_named_error(base, saved, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub, "snapshot_download", unreachable)
-        with pytest.raises(DataUnavailable, match="someone/gone: expected a folder, or a name on the hub, .*snapshot$"):
+        with pytest.raises(
+            DataUnavailable,
+            match="someone/gone: expected a folder, or a name on the hub, .*snapshot$",
+        ):
             engraphy.load(bare, "someone/gone")
     with pytest.raises(DataUnavailable, match="someone/gone: .* LocalEntryNotFoundError"):
         engraphy.load(bare, "someone/gone", cache_dir=tmp_path, local_files_only=True)

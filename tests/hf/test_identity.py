@@ -175,7 +175,8 @@ def test_a_fresh_memory_of_the_same_seed_has_the_same_rows():
 
 
 def test_rows_that_have_learned_are_those_of_one_memory_alone():
-    """Even of copies that learned alike: what was written is not looked at, so a write costs nothing."""
+    """Even of copies that learned alike: what was written is not looked at, so a write costs
+    nothing."""
     (model, memory), (other, twin) = with_memory(), with_memory()
     train_rows(model, memory, 3)
     train_rows(other, twin, 3)

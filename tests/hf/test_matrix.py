@@ -1,9 +1,10 @@
-"""Every way of decoding gives what the clean forward gives, on every family of models, with a memory attached.
+"""Every way of decoding gives what the clean forward gives, on every family of models, with a
+memory attached.
 
-A mode (hf_modes.py) tells how far its logits are from one call over the whole, unpadded, uncached text. In float64 that
-is rounding, unless the bare model is further from itself: BARE_ROUNDS and BARE_FAILS say where and why, and are tested.
-What the DeepSeeks compute in float32 is computed in float64 for this (hf_models.py): a bit of rounding before a router
-would be as large as a fault.
+A mode (hf_modes.py) tells how far its logits are from one call over the whole, unpadded, uncached
+text. In float64 that is rounding, unless the bare model is further from itself: BARE_ROUNDS and
+BARE_FAILS say where and why, and are tested. What the DeepSeeks compute in float32 is computed in
+float64 for this (hf_models.py): a bit of rounding before a router would be as large as a fault.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _ALL_FULL = (ValueError, "transformers quantises caches of full attention alone"
 _COUNTED = (_OTHER, "absolute positions count the padding")
 _SLIDING = (_OTHER, "its sliding windows count holes")
 
-# Where the bare model does not hold: (family, mode) -> its error, and why. Nothing is asked of the memory there.
+# Where the bare model does not hold: (family, mode) -> its error, and why. Nothing is asked of the
+# memory there.
 BARE_FAILS = {
     (ANY, "offloaded cache"): ((AssertionError, RuntimeError), "needs an accelerator's streams"),
     ("gpt2", "left padding, no positions"): _COUNTED,
@@ -56,25 +58,41 @@ BARE_FAILS = {
     ("deepseek_v4", "left padding, positions, cached"): _WINDOWS,
     ("deepseek_v4", "batch with left padding"): _WINDOWS,
     ("deepseek_v4", "packed documents"): _WINDOWS,
-    ("deepseek_v4", "tokens taken back"): (RuntimeError, "its compressors' state is not taken back with the tokens"),
+    ("deepseek_v4", "tokens taken back"): (
+        RuntimeError,
+        "its compressors' state is not taken back with the tokens",
+    ),
     ("deepseek_v4", "prompt lookup"): _STATEFUL,
     ("deepseek_v4", "assisted"): _STATEFUL,
     ("deepseek_v4", "assisted by a model with a memory"): _STATEFUL,
 }
 
-# Where the bare model in float64 is off by float32 rounding: its own distance is then the memory's tolerance.
+# Where the bare model in float64 is off by float32 rounding: its own distance is then the memory's
+# tolerance.
 BARE_ROUNDS = {
     ("deepseek_v4", "compiled layers"): "compiled code keeps its float32",
     (ANY, "left padding, no positions"): "rotary tables are float32, and the positions are shifted",
-    (ANY, "left padding, no positions, cached"): "rotary tables are float32, and the positions are shifted",
+    (
+        ANY,
+        "left padding, no positions, cached",
+    ): "rotary tables are float32, and the positions are shifted",
     (ANY, "quantised cache"): "codes of 32 bits",
 }
 if Version(transformers.__version__) < Version("5.23"):
-    BARE_FAILS["deepseek_v4", "beams"] = (_OTHER, "its compressors' state does not follow the beams")
+    BARE_FAILS["deepseek_v4", "beams"] = (
+        _OTHER,
+        "its compressors' state does not follow the beams",
+    )
 MODES = FORWARD | TEXT
-for _mode in ("right padding, then more tokens", "holes", "holes, cached", "holes in the prompt",
-              "holes in the prompt that generate() finds", "static cache, holes in the prompt",
-              "holes in the prompt, prefill in chunks"):
+for _mode in (
+    "right padding, then more tokens",
+    "holes",
+    "holes, cached",
+    "holes in the prompt",
+    "holes in the prompt that generate() finds",
+    "static cache, holes in the prompt",
+    "holes in the prompt, prefill in chunks",
+):
     BARE_FAILS |= {(family, _mode): _SLIDING for family in ("mistral", "gemma3", "gpt_oss")}
     BARE_FAILS["deepseek_v4", _mode] = _NO_STATIC if "static" in _mode else _WINDOWS
 BARE_FAILS["deepseek_v4", "beams over holes"] = _WINDOWS
@@ -85,13 +103,23 @@ def reason(table: dict[tuple[str, str], Any], family: str, mode: str) -> Any:
 
 
 def pairs(modes: dict, fail: bool) -> list:
-    return [pytest.param(family, mode, id=f"{family}-{mode.replace(' ', '_')}") for family in FAMILIES for mode in modes
-            if (reason(BARE_FAILS, family, mode) is not None) == fail]
+    return [
+        pytest.param(family, mode, id=f"{family}-{mode.replace(' ', '_')}")
+        for family in FAMILIES
+        for mode in modes
+        if (reason(BARE_FAILS, family, mode) is not None) == fail
+    ]
 
 
 @torch.no_grad()
-def distance(family: str, mode: str, dtype: torch.dtype = torch.float64, memory: bool = True) -> float:
-    with all_in_float64() if dtype is torch.float64 and family.startswith("deepseek") else nullcontext():
+def distance(
+    family: str, mode: str, dtype: torch.dtype = torch.float64, memory: bool = True
+) -> float:
+    with (
+        all_in_float64()
+        if dtype is torch.float64 and family.startswith("deepseek")
+        else nullcontext()
+    ):
         return MODES[mode](run_of(family, dtype, memory))
 
 

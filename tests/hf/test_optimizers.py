@@ -1,4 +1,5 @@
-"""The optimiser of a memory outside `trainer_kwargs`: trainers that take an optimiser alone, and accelerate."""
+"""The optimiser of a memory outside `trainer_kwargs`: trainers that take an optimiser alone, and
+accelerate."""
 
 from __future__ import annotations
 
@@ -32,20 +33,28 @@ def optimizer_trainer(folder, rows=None, seed=0, **changes):
     memory = attach_tiny(model, seed)
     parts = trainer_optimizers(memory, arguments(folder, **changes), model, rows and rows(memory))
     assert set(parts) == {"args", "optimizers", "callbacks"} and parts["optimizers"][1] is None
-    return Trainer(model=model, train_dataset=token_data(), eval_dataset=token_data(4, seed=2), **parts), memory
+    return Trainer(
+        model=model, train_dataset=token_data(), eval_dataset=token_data(4, seed=2), **parts
+    ), memory
 
 
-@pytest.mark.parametrize("rows", [None, lambda memory: RowAdagrad(memory, lr=0.1)], ids=["adam", "adagrad"])
+@pytest.mark.parametrize(
+    "rows", [None, lambda memory: RowAdagrad(memory, lr=0.1)], ids=["adam", "adagrad"]
+)
 def test_an_optimiser_that_is_given_trains_as_the_one_that_trainer_makes(rows, tmp_path):
     run, memory = optimizer_trainer(tmp_path / "a", rows, lr_scheduler_type="cosine", **LONG)
     run.train()
     model = tiny_model()
     twin = attach_tiny(model)
-    other = tiny_trainer(model, twin, tmp_path / "b", rows and rows(twin), lr_scheduler_type="cosine", **LONG)
+    other = tiny_trainer(
+        model, twin, tmp_path / "b", rows and rows(twin), lr_scheduler_type="cosine", **LONG
+    )
     other.train()
     assert same(weights_of(run.model), weights_of(model)) and same(rows_of(memory), rows_of(twin))
-    rates = [[line["learning_rate"] for line in each.state.log_history if "learning_rate" in line]
-             for each in (run, other)]
+    rates = [
+        [line["learning_rate"] for line in each.state.log_history if "learning_rate" in line]
+        for each in (run, other)
+    ]
     assert rates[0] == rates[1] and rates[0][-1] < rates[0][0]
 
 
@@ -54,7 +63,9 @@ def test_a_run_with_an_optimiser_that_is_given_resumes_bit_for_bit(tmp_path):
     run.train()
     again, other = optimizer_trainer(tmp_path, seed=5, **LONG)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert same(weights_of(run.model), weights_of(again.model)) and same(rows_of(memory), rows_of(other))
+    assert same(weights_of(run.model), weights_of(again.model)) and same(
+        rows_of(memory), rows_of(other)
+    )
 
 
 def test_what_trainer_kwargs_refuses_is_refused(tmp_path):
@@ -68,14 +79,19 @@ def test_what_trainer_kwargs_refuses_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_accelerate_prepares_model_and_optimiser_and_trains_as_a_plain_loop_does(accumulation, tmp_path):
+def test_accelerate_prepares_model_and_optimiser_and_trains_as_a_plain_loop_does(
+    accumulation, tmp_path
+):
     ends = []
     for accelerated in (False, True):
         model = tiny_model().eval()
         memory = attach_tiny(model).train()
         _, settings = trainer_kwargs(memory, arguments(tmp_path))["optimizer_cls_and_kwargs"]
         optimizer = MemoryAdamW(model, **settings)
-        batches = [torch.stack([each["input_ids"] for each in token_data(8)[2 * at:2 * at + 2]]) for at in range(4)]
+        batches = [
+            torch.stack([each["input_ids"] for each in token_data(8)[2 * at : 2 * at + 2]])
+            for at in range(4)
+        ]
         if accelerated:
             accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
             prepared, optimizer = accelerator.prepare(model, optimizer)

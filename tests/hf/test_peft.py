@@ -1,4 +1,5 @@
-"""A memory beside PEFT's adapters: who learns, who is saved where, and what merging leaves. The memory is no tuner."""
+"""A memory beside PEFT's adapters: who learns, who is saved where, and what merging leaves. The
+memory is no tuner."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ IDS_BT = torch.stack([each["input_ids"] for each in token_data(2)])
 
 
 def lora(**changes) -> peft.LoraConfig:
-    settings = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    settings = dict(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
     return peft.LoraConfig(**(settings | changes))
 
 
@@ -63,16 +66,26 @@ def test_adapter_and_memory_both_learn_and_the_backbone_does_not(order, tmp_path
 def test_all_linear_leaves_the_memory_alone_and_naming_its_projections_is_an_error():
     model, memory = adapted()
     assert {kind(name) for name, _ in model.named_parameters() if "lora_" in name} == {"lora"}
-    assert not [name for name, _ in model.named_parameters() if "lora_" in name and "engraphy" in name]
+    assert not [
+        name for name, _ in model.named_parameters() if "lora_" in name and "engraphy" in name
+    ]
     assert sorted(name for name, _ in memory.blocks["1"].named_parameters()) == [
-        "conv", "conv_norm", "key.weight", "key_norm", "query_norm", "value.weight"]
+        "conv",
+        "conv_norm",
+        "key.weight",
+        "key_norm",
+        "query_norm",
+        "value.weight",
+    ]
     bare = tiny_model()
     attach_tiny(bare)
     with pytest.raises(ValueError, match=r"Target module Projection\(\) is not supported"):
         peft.get_peft_model(bare, lora(target_modules=r".*(q_proj|key)"))
     bare = tiny_model()
     attach_tiny(bare)
-    peft.get_peft_model(bare, lora(target_modules=r".*(q_proj|key)", exclude_modules=r".*engraphy.*"))
+    peft.get_peft_model(
+        bare, lora(target_modules=r".*(q_proj|key)", exclude_modules=r".*engraphy.*")
+    )
 
 
 @pytest.mark.parametrize("what", ["memory", "memory and lora", "all"])
@@ -87,9 +100,22 @@ def test_the_right_parameters_get_gradients(what):
         memory.requires_grad_(True)
     model.train()
     model(IDS_BT, labels=IDS_BT).loss.backward()
-    found = {kind(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert found == {"memory": {"memory"}, "memory and lora": {"memory", "lora"}, "all": {"memory", "backbone"}}[what]
-    missing = [name for name, parameter in model.named_parameters() if kind(name) in found and parameter.grad is None]
+    found = {
+        kind(name) for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    assert (
+        found
+        == {
+            "memory": {"memory"},
+            "memory and lora": {"memory", "lora"},
+            "all": {"memory", "backbone"},
+        }[what]
+    )
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if kind(name) in found and parameter.grad is None
+    ]
     assert not missing
     assert sorted(grad.layer for grad in memory.row_grads) == list(memory.layers)
 
@@ -99,7 +125,9 @@ def test_a_memory_that_peft_froze_says_so_and_its_rows_do_not_learn():
     memory = attach_tiny(model)
     model = peft.get_peft_model(model, lora())
     model.train()
-    with pytest.warns(UserWarning, match=r"call memory.requires_grad_\(True\) after get_peft_model"):
+    with pytest.warns(
+        UserWarning, match=r"call memory.requires_grad_\(True\) after get_peft_model"
+    ):
         model(IDS_BT, labels=IDS_BT).loss.backward()
     assert memory.row_grads == []
 
@@ -113,7 +141,9 @@ def test_adapter_and_memory_are_saved_apart_and_meet_again(tmp_path):
     memory.save(tmp_path / "memory")
     names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert names and not [name for name in names if "engraphy" in name]
-    assert not [name for name in load_file(tmp_path / "memory" / "memory.safetensors") if "lora" in name]
+    assert not [
+        name for name in load_file(tmp_path / "memory" / "memory.safetensors") if "lora" in name
+    ]
     for memory_first in (True, False):
         again = tiny_model().eval()
         if memory_first:
@@ -133,7 +163,9 @@ def test_merging_keeps_the_memory_attached_and_the_output(order):
     with torch.no_grad():
         logits = model(IDS_BT).logits
         merged = model.merge_and_unload()
-        assert merged.engraphy is memory and not any("lora" in name for name, _ in merged.named_modules())
+        assert merged.engraphy is memory and not any(
+            "lora" in name for name, _ in merged.named_modules()
+        )
         torch.testing.assert_close(merged(IDS_BT).logits, logits, rtol=0, atol=1e-4)
         assert torch.equal(merged.generate(IDS_BT[:1], max_new_tokens=6, do_sample=False), expected)
         engraphy.detach(merged)
@@ -174,7 +206,8 @@ def test_other_modules_are_saved_beside_the_adapter_and_the_memory_is_not_one_of
     after = weights_of(model)
     learned = {name for name in before if not torch.equal(before[name], after[name])}
     assert [name for name in learned if kind(name) == "backbone"] == [
-        "base_model.model.lm_head.modules_to_save.default.weight"]
+        "base_model.model.lm_head.modules_to_save.default.weight"
+    ]
     bare = tiny_model()
     attach_tiny(bare)
     with pytest.raises(ConfigError, match="a memory is not copied with its model, nor by PEFT"):
@@ -209,13 +242,23 @@ def test_training_of_adapter_and_memory_resumes_bit_for_bit_and_the_best_comes_b
         run = tiny_trainer(model, memory, tmp_path, save_strategy="steps", save_steps=2)
         run.train(resume_from_checkpoint=resume)
         ends.append({**weights_of(model), **rows_of(memory)})
-        assert {kind(name) for name, parameter in model.named_parameters() if parameter.requires_grad} == {
-            "lora", "memory"}
+        assert {
+            kind(name) for name, parameter in model.named_parameters() if parameter.requires_grad
+        } == {"lora", "memory"}
     assert same(*ends)
 
     model, memory = adapted()
-    run = tiny_trainer(model, memory, tmp_path / "best", learning_rate=0.5, save_strategy="steps", save_steps=1,
-                       eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    run = tiny_trainer(
+        model,
+        memory,
+        tmp_path / "best",
+        learning_rate=0.5,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
     run.train()
     assert run.state.best_global_step < 4
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, abs=1e-6)

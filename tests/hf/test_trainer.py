@@ -1,4 +1,5 @@
-"""A memory under transformers' Trainer: the step, checkpoints that continue bit for bit, and what is refused."""
+"""A memory under transformers' Trainer: the step, checkpoints that continue bit for bit, and what
+is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +35,13 @@ from tests.tools.tiny_training import (
 
 pytestmark = pytest.mark.slow
 
-LONG = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, max_grad_norm=0.5)
+LONG = dict(
+    max_steps=4,
+    save_strategy="steps",
+    save_steps=2,
+    gradient_accumulation_steps=2,
+    max_grad_norm=0.5,
+)
 
 
 def optimizer_of(trainer_: Trainer) -> MemoryAdamW:
@@ -49,16 +56,24 @@ def learned(trainer_: Trainer, memory) -> dict:
 def everything(trainer_: Trainer, memory) -> dict:
     """All that training changes: parameters, rows, moments of both kinds, steps, rates."""
     optimizer = optimizer_of(trainer_)
-    state = {f"adamw {index} {name}": value for index, values in optimizer.state_dict()["state"].items()
-             for name, value in values.items()}
+    state = {
+        f"adamw {index} {name}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
     rates = torch.tensor([optimizer.rows.steps, *(group["lr"] for group in optimizer.param_groups)])
-    return {**learned(trainer_, memory), **state, "rates": rates,
-            **{f"moments {layer}": value for layer, value in moments_of(optimizer.rows).items()}}
+    return {
+        **learned(trainer_, memory),
+        **state,
+        "rates": rates,
+        **{f"moments {layer}": value for layer, value in moments_of(optimizer.rows).items()},
+    }
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run of four steps with checkpoints at 2 and 4: (folder, moved since, everything at its end, losses)."""
+    """A run of four steps with checkpoints at 2 and 4: (folder, moved since, everything at its end,
+    losses)."""
     folder = tmp_path_factory.mktemp("straight")
     model = tiny_model()
     memory = attach_tiny(model)
@@ -66,11 +81,16 @@ def straight(tmp_path_factory):
     run.train()
     assert memory.row_grads == []
     os.rename(folder / "run", folder / "kept")
-    return folder / "kept", everything(run, memory), [line["loss"] for line in run.state.log_history if "loss" in line]
+    return (
+        folder / "kept",
+        everything(run, memory),
+        [line["loss"] for line in run.state.log_history if "loss" in line],
+    )
 
 
 def other_trainer(folder, **changes):
-    """A Trainer over a model and a memory that hold other values, as a new process would before it resumes."""
+    """A Trainer over a model and a memory that hold other values, as a new process would before it
+    resumes."""
     model = tiny_model(seed=5)
     memory = attach_tiny(model, seed=6)
     return tiny_trainer(model, memory, folder, **(LONG | changes)), memory
@@ -85,13 +105,22 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted_bit_for_bit(straight,
     assert [line["loss"] for line in run.state.log_history if "loss" in line] == losses
 
 
-@pytest.mark.parametrize("adagrad, changes", [(True, {}), (False, {"bf16": True})], ids=["row adagrad", "bf16"])
+@pytest.mark.parametrize(
+    "adagrad, changes", [(True, {}), (False, {"bf16": True})], ids=["row adagrad", "bf16"]
+)
 def test_other_rows_optimisers_and_bf16_resume_bit_for_bit(adagrad, changes, tmp_path):
     ends = []
     for resume in (0, 1):
         model = tiny_model(seed=resume)
         memory = attach_tiny(model, seed=resume)
-        run = tiny_trainer(model, memory, tmp_path, RowAdagrad(memory, lr=0.1) if adagrad else None, **LONG, **changes)
+        run = tiny_trainer(
+            model,
+            memory,
+            tmp_path,
+            RowAdagrad(memory, lr=0.1) if adagrad else None,
+            **LONG,
+            **changes,
+        )
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
         ends.append(everything(run, memory))
     assert same(*ends)
@@ -108,7 +137,9 @@ def test_the_same_trainer_can_be_taken_back_to_its_checkpoint(straight, tmp_path
     assert same(everything(run, memory), expected)
 
 
-def test_a_checkpoint_is_found_in_another_runs_folder_and_by_name_where_it_has_moved(straight, tmp_path):
+def test_a_checkpoint_is_found_in_another_runs_folder_and_by_name_where_it_has_moved(
+    straight, tmp_path
+):
     _, expected, _ = straight
     model = tiny_model()
     tiny_trainer(model, attach_tiny(model), tmp_path / "a", **LONG).train()
@@ -128,26 +159,37 @@ def test_a_checkpoint_is_found_in_another_runs_folder_and_by_name_where_it_has_m
 
 
 def test_trainer_steps_exactly_as_a_loop_over_the_pair_does(tmp_path):
-    """The whole of it: accumulation, decay, the common norm of dense and rows, one schedule for both rates."""
+    """The whole of it: accumulation, decay, the common norm of dense and rows, one schedule for
+    both rates."""
     model, twin = tiny_model(), tiny_model()
     memory, twin_memory = attach_tiny(model), attach_tiny(twin)
     calls, norms = [], []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
     for each in (model, twin):
         each.config.attention_dropout = 0.0
         for block in each.model.layers:
             block.self_attn.attention_dropout = 0.0
-    run = tiny_trainer(model, memory, tmp_path, lr_scheduler_type="cosine", gradient_accumulation_steps=2,
-                       max_grad_norm=0.3)
+    run = tiny_trainer(
+        model,
+        memory,
+        tmp_path,
+        lr_scheduler_type="cosine",
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.3,
+    )
     run.train()
     handle.remove()
 
     rates = [line["learning_rate"] for line in run.state.log_history if "learning_rate" in line]
     adamw = torch.optim.AdamW(weight_decay_groups(twin, 0.1), lr=1e-2, fused=True)
-    pair = OptimizerPair(adamw, RowAdam(twin_memory, lr=5e-2), lambda progress: rates[int(progress)] / 1e-2, clip=0.3)
+    pair = OptimizerPair(
+        adamw, RowAdam(twin_memory, lr=5e-2), lambda progress: rates[int(progress)] / 1e-2, clip=0.3
+    )
     twin.train()
     for step in range(4):
-        for call in calls[2 * step:2 * step + 2]:
+        for call in calls[2 * step : 2 * step + 2]:
             twin(**call).loss.backward()
         assert len(twin_memory.row_grads) == 2 * len(twin_memory.layers)
         norms.append(pair.step(step))
@@ -174,10 +216,23 @@ def test_evaluation_inside_training_leaves_no_gradients_behind(tmp_path):
 def test_the_best_checkpoint_brings_back_rows_and_weights_of_the_memory(strategy, tmp_path):
     model = tiny_model()
     memory = attach_tiny(model)
-    run = tiny_trainer(model, memory, tmp_path, learning_rate=0.5, lr_scheduler_type="constant", max_steps=6,
-                       per_device_train_batch_size=8, save_strategy=strategy, save_steps=1, eval_strategy=
-                       "epoch" if strategy == "epoch" else "steps", eval_steps=1, load_best_model_at_end=True,
-                       metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=1)
+    run = tiny_trainer(
+        model,
+        memory,
+        tmp_path,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        max_steps=6,
+        per_device_train_batch_size=8,
+        save_strategy=strategy,
+        save_steps=1,
+        eval_strategy="epoch" if strategy == "epoch" else "steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        save_total_limit=1,
+    )
     run.train()
     best = Path(run.state.best_model_checkpoint)
     assert run.state.best_global_step < 6 and not list(tmp_path.rglob(".*"))
@@ -198,8 +253,9 @@ def test_old_checkpoints_are_rotated_with_their_tables(tmp_path):
 
 @pytest.mark.parametrize("early", [True, False], ids=["before-the-rest", "after-the-rest"])
 @pytest.mark.parametrize("place", ["moments", "rename"])
-def test_a_crash_while_a_checkpoint_is_written_never_leaves_one_that_resumes_wrongly(straight, tmp_path, monkeypatch,
-                                                                                    place, early):
+def test_a_crash_while_a_checkpoint_is_written_never_leaves_one_that_resumes_wrongly(
+    straight, tmp_path, monkeypatch, place, early
+):
     folder, expected, _ = straight
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     stale = tmp_path / "checkpoint-4"  # of a run that came this far before
@@ -213,14 +269,20 @@ def test_a_crash_while_a_checkpoint_is_written_never_leaves_one_that_resumes_wro
         if place == "moments":
             patch.setattr(RowAdam, "save", crash)
         else:
-            patch.setattr(files, "_exchange", lambda a, b: crash() if b == stale / "memory" else exchange(a, b))
+            patch.setattr(
+                files,
+                "_exchange",
+                lambda a, b: crash() if b == stale / "memory" else exchange(a, b),
+            )
         if not early:
             patch.setattr(MemoryCallback, "on_step_end", TrainerCallback.on_step_end)
         with pytest.raises(OSError, match="power cut"):
             run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     run, memory = other_trainer(tmp_path)
     if early:  # nothing new is in its place yet: the older run's checkpoint is whole
-        run.train(resume_from_checkpoint=True)  # Trainer takes one step more then, at a rate of zero
+        run.train(
+            resume_from_checkpoint=True
+        )  # Trainer takes one step more then, at a rate of zero
     else:
         with pytest.raises(ConfigError, match="was not written to the end"):
             run.train(resume_from_checkpoint=True)
@@ -230,7 +292,9 @@ def test_a_crash_while_a_checkpoint_is_written_never_leaves_one_that_resumes_wro
     assert same(learned(run, memory), {name: expected[name] for name in learned(run, memory)})
 
 
-def test_the_only_older_checkpoint_is_kept_until_the_new_one_has_its_table(straight, tmp_path, monkeypatch):
+def test_the_only_older_checkpoint_is_kept_until_the_new_one_has_its_table(
+    straight, tmp_path, monkeypatch
+):
     folder, expected, _ = straight
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
     run, memory = other_trainer(tmp_path, save_total_limit=1)
@@ -245,7 +309,9 @@ def test_the_only_older_checkpoint_is_kept_until_the_new_one_has_its_table(strai
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
-def test_a_disk_that_fills_up_leaves_no_folder_that_counts_as_the_last_checkpoint(straight, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_leaves_no_folder_that_counts_as_the_last_checkpoint(
+    straight, tmp_path, monkeypatch
+):
     folder, expected, _ = straight
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
     run, memory = other_trainer(tmp_path)
@@ -255,7 +321,10 @@ def test_a_disk_that_fills_up_leaves_no_folder_that_counts_as_the_last_checkpoin
 
     with monkeypatch.context() as patch:
         patch.setattr("engraphy.memory.saved.save_file", full)
-        with pytest.raises(WriteFailed, match=r"checkpoint-4: it cannot be written .*No space left.* bytes are free"):
+        with pytest.raises(
+            WriteFailed,
+            match=r"checkpoint-4: it cannot be written .*No space left.* bytes are free",
+        ):
             run.train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
@@ -287,7 +356,9 @@ def test_a_memory_that_a_kill_left_beside_its_checkpoint_is_found_and_joins_it(s
     assert (tmp_path / "checkpoint-2" / "memory" / "state.json").exists()
 
 
-def test_what_crashes_left_beside_checkpoints_is_tidied_and_none_loses_its_memory(straight, tmp_path):
+def test_what_crashes_left_beside_checkpoints_is_tidied_and_none_loses_its_memory(
+    straight, tmp_path
+):
     folder, _, _ = straight
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-3")
@@ -295,7 +366,11 @@ def test_what_crashes_left_beside_checkpoints_is_tidied_and_none_loses_its_memor
     shutil.copytree(folder / "checkpoint-4" / "memory", tmp_path / ".memory-of-checkpoint-9")
     run, _ = other_trainer(tmp_path)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
     assert all((path / "memory" / "state.json").exists() for path in tmp_path.iterdir())
 
 
@@ -309,15 +384,30 @@ def test_a_checkpoint_put_together_from_two_is_refused(straight, tmp_path):
         run.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("damage, error", [
-    (lambda memory, other: shutil.rmtree(memory / "moments"), ConfigError),
-    (lambda memory, other: (memory / "moments" / "optimizer.json").write_text("{"), ConfigError),
-    (lambda memory, other: (memory / "memory.safetensors").unlink(), ConfigError),
-    (lambda memory, other: shutil.copy(other / "memory.safetensors", memory), DigestMismatch),
-    (lambda memory, other: (shutil.rmtree(memory / "moments"), shutil.copytree(other / "moments", memory / "moments")),
-     DigestMismatch),
-    (lambda memory, other: next((memory / "table").glob("*.safetensors")).write_bytes(b""), TableError),
-], ids=["no moments", "moments cut", "no weights", "other weights", "other moments", "table cut"])
+@pytest.mark.parametrize(
+    "damage, error",
+    [
+        (lambda memory, other: shutil.rmtree(memory / "moments"), ConfigError),
+        (
+            lambda memory, other: (memory / "moments" / "optimizer.json").write_text("{"),
+            ConfigError,
+        ),
+        (lambda memory, other: (memory / "memory.safetensors").unlink(), ConfigError),
+        (lambda memory, other: shutil.copy(other / "memory.safetensors", memory), DigestMismatch),
+        (
+            lambda memory, other: (
+                shutil.rmtree(memory / "moments"),
+                shutil.copytree(other / "moments", memory / "moments"),
+            ),
+            DigestMismatch,
+        ),
+        (
+            lambda memory, other: next((memory / "table").glob("*.safetensors")).write_bytes(b""),
+            TableError,
+        ),
+    ],
+    ids=["no moments", "moments cut", "no weights", "other weights", "other moments", "table cut"],
+)
 def test_a_damaged_checkpoint_is_a_named_error(straight, tmp_path, damage, error):
     folder, _, _ = straight
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
@@ -326,11 +416,14 @@ def test_a_damaged_checkpoint_is_a_named_error(straight, tmp_path, damage, error
         other_trainer(tmp_path)[0].train(resume_from_checkpoint=True)
 
 
-def test_rows_are_not_trained_from_a_checkpoint_that_only_the_dense_part_was_read_from(straight, tmp_path):
+def test_rows_are_not_trained_from_a_checkpoint_that_only_the_dense_part_was_read_from(
+    straight, tmp_path
+):
     folder, _, _ = straight
     run, _ = other_trainer(tmp_path)
-    run.callback_handler.callbacks = [each for each in run.callback_handler.callbacks
-                                      if not isinstance(each, MemoryCallback)]
+    run.callback_handler.callbacks = [
+        each for each in run.callback_handler.callbacks if not isinstance(each, MemoryCallback)
+    ]
     with pytest.raises(ConfigError, match="give the Trainer all of trainer_kwargs"):
         run.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
@@ -338,9 +431,13 @@ def test_rows_are_not_trained_from_a_checkpoint_that_only_the_dense_part_was_rea
 def test_a_checkpoint_of_weights_alone_holds_no_moments_and_does_not_resume(tmp_path):
     model = tiny_model()
     memory = attach_tiny(model)
-    run = tiny_trainer(model, memory, tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
+    run = tiny_trainer(
+        model, memory, tmp_path, save_strategy="steps", save_steps=2, save_only_model=True
+    )
     run.train()
-    assert same(rows_of(engraphy.EngramMemory.load(tmp_path / "checkpoint-4" / "memory")), rows_of(memory))
+    assert same(
+        rows_of(engraphy.EngramMemory.load(tmp_path / "checkpoint-4" / "memory")), rows_of(memory)
+    )
     assert not (tmp_path / "checkpoint-4" / "memory" / "moments").exists()
     with pytest.raises(ConfigError, match="save_only_model"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -349,11 +446,16 @@ def test_a_checkpoint_of_weights_alone_holds_no_moments_and_does_not_resume(tmp_
 def changed(before, after) -> set[str]:
     """Which of backbone, memory and rows differ."""
     kinds = {name: "memory" if str(name).startswith("engraphy.") else "backbone" for name in before}
-    return {kinds[name] if isinstance(name, str) else "rows" for name in before
-            if not torch.equal(torch.as_tensor(before[name]), torch.as_tensor(after[name]))}
+    return {
+        kinds[name] if isinstance(name, str) else "rows"
+        for name in before
+        if not torch.equal(torch.as_tensor(before[name]), torch.as_tensor(after[name]))
+    }
 
 
-@pytest.mark.parametrize("what", ["backbone memory rows", "memory rows", "memory", "rows", "backbone"])
+@pytest.mark.parametrize(
+    "what", ["backbone memory rows", "memory rows", "memory", "rows", "backbone"]
+)
 def test_what_is_frozen_stays_and_the_rest_learns(what, tmp_path):
     model = tiny_model()
     memory = attach_tiny(model)
@@ -371,7 +473,9 @@ def test_what_is_frozen_stays_and_the_rest_learns(what, tmp_path):
     again.requires_grad_("backbone" in what)
     other.requires_grad_("memory" in what)
     other.rows_require_grad = "rows" in what
-    tiny_trainer(again, other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    tiny_trainer(again, other, tmp_path).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+    )
     assert same({**weights_of(again), **rows_of(other)}, after)
 
 
@@ -418,22 +522,37 @@ def test_gradient_checkpointing_gives_the_same_step(tmp_path):
         assert model.model.layers[1].gradient_checkpointing == checkpointing
         memory = attach_tiny(model)
         tiny_trainer(model, memory, tmp_path, max_steps=2).train()
-        ends.append({**weights_of(model), **{layer: rows.view(np.float32) for layer, rows in rows_of(memory).items()}})
+        ends.append(
+            {
+                **weights_of(model),
+                **{layer: rows.view(np.float32) for layer, rows in rows_of(memory).items()},
+            }
+        )
     for name, value in ends[0].items():
-        torch.testing.assert_close(torch.as_tensor(ends[1][name]), torch.as_tensor(value), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            torch.as_tensor(ends[1][name]), torch.as_tensor(value), rtol=0, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("change, match", [
-    (dict(optim="adafactor"), "optim: expected adamw_torch or adamw_torch_fused, found .*adafactor"),
-    (dict(fp16=True), "fp16: expected bf16"),
-    (dict(deepspeed="zero.json"), "found FSDP or DeepSpeed"),
-    (dict(fsdp=True), "found FSDP or DeepSpeed"),
-    (dict(n_gpu=2), "expected one device a process .* found 2"),
-])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            dict(optim="adafactor"),
+            "optim: expected adamw_torch or adamw_torch_fused, found .*adafactor",
+        ),
+        (dict(fp16=True), "fp16: expected bf16"),
+        (dict(deepspeed="zero.json"), "found FSDP or DeepSpeed"),
+        (dict(fsdp=True), "found FSDP or DeepSpeed"),
+        (dict(n_gpu=2), "expected one device a process .* found 2"),
+    ],
+)
 def test_arguments_that_the_rows_cannot_follow_are_refused(monkeypatch, tmp_path, change, match):
     memory, args = attach_tiny(tiny_model()), arguments(tmp_path)
     for name, value in change.items():
-        monkeypatch.setattr(TrainingArguments, name, value) if name == "n_gpu" else setattr(args, name, value)
+        monkeypatch.setattr(TrainingArguments, name, value) if name == "n_gpu" else setattr(
+            args, name, value
+        )
     with pytest.raises(ConfigError, match=match):
         trainer_kwargs(memory, args)
 
@@ -451,11 +570,15 @@ def test_a_trainer_that_was_given_only_part_of_it_is_an_error(tmp_path):
         Trainer(model=model, train_dataset=token_data(), **given).train()
 
 
-def test_a_trainer_that_was_told_nothing_of_the_memory_says_so_once_the_weights_have_moved(tmp_path):
+def test_a_trainer_that_was_told_nothing_of_the_memory_says_so_once_the_weights_have_moved(
+    tmp_path,
+):
     model = tiny_model()
     attach_tiny(model)
     with pytest.warns(UserWarning, match="row gradients wait .* hf.trainer_kwargs"):
-        Trainer(model=model, args=arguments(tmp_path, warmup_steps=1), train_dataset=token_data()).train()
+        Trainer(
+            model=model, args=arguments(tmp_path, warmup_steps=1), train_dataset=token_data()
+        ).train()
 
 
 def test_a_memory_that_the_model_does_not_have_is_refused(tmp_path):
@@ -480,7 +603,9 @@ def test_the_optimiser_alone_keeps_torchs_customs(tmp_path):
     model(**{name: ids_T[None] for name, ids_T in token_data()[0].items()}).loss.backward()
     assert memory.row_grads
     optimizer.zero_grad()
-    assert memory.row_grads == [] and all(parameter.grad is None for parameter in model.parameters())
+    assert memory.row_grads == [] and all(
+        parameter.grad is None for parameter in model.parameters()
+    )
     with pytest.raises(ConfigError, match="no closure"):
         optimizer.step(lambda: 0.0)
     with pytest.raises(ConfigError, match="a run with this memory"):

@@ -1,4 +1,5 @@
-"""Gradients of an attached memory: checkpointed, cached, beside LoRA; and the memory in compiled models."""
+"""Gradients of an attached memory: checkpointed, cached, beside LoRA; and the memory in compiled
+models."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from tests.tools.hf_modes import (
 pytestmark = pytest.mark.slow
 
 EXACT = 1e-9
-SHARED_CALL = "__call__" in vars(GradientCheckpointingLayer)  # transformers 5.20: compiled once for all blocks
+SHARED_CALL = "__call__" in vars(
+    GradientCheckpointingLayer
+)  # transformers 5.20: compiled once for all blocks
 
 
 def gradients(model, **kwargs):
@@ -49,7 +52,9 @@ def assert_equal(found, expected):
     assert list(found) == list(expected) and any(name.startswith("rows") for name in found)
     for name, values in expected.items():
         assert np.abs(values).max() > 0
-        np.testing.assert_allclose(found[name], values, atol=EXACT * max(1, np.abs(values).max()), rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], values, atol=EXACT * max(1, np.abs(values).max()), rtol=0, err_msg=name
+        )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -79,14 +84,23 @@ def test_a_cache_changes_no_gradient(training):
 
 def test_a_memory_beside_lora_decodes_and_learns():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+    )
     attached = with_memory(build("llama"))
-    for model in (peft.get_peft_model(attached, config), with_memory(peft.get_peft_model(build("llama"), config))):
+    for model in (
+        peft.get_peft_model(attached, config),
+        with_memory(peft.get_peft_model(build("llama"), config)),
+    ):
         inner = model.get_base_model()
         inner.engraphy.requires_grad_(True)
         found = gradients(inner.train())
         assert {"rows 1", "rows 2", "blocks.1.value.weight"} <= set(found)
-        assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_" in name)
+        assert all(
+            parameter.grad is not None
+            for name, parameter in model.named_parameters()
+            if "lora_" in name
+        )
         assert not [name for name, _ in inner.engraphy.named_parameters() if "lora_" in name]
         model.eval()
         with torch.no_grad():
@@ -99,7 +113,10 @@ def test_a_memory_beside_lora_decodes_and_learns():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_compiled_layers_decode_on_a_static_cache(family):
     model, ids = run_of(family, torch.float64, memory=True).model, prompts()
-    cache, expected = StaticCache(config=model.config, max_cache_len=ids.shape[1]), clean(model, ids)
+    cache, expected = (
+        StaticCache(config=model.config, max_cache_len=ids.shape[1]),
+        clean(model, ids),
+    )
     first = logits(model, ids[:, :8], **cached(cache))
     with compiled_layers(model):
         rest = [logits(model, part, **cached(cache)) for part in ids[:, 8:].split(1, 1)]
@@ -117,7 +134,9 @@ def test_layers_compiled_to_machine_code_are_as_near_as_the_bare_ones():
         with compiled_layers(model, backend="inductor"):
             found.append(far(clean(model, ids), expected))
     bare, with_a_memory = found
-    if math.isnan(bare) and "ATEN_CPU_CAPABILITY" in os.environ:  # seen with avx2 on a CPU with AVX-512
+    if (
+        math.isnan(bare) and "ATEN_CPU_CAPABILITY" in os.environ
+    ):  # seen with avx2 on a CPU with AVX-512
         pytest.skip("with this ATEN_CPU_CAPABILITY what torch compiles of the bare model gives NaN")
     assert with_a_memory <= 10 * bare <= 1e-4
 

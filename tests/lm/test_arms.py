@@ -11,7 +11,18 @@ from engraphy import EngramMemory, VocabMap
 from engraphy.errors import ConfigError
 from engraphy.lm import LM, LMConfig, count_parameters, demo_config, three_arms
 
-SMALL = LMConfig(64, 16, layers=3, heads=2, ffn=40, moe_layers=(1, 2), experts=8, top_k=2, expert_ffn=12, shared_ffn=60)
+SMALL = LMConfig(
+    64,
+    16,
+    layers=3,
+    heads=2,
+    ffn=40,
+    moe_layers=(1, 2),
+    experts=8,
+    top_k=2,
+    expert_ffn=12,
+    shared_ffn=60,
+)
 
 
 @pytest.mark.parametrize("rho", [0.25, 0.5, 0.75])
@@ -36,7 +47,11 @@ def test_the_demo_counts_as_the_published_comparison():
 @pytest.mark.parametrize("moe", [SMALL, dataclasses.replace(SMALL, tie_embeddings=True)])
 def test_counts_told_are_those_of_the_models_as_built(moe):
     for arm in three_arms(moe, 40, pad_id=1, heads=2, dim=2):
-        memory = None if arm.memory is None else EngramMemory(arm.memory, VocabMap(np.arange(moe.vocab_size) % 40))
+        memory = (
+            None
+            if arm.memory is None
+            else EngramMemory(arm.memory, VocabMap(np.arange(moe.vocab_size) % 40))
+        )
         assert count_parameters(LM(arm.model, memory)) == arm.parameters
 
 
@@ -49,14 +64,17 @@ def test_activated_parameters_leave_out_idle_experts_unread_rows_and_the_copied_
     assert arm.parameters.total - arm.parameters.activated == idle + unread + 64 * 16
 
 
-@pytest.mark.parametrize(("moe", "options", "named"), [
-    (SMALL, {"rho": 1.0}, "rho"),
-    (SMALL, {"rho": 0.1}, "top_k|experts of a token"),
-    (dataclasses.replace(SMALL, shared_ffn=4), {"heads": 2, "dim": 16}, "shared_ffn"),
-    (SMALL, {"rho": 0.95}, "to spare"),
-    (SMALL, {"rho": 0.9, "heads": 8, "dim": 4}, "within 1%"),
-    (LMConfig(64, 16, layers=2, heads=2, ffn=40), {}, "moe_layers"),
-])
+@pytest.mark.parametrize(
+    ("moe", "options", "named"),
+    [
+        (SMALL, {"rho": 1.0}, "rho"),
+        (SMALL, {"rho": 0.1}, "top_k|experts of a token"),
+        (dataclasses.replace(SMALL, shared_ffn=4), {"heads": 2, "dim": 16}, "shared_ffn"),
+        (SMALL, {"rho": 0.95}, "to spare"),
+        (SMALL, {"rho": 0.9, "heads": 8, "dim": 4}, "within 1%"),
+        (LMConfig(64, 16, layers=2, heads=2, ffn=40), {}, "moe_layers"),
+    ],
+)
 def test_arms_that_cannot_be_made_equal_are_refused(moe, options, named):
     with pytest.raises(ConfigError, match=named):
         three_arms(moe, 40, pad_id=1, **options)

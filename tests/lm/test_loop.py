@@ -1,4 +1,5 @@
-"""The training loop: stops by tokens, resumes bit for bit, and leaves a checkpoint when interrupted."""
+"""The training loop: stops by tokens, resumes bit for bit, and leaves a checkpoint when
+interrupted."""
 
 from __future__ import annotations
 
@@ -39,9 +40,16 @@ def make_run(with_memory: bool = True, tokens: int = 640, **settings) -> Run:
     memory = None
     if with_memory:
         spec = HashSpec.demo((1,), (2, 3), 2, 101, VOCAB, 0)
-        memory = EngramMemory(EngramConfig(spec, LayerSpec(16, spec.columns * 4), 4), VocabMap.identity(VOCAB))
+        memory = EngramMemory(
+            EngramConfig(spec, LayerSpec(16, spec.columns * 4), 4), VocabMap.identity(VOCAB)
+        )
         memory.init_rows(0.02, 0)
-    model = LM(LMConfig(VOCAB, 16, 2, 2, 32, moe_layers=(1,), experts=4, top_k=2, expert_ffn=8, shared_ffn=8), memory)
+    model = LM(
+        LMConfig(
+            VOCAB, 16, 2, 2, 32, moe_layers=(1,), experts=4, top_k=2, expert_ffn=8, shared_ffn=8
+        ),
+        memory,
+    )
     batches = Batches(documents(), end_id=0, batch=4, tokens=16, seed=0)
     return Run(model, batches, TrainConfig(tokens, lr=1e-2, **settings))
 
@@ -62,7 +70,9 @@ def assert_same(one: Run, other: Run) -> None:
         assert rows or torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+@pytest.mark.parametrize(
+    "number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
 @pytest.mark.parametrize("with_memory", [True, False])
 def test_an_interrupted_run_resumes_bit_for_bit(with_memory, tmp_path, number, error):
     straight = make_run(with_memory)
@@ -96,7 +106,10 @@ def test_a_crash_after_a_checkpoint_loses_only_what_came_later(tmp_path):
     resumed = make_run(checkpoint_every=3)
     train(resumed, tmp_path / "broken", resume=True)
     assert_same(straight, resumed)
-    lines = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(1, 11))
 
 
@@ -116,10 +129,14 @@ def test_runs_stop_by_tokens_and_metrics_tell_every_step(tmp_path):
 def test_heldout_loss_is_the_mean_over_tokens_not_batches():
     run = make_run()
     heldout = Batches(documents(seed=1, count=5), end_id=0, batch=4, tokens=16, seed=None)
-    assert len({int((targets >= 0).sum()) for _, targets, _ in heldout}) > 1  # batches of different size
+    assert (
+        len({int((targets >= 0).sum()) for _, targets, _ in heldout}) > 1
+    )  # batches of different size
     with torch.no_grad():
         losses = [run.model.token_losses(*batch)[batch.targets_BT >= 0] for batch in heldout]
-    assert heldout_loss(run.model.eval(), heldout) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)
+    assert heldout_loss(run.model.eval(), heldout) == pytest.approx(
+        float(torch.cat(losses).mean()), rel=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -152,7 +169,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 def test_a_checkpoint_with_another_table_or_origin_is_refused(tmp_path):
     train(make_run(tokens=64), tmp_path)
-    checkpoint, = checkpoints(tmp_path)
+    (checkpoint,) = checkpoints(tmp_path)
     run = make_run(tokens=64)
     run.origin = {"seed": 5}
     with pytest.raises(ConfigError, match="origin: expected {'seed': 5}, found {}"):
@@ -167,7 +184,7 @@ def test_a_checkpoint_with_another_table_or_origin_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["run.json", "dense.safetensors", "optimizer.pt"])
 def test_a_damaged_checkpoint_is_a_named_error(name, tmp_path):
     train(make_run(tokens=64), tmp_path)
-    checkpoint, = checkpoints(tmp_path)
+    (checkpoint,) = checkpoints(tmp_path)
     (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-30])
     with pytest.raises(ConfigError, match="expected a checkpoint"):
         make_run(tokens=64).resume(checkpoint)

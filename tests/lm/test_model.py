@@ -21,7 +21,9 @@ DENSE = LMConfig(VOCAB, HIDDEN, layers=3, heads=2, ffn=20, max_tokens=32)
 MOE = dataclasses.replace(DENSE, moe_layers=(1, 2), experts=4, top_k=2, expert_ffn=8, shared_ffn=10)
 
 
-def make_memory(layers: tuple[int, ...] = (1,), hidden: int = HIDDEN, streams: int = 1) -> EngramMemory:
+def make_memory(
+    layers: tuple[int, ...] = (1,), hidden: int = HIDDEN, streams: int = 1
+) -> EngramMemory:
     """A memory that says something: rows, conv and value projection are not zero."""
     spec = HashSpec.demo(layers, (2, 3), 2, 53, vocab_size=30, pad_id=0)
     config = EngramConfig(spec, LayerSpec(hidden, spec.columns * DIM, streams), DIM)
@@ -37,7 +39,9 @@ def make(config: LMConfig = MOE, memory: bool = True, seed: int = 0) -> LM:
     return LM(config, make_memory() if memory else None).eval()
 
 
-def sample(batch: int = 3, tokens: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sample(
+    batch: int = 3, tokens: int = 16, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (batch, tokens), generator=random)
     targets = torch.randint(0, VOCAB, (batch, tokens), generator=random)
@@ -52,7 +56,9 @@ def test_packed_documents_get_the_logits_that_each_gets_alone(config, memory):
     starts[0, [0, 7, 8, 15]] = True
     packed = model(ids, starts)
     for begin, end in ((0, 7), (7, 8), (8, 15), (15, 20)):
-        torch.testing.assert_close(packed[:, begin:end], model(ids[:, begin:end]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            packed[:, begin:end], model(ids[:, begin:end]), rtol=1e-4, atol=1e-5
+        )
     assert not torch.allclose(packed[:, 8:], model(ids)[:, 8:], atol=1e-3)
 
 
@@ -83,8 +89,9 @@ def test_loss_and_gradients_equal_cross_entropy_of_the_logits(tied):
     loss = model.loss(ids, targets, starts)
     plain = F.cross_entropy(model(ids, starts).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, plain)
-    for found, expected in zip(torch.autograd.grad(3 * loss, weights), torch.autograd.grad(3 * plain, weights),
-                               strict=True):
+    for found, expected in zip(
+        torch.autograd.grad(3 * loss, weights), torch.autograd.grad(3 * plain, weights), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -102,7 +109,9 @@ def test_cross_entropy_in_chunks_equals_whole_logits_when_fresh_buffers_are_pois
         torch.use_deterministic_algorithms(False)
     plain = F.cross_entropy(x @ weight.t(), target)
     torch.testing.assert_close(loss, plain)
-    torch.testing.assert_close(losses, F.cross_entropy(x @ weight.t(), target, reduction="none").detach())
+    torch.testing.assert_close(
+        losses, F.cross_entropy(x @ weight.t(), target, reduction="none").detach()
+    )
     for ours, expected in zip(found, torch.autograd.grad(plain, (x, weight)), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
 
@@ -167,7 +176,9 @@ def test_sampling_repeats_with_its_seed_and_stays_within_the_top_k():
     first = model.generate([3, 1, 4], 12, temperature=2.0, seed=5)
     assert first == model.generate([3, 1, 4], 12, temperature=2.0, seed=5)
     assert first != model.generate([3, 1, 4], 12, temperature=2.0, seed=6)
-    assert model.generate([3, 1, 4], 5, temperature=2.0, top_k=1, seed=5) == model.generate([3, 1, 4], 5)
+    assert model.generate([3, 1, 4], 5, temperature=2.0, top_k=1, seed=5) == model.generate(
+        [3, 1, 4], 5
+    )
 
 
 def test_decoding_stops_before_the_stop_token_and_outlives_the_longest_row():
@@ -175,13 +186,18 @@ def test_decoding_stops_before_the_stop_token_and_outlives_the_longest_row():
     found = model.generate([3, 1, 4], 40)
     assert len(found) == 40 > model.config.max_tokens
     stop = found[2]
-    assert model.generate([3, 1, 4], 40, stop_id=stop) == found[:found.index(stop)]
+    assert model.generate([3, 1, 4], 40, stop_id=stop) == found[: found.index(stop)]
 
 
-@pytest.mark.parametrize(("prompt", "options", "named"), [
-    ([], {}, "prompt_ids"), ([VOCAB], {}, "ids"), ([1], {"temperature": -1.0}, "temperature"),
-    ([1], {"temperature": 1.0, "top_k": 0}, "top_k"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "options", "named"),
+    [
+        ([], {}, "prompt_ids"),
+        ([VOCAB], {}, "ids"),
+        ([1], {"temperature": -1.0}, "temperature"),
+        ([1], {"temperature": 1.0, "top_k": 0}, "top_k"),
+    ],
+)
 def test_decoding_that_cannot_be_meant_is_refused(prompt, options, named):
     with pytest.raises(InputError, match=named):
         make().generate(prompt, 3, **options)
@@ -216,18 +232,35 @@ def test_config_survives_json():
         LMConfig.from_json({**MOE.to_json(), "depth": 3})
 
 
-@pytest.mark.parametrize("change", [
-    {"heads": 5}, {"heads": 8}, {"layers": 0}, {"vocab_size": 2.5}, {"moe_layers": (3,)}, {"moe_layers": (1, 1)},
-    {"top_k": 5}, {"experts": 0}, {"moe_layers": ()}, {"eps": 0.0}, {"shared_ffn": -1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 5},
+        {"heads": 8},
+        {"layers": 0},
+        {"vocab_size": 2.5},
+        {"moe_layers": (3,)},
+        {"moe_layers": (1, 1)},
+        {"top_k": 5},
+        {"experts": 0},
+        {"moe_layers": ()},
+        {"eps": 0.0},
+        {"shared_ffn": -1},
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(change):
     with pytest.raises(ConfigError):
         dataclasses.replace(MOE, **change)
 
 
-@pytest.mark.parametrize("memory", [
-    {"hidden": 12}, {"streams": 2}, {"layers": (1, 3)},
-])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"hidden": 12},
+        {"streams": 2},
+        {"layers": (1, 3)},
+    ],
+)
 def test_a_memory_for_another_model_is_refused(memory):
     with pytest.raises(ConfigError, match="memory"):
         LM(MOE, make_memory(**memory))
@@ -235,7 +268,14 @@ def test_a_memory_for_another_model_is_refused(memory):
 
 def test_wrong_inputs_are_named():
     model, (ids, targets, starts) = make(), sample()
-    for bad in (ids + VOCAB, ids - VOCAB, ids.int(), ids[0], torch.zeros(1, 33, dtype=torch.int64), ids[:, :0]):
+    for bad in (
+        ids + VOCAB,
+        ids - VOCAB,
+        ids.int(),
+        ids[0],
+        torch.zeros(1, 33, dtype=torch.int64),
+        ids[:, :0],
+    ):
         with pytest.raises(InputError, match="ids"):
             model(bad)
     for bad in (starts.int(), starts[:, :4]):

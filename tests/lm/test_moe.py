@@ -44,7 +44,10 @@ def outputs_and_gradients(function, moe: MoE, x: torch.Tensor) -> list[torch.Ten
     x = x.clone().requires_grad_()
     out = function(x)
     weights = [x, *moe.parameters()]
-    return [out, *torch.autograd.grad((out * torch.arange(out.numel()).view_as(out).cos()).sum(), weights)]
+    return [
+        out,
+        *torch.autograd.grad((out * torch.arange(out.numel()).view_as(out).cos()).sum(), weights),
+    ]
 
 
 @pytest.mark.parametrize("shared", [SHARED, 0])
@@ -107,7 +110,9 @@ def test_balance_moves_by_the_clamped_load_error_in_training_only():
     moe.balance[0] = 9.0
     before = moe.balance.clone()
     moe(x)
-    assert torch.equal(moe.balance, before)  # a forward alone moves nothing: activation checkpointing runs it twice
+    assert torch.equal(
+        moe.balance, before
+    )  # a forward alone moves nothing: activation checkpointing runs it twice
     moe.rebalance()
     load = torch.bincount(plain_choice(moe, x, before), minlength=8)
     torch.testing.assert_close(moe.load, load)
@@ -122,7 +127,8 @@ def plain_choice(moe: MoE, x: torch.Tensor, balance: torch.Tensor) -> torch.Tens
 
 
 def worst_load(steps: int, first: int) -> float:
-    """The largest share of an expert over its equal share from step `first` on, while a toy problem is learnt."""
+    """The largest share of an expert over its equal share from step `first` on, while a toy problem
+    is learnt."""
     torch.manual_seed(0)
     moe = MoE(16, experts=16, top_k=2, expert_width=8, shared_width=8)
     teacher, centres = torch.randn(16, 16), torch.randn(3, 16)
@@ -176,5 +182,8 @@ def test_autocast_to_bfloat16_stays_close_and_learns():
     with torch.autocast("cpu", torch.bfloat16):
         out = moe(x)
     out.float().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in moe.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype
+        for p in moe.parameters()
+    )
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)

@@ -31,8 +31,11 @@ def make_memory(streams: int = 1, double: bool = True, seed: int = 0) -> EngramM
     return memory.double().eval() if double else memory.eval()
 
 
-def run(memory: EngramMemory, ids: torch.Tensor, x: torch.Tensor, state=None, trace=None, **flags) -> torch.Tensor:
-    """A toy model: the memory of both layers on a residual stream, with a fixed mixing between them."""
+def run(
+    memory: EngramMemory, ids: torch.Tensor, x: torch.Tensor, state=None, trace=None, **flags
+) -> torch.Tensor:
+    """A toy model: the memory of both layers on a residual stream, with a fixed mixing between
+    them."""
     lookup = memory.lookup(ids, state=state, trace=trace, **flags)
     for layer in LAYERS:
         x = memory.apply(layer, torch.tanh(x), lookup)
@@ -42,7 +45,9 @@ def run(memory: EngramMemory, ids: torch.Tensor, x: torch.Tensor, state=None, tr
 def sample(batch: int, tokens: int, streams: int = 1, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (batch, tokens), generator=generator)
-    return ids, torch.randn(batch, tokens, streams, HIDDEN, generator=generator, dtype=torch.float64)
+    return ids, torch.randn(
+        batch, tokens, streams, HIDDEN, generator=generator, dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("streams", [1, 3])
@@ -51,7 +56,7 @@ def test_step_by_step_equals_one_forward(streams):
     ids, x = sample(2, 21, streams)
     whole = run(memory, ids, x)
     state = memory.state(batch=2)
-    steps = [run(memory, ids[:, t:t + 1], x[:, t:t + 1], state) for t in range(21)]
+    steps = [run(memory, ids[:, t : t + 1], x[:, t : t + 1], state) for t in range(21)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-9)
 
 
@@ -67,7 +72,9 @@ def test_chunked_prefill_with_document_starts_equals_one_forward(cuts):
     state, begin, parts = memory.state(batch=2), 0, []
     for end in (*cuts, 21) if cuts[-1] != 21 else cuts:
         span = slice(begin, end)
-        parts.append(run(memory, ids[:, span], x[:, span], state, live=live[:, span], starts=starts[:, span]))
+        parts.append(
+            run(memory, ids[:, span], x[:, span], state, live=live[:, span], starts=starts[:, span])
+        )
         begin = end
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-9)
 
@@ -90,7 +97,9 @@ def test_left_padding_equals_the_bare_sequence():
     live = torch.arange(21)[None] >= 6
     padded = run(memory, padded_ids, padded_x, live=live)
     torch.testing.assert_close(padded[:, 6:], run(memory, ids, x), rtol=0, atol=1e-9)
-    torch.testing.assert_close(padded[:, :6], torch.tanh(torch.tanh(padded_x[:, :6])), rtol=0, atol=0)
+    torch.testing.assert_close(
+        padded[:, :6], torch.tanh(torch.tanh(padded_x[:, :6])), rtol=0, atol=0
+    )
 
 
 def test_tokens_taken_back_leave_no_trace():
@@ -115,7 +124,7 @@ def test_beams_reorder_and_repeat():
     state.repeat(2)
     order = torch.tensor([2, 0, 3, 3])
     state.reorder(order)
-    source = torch.tensor([1, 0, 1, 1])                                                   # sequences behind these beams
+    source = torch.tensor([1, 0, 1, 1])  # sequences behind these beams
     tail = run(memory, ids[source, 8:], x[source, 8:], state)
     torch.testing.assert_close(tail, run(memory, ids, x)[source, 8:], rtol=0, atol=1e-9)
 
@@ -127,7 +136,7 @@ def test_interleaved_requests_do_not_meet():
     parts: tuple[list, list] = ([], [])
     for t in range(10):
         for i, (ids, x) in enumerate((one, two)):
-            parts[i].append(run(memory, ids[:, t:t + 1], x[:, t:t + 1], states[i]))
+            parts[i].append(run(memory, ids[:, t : t + 1], x[:, t : t + 1], states[i]))
     for (ids, x), part in zip((one, two), parts, strict=True):
         torch.testing.assert_close(torch.cat(part, dim=1), run(memory, ids, x), rtol=0, atol=1e-9)
 
@@ -138,15 +147,22 @@ def test_row_gradients_equal_those_of_a_dense_embedding():
     trace = Trace()
     run(memory, ids, x, trace=trace)
     for layer in LAYERS:
-        table = torch.from_numpy(memory.format.decode(memory.stores[layer].gather(
-            np.arange(memory.stores[layer].info.rows)))).double().requires_grad_()
+        table = (
+            torch.from_numpy(
+                memory.format.decode(
+                    memory.stores[layer].gather(np.arange(memory.stores[layer].info.rows))
+                )
+            )
+            .double()
+            .requires_grad_()
+        )
         gathered = table[torch.from_numpy(trace.row_ids[layer])].flatten(-2)
         lookup = memory.lookup(ids)
         rows = dict(lookup.rows) | {layer: gathered}
         y = x
         for each in LAYERS:
             y = memory.apply(each, torch.tanh(y), type(lookup)(rows, None, None, None, None))
-        expected, = torch.autograd.grad(y.square().sum(), table)
+        (expected,) = torch.autograd.grad(y.square().sum(), table)
         got = np.zeros_like(expected.numpy())
         pending = [entry for entry in first_grads(memory, ids, x) if entry.layer == layer]
         for entry in pending:
@@ -203,12 +219,18 @@ def test_each_layer_waits_for_its_own_rows_alone():
     slow = EngramMemory(memory.config, memory.vocab, gated, row_format="f32").double().eval()
     slow.load_state_dict(memory.state_dict())
     lookup = slow.lookup(ids)
-    assert set(lookup.rows) == set(LAYERS) and LAYERS[1] in lookup.rows and slow.prefetcher.stats.waiting == 2
+    assert (
+        set(lookup.rows) == set(LAYERS)
+        and LAYERS[1] in lookup.rows
+        and slow.prefetcher.stats.waiting == 2
+    )
     gated[LAYERS[0]].gate.set()
     x = slow.apply(LAYERS[0], torch.tanh(x), lookup)
     assert slow.prefetcher.stats.waiting == 1
     gated[LAYERS[1]].gate.set()
-    assert torch.equal(slow.apply(LAYERS[1], torch.tanh(x), lookup), run(memory, ids, sample(2, 9)[1]))
+    assert torch.equal(
+        slow.apply(LAYERS[1], torch.tanh(x), lookup), run(memory, ids, sample(2, 9)[1])
+    )
 
 
 @pytest.mark.parametrize("taken_back, cancelled", [(2, 0), (3, 2), (6, 2), (7, 4)])
@@ -273,7 +295,9 @@ def test_a_store_that_fails_is_told_where_its_rows_are_used():
 def test_one_line_of_the_log_says_which_rows_are_served(tmp_path, caplog):
     table_id = make_memory().write_table(tmp_path / "table")
     with caplog.at_level("INFO", "engraphy"):
-        memory = EngramMemory(make_memory().config, make_memory().vocab, f"file:{tmp_path / 'table'}")
+        memory = EngramMemory(
+            make_memory().config, make_memory().vocab, f"file:{tmp_path / 'table'}"
+        )
     (line,) = [each for each in caplog.messages if table_id in each]
     assert memory.address_digest in line and str(tmp_path / "table") in line
 
@@ -291,8 +315,11 @@ def test_checkpointed_layers_hand_over_each_gradient_once():
     lookup = memory.lookup(ids)
     y = x
     for layer in LAYERS:
-        y = torch.utils.checkpoint.checkpoint(lambda y, layer=layer: memory.apply(layer, torch.tanh(y), lookup), y,
-                                              use_reentrant=False)
+        y = torch.utils.checkpoint.checkpoint(
+            lambda y, layer=layer: memory.apply(layer, torch.tanh(y), lookup),
+            y,
+            use_reentrant=False,
+        )
     y.square().sum().backward()
     again = memory.drain_row_grads()
     assert [entry.layer for entry in plain] == [entry.layer for entry in again]
@@ -308,8 +335,9 @@ def test_init_rows_depends_on_seed_layer_row_and_column_alone():
     tables = [memory.stores[layer].gather(np.arange(20)) for layer in LAYERS]
     for layer, table in zip(LAYERS, tables, strict=True):
         np.testing.assert_array_equal(table, pieces.stores[layer].gather(np.arange(20)))
-        np.testing.assert_array_equal(memory.format.decode(table[5:6]),
-                                      normal_rows(3, layer, np.array([5]), DIM, 0.5))
+        np.testing.assert_array_equal(
+            memory.format.decode(table[5:6]), normal_rows(3, layer, np.array([5]), DIM, 0.5)
+        )
     assert (tables[0] != tables[1]).any()
     values = normal_rows(0, 1, np.arange(50_000), DIM, 0.5)
     assert abs(values.mean()) < 5e-3 and abs(values.std() - 0.5) < 5e-3
@@ -322,7 +350,9 @@ def test_trace_tells_rows_and_gates_per_layer_and_stream():
     live[1, 2] = False
     run(memory, ids, x, trace=trace, live=live)
     for layer in LAYERS:
-        np.testing.assert_array_equal(trace.row_ids[layer], memory.addresser.rows(ids, layer, live=live.numpy()))
+        np.testing.assert_array_equal(
+            trace.row_ids[layer], memory.addresser.rows(ids, layer, live=live.numpy())
+        )
         assert trace.gates[layer].shape == (2, 7, 3)
         assert (trace.gates[layer][1, 2] == 0).all() and (trace.gates[layer][0] > 0).all()
 
@@ -344,7 +374,9 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(table, tmp_path):
     ids, x = sample(2, 9)
     before = run(memory, ids, x.float())
     if table != "copy":
-        with pytest.raises(ConfigError, match="expected stores over a sealed table on disk, found a ram store"):
+        with pytest.raises(
+            ConfigError, match="expected stores over a sealed table on disk, found a ram store"
+        ):
             memory.save(tmp_path / "memory", table=table)
         memory.write_table(tmp_path / "elsewhere")
         linked = EngramMemory(memory.config, memory.vocab, f"file:{tmp_path / 'elsewhere'}").eval()
@@ -354,7 +386,9 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(table, tmp_path):
     if table == "skip":
         with pytest.raises(ConfigError, match="saved without its table"):
             EngramMemory.load(tmp_path / "memory")
-        loaded = EngramMemory.load(tmp_path / "memory", store=f"file:{tmp_path / 'elsewhere'}").eval()
+        loaded = EngramMemory.load(
+            tmp_path / "memory", store=f"file:{tmp_path / 'elsewhere'}"
+        ).eval()
     else:
         loaded = EngramMemory.load(tmp_path / "memory").eval()
     assert all(store.info.kind == "file" for store in loaded.stores.values())
@@ -366,7 +400,10 @@ def test_a_saved_memory_is_loaded_into_ram_and_keeps_its_dtype(tmp_path):
     memory.save(tmp_path / "memory")
     loaded = EngramMemory.load(tmp_path / "memory", store="ram:").eval()
     ids, x = sample(2, 9)
-    assert loaded.stores[1].info.kind == "ram" and loaded.blocks["1"].value.weight.dtype == torch.bfloat16
+    assert (
+        loaded.stores[1].info.kind == "ram"
+        and loaded.blocks["1"].value.weight.dtype == torch.bfloat16
+    )
     assert torch.equal(run(loaded, ids, x.bfloat16()), run(memory, ids, x.bfloat16()))
 
 
@@ -433,7 +470,9 @@ def test_stores_of_other_layers_or_tables_are_refused(tmp_path):
     with pytest.raises(DigestMismatch, match="rows of one table"):
         EngramMemory(config, memory.vocab, {1: FileStore(one, 1), 3: FileStore(two, 3)})
     with pytest.raises(ConfigError, match="expected stores for layers"):
-        EngramMemory(config, memory.vocab, {1: FileStore(one, 1), 3: FileStore(one, 3), 9: FileStore(one, 3)})
+        EngramMemory(
+            config, memory.vocab, {1: FileStore(one, 1), 3: FileStore(one, 3), 9: FileStore(one, 3)}
+        )
     with pytest.raises(ConfigError, match="expected rows of"):
         EngramMemory(config, memory.vocab, one, row_format="bf16")
     with pytest.raises(ConfigError, match="store: expected a URL"):
@@ -480,7 +519,9 @@ def test_a_dense_step_within_the_backward_pass_is_none_past_waiting_rows():
         memory.drain_row_grads()
 
 
-@pytest.mark.parametrize("bad", [{"std": float("nan"), "seed": 0}, {"std": -1.0, "seed": 0}, {"std": 1.0, "seed": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"std": float("nan"), "seed": 0}, {"std": -1.0, "seed": 0}, {"std": 1.0, "seed": -1}]
+)
 def test_init_rows_refuses_what_cannot_be_meant(bad):
     with pytest.raises(ConfigError, match="init_rows: expected"):
         make_memory().init_rows(**bad)
@@ -495,7 +536,9 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(InputError, match="expected one for 2 sequences, found 3"):
         memory.lookup(ids, state=memory.state(3))
     state = memory.state(2)
-    with pytest.raises(InputError, match="token id at sequence 0, position 0: expected 0 to 39, found 99"):
+    with pytest.raises(
+        InputError, match="token id at sequence 0, position 0: expected 0 to 39, found 99"
+    ):
         memory.lookup(torch.full((2, 1), 99), state=state)
     assert state.length == 0
     with pytest.raises(ConfigError, match="copy"):

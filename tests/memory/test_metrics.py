@@ -97,10 +97,14 @@ def test_counting_costs_a_small_part_of_the_least_read():
             for _ in range(300):
                 call()
             return time.perf_counter() - begun
+
         return min(once() for _ in range(20))
 
     ids, out = np.array([1]), np.empty((1, 4), np.uint8)
-    assert seconds(lambda: store._count_read(1, time.perf_counter_ns())) < seconds(lambda: store.gather(ids, out)) / 2
+    assert (
+        seconds(lambda: store._count_read(1, time.perf_counter_ns()))
+        < seconds(lambda: store.gather(ids, out)) / 2
+    )
 
 
 def test_rates_are_unknown_where_nothing_tells_them():
@@ -151,15 +155,29 @@ def test_prometheus_gets_counters_of_every_store(stores):
     found = samples(prometheus(stores))
     for layer in (1, 14):
         cache, ram = (f'{{layer="{layer}",store="{name}"}}' for name in ("cache", "ram"))
-        assert found[f"engraphy_store_gathers_total{cache}"] == 2 and found[f"engraphy_store_rows_total{cache}"] == 6
-        assert found[f"engraphy_store_hits_total{cache}"] == found[f"engraphy_store_misses_total{cache}"] == 3
-        assert found[f"engraphy_store_rows_total{ram}"] == 3 and f"engraphy_store_hits_total{ram}" not in found
+        assert (
+            found[f"engraphy_store_gathers_total{cache}"] == 2
+            and found[f"engraphy_store_rows_total{cache}"] == 6
+        )
+        assert (
+            found[f"engraphy_store_hits_total{cache}"]
+            == found[f"engraphy_store_misses_total{cache}"]
+            == 3
+        )
+        assert (
+            found[f"engraphy_store_rows_total{ram}"] == 3
+            and f"engraphy_store_hits_total{ram}" not in found
+        )
         assert found[f"engraphy_store_bytes_total{ram}"] == 24
 
 
 def test_prometheus_gets_histograms_that_grow_to_their_count(stores):
     found = samples(prometheus({1: stores[1]}))
-    buckets = [(name, value) for name, value in found.items() if "seconds_bucket" in name and '"cache"' in name]
+    buckets = [
+        (name, value)
+        for name, value in found.items()
+        if "seconds_bucket" in name and '"cache"' in name
+    ]
     values = [value for _, value in buckets]
     assert values == sorted(values) and 'le="+Inf"' in buckets[-1][0] and values[-1] == 2
     assert found['engraphy_store_gather_seconds_count{layer="1",store="cache"}'] == 2
@@ -183,7 +201,11 @@ def test_every_metric_has_one_help_and_one_type_before_its_samples(stores):
     text = prometheus(stores, Prefetcher({}).stats)
     assert text.endswith("\n") and not text.endswith("\n\n")
     declared = re.findall(r"^# TYPE (\S+) (counter|gauge|histogram)$", text, re.M)
-    assert len(declared) == len({name for name, _ in declared}) == len(re.findall(r"^# HELP ", text, re.M))
+    assert (
+        len(declared)
+        == len({name for name, _ in declared})
+        == len(re.findall(r"^# HELP ", text, re.M))
+    )
     for name, kind in declared:
         assert name.endswith("_total") == (kind == "counter")
         assert text.index(f"# TYPE {name} ") < text.index(f"\n{name}")
@@ -195,8 +217,11 @@ def test_what_is_served_is_a_label_with_quotes_and_line_feeds_escaped(tmp_path):
     store = open_store(f"file:{path}", layer=LAYER)
     text = prometheus({LAYER: store})
     (line,) = [name for name in samples(text) if name.startswith("engraphy_store_info")]
-    assert f'table_id="{store.info.table_id}"' in line and f'address_digest="{store.info.address_digest}"' in line
-    assert r'a \"b\"\\ c\nd' in line
+    assert (
+        f'table_id="{store.info.table_id}"' in line
+        and f'address_digest="{store.info.address_digest}"' in line
+    )
+    assert r"a \"b\"\\ c\nd" in line
 
 
 def test_the_prefetcher_is_shown_below_and_exported(stores):
@@ -213,5 +238,7 @@ def test_one_line_says_what_is_served(tmp_path):
     sealed(tmp_path / "table")
     store = CacheStore(open_store(f"file:{tmp_path / 'table'}?read=mmap", layer=LAYER), 20_000)
     line = describe({LAYER: store})
-    assert "\n" not in line and "cache over file" in line and "int8" in line and str(tmp_path) in line
+    assert (
+        "\n" not in line and "cache over file" in line and "int8" in line and str(tmp_path) in line
+    )
     assert str(store.info.table_id) in line and str(store.info.address_digest) in line

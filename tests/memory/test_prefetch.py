@@ -1,4 +1,5 @@
-"""Rows arrive as the store has them, in order, in memory that nothing else writes to, and nothing is left behind."""
+"""Rows arrive as the store has them, in order, in memory that nothing else writes to, and nothing
+is left behind."""
 
 from __future__ import annotations
 
@@ -102,7 +103,9 @@ def no_thread_is_left():
 # Rows.
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 4), (4, 1, 4), (1, 700, 4), (2, 300, 8), (3, 0, 4), (0, 5, 4), (2, 2, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 4), (4, 1, 4), (1, 700, 4), (2, 300, 8), (3, 0, 4), (0, 5, 4), (2, 2, 1)]
+)
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_rows_of_every_layer_are_those_of_the_stores_for_any_batch(shape, in_memory, monkeypatch):
     monkeypatch.setattr(RamStore, "in_memory", in_memory)
@@ -120,7 +123,9 @@ def test_a_few_rows_of_memory_are_read_at_once_and_many_by_the_thread():
         prefetcher.submit({1: some_ids(0)}).wait()
         assert not threads() and prefetcher.stats.inline == 1
         prefetcher.submit({1: some_ids(0, 2, 300, 4)}).wait()
-        assert len(threads()) == 1 and prefetcher.stats.inline == 1 and prefetcher.stats.tickets == 2
+        assert (
+            len(threads()) == 1 and prefetcher.stats.inline == 1 and prefetcher.stats.tickets == 2
+        )
 
 
 def test_submit_does_not_wait_for_a_store_that_does():
@@ -165,10 +170,13 @@ def test_waiting_again_gives_the_same_tensors():
 def test_many_threads_submit_and_wait():
     wrong = []
     with Prefetcher(ram(), limit=50_000) as prefetcher:
+
         def work(seed: int) -> None:
             for step in range(15):
                 ids = some_ids(seed * 100 + step, 1, 300, 4)
-                if not np.array_equal(prefetcher.submit({14: ids}).wait()[14].numpy(), expected(14, ids)):
+                if not np.array_equal(
+                    prefetcher.submit({14: ids}).wait()[14].numpy(), expected(14, ids)
+                ):
                     wrong.append(seed)
 
         workers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
@@ -182,14 +190,20 @@ def test_many_threads_submit_and_wait():
 # Buffers.
 
 
-@pytest.mark.parametrize("keep", ["tensor", "view", "array", "view of an array", "leaf saved for backward"])
+@pytest.mark.parametrize(
+    "keep", ["tensor", "view", "array", "view of an array", "leaf saved for backward"]
+)
 def test_rows_that_are_still_used_stay_unchanged_through_a_hundred_later_tickets(keep):
     ids = some_ids(0, 2, 400, 4)
     with Prefetcher(ram()) as prefetcher:
         rows = prefetcher.submit({1: ids}).wait().pop(1)
-        saved = {"tensor": lambda: rows, "view": lambda: rows.view(-1, 8)[3:], "array": lambda: rows.numpy(),
-                 "view of an array": lambda: rows.numpy().reshape(-1)[5:][2:],
-                 "leaf saved for backward": lambda: rows.requires_grad_() ** 2}[keep]()
+        saved = {
+            "tensor": lambda: rows,
+            "view": lambda: rows.view(-1, 8)[3:],
+            "array": lambda: rows.numpy(),
+            "view of an array": lambda: rows.numpy().reshape(-1)[5:][2:],
+            "leaf saved for backward": lambda: rows.requires_grad_() ** 2,
+        }[keep]()
         before = (rows if keep.startswith("leaf") else torch.as_tensor(saved)).detach().clone()
         leaf = weakref.ref(rows) if keep.startswith("leaf") else None
         if leaf is None:
@@ -323,7 +337,10 @@ def test_a_failed_ticket_holds_no_buffer():
     seen: list[weakref.ref] = []
     with Prefetcher(sources) as prefetcher:
         take = prefetcher._queue._pool.take
-        prefetcher._queue._pool.take = lambda shape: (seen.append(weakref.ref(made := take(shape))), made)[1]
+        prefetcher._queue._pool.take = lambda shape: (
+            seen.append(weakref.ref(made := take(shape))),
+            made,
+        )[1]
         ticket = prefetcher.submit({1: some_ids(0, 1, 300)})
         with pytest.raises(OSError):
             ticket.wait()
@@ -352,7 +369,11 @@ def test_a_cancelled_ticket_never_gives_rows_and_frees_its_memory(moment):
             until(lambda: prefetcher.stats.waiting == 0)
             assert len(store.order) == 1  # it was not read at all
         until(lambda: prefetcher.stats.bytes_in_flight == 0)
-        assert not ticket._rows and all(rows() is None for rows in kept) and prefetcher.stats.cancelled == 1
+        assert (
+            not ticket._rows
+            and all(rows() is None for rows in kept)
+            and prefetcher.stats.cancelled == 1
+        )
 
 
 def test_a_cancelled_ticket_wakes_who_waits_for_it_and_lets_the_next_submit_in():
@@ -381,9 +402,15 @@ def test_a_cancelled_ticket_wakes_who_waits_for_it_and_lets_the_next_submit_in()
         first.wait()
 
 
-@pytest.mark.parametrize(("ids", "error", "message"), [
-    ({2: some_ids(0)}, ConfigError, r"layers of \[1, 14\], found 2"), ({1: some_ids(0)[0]}, InputError, "B, T, C"),
-    ({1: some_ids(0).astype(np.int32)}, InputError, "int32"), ({14: [[[1]]]}, InputError, "list")])
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ({2: some_ids(0)}, ConfigError, r"layers of \[1, 14\], found 2"),
+        ({1: some_ids(0)[0]}, InputError, "B, T, C"),
+        ({1: some_ids(0).astype(np.int32)}, InputError, "int32"),
+        ({14: [[[1]]]}, InputError, "list"),
+    ],
+)
 def test_what_cannot_be_row_ids_is_refused_at_once(ids, error, message):
     with Prefetcher(ram()) as prefetcher:
         with pytest.raises(error, match=message):
@@ -461,8 +488,10 @@ def test_a_forked_child_reads_its_own_tickets_and_those_that_its_parent_was_read
             store.go_on = threading.Event()  # the parent's lock may be held by its thread
             store.go_on.set()
             tickets = [being_read, waiting, prefetcher.submit({1: some_ids(2)})]
-            right = [np.array_equal(ticket.wait()[1].numpy(), expected(1, some_ids(seed)))
-                     for seed, ticket in enumerate(tickets)]
+            right = [
+                np.array_equal(ticket.wait()[1].numpy(), expected(1, some_ids(seed)))
+                for seed, ticket in enumerate(tickets)
+            ]
             os._exit(0 if right == [True] * 3 and prefetcher.stats.bytes_in_flight == 0 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         unlock.set()
@@ -471,7 +500,9 @@ def test_a_forked_child_reads_its_own_tickets_and_those_that_its_parent_was_read
         assert being_read.wait() and waiting.wait()
 
 
-def test_a_thread_that_the_system_does_not_start_is_a_store_error_and_the_next_ticket_is_read(monkeypatch):
+def test_a_thread_that_the_system_does_not_start_is_a_store_error_and_the_next_ticket_is_read(
+    monkeypatch,
+):
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 

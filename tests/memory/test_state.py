@@ -1,4 +1,5 @@
-"""state.py: whatever is done to a state, it equals one that was given the resulting sequences at once."""
+"""state.py: whatever is done to a state, it equals one that was given the resulting sequences at
+once."""
 
 from __future__ import annotations
 
@@ -34,11 +35,15 @@ class Sequences:
         return cls(np.empty((batch, 0), np.int64), *flags, torch.empty(batch, 0, STREAMS, HIDDEN))
 
     @classmethod
-    def random(cls, batch: int, tokens: int, seed: int, flags: bool = True, holes: bool = False) -> Sequences:
+    def random(
+        cls, batch: int, tokens: int, seed: int, flags: bool = True, holes: bool = False
+    ) -> Sequences:
         rng = np.random.default_rng(seed)
         live = rng.random((batch, tokens)) < (0.8 if flags else 2.0)
         starts = rng.random((batch, tokens)) < (0.15 if flags else -1.0)
-        inputs = torch.from_numpy(rng.standard_normal((batch, tokens, STREAMS, HIDDEN)).astype(np.float32))
+        inputs = torch.from_numpy(
+            rng.standard_normal((batch, tokens, STREAMS, HIDDEN)).astype(np.float32)
+        )
         ids = np.where(live, rng.integers(0, 99, (batch, tokens)), -7)
         present = rng.random((batch, tokens)) < (0.6 if holes else 2.0)
         return cls(ids, live, starts, present, inputs)
@@ -49,13 +54,20 @@ class Sequences:
 
     def then(self, chunk: Sequences) -> Sequences:
         room = min(MARGIN, self.room + chunk.ids.shape[1])
-        joined = (np.concatenate([a, b], axis=1) for a, b in (
-            (self.ids, chunk.ids), (self.live, chunk.live), (self.starts, chunk.starts),
-            (self.present, chunk.present)))
+        joined = (
+            np.concatenate([a, b], axis=1)
+            for a, b in (
+                (self.ids, chunk.ids),
+                (self.live, chunk.live),
+                (self.starts, chunk.starts),
+                (self.present, chunk.present),
+            )
+        )
         return Sequences(*joined, torch.cat([self.inputs, chunk.inputs], dim=1), room)
 
     def back(self, sequence: int, count: int):
-        """The last `count` positions of a sequence that are present, the latest first, up to the latest start."""
+        """The last `count` positions of a sequence that are present, the latest first, up to the
+        latest start."""
         for t in np.flatnonzero(self.present[sequence])[::-1][:count]:
             yield t
             if self.starts[sequence, t]:
@@ -113,7 +125,9 @@ STEP = st.one_of(
     st.tuples(st.just("extend"), st.integers(1, 1), st.integers(0, 2**32 - 1)),
     st.tuples(st.just("holes"), st.integers(0, 14), st.integers(0, 2**32 - 1)),
     st.tuples(st.just("crop"), st.integers(0, MARGIN + 1)),
-    st.tuples(st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4)),
+    st.tuples(
+        st.sampled_from(["reorder", "select"]), st.lists(st.integers(0, 99), min_size=1, max_size=4)
+    ),
     st.tuples(st.just("repeat"), st.integers(1, 2)),
     st.tuples(st.just("clone")),
 )
@@ -145,7 +159,9 @@ def test_any_sequence_of_steps_equals_a_state_built_from_the_resulting_sequences
             if state.batch > 8:
                 continue
             state.repeat(arguments[0])
-            truth = truth.map(lambda values, n=arguments[0]: values[np.repeat(np.arange(len(values)), n)])
+            truth = truth.map(
+                lambda values, n=arguments[0]: values[np.repeat(np.arange(len(values)), n)]
+            )
         else:
             index = np.array(arguments[0]) % state.batch
             if name == "reorder":
@@ -199,8 +215,12 @@ def test_what_is_kept_is_bounded_with_holes_too():
 
 
 @settings(max_examples=60)
-@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=3), st.integers(0, 2**32 - 1),
-       st.integers(0, MARGIN), st.booleans())
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=3),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, MARGIN),
+    st.booleans(),
+)
 def test_joined_states_go_on_as_each_of_them_by_itself(lengths, seed, cropped, holes):
     rng = np.random.default_rng(seed)
     states, truths = [], []
@@ -226,24 +246,32 @@ def test_joined_states_go_on_as_each_of_them_by_itself(lengths, seed, cropped, h
         expected = expected.then(more.map(lambda values, mine=mine: values[mine]))
         np.testing.assert_array_equal(joined.history[mine], expected.history())
         for layer in (1, 4):
-            torch.testing.assert_close(joined.window(layer)[mine], expected.window(WINDOWS[layer]), rtol=0, atol=0)
+            torch.testing.assert_close(
+                joined.window(layer)[mine], expected.window(WINDOWS[layer]), rtol=0, atol=0
+            )
         assert_same(state, truth)
 
 
 def test_only_whole_states_of_one_memory_are_joined():
     ahead = new(1).extend([[1, 2]])
-    for states, message in (([], "found none"), ([new(1), ahead], "middle of a forward"),
-                            ([new(1), SequenceState(1, MARGIN, order=4, windows=WINDOWS)], "expected states of"),
-                            ([new(1), SequenceState(1, 9, order=ORDER, windows=WINDOWS)], "expected states of"),
-                            ([SequenceState(1)], "not bound")):
+    for states, message in (
+        ([], "found none"),
+        ([new(1), ahead], "middle of a forward"),
+        ([new(1), SequenceState(1, MARGIN, order=4, windows=WINDOWS)], "expected states of"),
+        ([new(1), SequenceState(1, 9, order=ORDER, windows=WINDOWS)], "expected states of"),
+        ([SequenceState(1)], "not bound"),
+    ):
         with pytest.raises(InputError, match=message):
             SequenceState.join(states)
 
 
 def test_before_the_latest_start_and_at_dead_positions_there_is_nothing():
     state = SequenceState(3, order=4, windows={})
-    state.extend([[5, 6, 7], [5, 6, 7], [5, 6, 7]], live=np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], bool),
-                 starts=np.array([[0, 1, 0], [0, 0, 0], [0, 0, 0]], bool))
+    state.extend(
+        [[5, 6, 7], [5, 6, 7], [5, 6, 7]],
+        live=np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], bool),
+        starts=np.array([[0, 1, 0], [0, 0, 0], [0, 0, 0]], bool),
+    )
     np.testing.assert_array_equal(state.history, [[-1, 6, 7], [5, -1, 7], [5, 6, 7]])
 
 
@@ -260,7 +288,9 @@ def test_a_margin_is_used_up_by_cropping_and_refilled_by_extending():
     state = new(1)
     feed(state, Sequences.random(1, 40, 0))
     state.crop(3).crop(2)
-    with pytest.raises(StateTooShort, match=f"asked to take back 1 tokens, 0 are possible.*margin is {MARGIN}"):
+    with pytest.raises(
+        StateTooShort, match=f"asked to take back 1 tokens, 0 are possible.*margin is {MARGIN}"
+    ):
         state.crop(1)
     feed(state, Sequences.random(1, 2, 1))
     state.crop(2)
@@ -291,7 +321,9 @@ def test_chunks_may_be_looked_up_ahead_of_their_forward():
         state.extend(chunk.ids, chunk.live, chunk.starts)
     push(state, first)
     for layer in (1, 4):
-        torch.testing.assert_close(state.window(layer), first.window(WINDOWS[layer]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            state.window(layer), first.window(WINDOWS[layer]), rtol=0, atol=0
+        )
     push(state, second)
     assert_same(state, first.then(second))
 
@@ -320,7 +352,9 @@ def test_crop_shortens_a_chunk_whose_forward_is_still_to_come():
 
 
 def test_interleaved_requests_do_not_disturb_each_other():
-    chunks = [[Sequences.random(1, 3, seed) for seed in (request, 10 + request)] for request in range(2)]
+    chunks = [
+        [Sequences.random(1, 3, seed) for seed in (request, 10 + request)] for request in range(2)
+    ]
     states = [new(1), new(1)]
     for step in range(2):
         for state, own in zip(states, chunks, strict=True):
@@ -345,8 +379,14 @@ def test_what_is_kept_is_bounded_however_it_was_fed():
     feed(state, Sequences.random(1, 500, 0))
     for seed in range(300):
         feed(state, Sequences.random(1, 1, seed))
-    assert state._windows[1].inputs.untyped_storage().size() <= 2 * (WINDOWS[1] + MARGIN) * STREAMS * HIDDEN * 4
-    assert state._past.ids.size <= 2 * (ORDER - 1 + MARGIN) and state._past.ids.shape == state._past.starts.shape
+    assert (
+        state._windows[1].inputs.untyped_storage().size()
+        <= 2 * (WINDOWS[1] + MARGIN) * STREAMS * HIDDEN * 4
+    )
+    assert (
+        state._past.ids.size <= 2 * (ORDER - 1 + MARGIN)
+        and state._past.ids.shape == state._past.starts.shape
+    )
 
 
 def test_a_state_without_sizes_is_bound_by_its_first_memory_and_by_no_other():
@@ -369,7 +409,9 @@ def test_an_order_of_one_has_no_history():
     assert state.window(0).shape == (2, 1, 1, 1)
 
 
-@pytest.mark.parametrize("ids", [[1, 2], [[1], [2], [3]], [[0.5], [1.0]], [[True], [False]], [["a"], ["b"]]])
+@pytest.mark.parametrize(
+    "ids", [[1, 2], [[1], [2], [3]], [[0.5], [1.0]], [[True], [False]], [["a"], ["b"]]]
+)
 def test_extend_refuses_other_shapes_and_types_of_ids(ids):
     with pytest.raises(InputError, match=r"ids: expected integers \[2, T\]"):
         new(2).extend(ids)
@@ -413,14 +455,29 @@ def test_reorder_keeps_the_batch():
         new(2).reorder([0])
 
 
-@pytest.mark.parametrize("arguments", [{"batch": -1}, {"batch": 2.0}, {"margin": -1}, {"margin": True}, {"order": 3},
-                                       {"order": 0, "windows": {}}, {"order": 2, "windows": {0: -1}}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch": -1},
+        {"batch": 2.0},
+        {"margin": -1},
+        {"margin": True},
+        {"order": 3},
+        {"order": 0, "windows": {}},
+        {"order": 2, "windows": {0: -1}},
+    ],
+)
 def test_sizes_that_cannot_be_meant_are_refused(arguments):
     with pytest.raises(InputError, match="expected"):
         SequenceState(**{"batch": 1, **arguments})
 
 
 def test_counts_that_cannot_be_meant_are_refused():
-    for call in (lambda s: s.crop(-1), lambda s: s.crop(1.0), lambda s: s.repeat(0), lambda s: s.repeat(True)):
+    for call in (
+        lambda s: s.crop(-1),
+        lambda s: s.crop(1.0),
+        lambda s: s.repeat(0),
+        lambda s: s.repeat(True),
+    ):
         with pytest.raises(InputError, match="expected a number"):
             call(new(1))

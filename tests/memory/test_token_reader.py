@@ -1,4 +1,5 @@
-"""One token of each sequence, looked up by one native call, is what the steps of a look-up make of it one by one."""
+"""One token of each sequence, looked up by one native call, is what the steps of a look-up make of
+it one by one."""
 
 from __future__ import annotations
 
@@ -27,13 +28,17 @@ from engraphy.table.shards import HEADER_BYTES
 pytestmark = pytest.mark.skipif(_native.core is None, reason=_native.reason)
 
 LAYERS, VOCAB, DEAD, EOS = (1, 4), 60, 7, 5
-SPECS = {"demo": HashSpec.demo(LAYERS, (2, 3), 2, 53, vocab_size=40, pad_id=0),
-         "qwen4": HashSpec.qwen4(LAYERS, (2, 3, 4), 2, 61, vocab_size=40, eos_id=EOS),
-         "one order": HashSpec.demo(LAYERS, (2,), 3, 97, vocab_size=40, pad_id=2)}
+SPECS = {
+    "demo": HashSpec.demo(LAYERS, (2, 3), 2, 53, vocab_size=40, pad_id=0),
+    "qwen4": HashSpec.qwen4(LAYERS, (2, 3, 4), 2, 61, vocab_size=40, eos_id=EOS),
+    "one order": HashSpec.demo(LAYERS, (2,), 3, 97, vocab_size=40, pad_id=2),
+}
 FORMATS = [RowFormat("f32", 8), RowFormat("bf16", 8), RowFormat("int4", 8)]
 
 
-def make_memory(spec: HashSpec, fmt: RowFormat | None = FORMATS[0], seed: int = 0, **arguments) -> EngramMemory:
+def make_memory(
+    spec: HashSpec, fmt: RowFormat | None = FORMATS[0], seed: int = 0, **arguments
+) -> EngramMemory:
     table = np.arange(VOCAB) % 40
     table[DEAD] = -1
     config = EngramConfig(spec, LayerSpec(16, spec.columns * 8, 1, order=spec.order), 8)
@@ -52,7 +57,9 @@ def steps(memory: EngramMemory, ids: torch.Tensor, state: SequenceState):
         memory._tokens.read = read
 
 
-def assert_equal(memory: EngramMemory, found, ours: SequenceState, expected, theirs: SequenceState) -> None:
+def assert_equal(
+    memory: EngramMemory, found, ours: SequenceState, expected, theirs: SequenceState
+) -> None:
     for layer in memory.layers:
         assert torch.equal(found.rows[layer], expected.rows[layer])
     np.testing.assert_array_equal(ours.history, theirs.history)
@@ -79,7 +86,9 @@ def native(monkeypatch) -> list[bool]:
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("seed", range(3))
-def test_tokens_chunks_documents_crops_and_reordered_batches_give_the_same_rows_and_state(name, fmt, seed, native):
+def test_tokens_chunks_documents_crops_and_reordered_batches_give_the_same_rows_and_state(
+    name, fmt, seed, native
+):
     memory, rng, batch = make_memory(SPECS[name], fmt), np.random.default_rng(seed), 3
     ours, theirs = memory.state(batch, 5), memory.state(batch, 5)
     alive = np.setdiff1d(np.arange(VOCAB), [DEAD])
@@ -140,7 +149,9 @@ def test_more_rows_than_a_few_gradients_and_the_first_tokens_go_the_long_way(nat
 
 
 @torch.no_grad()
-@pytest.mark.skipif(mmap.PAGESIZE > HEADER_BYTES, reason="the page of a shard's header holds rows too")
+@pytest.mark.skipif(
+    mmap.PAGESIZE > HEADER_BYTES, reason="the page of a shard's header holds rows too"
+)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_rows_of_a_mapped_table_are_read_at_once_where_they_are_in_memory(tmp_path, native, fmt):
     memory = make_memory(SPECS["demo"], fmt)
@@ -157,7 +168,9 @@ def test_rows_of_a_mapped_table_are_read_at_once_where_they_are_in_memory(tmp_pa
 
 
 @torch.no_grad()
-def test_where_the_system_does_not_tell_what_is_in_memory_mapped_rows_go_the_long_way(tmp_path, native, monkeypatch):
+def test_where_the_system_does_not_tell_what_is_in_memory_mapped_rows_go_the_long_way(
+    tmp_path, native, monkeypatch
+):
     memory = make_memory(SPECS["demo"])
     memory.write_table(tmp_path / "table")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -173,7 +186,8 @@ def test_where_the_system_does_not_tell_what_is_in_memory_mapped_rows_go_the_lon
 @torch.no_grad()
 @pytest.mark.parametrize(("residency", "expected"), [("auto", True), ("off", False)])
 def test_mapped_rows_are_asked_after_unless_that_is_switched_off(
-        tmp_path, native, monkeypatch, residency, expected):
+    tmp_path, native, monkeypatch, residency, expected
+):
     memory = make_memory(SPECS["demo"])
     memory.write_table(tmp_path / "table")
     monkeypatch.setenv("ENGRAPHY_RESIDENCY", residency)
@@ -188,7 +202,9 @@ def test_mapped_rows_are_asked_after_unless_that_is_switched_off(
 
 
 @torch.no_grad()
-def test_rows_that_are_read_by_threads_go_the_long_way_and_a_table_loaded_anew_is_read(tmp_path, native):
+def test_rows_that_are_read_by_threads_go_the_long_way_and_a_table_loaded_anew_is_read(
+    tmp_path, native
+):
     memory = make_memory(SPECS["demo"])
     memory.write_table(tmp_path / "table")
     disk = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}?read=pread")
@@ -309,7 +325,12 @@ def test_the_native_reader_refuses_sizes_that_cannot_be():
     memory = make_memory(SPECS["demo"])
     fit = [1, 1], [5, 5], [5, 5], [0, 1]
     _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, 32, *fit)
-    for row_bytes, *wrong in ((32, [1], [5], [5], [0]), (32, [0, 1], *fit[1:]), (32, [1, 1], [0, 5], *fit[2:]),
-                              (32, *fit[:3], [0]), (0, *fit)):
+    for row_bytes, *wrong in (
+        (32, [1], [5], [5], [0]),
+        (32, [0, 1], *fit[1:]),
+        (32, [1, 1], [0, 5], *fit[2:]),
+        (32, *fit[:3], [0]),
+        (0, *fit),
+    ):
         with pytest.raises(ValueError):
             _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, row_bytes, *wrong)

@@ -1,4 +1,5 @@
-"""The native cache keeps and forgets what the plain one does; who reads it meanwhile sees no torn and no old rows."""
+"""The native cache keeps and forgets what the plain one does; who reads it meanwhile sees no torn
+and no old rows."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def rows_of(ids_N: np.ndarray, width: int, written: int = 0) -> np.ndarray:
 
 
 class Both:
-    """The plain and the native sets, given the same calls. What was looked for may be kept later, or never."""
+    """The plain and the native sets, given the same calls. What was looked for may be kept later,
+    or never."""
 
     def __init__(self, count: int, width: int) -> None:
         self.width = width
@@ -50,8 +52,12 @@ class Both:
             out = Guarded((len(ids_N), self.width), U8, skip)
             missing_M, version_M = sets.look(ids.array, out.array)
             assert out.intact() and len(missing_M) == len(version_M)
-            ids_n, first_n, reads_n = np.unique(ids_N[missing_M], return_index=True, return_counts=True)
-            found.append((out.array.tobytes(), missing_M.tolist(), ids_n, version_M[first_n], reads_n))
+            ids_n, first_n, reads_n = np.unique(
+                ids_N[missing_M], return_index=True, return_counts=True
+            )
+            found.append(
+                (out.array.tobytes(), missing_M.tolist(), ids_n, version_M[first_n], reads_n)
+            )
         assert found[0][:2] == found[1][:2]
         self.missed.append(found[0][2:3] + (found[0][3], found[1][3]) + found[0][4:])
 
@@ -74,13 +80,17 @@ class Both:
         np.testing.assert_array_equal(plain.kept(), native.kept())
 
 
-any_id = st.integers(0, 60) | st.integers(MOST_ROWS - 99, MOST_ROWS - 1) | st.integers(0, MOST_ROWS - 1)
+any_id = (
+    st.integers(0, 60) | st.integers(MOST_ROWS - 99, MOST_ROWS - 1) | st.integers(0, MOST_ROWS - 1)
+)
 any_ids = st.lists(any_id, max_size=60).map(lambda ids: np.array(ids, np.int64))
 steps = st.lists(
     st.tuples(st.just("look"), any_ids, st.integers(0, 7))
     | st.tuples(st.just("keep"), st.integers(0, 3), st.integers(0, 5))
     | st.tuples(st.just("hold"), any_ids)
-    | st.tuples(st.just("write"), any_ids, st.integers(0, 5), st.booleans()), max_size=40)
+    | st.tuples(st.just("write"), any_ids, st.integers(0, 5), st.booleans()),
+    max_size=40,
+)
 
 
 @every_level
@@ -115,7 +125,11 @@ def test_traffic_like_that_of_text_leaves_the_same_rows_kept(level, count, width
                 both.check()
     both.check()  # all of the policy has been at work by now:
     records = both.each[0].records
-    assert (records["tags"] != 0).mean() > 0.9 and (records["order"] >= WAYS).any() and (records["ghosts"] != 0).any()
+    assert (
+        (records["tags"] != 0).mean() > 0.9
+        and (records["order"] >= WAYS).any()
+        and (records["ghosts"] != 0).any()
+    )
     assert set(np.unique(records["reads"])) == {0, 1, 2, 3}
 
 
@@ -129,10 +143,12 @@ def test_large_outputs_and_several_threads_find_the_same_rows(level, width, skip
     both.look(known)
     both.keep(0, 0)
     count = LARGE // width + 1
-    chosen = np.where(rng.random(count) < 0.9, rng.choice(known, count), rng.integers(0, MOST_ROWS, count))
+    chosen = np.where(
+        rng.random(count) < 0.9, rng.choice(known, count), rng.integers(0, MOST_ROWS, count)
+    )
     memory = np.full(count * width + 256, 0xA5, np.uint8)
     begin = -_native.core.address(memory) % 64 + 64 + skip
-    out = memory[begin:begin + count * width].reshape(count, width)
+    out = memory[begin : begin + count * width].reshape(count, width)
     expected = np.full((count, width), 0xA5, np.uint8)
     plain, native = both.each
     with _native.forced(level):
@@ -140,16 +156,31 @@ def test_large_outputs_and_several_threads_find_the_same_rows(level, width, skip
     for one, other in zip(found, plain.look(chosen, expected), strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(out, expected)
-    assert (memory[:begin] == 0xA5).all() and (memory[begin + count * width:] == 0xA5).all()
+    assert (memory[:begin] == 0xA5).all() and (memory[begin + count * width :] == 0xA5).all()
 
 
-@pytest.mark.parametrize("wrong", [{"memory": 0}, {"changes": 0}, {"set_count": 0}, {"set_count": 2**32},
-                                   {"row_bytes": 0}, {"count": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory": 0},
+        {"changes": 0},
+        {"set_count": 0},
+        {"set_count": 2**32},
+        {"row_bytes": 0},
+        {"count": -1},
+    ],
+)
 def test_sizes_that_cannot_be_are_refused(wrong):
     sets, ids = NativeSets(_native.core, 2, 8), np.zeros(1, np.int64)
-    sound = dict(zip(("memory", "changes", "set_count", "row_bytes"), sets._place, strict=True), count=1)
-    others = {"cache_look": ("out", "missing"), "cache_keep": ("versions", "reads", "from_rows"), "cache_hold": (),
-              "cache_write": ("from_rows",)}
+    sound = dict(
+        zip(("memory", "changes", "set_count", "row_bytes"), sets._place, strict=True), count=1
+    )
+    others = {
+        "cache_look": ("out", "missing"),
+        "cache_keep": ("versions", "reads", "from_rows"),
+        "cache_hold": (),
+        "cache_write": ("from_rows",),
+    }
     for name, more in others.items():
         at = _native.core.address(ids)
         with pytest.raises(ValueError, match="there must be"):
@@ -197,7 +228,9 @@ def stamped(ids_N: np.ndarray, times_N: np.ndarray, words: int) -> np.ndarray:
 @pytest.mark.slow
 @every_level
 @pytest.mark.parametrize(("rows", "words", "sets"), [(64, 66, 2), (24, 512, 2), (2000, 32, 3)])
-def test_eight_readers_beside_a_writer_see_whole_rows_that_only_grow_newer(level, rows, words, sets):
+def test_eight_readers_beside_a_writer_see_whole_rows_that_only_grow_newer(
+    level, rows, words, sets
+):
     behind = Written(rows, words)
     ended, wrong, calls = np.zeros(rows, np.int64), [], [0] * 8
     stop = threading.Event()
@@ -225,7 +258,9 @@ def test_eight_readers_beside_a_writer_see_whole_rows_that_only_grow_newer(level
         while time.monotonic() < until and not wrong:
             times += 1
             chosen = np.unique(np.minimum(rng.geometric(4 / rows, 40) - 1, rows - 1))
-            cache.scatter(chosen, stamped(chosen, np.full(len(chosen), times), words).view(np.uint8))
+            cache.scatter(
+                chosen, stamped(chosen, np.full(len(chosen), times), words).view(np.uint8)
+            )
             ended[chosen] = times
         stop.set()
         for each in readers:
@@ -250,15 +285,27 @@ def test_rows_that_are_kept_are_read_while_another_thread_changes_the_cache():
         reader = threading.Thread(target=lambda: found.append(cache.gather(np.arange(50))))
         reader.start()
         reader.join(20)
-        assert found and np.array_equal(found[0].view(np.uint32), stamped(np.arange(50), np.zeros(50), 8))
+        assert found and np.array_equal(
+            found[0].view(np.uint32), stamped(np.arange(50), np.zeros(50), 8)
+        )
 
 
 @every_level
 def test_readers_of_rows_that_change_amid_their_call_see_whole_rows_that_only_grow_newer(level):
     rows, words, many = 16, 512, np.tile(np.arange(16), 300)
-    sets, stop, wrong, times_read = NativeSets(_native.core, 3, words * 4), threading.Event(), [], set()
+    sets, stop, wrong, times_read = (
+        NativeSets(_native.core, 3, words * 4),
+        threading.Event(),
+        [],
+        set(),
+    )
     missing_M, version_M = sets.look(np.arange(rows), np.empty((rows, words * 4), np.uint8))
-    sets.keep(np.arange(rows), version_M, np.ones(rows, np.int64), stamped(missing_M, np.zeros(rows), words))
+    sets.keep(
+        np.arange(rows),
+        version_M,
+        np.ones(rows, np.int64),
+        stamped(missing_M, np.zeros(rows), words),
+    )
 
     def look() -> None:
         out, newest = np.empty((len(many), words * 4), np.uint8), np.zeros(rows, np.int64)
@@ -292,10 +339,20 @@ def test_readers_of_rows_that_change_amid_their_call_see_whole_rows_that_only_gr
 def test_calls_that_change_sets_are_changes_of_the_cache_and_reading_is_none():
     sets, rows = NativeSets(_native.core, 3, 8), np.zeros((4, 8), np.uint8)
     chosen, (_, version_M) = np.arange(4), sets.look(np.arange(4), rows)
-    for number, change in enumerate([lambda: sets.keep(chosen, version_M, chosen, rows), lambda: sets.hold(chosen),
-                                     lambda: sets.write(chosen, rows), lambda: sets.write(chosen, None)]):
+    for number, change in enumerate(
+        [
+            lambda: sets.keep(chosen, version_M, chosen, rows),
+            lambda: sets.hold(chosen),
+            lambda: sets.write(chosen, rows),
+            lambda: sets.write(chosen, None),
+        ]
+    ):
         change()
-        assert sets.changes[0] == 2 * number + 2 and sets.look(chosen, rows) and sets.changes[0] == 2 * number + 2
+        assert (
+            sets.changes[0] == 2 * number + 2
+            and sets.look(chosen, rows)
+            and sets.changes[0] == 2 * number + 2
+        )
 
 
 def test_while_sets_are_being_changed_the_others_are_read():
@@ -303,7 +360,9 @@ def test_while_sets_are_being_changed_the_others_are_read():
     cache.gather(np.arange(50))
     assert isinstance(cache._sets, NativeSets)
     cache._sets.changes += 1  # odd
-    assert np.array_equal(cache.gather(np.arange(50)).view(np.uint32), stamped(np.arange(50), np.zeros(50), 8))
+    assert np.array_equal(
+        cache.gather(np.arange(50)).view(np.uint32), stamped(np.arange(50), np.zeros(50), 8)
+    )
     assert cache.stats.misses == 50
 
 
@@ -326,7 +385,9 @@ def test_a_set_is_read_when_its_change_is_over():
 
 
 @pytest.mark.parametrize("demand", ["off", "auto"])
-def test_while_rows_are_written_they_are_read_from_the_store_and_nothing_of_their_sets_is_kept(demand):
+def test_while_rows_are_written_they_are_read_from_the_store_and_nothing_of_their_sets_is_kept(
+    demand,
+):
     behind = Written(100, 8)
     with _native.forced(demand):
         cache = CacheStore(behind, set_bytes(32))  # one set
@@ -335,7 +396,9 @@ def test_while_rows_are_written_they_are_read_from_the_store_and_nothing_of_thei
 
     def read_amid(ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
         write(ids_N, rows_NR)
-        amid.extend([cache.gather(np.array([5])), cache.gather(np.array([6, 7])), cache.kept().tolist()])
+        amid.extend(
+            [cache.gather(np.array([5])), cache.gather(np.array([6, 7])), cache.kept().tolist()]
+        )
 
     behind._scatter = read_amid
     cache.scatter(np.array([5]), new)
@@ -373,8 +436,9 @@ def test_a_cache_closed_while_others_read_lets_them_finish():
 
 
 class Lying:
-    """A lock that says it is free while somebody holds it, as one of Python's does for a moment: a thread that waited
-    has it, and does not have the interpreter's yet. A fork at that moment leaves it so for ever."""
+    """A lock that says it is free while somebody holds it, as one of Python's does for a moment: a
+    thread that waited has it, and does not have the interpreter's yet. A fork at that moment leaves
+    it so for ever."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -413,7 +477,10 @@ def test_a_child_forked_while_others_read_and_write_reads_the_right_rows(threads
     def right() -> bool:
         behind.lock = threading.Lock()
         chosen = np.random.default_rng(os.getpid()).integers(0, 500, 9000)
-        return all(np.array_equal(cache.gather(chosen).view(np.uint32), behind.rows_NW[chosen]) for _ in range(2))
+        return all(
+            np.array_equal(cache.gather(chosen).view(np.uint32), behind.rows_NW[chosen])
+            for _ in range(2)
+        )
 
     busy = [threading.Thread(target=keep_busy) for _ in range(2)]
     for each in busy:

@@ -1,4 +1,5 @@
-"""A token that is decoded natively is changed as the layer's plain version changes it, and its past goes on."""
+"""A token that is decoded natively is changed as the layer's plain version changes it, and its past
+goes on."""
 
 from __future__ import annotations
 
@@ -20,8 +21,12 @@ LEVELS = _native.core.levels() if _native.core else ()
 pytestmark = pytest.mark.skipif(not LEVELS, reason=_native.reason)
 
 LAYER, MARGIN = 4, 5
-SPECS = {"demo": LayerSpec.demo(37, 19), "demo, streams": LayerSpec.demo(24, 64, streams=3),
-         "qwen4": LayerSpec.qwen4(40, 33), "deepseek_v41": LayerSpec.deepseek_v41(48, 40, streams=4)}
+SPECS = {
+    "demo": LayerSpec.demo(37, 19),
+    "demo, streams": LayerSpec.demo(24, 64, streams=3),
+    "qwen4": LayerSpec.qwen4(40, 33),
+    "deepseek_v41": LayerSpec.deepseek_v41(48, 40, streams=4),
+}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -35,8 +40,10 @@ def make(spec: LayerSpec, dtype: torch.dtype) -> EngramLayer:
 
 def sample(layer: EngramLayer, batch: int, tokens: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     spec, dtype = layer.spec, layer.value.weight.dtype
-    return (torch.randn(batch, tokens, spec.streams, spec.hidden_size, dtype=dtype),
-            torch.randn(batch, tokens, spec.width))
+    return (
+        torch.randn(batch, tokens, spec.streams, spec.hidden_size, dtype=dtype),
+        torch.randn(batch, tokens, spec.width),
+    )
 
 
 def filled(layer: EngramLayer, batch: int, tokens: int = 20) -> SequenceState:
@@ -44,8 +51,16 @@ def filled(layer: EngramLayer, batch: int, tokens: int = 20) -> SequenceState:
     state = SequenceState(batch, MARGIN, order=layer.spec.order, windows={LAYER: layer.spec.window})
     state.extend(torch.zeros(batch, tokens, dtype=torch.int64))
     if layer.spec.kernel:
-        state.push(LAYER, torch.randn(batch, tokens, layer.spec.streams, layer.spec.hidden_size,
-                                      dtype=computed(layer.value.weight.dtype)))
+        state.push(
+            LAYER,
+            torch.randn(
+                batch,
+                tokens,
+                layer.spec.streams,
+                layer.spec.hidden_size,
+                dtype=computed(layer.value.weight.dtype),
+            ),
+        )
     return state
 
 
@@ -54,16 +69,26 @@ def computed(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def plain(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None,
-          state: SequenceState) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(
+    layer: EngramLayer,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    live: torch.Tensor | None,
+    state: SequenceState,
+) -> tuple[torch.Tensor, torch.Tensor]:
     update, gate, inputs = layer(x, rows, state.window(LAYER), live, conv_inputs=True)
     if inputs is not None:
         state.push(LAYER, inputs)
     return x + update, gate
 
 
-def native(layer: EngramLayer, x: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None,
-           state: SequenceState) -> tuple[torch.Tensor, torch.Tensor]:
+def native(
+    layer: EngramLayer,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    live: torch.Tensor | None,
+    state: SequenceState,
+) -> tuple[torch.Tensor, torch.Tensor]:
     columns = state.columns(LAYER, x)
     assert columns is not None
     gate = torch.full((len(x), 1, layer.spec.streams), torch.nan, dtype=computed(x.dtype))
@@ -88,10 +113,11 @@ class Reference:
     def window(self) -> Bounded | None:
         if not self.layer.spec.window:
             return None
-        return joined(torch.cat, self.past[-self.layer.spec.window:], 1)
+        return joined(torch.cat, self.past[-self.layer.spec.window :], 1)
 
-    def token(self, x: torch.Tensor, rows: torch.Tensor,
-              live: torch.Tensor | None) -> tuple[Bounded, Bounded]:
+    def token(
+        self, x: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None
+    ) -> tuple[Bounded, Bounded]:
         """x + update and the gate."""
         found = fusion(self.layer, x, rows, self.window(), live)
         if found.inputs is not None:
@@ -99,14 +125,16 @@ class Reference:
         return (Bounded.exact(x, self.u) + found.update).stored(x.dtype), found.gate
 
     def crop(self, tokens: int) -> None:
-        del self.past[len(self.past) - tokens:]
+        del self.past[len(self.past) - tokens :]
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @torch.no_grad()
-def test_native_tokens_follow_the_plain_ones_through_refilled_and_cropped_buffers(name, dtype, level):
+def test_native_tokens_follow_the_plain_ones_through_refilled_and_cropped_buffers(
+    name, dtype, level
+):
     layer, batch = make(SPECS[name], dtype), 3
     ours = filled(layer, batch)
     theirs, native_tokens, reference = ours.clone(), 0, Reference(layer, ours)
@@ -135,8 +163,15 @@ def test_native_tokens_follow_the_plain_ones_through_refilled_and_cropped_buffer
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state)),
-                                    SequenceState.clone, lambda state: state.clone().select([1, 0]).select([1, 0])])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda state: pickle.loads(pickle.dumps(state)),
+        SequenceState.clone,
+        lambda state: state.clone().select([1, 0]).select([1, 0]),
+    ],
+)
 def test_a_copy_of_a_state_and_the_state_write_to_buffers_of_their_own(copied):
     layer = make(SPECS["demo"], torch.float32)
     state = filled(layer, 2).extend([[1], [2]])
@@ -160,7 +195,12 @@ def test_a_dead_token_is_not_changed_even_by_rows_that_are_not_finite():
     x, rows = sample(layer, 2)
     rows[1] = float("inf")
     out, gate = native(layer, x, rows, torch.tensor([[True], [False]]), state)
-    assert torch.isfinite(out).all() and torch.equal(out[1], x[1]) and not gate[1].any() and not (out[0] == x[0]).any()
+    assert (
+        torch.isfinite(out).all()
+        and torch.equal(out[1], x[1])
+        and not gate[1].any()
+        and not (out[0] == x[0]).any()
+    )
 
 
 @torch.no_grad()
@@ -184,8 +224,21 @@ def test_a_fresh_memory_adds_exactly_nothing():
     assert torch.equal(out, x)
 
 
-@pytest.mark.parametrize("case", ["gradients", "float16", "float32 beside bfloat16", "many sequences", "hook",
-                                  "key hook", "other key", "transposed weight", "other shape", "switched off"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "gradients",
+        "float16",
+        "float32 beside bfloat16",
+        "many sequences",
+        "hook",
+        "key hook",
+        "other key",
+        "transposed weight",
+        "other shape",
+        "switched off",
+    ],
+)
 def test_what_the_kernel_does_not_do_is_left_to_the_plain_version(case):
     layer = make(SPECS["demo"], torch.float16 if case == "float16" else torch.float32)
     batch = 9 if case == "many sequences" else 2

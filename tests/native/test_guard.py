@@ -1,4 +1,5 @@
-"""A mapped file that shrinks while it is read is an error of the read; a fault of anybody else is theirs, as before."""
+"""A mapped file that shrinks while it is read is an error of the read; a fault of anybody else is
+theirs, as before."""
 
 from __future__ import annotations
 
@@ -55,8 +56,12 @@ def table(tmp_path, monkeypatch):
 
 
 def run(table, code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", PRELUDE + code, str(table[0]), str(ROOT)],
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", PRELUDE + code, str(table[0]), str(ROOT)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def printed(table, code: str) -> list[str]:
@@ -70,7 +75,9 @@ def printed(table, code: str) -> list[str]:
 
 def test_a_shard_cut_after_the_look_is_an_error_of_every_way_to_read(table):
     """Each batch meets many missing pages, in more than one thread."""
-    assert printed(table, """
+    assert printed(
+        table,
+        """
 _native.set_threads(4)
 ids = np.random.default_rng(0).integers(0, 20_000, 10_000)
 uses = {
@@ -88,11 +95,14 @@ for name, use in uses.items():
         except ShardTruncated as error:
             print(name, "expected 1052672 bytes, found 4096" in str(error) and "00002-of" in str(error))
     print(stores[name].stats.gathers)
-""") == [word for name in ("gather", "read", "one") for word in (name, "True", name, "True", "1")]
+""",
+    ) == [word for name in ("gather", "read", "one") for word in (name, "True", name, "True", "1")]
 
 
 def test_a_shard_cut_while_it_is_written_is_an_error_of_the_write(table):
-    assert printed(table, """
+    assert printed(
+        table,
+        """
 mapping._LOOK_EVERY = 1000
 store = opened("w")
 cut(1)
@@ -100,11 +110,14 @@ try:
     store.scatter(np.array([1, 5000]), np.zeros((2, 256), np.uint8))
 except ShardTruncated as error:
     print("found 4096" in str(error), sorted(path.glob("layer-00003-*"))[1].stat().st_size)
-""") == ["True", "4096"]
+""",
+    ) == ["True", "4096"]
 
 
 def test_no_zeros_are_handed_out_while_shards_are_cut(table):
-    assert printed(table, """
+    assert printed(
+        table,
+        """
 _native.set_threads(2)
 expected = open_store(f"file:{path}?read=mmap", layer=3).gather(np.arange(20_000))
 stores, wrong, truncated = [opened() for _ in range(4)], [], []
@@ -123,11 +136,14 @@ time.sleep(0.2)
 for number in range(5): cut(number)
 for thread in threads: thread.join()
 print(len(wrong), len(truncated))
-""") == ["0", "4"]
+""",
+    ) == ["0", "4"]
 
 
 def test_damage_to_one_store_is_not_taken_for_damage_to_another(table):
-    assert printed(table, """
+    assert printed(
+        table,
+        """
 mapping._LOOK_EVERY = 1000
 damaged, other = opened(), opened(layer=1)
 cut(0)
@@ -137,11 +153,14 @@ for store in (damaged, other, damaged):
         print(len(store.gather(np.array([0, 9]))))
     except ShardTruncated:
         print("truncated")
-""") == ["False", "1", "truncated", "2", "truncated"]
+""",
+    ) == ["False", "1", "truncated", "2", "truncated"]
 
 
 def test_a_forked_child_and_its_parent_both_find_out(table):
-    assert printed(table, """
+    assert printed(
+        table,
+        """
 mapping._LOOK_EVERY = 1000
 store = opened()
 child = os.fork()
@@ -152,7 +171,8 @@ try:
 except ShardTruncated:
     print("child" if not child else "parent", flush=True)
 if child: print(os.waitpid(child, 0)[1])
-""") == ["child", "parent", "0"]
+""",
+    ) == ["child", "parent", "0"]
 
 
 FULL_DISK = """
@@ -183,21 +203,28 @@ def test_a_disk_that_is_full_in_spite_of_its_promise_is_an_error(tmp_path):
 # What is not ours.
 
 
-@pytest.mark.parametrize("before", ["", "faulthandler.enable()", "signal.signal(signal.SIGBUS, signal.SIG_IGN)"])
+@pytest.mark.parametrize(
+    "before", ["", "faulthandler.enable()", "signal.signal(signal.SIGBUS, signal.SIG_IGN)"]
+)
 def test_a_fault_in_memory_of_others_ends_the_process_as_it_would_have(table, before):
-    found = run(table, f"""
+    found = run(
+        table,
+        f"""
 {before}
 store = opened()
 memory = foreign()
 print("touching", flush=True)
 memory[0]
-""")
+""",
+    )
     assert found.returncode == -signal.SIGBUS and found.stdout == "touching\n"
     assert ("Fatal Python error: Bus error" in found.stderr) == ("faulthandler" in before)
 
 
 def test_a_handler_that_was_there_before_still_gets_what_is_not_ours(table):
-    found = run(table, """
+    found = run(
+        table,
+        """
 libc, handler = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: os._exit(42))
 libc.signal(signal.SIGBUS, handler)
 mapping._LOOK_EVERY = 1000
@@ -208,12 +235,15 @@ try:
 except ShardTruncated:
     print("truncated", flush=True)
 foreign()[0]
-""")
+""",
+    )
     assert found.returncode == 42 and found.stdout == "truncated\n", found.stderr
 
 
 def test_faulthandler_enabled_beforehand_leaves_our_faults_to_us(table):
-    assert printed(table, """
+    assert printed(
+        table,
+        """
 faulthandler.enable()
 mapping._LOOK_EVERY = 1000
 store = opened()
@@ -222,11 +252,16 @@ try:
     store.gather(np.array([5000]))
 except ShardTruncated:
     print("truncated")
-""") == ["truncated"]
+""",
+    ) == ["truncated"]
 
 
-def test_a_handler_installed_later_is_stepped_before_at_the_next_look_and_none_calls_another_for_ever(table):
-    found = run(table, """
+def test_a_handler_installed_later_is_stepped_before_at_the_next_look_and_none_calls_another_for_ever(
+    table,
+):
+    found = run(
+        table,
+        """
 store = opened()
 faulthandler.enable()  # passes on to ours, which after the look passes on to it
 time.sleep(2 * mapping._LOOK_EVERY)
@@ -238,28 +273,42 @@ try:
 except ShardTruncated:
     print("truncated", flush=True)
 foreign()[0]
-""")
+""",
+    )
     assert found.returncode == -signal.SIGBUS and found.stdout == "truncated\n"
     assert found.stderr.count("Fatal Python error: Bus error") >= 1
 
 
-@pytest.mark.parametrize(("before", "ended"), [
-    ("", -signal.SIGBUS), ("signal.signal(signal.SIGBUS, signal.SIG_IGN)", 0),
-    ("signal.signal(signal.SIGBUS, lambda *_: os._exit(3))", 3)])
+@pytest.mark.parametrize(
+    ("before", "ended"),
+    [
+        ("", -signal.SIGBUS),
+        ("signal.signal(signal.SIGBUS, signal.SIG_IGN)", 0),
+        ("signal.signal(signal.SIGBUS, lambda *_: os._exit(3))", 3),
+    ],
+)
 def test_the_signal_sent_by_somebody_does_what_it_did(table, before, ended):
-    assert run(table, f"{before}\nstore = opened()\nos.kill(os.getpid(), signal.SIGBUS)\ntime.sleep(0.01)").returncode \
+    assert (
+        run(
+            table,
+            f"{before}\nstore = opened()\nos.kill(os.getpid(), signal.SIGBUS)\ntime.sleep(0.01)",
+        ).returncode
         == ended
+    )
 
 
 def test_what_is_no_longer_guarded_is_not_ours(table):
-    found = run(table, """
+    found = run(
+        table,
+        """
 store = opened()
 memory = foreign()
 slot = _native.core.guard(np.frombuffer(memory, np.uint8).ctypes.data, 4096, False)
 print(memory[0], _native.core.damaged(slot), flush=True)
 _native.core.unguard(slot)
 foreign()[0]
-""")
+""",
+    )
     assert found.stdout == "0 True\n" and found.returncode == -signal.SIGBUS
 
 

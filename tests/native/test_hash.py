@@ -1,4 +1,5 @@
-"""The native hash kernel gives the addresses of a reference in plain Python integers, at every level this CPU runs."""
+"""The native hash kernel gives the addresses of a reference in plain Python integers, at every
+level this CPU runs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ every_level = pytest.mark.parametrize("level", LEVELS)
 
 POISON = -0x0123456789ABCDEF
 FAST_BELOW = 2**31  # the kernel's fast remainder serves primes in (6144, 2**31)
-SMALL, EDGE, LARGE = (2, 3, 5, 7, 4093, 6143), (6151, 6163, 6173, 6197), (2147483587, 2147483629, 2147483647)
+SMALL, EDGE, LARGE = (
+    (2, 3, 5, 7, 4093, 6143),
+    (6151, 6163, 6173, 6197),
+    (2147483587, 2147483629, 2147483647),
+)
 HUGE = (2147483659, 4294967291, 2**61 - 1)
 
 
@@ -45,16 +50,28 @@ class Case:
         return max(self.orders) - 1
 
     def plan(self):
-        arrays = [np.array(values, dtype=np.int64) for values in (self.multipliers, self.primes, self.offsets)]
+        arrays = [
+            np.array(values, dtype=np.int64)
+            for values in (self.multipliers, self.primes, self.offsets)
+        ]
         table = None if self.table is None else np.array(self.table, dtype=np.int32)
-        return _native.core.HashPlan(address(table), self.vocab, self.filler, self.stop, self.orders, self.heads,
-                                     len(self.primes), *map(address, arrays))
+        return _native.core.HashPlan(
+            address(table),
+            self.vocab,
+            self.filler,
+            self.stop,
+            self.orders,
+            self.heads,
+            len(self.primes),
+            *map(address, arrays),
+        )
 
     def compressed(self, raw: int) -> int:
         return raw if self.table is None else self.table[raw]
 
     def row(self, layer: int, column: int, visible: list[int]) -> int:
-        """visible: x_0, x_1, ... as far as look-back reaches; None stands for what it may not reach."""
+        """visible: x_0, x_1, ... as far as look-back reaches; None stands for what it may not
+        reach."""
         mix = 0
         for i in range(self.orders[column // self.heads]):
             x = visible[i] if i < len(visible) else self.filler
@@ -96,8 +113,15 @@ def native(case: Case, level: str, ids, history=None, live=None, starts=None, la
         guard = 16
         buffer = np.full(layers * ids.size * case.columns + 2 * guard, POISON, dtype=np.int64)
         out = buffer[guard:-guard]
-        code = case.plan().rows(address(ids), *ids.shape, address(history), address(live), address(starts),
-                                address(out), layer)
+        code = case.plan().rows(
+            address(ids),
+            *ids.shape,
+            address(history),
+            address(live),
+            address(starts),
+            address(out),
+            layer,
+        )
     assert (buffer[:guard] == POISON).all() and (buffer[-guard:] == POISON).all()
     return code, out.reshape(layers, *ids.shape, case.columns)
 
@@ -124,8 +148,17 @@ def cases(draw) -> Case:
             row += draw(st.lists(st.sampled_from(choice), min_size=heads, max_size=heads))
         primes.append(row)
         offsets.append([draw(st.integers(0, 2**40)) for _ in row])
-    return Case(table, vocab, draw(st.integers(0, 12)), draw(st.integers(-1, vocab - 1)), orders, heads, multipliers,
-                primes, offsets)
+    return Case(
+        table,
+        vocab,
+        draw(st.integers(0, 12)),
+        draw(st.integers(-1, vocab - 1)),
+        orders,
+        heads,
+        multipliers,
+        primes,
+        offsets,
+    )
 
 
 @st.composite
@@ -157,13 +190,28 @@ def test_kernel_equals_the_reference_with_any_options(level, data):
 @settings(max_examples=300)
 @given(data=st.data())
 def test_remainder_is_exact_around_multiples_of_the_prime(level, data):
-    modulus = st.integers(6145, 6400) | st.integers(2**31 - 300, 2**31 - 1) | st.integers(6145, 2**31 - 1)
+    modulus = (
+        st.integers(6145, 6400) | st.integers(2**31 - 300, 2**31 - 1) | st.integers(6145, 2**31 - 1)
+    )
     primes = data.draw(st.lists(modulus, min_size=1, max_size=9))
     ids = []
     for prime in primes:
         top = (2**63 - 2) // prime
-        for k in (0, 1, top - 1, top, data.draw(st.integers(0, top)), data.draw(st.integers(top - 10**6, top))):
-            ids += [k * prime - 1, k * prime, k * prime + 1, k * prime + prime // 2, k * prime + prime // 2 + 1]
+        for k in (
+            0,
+            1,
+            top - 1,
+            top,
+            data.draw(st.integers(0, top)),
+            data.draw(st.integers(top - 10**6, top)),
+        ):
+            ids += [
+                k * prime - 1,
+                k * prime,
+                k * prime + 1,
+                k * prime + prime // 2,
+                k * prime + prime // 2 + 1,
+            ]
     ids = np.array([[x for x in ids if 0 <= x < 2**63 - 1]])
     code, rows = native(unhashed(primes), level, ids)
     assert code == -1
@@ -183,8 +231,17 @@ def test_remainder_is_exact_on_both_sides_of_the_thresholds(level, prime):
 
 
 def fixed_case(table=None) -> Case:
-    return Case(table, 30, 7, 4, [2, 3], 8, [[2**58 - 1, 2**57 + 11, 2**56 + 3]] * 2, [list(range(7001, 7017))] * 2,
-                [list(range(0, 160000, 10000))] * 2)
+    return Case(
+        table,
+        30,
+        7,
+        4,
+        [2, 3],
+        8,
+        [[2**58 - 1, 2**57 + 11, 2**56 + 3]] * 2,
+        [list(range(7001, 7017))] * 2,
+        [list(range(0, 160000, 10000))] * 2,
+    )
 
 
 @every_level
@@ -194,7 +251,7 @@ def test_chunks_with_history_equal_one_call(level):
     _, whole = native(case, level, ids)
     for cut in (1, 2, 63, 64, 65, 149):
         history = np.full((2, 2), -1)
-        history[:, -min(cut, 2):] = ids[:, max(0, cut - 2):cut]
+        history[:, -min(cut, 2) :] = ids[:, max(0, cut - 2) : cut]
         _, before = native(case, level, np.ascontiguousarray(ids[:, :cut]))
         _, after = native(case, level, np.ascontiguousarray(ids[:, cut:]), history)
         np.testing.assert_array_equal(np.concatenate([before, after], axis=2), whole)
@@ -246,10 +303,17 @@ def test_ids_at_dead_positions_are_not_looked_at(level):
 
 
 def test_a_plan_copies_its_arrays_and_is_shared_by_deepcopy():
-    table, constants = np.arange(30, dtype=np.int32), [np.ones(shape, dtype=np.int64) for shape in (3, 16, 16)]
+    table, constants = (
+        np.arange(30, dtype=np.int32),
+        [np.ones(shape, dtype=np.int64) for shape in (3, 16, 16)],
+    )
     constants[1][:] = 10007
     plan = _native.core.HashPlan(address(table), 30, 0, -1, [2, 3], 8, 1, *map(address, constants))
-    ids, rows, again = np.arange(30)[None], np.empty((30, 16), dtype=np.int64), np.empty((30, 16), dtype=np.int64)
+    ids, rows, again = (
+        np.arange(30)[None],
+        np.empty((30, 16), dtype=np.int64),
+        np.empty((30, 16), dtype=np.int64),
+    )
     plan.rows(address(ids), 1, 30, 0, 0, 0, address(rows))
     table[:] = 5
     for array in constants:
@@ -259,13 +323,17 @@ def test_a_plan_copies_its_arrays_and_is_shared_by_deepcopy():
     np.testing.assert_array_equal(again, rows)
 
 
-@pytest.mark.parametrize("wrong", [{"orders": []}, {"orders": [0]}, {"orders": [33]}, {"heads": 0}, {"vocab": 0},
-                                   {"filler": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"orders": []}, {"orders": [0]}, {"orders": [33]}, {"heads": 0}, {"vocab": 0}, {"filler": -1}],
+)
 def test_a_plan_refuses_sizes_that_cannot_be_meant(wrong):
     ones = np.ones(64, dtype=np.int64)
     sizes = {"vocab": 30, "filler": 0, "stop": -1, "orders": [2], "heads": 8, "layers": 1} | wrong
     with pytest.raises(ValueError, match=r"\d|positive"):
-        _native.core.HashPlan(map=0, **sizes, multipliers=address(ones), primes=address(ones), offsets=address(ones))
+        _native.core.HashPlan(
+            map=0, **sizes, multipliers=address(ones), primes=address(ones), offsets=address(ones)
+        )
 
 
 @every_level

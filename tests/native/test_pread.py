@@ -19,7 +19,13 @@ from tests.native.test_rows import Guarded
 from tests.tools.store_builders import LAYER, check_in_child, fmt_of, open_fds, sealed
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason=_native.reason)
-READS = ("read=pread&threads=1", "read=pread&threads=4", "read=pread", "direct=1", "direct=1&threads=1")
+READS = (
+    "read=pread&threads=1",
+    "read=pread&threads=4",
+    "read=pread",
+    "direct=1",
+    "direct=1&threads=1",
+)
 every_read = pytest.mark.parametrize("how", READS)
 U8 = np.dtype(np.uint8)
 WIDTHS = {"int4": 30, "int8": 62, "fp8": 256, "f32": 1500}  # 17, 64, 264 and 6000 bytes
@@ -29,7 +35,10 @@ WIDTHS = {"int4": 30, "int8": 62, "fp8": 256, "f32": 1500}  # 17, 64, 264 and 60
 def tables(tmp_path_factory):
     """A path and its records for each row format, in shards of 33 rows."""
     folder = tmp_path_factory.mktemp("tables")
-    return {kind: (folder / kind, sealed(folder / kind, fmt_of(kind, d), shard_rows=33)) for kind, d in WIDTHS.items()}
+    return {
+        kind: (folder / kind, sealed(folder / kind, fmt_of(kind, d), shard_rows=33))
+        for kind, d in WIDTHS.items()
+    }
 
 
 def opened(path, how: str) -> PreadStore:
@@ -44,7 +53,11 @@ def threads_of_process() -> int:
 
 @every_read
 @settings(max_examples=100)
-@given(kind=st.sampled_from(list(WIDTHS)), ids=st.lists(st.integers(0, 83), max_size=150), skip=st.integers(0, 3))
+@given(
+    kind=st.sampled_from(list(WIDTHS)),
+    ids=st.lists(st.integers(0, 83), max_size=150),
+    skip=st.integers(0, 3),
+)
 def test_reads_and_rows_are_those_of_the_plain_version(tables, how, kind, ids, skip):
     path, expected = tables[kind]
     given_ids = Guarded((len(ids),), np.dtype(np.int64), skip)
@@ -65,10 +78,17 @@ def test_a_large_batch_asks_for_the_same_reads(tmp_path):
     """Runs that are longer than a read, in several shards and chunks."""
     expected = sealed(tmp_path / "t", fmt_of("fp8", 256), shard_rows=10_000, rows=8000)
     rng = np.random.default_rng(0)
-    for ids in (np.arange(len(expected)), rng.integers(0, len(expected), 20_000), rng.permutation(len(expected))[::2]):
+    for ids in (
+        np.arange(len(expected)),
+        rng.integers(0, len(expected), 20_000),
+        rng.permutation(len(expected))[::2],
+    ):
         asked = []
         for engine in ("off", "auto"):
-            store, out = opened(tmp_path / "t", "read=pread&threads=8"), np.full((len(ids), 264), 0xA5, np.uint8)
+            store, out = (
+                opened(tmp_path / "t", "read=pread&threads=8"),
+                np.full((len(ids), 264), 0xA5, np.uint8),
+            )
             with _native.forced(engine):
                 store.gather(ids, out=out)
             np.testing.assert_array_equal(out, expected[ids])
@@ -89,7 +109,9 @@ def test_rows_are_read_as_numbers(tables, how):
 
 
 @every_read
-def test_rows_that_are_left_of_a_truncated_shard_are_read_and_the_others_are_an_error(tmp_path, how):
+def test_rows_that_are_left_of_a_truncated_shard_are_read_and_the_others_are_an_error(
+    tmp_path, how
+):
     expected = sealed(tmp_path / "t", fmt_of("f32", 64), rows=500)  # 16 rows a page
     store = opened(tmp_path / "t", how)
     store.gather(np.array([0]))
@@ -136,20 +158,36 @@ def test_what_the_system_refuses_is_reported_with_the_file_and_the_reason(tables
     os.close(good)
 
 
-@pytest.mark.parametrize(("code", "error", "message"), [
-    (errno.EIO, StoreError, "cannot be read .Input/output error"), (errno.EINVAL, StoreError, "refuses direct reads"),
-    (0, StoreError, "the file ends before its size")])
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (errno.EIO, StoreError, "cannot be read .Input/output error"),
+        (errno.EINVAL, StoreError, "refuses direct reads"),
+        (0, StoreError, "the file ends before its size"),
+    ],
+)
 def test_a_failed_read_is_an_error_that_names_the_file(tables, monkeypatch, code, error, message):
     store = opened(tables["int8"][0], "direct=1")
     store.gather(np.array([0]))
-    monkeypatch.setattr(store._files, "reader", type("Failing", (), {"read": lambda *_: (1, 64, 2, code)})())
+    monkeypatch.setattr(
+        store._files, "reader", type("Failing", (), {"read": lambda *_: (1, 64, 2, code)})()
+    )
     with pytest.raises(error, match=f"layer-00003-00003.*{message}"):
         store.gather(np.array([0]))
     assert store.stats.gathers == 1
 
 
-@pytest.mark.parametrize("wrong", [{"files": []}, {"sizes": [1, 2]}, {"file_rows": 0}, {"row_bytes": 0}, {"offset": -1},
-                                   {"threads": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"files": []},
+        {"sizes": [1, 2]},
+        {"file_rows": 0},
+        {"row_bytes": 0},
+        {"offset": -1},
+        {"threads": 0},
+    ],
+)
 def test_the_reader_refuses_what_cannot_be_meant(wrong):
     sound = {"files": [0], "sizes": [1], "file_rows": 1, "row_bytes": 1, "offset": 0, "threads": 1}
     with pytest.raises(ValueError, match="must"):
@@ -175,7 +213,11 @@ def test_no_more_threads_are_started_than_are_allowed_and_they_end_with_the_stor
 @pytest.mark.slow
 def test_a_child_forked_while_others_read_has_threads_of_its_own(tmp_path):
     expected = sealed(tmp_path / "t", fmt_of("f32", 64), rows=2000)
-    store, stop, ids = opened(tmp_path / "t", "read=pread&threads=5"), threading.Event(), np.arange(0, len(expected), 7)
+    store, stop, ids = (
+        opened(tmp_path / "t", "read=pread&threads=5"),
+        threading.Event(),
+        np.arange(0, len(expected), 7),
+    )
 
     def keep_busy() -> None:
         while not stop.is_set():
@@ -186,7 +228,9 @@ def test_a_child_forked_while_others_read_has_threads_of_its_own(tmp_path):
         each.start()
     try:
         for _ in range(20):
-            check_in_child(lambda: all(np.array_equal(store.gather(ids), expected[ids]) for _ in range(2)))
+            check_in_child(
+                lambda: all(np.array_equal(store.gather(ids), expected[ids]) for _ in range(2))
+            )
     finally:
         stop.set()
         for each in busy:

@@ -1,4 +1,5 @@
-"""Native rows are those of the plain version bit for bit, at every level this CPU runs, and nothing else is written."""
+"""Native rows are those of the plain version bit for bit, at every level this CPU runs, and nothing
+else is written."""
 
 from __future__ import annotations
 
@@ -48,16 +49,21 @@ class Guarded:
         size = int(np.prod(shape)) * dtype.itemsize
         self._bytes = np.full(GUARD + skip + size + GUARD, POISON, np.uint8)
         self._begin, self._end = GUARD + skip, GUARD + skip + size
-        self.array = self._bytes[self._begin:self._end].view(dtype).reshape(shape)
+        self.array = self._bytes[self._begin : self._end].view(dtype).reshape(shape)
 
     def intact(self) -> bool:
-        return bool((self._bytes[:self._begin] == POISON).all() and (self._bytes[self._end:] == POISON).all())
+        return bool(
+            (self._bytes[: self._begin] == POISON).all()
+            and (self._bytes[self._end :] == POISON).all()
+        )
 
     def untouched(self) -> bool:
         return bool((self._bytes == POISON).all())
 
 
-def decoded(level: str, fmt: RowFormat, raw: np.ndarray, dtype: np.dtype, skip: int = 0) -> np.ndarray:
+def decoded(
+    level: str, fmt: RowFormat, raw: np.ndarray, dtype: np.dtype, skip: int = 0
+) -> np.ndarray:
     out = Guarded((len(raw), fmt.d), dtype, skip)
     with _native.forced(level):
         assert fmt.decode(raw, out=out.array) is out.array
@@ -77,7 +83,7 @@ def store_of(shards: list[np.ndarray], row_bytes: int, total: int) -> SimpleName
 
 
 def in_shards(raw: np.ndarray, shard_rows: int) -> SimpleNamespace:
-    shards = [raw[first:first + shard_rows].copy() for first in range(0, len(raw), shard_rows)]
+    shards = [raw[first : first + shard_rows].copy() for first in range(0, len(raw), shard_rows)]
     return store_of(shards, raw.shape[1], len(raw))
 
 
@@ -97,17 +103,30 @@ def every_record(kind: str) -> list[tuple[RowFormat, np.ndarray]]:
         return [(fmt_of(kind, 256, scale), codes[None]) for scale in scales]
     if kind == "f32":
         bits = np.random.default_rng(0).integers(0, 2**32, 2**18, np.uint32)
-        highs = (halves.astype(np.uint32) << 16)[:, None]  # every upper half, with lower halves where rounding turns
+        highs = (halves.astype(np.uint32) << 16)[
+            :, None
+        ]  # every upper half, with lower halves where rounding turns
         lows = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
-        return [(fmt_of(kind, 64), np.concatenate([bits, (highs | lows).reshape(-1)]).view(np.uint8).reshape(-1, 256))]
-    some = np.array([0, 1, 2, 3, 100, 126, 127, 128, 129, 130, 200, 254, 255, 0x7F, 0x80, 0xF8], np.uint8)
+        return [
+            (
+                fmt_of(kind, 64),
+                np.concatenate([bits, (highs | lows).reshape(-1)]).view(np.uint8).reshape(-1, 256),
+            )
+        ]
+    some = np.array(
+        [0, 1, 2, 3, 100, 126, 127, 128, 129, 130, 200, 254, 255, 0x7F, 0x80, 0xF8], np.uint8
+    )
     few_scales = halves[::257] | np.uint16(1)
-    return [(fmt_of(kind, some.size * (2 if kind == "int4" else 1)), with_scales(some, halves)),
-            (fmt_of(kind, codes.size * (2 if kind == "int4" else 1)), with_scales(codes, few_scales))]
+    return [
+        (fmt_of(kind, some.size * (2 if kind == "int4" else 1)), with_scales(some, halves)),
+        (fmt_of(kind, codes.size * (2 if kind == "int4" else 1)), with_scales(codes, few_scales)),
+    ]
 
 
 def with_scales(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.tile(codes, (len(scales), 1)), scales[:, None].view(np.uint8)], axis=1)
+    return np.concatenate(
+        [np.tile(codes, (len(scales), 1)), scales[:, None].view(np.uint8)], axis=1
+    )
 
 
 @every_level
@@ -119,7 +138,10 @@ def test_every_code_under_every_scale_decodes_to_the_bits_of_the_plain_version(l
 
 
 def test_the_patterns_hold_what_is_hard():
-    values = {kind: np.concatenate([fmt.decode(raw).reshape(-1) for fmt, raw in every_record(kind)]) for kind in KINDS}
+    values = {
+        kind: np.concatenate([fmt.decode(raw).reshape(-1) for fmt, raw in every_record(kind)])
+        for kind in KINDS
+    }
     for kind, found in values.items():
         assert np.isnan(found).any() and (np.signbit(found) & (found == 0)).any(), kind
         tiny = (found != 0) & (np.abs(found) < 2.0**-126)
@@ -129,13 +151,23 @@ def test_the_patterns_hold_what_is_hard():
 
 @every_level
 @settings(max_examples=150)
-@given(kind=st.sampled_from(KINDS), dtype=st.sampled_from(DTYPES), units=st.integers(1, 70), skip=st.integers(0, 3),
-       count=st.integers(0, 20), seed=st.integers(0, 2**32))
-def test_rows_of_any_width_decode_from_and_to_any_byte(level, kind, dtype, units, skip, count, seed):
+@given(
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    units=st.integers(1, 70),
+    skip=st.integers(0, 3),
+    count=st.integers(0, 20),
+    seed=st.integers(0, 2**32),
+)
+def test_rows_of_any_width_decode_from_and_to_any_byte(
+    level, kind, dtype, units, skip, count, seed
+):
     fmt = fmt_of(kind, units * MULTIPLE.get(kind, 1))
     raw = Guarded((count, fmt.row_bytes), np.dtype(np.uint8), skip)
     raw.array[...] = any_bytes(count, fmt, seed)
-    assert_same_bits(decoded(level, fmt, raw.array, dtype, skip), decoded("off", fmt, raw.array, dtype))
+    assert_same_bits(
+        decoded(level, fmt, raw.array, dtype, skip), decoded("off", fmt, raw.array, dtype)
+    )
 
 
 @every_level
@@ -143,7 +175,9 @@ def test_rows_of_any_width_decode_from_and_to_any_byte(level, kind, dtype, units
 def test_records_that_are_not_contiguous_decode_alike(level, kind):
     fmt = fmt_of(kind, 64)
     raw = any_bytes(30, fmt)
-    assert_same_bits(decoded(level, fmt, raw[::-3], DTYPES[0]), decoded("off", fmt, raw[::-3].copy(), DTYPES[0]))
+    assert_same_bits(
+        decoded(level, fmt, raw[::-3], DTYPES[0]), decoded("off", fmt, raw[::-3].copy(), DTYPES[0])
+    )
 
 
 @every_level
@@ -177,14 +211,24 @@ def test_what_overflows_in_a_record_warns_nobody(level, kind):
 
 @every_level
 @settings(max_examples=150)
-@given(data=st.data(), kind=st.sampled_from(KINDS), dtype=st.sampled_from(DTYPES), shard_rows=st.integers(1, 50),
-       count=st.sampled_from(AROUND_THE_PREFETCH), units=st.integers(1, 40), skip=st.integers(0, 3))
-def test_rows_of_several_shards_are_read_as_the_plain_version_reads_them(level, data, kind, dtype, shard_rows, count,
-                                                                         units, skip):
+@given(
+    data=st.data(),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    shard_rows=st.integers(1, 50),
+    count=st.sampled_from(AROUND_THE_PREFETCH),
+    units=st.integers(1, 40),
+    skip=st.integers(0, 3),
+)
+def test_rows_of_several_shards_are_read_as_the_plain_version_reads_them(
+    level, data, kind, dtype, shard_rows, count, units, skip
+):
     fmt, total = fmt_of(kind, units * MULTIPLE.get(kind, 1)), data.draw(st.integers(1, 120))
     store = in_shards(any_bytes(total, fmt), shard_rows)
     edges = [0, total - 1, min(shard_rows, total) - 1, min(shard_rows, total - 1)]
-    numbers = data.draw(st.lists(st.integers(0, total - 1) | st.sampled_from(edges), min_size=count, max_size=count))
+    numbers = data.draw(
+        st.lists(st.integers(0, total - 1) | st.sampled_from(edges), min_size=count, max_size=count)
+    )
     ids = Guarded((count,), np.dtype(np.int64), skip)
     ids.array[...] = numbers
     out, plain = Guarded((count, fmt.d), dtype, skip), np.empty((count, fmt.d), dtype)
@@ -217,15 +261,30 @@ def test_ids_beyond_32_bits_find_their_shard(level):
     shards = np.array([_native.core.address(first), _native.core.address(second)], np.uint64)
     ids, out = np.array([2, shard_rows + 1, 0, shard_rows + 2]), Guarded((4, 4), DTYPES[1])
     with _native.forced(level):
-        code = _native.core.read_rows("bf16", 4, 1.0, _native.core.address(shards), shard_rows, 2 * shard_rows,
-                                      _native.core.address(ids), 4, True, _native.core.address(out.array), True)
+        code = _native.core.read_rows(
+            "bf16",
+            4,
+            1.0,
+            _native.core.address(shards),
+            shard_rows,
+            2 * shard_rows,
+            _native.core.address(ids),
+            4,
+            True,
+            _native.core.address(out.array),
+            True,
+        )
     assert code == -1 and out.intact()
-    np.testing.assert_array_equal(out.array.view(np.uint8), np.stack([first[2], second[1], first[0], second[2]]))
+    np.testing.assert_array_equal(
+        out.array.view(np.uint8), np.stack([first[2], second[1], first[0], second[2]])
+    )
 
 
 @every_level
 @pytest.mark.parametrize("bad", [-1, -(2**63), 30, 2**63 - 1])
-def test_an_id_out_of_range_is_named_as_the_plain_version_names_it_and_nothing_is_written(level, bad):
+def test_an_id_out_of_range_is_named_as_the_plain_version_names_it_and_nothing_is_written(
+    level, bad
+):
     fmt = fmt_of("fp8", 32)
     store = in_shards(any_bytes(30, fmt), 8)
     ids = np.ones((5, 20), np.int64)
@@ -233,7 +292,10 @@ def test_an_id_out_of_range_is_named_as_the_plain_version_names_it_and_nothing_i
     messages = []
     for used in ("off", level):
         out = Guarded((5, 20, 32), DTYPES[0])
-        with _native.forced(used), pytest.raises(RowOutOfRange, match=r"position \(3, 7\)") as refused:
+        with (
+            _native.forced(used),
+            pytest.raises(RowOutOfRange, match=r"position \(3, 7\)") as refused,
+        ):
             read(store, ids, fmt, out.array)
         assert out.untouched()
         messages.append(str(refused.value))
@@ -241,7 +303,9 @@ def test_an_id_out_of_range_is_named_as_the_plain_version_names_it_and_nothing_i
 
 
 @every_level
-@pytest.mark.parametrize("ids", [np.array([1], np.int32), np.array([1.0]), np.array([1], ">i8"), [1]])
+@pytest.mark.parametrize(
+    "ids", [np.array([1], np.int32), np.array([1.0]), np.array([1], ">i8"), [1]]
+)
 def test_ids_of_another_type_are_refused_and_nothing_is_written(level, ids):
     out = Guarded((1, 32), DTYPES[0])
     with _native.forced(level), pytest.raises(InputError, match="int64"):
@@ -257,13 +321,29 @@ def zeros(*sizes: int, width: int = 128) -> list[np.ndarray]:
 
 
 @every_level
-@pytest.mark.parametrize("shards", [
-    zeros(4, 4), zeros(4, 5, 1), zeros(4, 4, 1, 1), zeros(5, 5, 1), zeros(4, 6), zeros(10, width=127),
-    [*zeros(4, 4), *zeros(2, width=127)], [np.zeros((10, 128), np.int8)], [np.zeros((10, 256), np.uint8)[:, ::2]],
-    [np.zeros((20, 128), np.uint8)[::2]], [np.zeros(1280, np.uint8)]], ids=range(11))
+@pytest.mark.parametrize(
+    "shards",
+    [
+        zeros(4, 4),
+        zeros(4, 5, 1),
+        zeros(4, 4, 1, 1),
+        zeros(5, 5, 1),
+        zeros(4, 6),
+        zeros(10, width=127),
+        [*zeros(4, 4), *zeros(2, width=127)],
+        [np.zeros((10, 128), np.int8)],
+        [np.zeros((10, 256), np.uint8)[:, ::2]],
+        [np.zeros((20, 128), np.uint8)[::2]],
+        [np.zeros(1280, np.uint8)],
+    ],
+    ids=range(11),
+)
 def test_shards_that_are_not_what_the_store_says_are_refused(level, shards):
     out = Guarded((1, 64), DTYPES[0])
-    with _native.forced(level), pytest.raises(StoreError, match=r"test store: expected .* \[10, 128\], found"):
+    with (
+        _native.forced(level),
+        pytest.raises(StoreError, match=r"test store: expected .* \[10, 128\], found"),
+    ):
         read(store_of(shards, 128, 10), np.array([0]), fmt_of("bf16", 64), out.array)
     assert out.untouched()
 
@@ -294,17 +374,40 @@ def test_what_is_known_of_shards_dies_with_them(level):
     assert len(_KNOWN) == known
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "fp4"}, {"kind": "fp8", "d": 48}, {"kind": "int4", "d": 3}, {"d": 0},
-                                   {"count": -1}, {"shard_rows": 0}, {"rows": -1}, {"ids": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "fp4"},
+        {"kind": "fp8", "d": 48},
+        {"kind": "int4", "d": 3},
+        {"d": 0},
+        {"count": -1},
+        {"shard_rows": 0},
+        {"rows": -1},
+        {"ids": 0},
+    ],
+)
 def test_the_kernel_refuses_what_cannot_be_meant(wrong):
     address, buffer = _native.core.address, Guarded((64,), DTYPES[0])
-    call = {"kind": "f32", "d": 32, "scale": 1.0, "shards": address(np.zeros(1, np.uint64)), "shard_rows": 1, "rows": 1,
-            "ids": address(np.zeros(1, np.int64)), "count": 1, "to_bf16": False, "out": address(buffer.array),
-            "waits": True}
+    call = {
+        "kind": "f32",
+        "d": 32,
+        "scale": 1.0,
+        "shards": address(np.zeros(1, np.uint64)),
+        "shard_rows": 1,
+        "rows": 1,
+        "ids": address(np.zeros(1, np.int64)),
+        "count": 1,
+        "to_bf16": False,
+        "out": address(buffer.array),
+        "waits": True,
+    }
     with pytest.raises(ValueError, match="must|unknown"):
         _native.core.read_rows(**call | wrong)
     if set(wrong) <= {"kind", "d", "count"}:
-        raw = {name: call[name] for name in ("kind", "d", "scale", "count", "to_bf16", "out")} | {"raw": 0}
+        raw = {name: call[name] for name in ("kind", "d", "scale", "count", "to_bf16", "out")} | {
+            "raw": 0
+        }
         with pytest.raises(ValueError, match="must|unknown"):
             _native.core.decode_rows(**raw | wrong)
     assert buffer.untouched()

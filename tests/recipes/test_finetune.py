@@ -1,4 +1,5 @@
-"""`engraphy finetune`: what it measures, what it leaves alone, what it saves, and what it says to bad input."""
+"""`engraphy finetune`: what it measures, what it leaves alone, what it saves, and what it says to
+bad input."""
 
 from __future__ import annotations
 
@@ -46,8 +47,17 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(base, data, tmp_path):
-    return FinetuneConfig(str(base), str(data), tmp_path / "memory", tokens=2560, batch=4, length=64,
-                          rows_per_head=500, lr=1e-2, dtype="float32")
+    return FinetuneConfig(
+        str(base),
+        str(data),
+        tmp_path / "memory",
+        tokens=2560,
+        batch=4,
+        length=64,
+        rows_per_head=500,
+        lr=1e-2,
+        dtype="float32",
+    )
 
 
 def quiet():
@@ -61,7 +71,9 @@ def alone(model, tokenizer, texts):
         ids_T = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
         with torch.no_grad():
             logits_TV = model(ids_T[None]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="none")
+        )
     return torch.cat(losses).double().numpy()
 
 
@@ -113,14 +125,26 @@ def test_cost_is_told_before_training_and_the_result_is_in_the_card(config, data
     told = console.file.getvalue()
     memory = engraphy.EngramMemory.load(config.out)
     rows = f"{memory.config.row_count():,} rows"
-    places = [told.index(part) for part in ("documents of", rows, "held-out loss without", "training ", str(found),
-                                            f"saved: {config.out}")]
+    places = [
+        told.index(part)
+        for part in (
+            "documents of",
+            rows,
+            "held-out loss without",
+            "training ",
+            str(found),
+            f"saved: {config.out}",
+        )
+    ]
     assert places == sorted(places)
     card = (config.out / "README.md").read_text()
     assert str(found) in card and data.name in card and str(data) not in card
     table = memory.config.table_parameters()
     assert f"{table + memory.config.dense_parameters():,} parameters as saved" in card
-    assert f"{12 * table / 1e6:,.1f} MB" not in told and f"{8 * table / 1e6:,.1f} MB more while it trains" in told
+    assert (
+        f"{12 * table / 1e6:,.1f} MB" not in told
+        and f"{8 * table / 1e6:,.1f} MB more while it trains" in told
+    )
 
 
 @pytest.mark.slow
@@ -130,7 +154,11 @@ def test_the_same_seed_gives_the_same_memory(config, tmp_path):
         out = tmp_path / f"memory-{len(rows)}"
         finetune(dataclasses.replace(config, out=out, seed=seed), quiet())
         memory = engraphy.EngramMemory.load(out)
-        rows.append(np.concatenate([store.gather(np.arange(store.info.rows)) for store in memory.stores.values()]))
+        rows.append(
+            np.concatenate(
+                [store.gather(np.arange(store.info.rows)) for store in memory.stores.values()]
+            )
+        )
         dense.append(torch.cat([parameter.detach().flatten() for parameter in memory.parameters()]))
     assert np.array_equal(rows[0], rows[1]) and torch.equal(dense[0], dense[1])
     assert not np.array_equal(rows[0], rows[2]) and not torch.equal(dense[0], dense[2])
@@ -166,10 +194,16 @@ def test_rows_are_no_more_than_the_tokens_of_the_text(config):
     finetune(dataclasses.replace(config, rows_per_head=None, tokens=256), quiet())
     spec = engraphy.EngramMemory.load(config.out).config.hash
     assert set(spec.rows_per_head) == {5 * 308}
-    few = dataclasses.replace(config, rows_per_head=None, tokens=256, heldout=0.95, out=config.out / "few")
+    few = dataclasses.replace(
+        config, rows_per_head=None, tokens=256, heldout=0.95, out=config.out / "few"
+    )
     console = quiet()
     finetune(few, console)
-    tokens = int(re.search(r"documents of ([\d,]+) tokens to train", console.file.getvalue())[1].replace(",", ""))
+    tokens = int(
+        re.search(r"documents of ([\d,]+) tokens to train", console.file.getvalue())[1].replace(
+            ",", ""
+        )
+    )
     assert set(engraphy.EngramMemory.load(few.out).config.hash.rows_per_head) == {tokens}
 
 
@@ -178,18 +212,24 @@ def test_one_document_holds_out_its_end(config, tmp_path):
     path.write_text("\n".join(TEXTS))
     console = quiet()
     found = finetune(dataclasses.replace(config, data=str(path)), console)
-    assert "1 document of" in console.file.getvalue() and found.documents == 1 and found.stderr is None
+    assert (
+        "1 document of" in console.file.getvalue() and found.documents == 1 and found.stderr is None
+    )
     assert "standard error" not in str(found)
 
 
 def test_text_comes_from_files_folders_and_lines_of_json(data, tmp_path):
     lines = tmp_path / "lives.jsonl"
-    lines.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in [*TEXTS, "  "]) + "\n\n")
+    lines.write_text(
+        "\n".join(json.dumps({"text": text, "id": 1}) for text in [*TEXTS, "  "]) + "\n\n"
+    )
     folder = tmp_path / "folder"
     folder.mkdir()
     for number, text in enumerate(TEXTS):
         (folder / f"{number:03d}.txt").write_text(text)
-    assert load_texts(str(lines)) == load_texts(str(folder)) == load_texts(str(data)) == tuple(TEXTS)
+    assert (
+        load_texts(str(lines)) == load_texts(str(folder)) == load_texts(str(data)) == tuple(TEXTS)
+    )
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -204,22 +244,27 @@ def test_line_feeds_alone_divide_lines_of_json(tmp_path, end):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "first"}\n')
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")
-    assert load_texts(str(tmp_path / "a.jsonl")) == load_texts(str(tmp_path / "a.txt")) == ("first",)
+    assert (
+        load_texts(str(tmp_path / "a.jsonl")) == load_texts(str(tmp_path / "a.txt")) == ("first",)
+    )
 
 
-@pytest.mark.parametrize("name, body, error, match", [
-    ("gone.txt", None, DataUnavailable, "gone.txt"),
-    ("gone.jsonl", None, DataUnavailable, "gone.jsonl: No such file"),
-    ("empty.txt", b" \f\n", DataUnavailable, "found no text"),
-    ("empty.jsonl", b'{"text": " "}\n', DataUnavailable, "found no text"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', InputError, "line 2: expected a JSON object"),
-    ("b.jsonl", b'{"txt": "x"}', InputError, "line 1: .* KeyError"),
-    ("c.jsonl", b"[1]", InputError, "line 1: .* TypeError"),
-    ("d.jsonl", b'{"text": 5}', InputError, "line 1: expected a string .* found int"),
-    ("e.jsonl", b'{"text": "\xff"}', InputError, "UTF-8"),
-    ("short.txt", b"a few words\fand a few more", InputError, "expected at least 256 tokens"),
-    ("short-alone.txt", b"a", InputError, "expected at least 256 tokens"),
-])
+@pytest.mark.parametrize(
+    "name, body, error, match",
+    [
+        ("gone.txt", None, DataUnavailable, "gone.txt"),
+        ("gone.jsonl", None, DataUnavailable, "gone.jsonl: No such file"),
+        ("empty.txt", b" \f\n", DataUnavailable, "found no text"),
+        ("empty.jsonl", b'{"text": " "}\n', DataUnavailable, "found no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', InputError, "line 2: expected a JSON object"),
+        ("b.jsonl", b'{"txt": "x"}', InputError, "line 1: .* KeyError"),
+        ("c.jsonl", b"[1]", InputError, "line 1: .* TypeError"),
+        ("d.jsonl", b'{"text": 5}', InputError, "line 1: expected a string .* found int"),
+        ("e.jsonl", b'{"text": "\xff"}', InputError, "UTF-8"),
+        ("short.txt", b"a few words\fand a few more", InputError, "expected at least 256 tokens"),
+        ("short-alone.txt", b"a", InputError, "expected at least 256 tokens"),
+    ],
+)
 def test_text_that_cannot_be_used_is_named(config, tmp_path, name, body, error, match):
     if body is not None:
         (tmp_path / name).write_bytes(body)
@@ -232,7 +277,9 @@ def test_models_that_cannot_be_used_are_named(config, base, tmp_path):
     def run(model):
         finetune(dataclasses.replace(config, model=str(model)), quiet())
 
-    with pytest.raises(DataUnavailable, match="nowhere: expected a model with a tokenizer, as a folder or a name"):
+    with pytest.raises(
+        DataUnavailable, match="nowhere: expected a model with a tokenizer, as a folder or a name"
+    ):
         run(tmp_path / "nowhere")
     mute = shutil.copytree(base, tmp_path / "mute")
     for file in mute.glob("tokenizer*"):
@@ -262,7 +309,9 @@ def test_a_model_that_has_a_memory_is_refused(config, base, tmp_path):
     save_pretrained(model, tmp_path / "one")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "one")
     with pytest.raises(ConfigError, match="expected a model without a memory"):
-        finetune(dataclasses.replace(config, model=str(tmp_path / "one"), out=tmp_path / "two"), quiet())
+        finetune(
+            dataclasses.replace(config, model=str(tmp_path / "one"), out=tmp_path / "two"), quiet()
+        )
 
 
 def test_settings_that_cannot_be_meant_are_refused(config, tmp_path, monkeypatch):
@@ -272,8 +321,12 @@ def test_settings_that_cannot_be_meant_are_refused(config, tmp_path, monkeypatch
     (tmp_path / "taken").write_text("x")
     with pytest.raises(ConfigError, match="taken"):
         dataclasses.replace(config, out=tmp_path / "taken")
-    for change, match in (({"layers": (3,)}, "layers: expected 0 to 2"), ({"rows_per_head": 0}, "rows_per_head"),
-                          ({"batch": 0}, "batch"), ({"heldout": 1.0}, "heldout")):
+    for change, match in (
+        ({"layers": (3,)}, "layers: expected 0 to 2"),
+        ({"rows_per_head": 0}, "rows_per_head"),
+        ({"batch": 0}, "batch"),
+        ({"heldout": 1.0}, "heldout"),
+    ):
         with pytest.raises(ConfigError, match=match):
             finetune(dataclasses.replace(config, **change), quiet())
     monkeypatch.setattr(recipe, "free_memory", lambda: 10_000)
@@ -284,8 +337,20 @@ def test_settings_that_cannot_be_meant_are_refused(config, tmp_path, monkeypatch
 
 def test_the_command_runs_and_takes_a_free_folder(base, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["finetune", str(base), "--data", str(data), "--tokens", "512", "--length", "64", "--rows-per-head", "99",
-               "--layers", "0,2"]
+    command = [
+        "finetune",
+        str(base),
+        "--data",
+        str(data),
+        "--tokens",
+        "512",
+        "--length",
+        "64",
+        "--rows-per-head",
+        "99",
+        "--layers",
+        "0,2",
+    ]
     for number in (1, 2):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
@@ -295,18 +360,29 @@ def test_the_command_runs_and_takes_a_free_folder(base, data, tmp_path, monkeypa
 
 def test_the_command_says_in_one_line_what_is_wrong(base, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for more, match in ((["--layers", "1,x"], "ConfigError: layers: expected numbers divided by commas"),
-                        (["--length", "100000"], "InputError"), (["--tokens", "0"], "ConfigError: tokens")):
+    for more, match in (
+        (["--layers", "1,x"], "ConfigError: layers: expected numbers divided by commas"),
+        (["--length", "100000"], "InputError"),
+        (["--tokens", "0"], "ConfigError: tokens"),
+    ):
         result = CliRunner().invoke(app, ["finetune", str(base), "--data", str(data), *more])
         assert result.exit_code == 1 and match in result.output and "Traceback" not in result.output
     monkeypatch.setattr(ArmProgress, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = CliRunner().invoke(app, ["finetune", str(base), "--data", str(data), "--length", "64"])
-    assert result.exit_code == 130 and "saved: runs/finetune-1" in result.output and "interrupted" in result.output
+    assert (
+        result.exit_code == 130
+        and "saved: runs/finetune-1" in result.output
+        and "interrupted" in result.output
+    )
 
 
 def test_without_transformers_the_command_says_what_to_install(monkeypatch):
     monkeypatch.delattr(engraphy.recipes, "finetune")
-    for name in [name for name in sys.modules if name.startswith(("engraphy.hf", "engraphy.recipes.finetune"))]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith(("engraphy.hf", "engraphy.recipes.finetune"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
     result = CliRunner().invoke(app, ["finetune", "x", "--data", "y"])

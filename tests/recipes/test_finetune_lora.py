@@ -1,4 +1,5 @@
-"""`engraphy finetune --lora`: memory and adapters learn together, are saved together, and meet again."""
+"""`engraphy finetune --lora`: memory and adapters learn together, are saved together, and meet
+again."""
 
 from __future__ import annotations
 
@@ -46,8 +47,16 @@ def bare(base):
 
 @pytest.fixture
 def config(base, data, tmp_path):
-    return FinetuneConfig(str(base), str(data), tmp_path / "memory", tokens=2560, batch=4, length=64,
-                          rows_per_head=500, lora=4)
+    return FinetuneConfig(
+        str(base),
+        str(data),
+        tmp_path / "memory",
+        tokens=2560,
+        batch=4,
+        length=64,
+        rows_per_head=500,
+        lora=4,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +64,12 @@ def trained(base, data, tmp_path_factory):
     """(folder, what was measured, what was printed)"""
     out = tmp_path_factory.mktemp("trained") / "memory"
     console = quiet()
-    found = finetune(FinetuneConfig(str(base), str(data), out, tokens=2560, batch=4, length=64, rows_per_head=500,
-                                    lora=4), console)
+    found = finetune(
+        FinetuneConfig(
+            str(base), str(data), out, tokens=2560, batch=4, length=64, rows_per_head=500, lora=4
+        ),
+        console,
+    )
     return out, found, console.file.getvalue()
 
 
@@ -67,7 +80,9 @@ def quiet():
 def test_both_learn_and_the_folder_holds_both(trained):
     out, found, told = trained
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert adapter and all(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+    assert adapter and all(
+        value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name
+    )
     assert not [name for name in adapter if "engraphy" in name]
     memory = engraphy.EngramMemory.load(out)
     assert all(block.value.weight.abs().max() > 0 for block in memory.blocks.values())
@@ -88,8 +103,13 @@ def test_the_loss_without_is_the_bare_models(config, trained):
 
 def test_the_memory_begins_as_it_does_without_adapters(config, monkeypatch, tmp_path):
     begun = []
-    monkeypatch.setattr(recipe, "_train", lambda model, memory, *rest: begun.append(
-        {name: value.clone() for name, value in memory.state_dict().items()}))
+    monkeypatch.setattr(
+        recipe,
+        "_train",
+        lambda model, memory, *rest: begun.append(
+            {name: value.clone() for name, value in memory.state_dict().items()}
+        ),
+    )
     for number, lora in enumerate((None, 4)):
         finetune(dataclasses.replace(config, lora=lora, out=tmp_path / str(number)), quiet())
     assert all(torch.equal(value, begun[1][name]) for name, value in begun[0].items())
@@ -104,7 +124,9 @@ def test_generate_loads_the_adapters_with_the_memory(trained, base):
     ids_BT = AutoTokenizer.from_pretrained(base)(prompt, return_tensors="pt")["input_ids"]
     expected = adapted.generate(input_ids=ids_BT, max_new_tokens=8, do_sample=False)
     assert [token.id for token in found.tokens] == expected[0].tolist()
-    ran = CliRunner().invoke(app, ["generate", str(base), str(out), prompt, "--tokens", "8", "--show-gates"])
+    ran = CliRunner().invoke(
+        app, ["generate", str(base), str(out), prompt, "--tokens", "8", "--show-gates"]
+    )
     assert ran.exit_code == 0, ran.output
 
 
@@ -121,9 +143,14 @@ def test_the_losses_that_were_measured_are_those_of_what_was_saved(config, base,
 
 def test_a_memory_whose_adapters_are_missing_says_so(trained, base):
     out, *_ = trained
-    with pytest.warns(UserWarning, match="trained together with the adapters in adapter/.*PeftModel.from_pretrained"):
+    with pytest.warns(
+        UserWarning,
+        match="trained together with the adapters in adapter/.*PeftModel.from_pretrained",
+    ):
         engraphy.load(AutoModelForCausalLM.from_pretrained(base), out)
-    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), out / "adapter"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engraphy.load(adapted, out)
@@ -142,8 +169,11 @@ def test_the_adapters_are_fetched_with_the_memory_from_the_hub(trained, monkeypa
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda name, *, allow_patterns, **_: asked.extend(allow_patterns) or str(trained[0]))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, *, allow_patterns, **_: asked.extend(allow_patterns) or str(trained[0]),
+    )
     assert find_memory("someone/memory") == trained[0] and "adapter/*" in asked
 
 
@@ -169,9 +199,22 @@ def test_a_save_that_fails_leaves_neither_half(config, monkeypatch):
     assert not config.out.exists() and not list(config.out.parent.glob(".memory*"))
 
 
-def test_the_command_takes_a_rank_and_refuses_what_is_none(config, base, data, tmp_path, monkeypatch):
+def test_the_command_takes_a_rank_and_refuses_what_is_none(
+    config, base, data, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    command = ["finetune", str(base), "--data", str(data), "--tokens", "512", "--length", "64", "--rows-per-head", "99"]
+    command = [
+        "finetune",
+        str(base),
+        "--data",
+        str(data),
+        "--tokens",
+        "512",
+        "--length",
+        "64",
+        "--rows-per-head",
+        "99",
+    ]
     ran = CliRunner().invoke(app, [*command, "--lora", "2"])
     assert ran.exit_code == 0, ran.output
     assert (tmp_path / "runs" / "finetune-1" / "adapter" / "adapter_config.json").exists()
@@ -180,11 +223,17 @@ def test_the_command_takes_a_rank_and_refuses_what_is_none(config, base, data, t
             dataclasses.replace(config, lora=rank)
 
 
-def test_without_peft_the_line_to_install_it_is_told_before_anything_is_trained(config, trained, base, monkeypatch):
+def test_without_peft_the_line_to_install_it_is_told_before_anything_is_trained(
+    config, trained, base, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(recipe, "_losses", lambda *args: 1 / 0)
-    with pytest.raises(DataUnavailable, match='LoRA adapters: expected the package peft.*pip install "peft'):
+    with pytest.raises(
+        DataUnavailable, match='LoRA adapters: expected the package peft.*pip install "peft'
+    ):
         finetune(config, quiet())
     assert not config.out.exists()
-    with pytest.raises(DataUnavailable, match='adapter: expected the package peft.*pip install "peft'):
+    with pytest.raises(
+        DataUnavailable, match='adapter: expected the package peft.*pip install "peft'
+    ):
         generate(GenerateConfig(str(base), str(trained[0]), "Ada"))

@@ -1,4 +1,5 @@
-"""A released checkpoint becomes a table of the same bytes; whatever stops it, it goes on or says by name why not."""
+"""A released checkpoint becomes a table of the same bytes; whatever stops it, it goes on or says by
+name why not."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def is_v41(out: Path, seed: int = 0) -> bool:
     table = Table.open(out)
     table.verify()
     return not journal(out).exists() and all(
-        np.array_equal(rows_of(out, layer), records(v41_tensors(seed=seed), layer)) for layer in (1, 3))
+        np.array_equal(rows_of(out, layer), records(v41_tensors(seed=seed), layer))
+        for layer in (1, 3)
+    )
 
 
 class Stopped(Exception):
@@ -74,6 +77,7 @@ def stop_after(bytes_done: int):
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "converting" and done >= bytes_done:
             raise Stopped
+
     return progress
 
 
@@ -88,10 +92,19 @@ def half(tmp_path: Path, seed: int = 0, rows: int = 300) -> tuple[Path, Path]:
 # What comes out.
 
 
-@pytest.mark.parametrize(("write", "make", "options"), [
-    (write_v41, v41_tensors, {}), (write_v41, v41_tensors, {"scale_dtype": "U8"}), (write_qwen, qwen_tensors, {}),
-    (write_qwen, qwen_tensors, {"fp8": True}), (write_qwen, qwen_tensors, {"config": QWEN | {"split_ngram_parts": 7}})])
-def test_a_table_has_the_records_the_addresses_and_the_format_of_the_checkpoint(tmp_path, write, make, options):
+@pytest.mark.parametrize(
+    ("write", "make", "options"),
+    [
+        (write_v41, v41_tensors, {}),
+        (write_v41, v41_tensors, {"scale_dtype": "U8"}),
+        (write_qwen, qwen_tensors, {}),
+        (write_qwen, qwen_tensors, {"fp8": True}),
+        (write_qwen, qwen_tensors, {"config": QWEN | {"split_ngram_parts": 7}}),
+    ],
+)
+def test_a_table_has_the_records_the_addresses_and_the_format_of_the_checkpoint(
+    tmp_path, write, make, options
+):
     source, tensors = Checkpoint.open(write(tmp_path / "c", **options)), make(**options)
     made = convert(source.directory, tmp_path / "t")
     table = Table.open(tmp_path / "t")
@@ -100,8 +113,15 @@ def test_a_table_has_the_records_the_addresses_and_the_format_of_the_checkpoint(
     assert (table.config, table.fmt, table.parent) == (source.config, source.fmt, source.source_id)
     assert table.address_digest == source.config.address_digest(source.vocab().digest)
     rows = source.config.row_count()
-    assert made == Converted(str(tmp_path / "t"), table.table_id, source.source_id, source.fmt.kind, rows,
-                             rows * source.fmt.row_bytes, 0)
+    assert made == Converted(
+        str(tmp_path / "t"),
+        table.table_id,
+        source.source_id,
+        source.fmt.kind,
+        rows,
+        rows * source.fmt.row_bytes,
+        0,
+    )
     assert table.verify().shards == table.verify().of > 1 and not journal(tmp_path / "t").exists()
 
 
@@ -113,14 +133,18 @@ def test_a_saved_map_stands_for_the_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="expected the tokenizer"):
         convert(source, tmp_path / "t")
     convert(source, tmp_path / "t", vocab_file=tmp_path / "v.json")
-    Table.open(tmp_path / "t").check_address(Checkpoint.open(source).config.address_digest(vocab.digest))
+    Table.open(tmp_path / "t").check_address(
+        Checkpoint.open(source).config.address_digest(vocab.digest)
+    )
 
 
 def test_progress_tells_bytes_and_ends_with_all_of_them(tmp_path):
     told = []
     convert(write_v41(tmp_path / "c"), tmp_path / "t", progress=lambda *step: told.append(step))
     assert told[0] == ("converting", 0, ROWS * 66) and told[-2:] == [
-        ("converting", ROWS * 66, ROWS * 66), ("sealing", 0, 0)]
+        ("converting", ROWS * 66, ROWS * 66),
+        ("sealing", 0, 0),
+    ]
     done = [step[1] for step in told[:-1]]
     assert done == sorted(done) and max(np.diff(done)) == 20 * 66
 
@@ -128,11 +152,15 @@ def test_progress_tells_bytes_and_ends_with_all_of_them(tmp_path):
 # It goes on where it stopped.
 
 
-def test_a_stopped_conversion_reads_as_unsealed_and_goes_on_where_the_journal_says(tmp_path, monkeypatch):
+def test_a_stopped_conversion_reads_as_unsealed_and_goes_on_where_the_journal_says(
+    tmp_path, monkeypatch
+):
     source, out = half(tmp_path)
     with pytest.raises(TableUnsealed):
         Table.open(out)
-    assert json.loads(journal(out).read_text())["rows"] == 240  # the first layer; then 60 rows were not yet complete
+    assert (
+        json.loads(journal(out).read_text())["rows"] == 240
+    )  # the first layer; then 60 rows were not yet complete
     read, reading = [], Checkpoint.read_rows
 
     def watched(self, layer, first, out_nR):
@@ -144,7 +172,11 @@ def test_a_stopped_conversion_reads_as_unsealed_and_goes_on_where_the_journal_sa
     read.clear()
     made = convert(source, out)
     copied = read[source_rows:]
-    assert copied[0] == (3, 0, 20) and sum(count for _, _, count in copied) == 306 and made.resumed_at == 240
+    assert (
+        copied[0] == (3, 0, 20)
+        and sum(count for _, _, count in copied) == 306
+        and made.resumed_at == 240
+    )
     assert is_v41(out)
 
 
@@ -159,7 +191,8 @@ def test_rows_beyond_the_journal_may_be_lost(tmp_path):
 
 
 def test_rows_that_the_journal_tells_of_are_on_disk_before_it_is(tmp_path, monkeypatch):
-    """Between two journals every shard with rows written since is synced, and the journal is synced before its name."""
+    """Between two journals every shard with rows written since is synced, and the journal is synced
+    before its name."""
     done, written = [], set()
     write, replace, journalled = Table.write_rows, os.replace, []
 
@@ -168,11 +201,16 @@ def test_rows_that_the_journal_tells_of_are_on_disk_before_it_is(tmp_path, monke
 
     def write_rows(table, layer, first, rows_NR):
         size = table.shard_rows
-        written.update(table.shards(layer)[i].name for i in range(first // size, -(-(first + len(rows_NR)) // size)))
+        written.update(
+            table.shards(layer)[i].name
+            for i in range(first // size, -(-(first + len(rows_NR)) // size))
+        )
         write(table, layer, first, rows_NR)
 
     monkeypatch.setattr(Table, "write_rows", write_rows)
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(name_of(fd)), written.discard(name_of(fd))))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (done.append(name_of(fd)), written.discard(name_of(fd)))
+    )
 
     def watched(a, b):
         if Path(b) == journal(tmp_path / "t"):
@@ -237,9 +275,17 @@ def test_a_map_other_than_that_of_the_first_run_is_refused(tmp_path):
         convert(source, out, vocab_file=tmp_path / "v.json")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "x", "source_id": 1, "table_id": null, "rows": 0}',
-                                  '{"format": "engraphy-conversion-1", "source_id": "a", "table_id": "b", "rows": -1}',
-                                  '{"format": "engraphy-conversion-1", "source_id": "a", "table_id": null, "rows": 9}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "x", "source_id": 1, "table_id": null, "rows": 0}',
+        '{"format": "engraphy-conversion-1", "source_id": "a", "table_id": "b", "rows": -1}',
+        '{"format": "engraphy-conversion-1", "source_id": "a", "table_id": null, "rows": 9}',
+    ],
+)
 def test_a_journal_that_is_none_is_refused(tmp_path, text):
     source, out = half(tmp_path)
     journal(out).write_text(text)
@@ -256,7 +302,9 @@ def test_a_name_that_is_taken_is_refused_and_kept(tmp_path):
     for name in ("full", "t"):
         with pytest.raises(TableError, match="found it taken"):
             convert(source, tmp_path / name)
-    assert (tmp_path / "full/mine").read_text() == "mine" and Table.open(tmp_path / "t").table_id == before
+    assert (tmp_path / "full/mine").read_text() == "mine" and Table.open(
+        tmp_path / "t"
+    ).table_id == before
     assert sorted(os.listdir(tmp_path)) == ["c", "full", "t"]
 
 
@@ -286,7 +334,9 @@ def test_too_little_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):
     needed = ROWS * 66 + 2 * 4096
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(TableError, match=f"expected {needed} bytes of free disk .* found {needed - 1}"):
+    with pytest.raises(
+        TableError, match=f"expected {needed} bytes of free disk .* found {needed - 1}"
+    ):
         convert(source, tmp_path / "deep/er/t")
     assert os.listdir(tmp_path) == ["c"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
@@ -342,8 +392,11 @@ def test_a_limit_on_file_sizes_is_an_error_too(tmp_path):
         except TableError as error:
             print(error)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), source, tmp_path / "t"], capture_output=True,
-                         text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), source, tmp_path / "t"],
+        capture_output=True,
+        text=True,
+    )
     assert "the conversion stopped" in run.stdout and "File too large" in run.stdout, run.stderr
     assert not (tmp_path / "t").exists() and not journal(tmp_path / "t").exists()
 
@@ -362,8 +415,10 @@ def test_a_source_that_becomes_shorter_is_an_error(tmp_path):
 
 
 def test_nothing_is_made_of_a_checkpoint_that_is_damaged_or_has_another_tokenizer(tmp_path):
-    for change, error in (({"engram_vocab_size": 60}, TableError), ({"engram_compressed_vocab_size": 41},
-                                                                    DigestMismatch)):
+    for change, error in (
+        ({"engram_vocab_size": 60}, TableError),
+        ({"engram_compressed_vocab_size": 41}, DigestMismatch),
+    ):
         source = write_v41(tmp_path / "c")
         data = json.loads((source / "config.json").read_text())
         data["text_config"] |= change
@@ -412,8 +467,11 @@ for step in range(600):
 @pytest.mark.slow
 def test_a_kill_at_any_step_leaves_a_conversion_that_goes_on_and_never_a_wrong_table(tmp_path):
     source = write_v41(tmp_path / "c")
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", CRASHES, source, tmp_path], capture_output=True,
-                         text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CRASHES, source, tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     seen, resumed = [], []
     outs = sorted(path / "t" for path in tmp_path.iterdir() if path.name.isdigit())
@@ -431,7 +489,8 @@ def test_a_kill_at_any_step_leaves_a_conversion_that_goes_on_and_never_a_wrong_t
             resumed.append(convert(source, out).resumed_at)
         assert is_v41(out)
     assert sorted(set(seen)) == ["nothing", "sealed", "unsealed"] and seen == sorted(
-        seen, key=["nothing", "unsealed", "sealed"].index)
+        seen, key=["nothing", "unsealed", "sealed"].index
+    )
     assert resumed == sorted(resumed) and {0, 120, 240, 360, 480, ROWS} <= set(resumed)
 
 
@@ -452,20 +511,32 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
         print(convert(sys.argv[3], sys.argv[2] + "/large").bytes, peak() - before)
     """
     config = V41 | {"engram_vocab_size": 290_000, "engram_head_dim": 256, "engram_layer_ids": [1]}
-    small, large = write_v41(tmp_path / "small_c"), write_v41(tmp_path / "large_c", config, tensors={})
+    small, large = (
+        write_v41(tmp_path / "small_c"),
+        write_v41(tmp_path / "large_c", config, tensors={}),
+    )
     rows = EngramConfig.from_hf(config).hash.row_count(1)
     stem, end, header = "layers.1.engram.embed", 0, {}
     for name, dtype, width in (("weight", "F8_E4M3", 256), ("scale", "F8_E8M0", 8)):
-        header[f"{stem}.{name}"] = {"dtype": dtype, "shape": [rows, width], "data_offsets": [end, end + rows * width]}
+        header[f"{stem}.{name}"] = {
+            "dtype": dtype,
+            "shape": [rows, width],
+            "data_offsets": [end, end + rows * width],
+        }
         end += rows * width
     text = json.dumps(header).encode()
-    with open(large / "model-00002-of-00002.safetensors", "wb") as file:  # sparse: zeros that take no disk
+    with open(
+        large / "model-00002-of-00002.safetensors", "wb"
+    ) as file:  # sparse: zeros that take no disk
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
     index = {"weight_map": dict.fromkeys(header, "model-00002-of-00002.safetensors")}
     (large / "model.safetensors.index.json").write_text(json.dumps(index))
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), small, tmp_path, large], capture_output=True,
-                         text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), small, tmp_path, large],
+        capture_output=True,
+        text=True,
+    )
     shutil.rmtree(tmp_path / "large", ignore_errors=True)
     assert run.returncode == 0, run.stderr
     size, grown = map(int, run.stdout.split())

@@ -22,28 +22,130 @@ from engraphy.report.markup import digits_for, esc, signed, size, visible
 from engraphy.report.page import FORMAT, render, write
 
 START = ("context start", None, None, 0.014)
-BUCKETS = [("unseen", 0, 0, 0.328), ("rare", 1, 3, 0.221), ("frequent", 4, 30, 0.241),
-           ("very frequent", 31, None, 0.196), START]
-DENSE = {"unseen": 6.131, "rare": 4.072, "frequent": 2.694, "very frequent": 1.452, "context start": 7.215}
-MOE_GAIN = {"unseen": -0.031, "rare": -0.044, "frequent": -0.071, "very frequent": -0.062, "context start": -0.012}
-MEMORY_GAIN = {"unseen": 0.030, "rare": -0.052, "frequent": -0.371, "very frequent": -0.288, "context start": 0.004}
+BUCKETS = [
+    ("unseen", 0, 0, 0.328),
+    ("rare", 1, 3, 0.221),
+    ("frequent", 4, 30, 0.241),
+    ("very frequent", 31, None, 0.196),
+    START,
+]
+DENSE = {
+    "unseen": 6.131,
+    "rare": 4.072,
+    "frequent": 2.694,
+    "very frequent": 1.452,
+    "context start": 7.215,
+}
+MOE_GAIN = {
+    "unseen": -0.031,
+    "rare": -0.044,
+    "frequent": -0.071,
+    "very frequent": -0.062,
+    "context start": -0.012,
+}
+MEMORY_GAIN = {
+    "unseen": 0.030,
+    "rare": -0.052,
+    "frequent": -0.371,
+    "very frequent": -0.288,
+    "context start": 0.004,
+}
 GATES = (0.214, 0.327, 0.561, 0.618)
 SENTENCES = [
-    ["Alex", "ander", " the", " Great", " was", " king", " of", " Mac", "ed", "on", " and", " a", " p", "up", "il",
-     " of", " Ar", "ist", "ot", "le", "."],
-    ["The", " United", " States", " of", " America", " is", " a", " country", " in", " North", " America", ";", " its",
-     " cap", "ital", " is", " W", "ash", "ing", "ton", ",", " D", ".", "C", "."],
-    ["Mar", "\ufffd", "\ufffd", "a", " Sk", "ł", "od", "ow", "ska", "\n", "\n", "P", "ier", "re", "  ", "&", " <", "sc",
-     "ient", "ist", ">", "\t", "\u200b", " \"", "1903", "\"", "."],
+    [
+        "Alex",
+        "ander",
+        " the",
+        " Great",
+        " was",
+        " king",
+        " of",
+        " Mac",
+        "ed",
+        "on",
+        " and",
+        " a",
+        " p",
+        "up",
+        "il",
+        " of",
+        " Ar",
+        "ist",
+        "ot",
+        "le",
+        ".",
+    ],
+    [
+        "The",
+        " United",
+        " States",
+        " of",
+        " America",
+        " is",
+        " a",
+        " country",
+        " in",
+        " North",
+        " America",
+        ";",
+        " its",
+        " cap",
+        "ital",
+        " is",
+        " W",
+        "ash",
+        "ing",
+        "ton",
+        ",",
+        " D",
+        ".",
+        "C",
+        ".",
+    ],
+    [
+        "Mar",
+        "\ufffd",
+        "\ufffd",
+        "a",
+        " Sk",
+        "ł",
+        "od",
+        "ow",
+        "ska",
+        "\n",
+        "\n",
+        "P",
+        "ier",
+        "re",
+        "  ",
+        "&",
+        " <",
+        "sc",
+        "ient",
+        "ist",
+        ">",
+        "\t",
+        "\u200b",
+        ' "',
+        "1903",
+        '"',
+        ".",
+    ],
 ]
 TEXTS = {
     "dense": " in the city of the county of the state of the United States. The station is a town of the district",
     "moe": " on the coast of the island, and the city is the capital of the province. It is located in the north of",
     "memory": " in the north-east of the United States, and is part of the National Register of Historic Places.\n"
-              "It was built in 1893",
+    "It was built in 1893",
 }
-SECTIONS = ["Comparison", "Loss over training", "By n-gram frequency", "Where the gate opens", "Continuations",
-            "How this was run"]
+SECTIONS = [
+    "Comparison",
+    "Loss over training",
+    "By n-gram frequency",
+    "Where the gate opens",
+    "Continuations",
+    "How this was run",
+]
 
 
 def sample() -> dict[str, Any]:
@@ -55,55 +157,109 @@ def sample() -> dict[str, Any]:
     totals = [sum(share * loss[name] for name, _, _, share in BUCKETS) for loss in losses]
     arms = [sample_arm(place, totals[place], losses[place], noise, luck) for place in range(3)]
     return {
-        "format": FORMAT, "created": "2026-11-22T01:30:00Z", "command": "engraphy demo --seed 0", "seed": 0,
+        "format": FORMAT,
+        "created": "2026-11-22T01:30:00Z",
+        "command": "engraphy demo --seed 0",
+        "seed": 0,
         "versions": {"engraphy": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "numpy": "2.4.6"},
         "machine": {"cpu": "AMD EPYC 7B13", "cores": 2, "isa": "avx2", "native": True},
-        "settings": {"tokens": 1_495_000, "batch": 16, "length": 128, "vocabulary": 2048, "learning_rate": 0.006,
-                     "row_rate_scale": 5, "steps": 729},
-        "data": {"name": "English Wikipedia summaries", "licence": "CC BY-SA 4.0", "train_documents": 9532,
-                 "heldout_documents": 501, "train_tokens": 1_495_000, "heldout_tokens": 79_000},
+        "settings": {
+            "tokens": 1_495_000,
+            "batch": 16,
+            "length": 128,
+            "vocabulary": 2048,
+            "learning_rate": 0.006,
+            "row_rate_scale": 5,
+            "steps": 729,
+        },
+        "data": {
+            "name": "English Wikipedia summaries",
+            "licence": "CC BY-SA 4.0",
+            "train_documents": 9532,
+            "heldout_documents": 501,
+            "train_tokens": 1_495_000,
+            "heldout_tokens": 79_000,
+        },
         "arms": arms,
-        "frequency": [{"bucket": name, "low": low, "high": high, "tokens": round(79_000 * share), "share": share}
-                      for name, low, high, share in BUCKETS],
-        "differences": {"moe - dense": {"all": totals[1] - totals[0], "all_stderr": 0.0041, **MOE_GAIN},
-                        "memory - moe": {"all": totals[2] - totals[1], "all_stderr": 0.0058, **MEMORY_GAIN}},
+        "frequency": [
+            {
+                "bucket": name,
+                "low": low,
+                "high": high,
+                "tokens": round(79_000 * share),
+                "share": share,
+            }
+            for name, low, high, share in BUCKETS
+        ],
+        "differences": {
+            "moe - dense": {"all": totals[1] - totals[0], "all_stderr": 0.0041, **MOE_GAIN},
+            "memory - moe": {"all": totals[2] - totals[1], "all_stderr": 0.0058, **MEMORY_GAIN},
+        },
         "gates": {
             "layer": 1,
             "sentences": [
-                {"text": "".join(tokens), "tokens": tokens,
-                 "gates": [0.04 + 0.93 * luck.betavariate(1.6, 1.9) for _ in tokens]} for tokens in SENTENCES],
-            "by_frequency": [{"bucket": name, "mean": mean, "tokens": round(79_000 * share)}
-                             for (name, _, _, share), mean in zip(BUCKETS[:4], GATES, strict=True)],
+                {
+                    "text": "".join(tokens),
+                    "tokens": tokens,
+                    "gates": [0.04 + 0.93 * luck.betavariate(1.6, 1.9) for _ in tokens],
+                }
+                for tokens in SENTENCES
+            ],
+            "by_frequency": [
+                {"bucket": name, "mean": mean, "tokens": round(79_000 * share)}
+                for (name, _, _, share), mean in zip(BUCKETS[:4], GATES, strict=True)
+            ],
         },
-        "table": {"table_id": "5f0c8a52-9d7e-4d0b-8a3e-3a2f6d1b7c90", "address_digest": "9b1f4c7e20d35a68",
-                  "rows": 24_900, "bytes": 1_593_600, "format": "f32"},
+        "table": {
+            "table_id": "5f0c8a52-9d7e-4d0b-8a3e-3a2f6d1b7c90",
+            "address_digest": "9b1f4c7e20d35a68",
+            "rows": 24_900,
+            "bytes": 1_593_600,
+            "format": "f32",
+        },
         "logits_equal": True,
     }
 
 
-def sample_arm(place: int, total: float, losses: dict[str, float], noise: list[float], luck: random.Random) -> dict:
+def sample_arm(
+    place: int, total: float, losses: dict[str, float], noise: list[float], luck: random.Random
+) -> dict:
     name, label = [("dense", "Dense"), ("moe", "MoE"), ("memory", "MoE + memory")][place]
-    parameters = [(884_992, 884_992, 0), (2_573_184, 836_480, 0), (2_578_496, 836_736, 398_400)][place]
+    parameters = [(884_992, 884_992, 0), (2_573_184, 836_480, 0), (2_578_496, 836_736, 398_400)][
+        place
+    ]
 
     def at(step: int) -> float:
         return total + 3.72 * math.exp(-step / 22) + 0.95 * math.exp(-step / 190) - 0.02
 
     return {
-        "name": name, "label": label,
-        "parameters": dict(zip(("total", "activated", "table"), parameters, strict=True), embedding=262_144),
+        "name": name,
+        "label": label,
+        "parameters": dict(
+            zip(("total", "activated", "table"), parameters, strict=True), embedding=262_144
+        ),
         "table": {"rows": 24_900, "bytes": 1_593_600} if name == "memory" else None,
-        "tokens_per_second": (14_310.4, 11_480.2, 10_921.7)[place], "seconds": (104.4, 130.2, 136.9)[place],
-        "curve": [[2048 * (step + 1), round(at(step) + noise[step] + luck.gauss(0, 0.012), 4)] for step in range(729)],
+        "tokens_per_second": (14_310.4, 11_480.2, 10_921.7)[place],
+        "seconds": (104.4, 130.2, 136.9)[place],
+        "curve": [
+            [2048 * (step + 1), round(at(step) + noise[step] + luck.gauss(0, 0.012), 4)]
+            for step in range(729)
+        ],
         "heldout_curve": [[2048 * step, round(at(step) + 0.02, 4)] for step in range(91, 730, 91)],
-        "validation_loss": total, "validation_stderr": 0.0212 + 0.0003 * place, "loss_by_frequency": losses,
+        "validation_loss": total,
+        "validation_stderr": 0.0212 + 0.0003 * place,
+        "loss_by_frequency": losses,
         "max_expert_load": None if name == "dense" else 1.31 + 0.04 * place,
-        "continuations": [{"prompt": prompt, "text": TEXTS[name]}
-                          for prompt in ("The town is located", "It was built in 1953 and is")],
+        "continuations": [
+            {"prompt": prompt, "text": TEXTS[name]}
+            for prompt in ("The town is located", "It was built in 1953 and is")
+        ],
     }
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags with their attribute names, text, headings, table rows; no loose ends."""
+    """What a browser would see: tags with their attribute names, text, headings, table rows; no
+    loose ends."""
 
     VOID = {"meta", "br"}
 
@@ -178,8 +334,24 @@ def test_the_page_loads_nothing_and_runs_nothing():
     text = render(sample())
     page = Page(text)
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "audio", "video", "use"}
-    assert not {name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "srcset")}
+    assert not names & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "audio",
+        "video",
+        "use",
+    }
+    assert not {
+        name
+        for name, _ in page.attributes
+        if name.startswith("on") or name in ("src", "href", "srcset")
+    }
     assert not re.search(r"https?:|//\w|url\(|@import|@font-face", text)
     assert "default-src 'none'" in text
 
@@ -190,22 +362,33 @@ def test_the_same_dict_gives_the_same_page():
 
 def test_hostile_text_changes_no_tag_and_no_attribute():
     hostile = """</title></style></svg><script>x()</script><b onclick="x()" title='x'>&lt;&amp;{style}{0}%s\x00"""
-    kept = {"format", "name", "bucket"}  # names that the format fixes; the frequency buckets follow below
+    kept = {
+        "format",
+        "name",
+        "bucket",
+    }  # names that the format fixes; the frequency buckets follow below
 
     def spoil(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {(name + hostile if key in ("settings", "versions", "machine") else name): spoil(inner, name)
-                    for name, inner in value.items()}
+            return {
+                (name + hostile if key in ("settings", "versions", "machine") else name): spoil(
+                    inner, name
+                )
+                for name, inner in value.items()
+            }
         if isinstance(value, list):
             return [spoil(inner, key) for inner in value]
         return value + hostile if isinstance(value, str) and key not in kept else value
 
     spoilt = json.loads(json.dumps(spoil(sample())).replace("unseen", "<i>unseen</i> & '"))
-    spoilt["gates"]["sentences"] = [dict(one, tokens=["a" + hostile[:-1] for _ in one["tokens"]])
-                                    for one in spoilt["gates"]["sentences"]]
+    spoilt["gates"]["sentences"] = [
+        dict(one, tokens=["a" + hostile[:-1] for _ in one["tokens"]])
+        for one in spoilt["gates"]["sentences"]
+    ]
     clean = sample()
-    clean["gates"]["sentences"] = [dict(one, tokens=["a" for _ in one["tokens"]])
-                                   for one in clean["gates"]["sentences"]]
+    clean["gates"]["sentences"] = [
+        dict(one, tokens=["a" for _ in one["tokens"]]) for one in clean["gates"]["sentences"]
+    ]
     page = Page(render(spoilt))
     assert page.tags == Page(render(clean)).tags
     assert page.text.count("<script>x()</script>") > 50
@@ -217,22 +400,46 @@ def test_hostile_text_changes_no_tag_and_no_attribute():
 def test_numbers_of_the_table_are_those_of_the_dict():
     made = sample()
     page, arms = Page(render(made)), made["arms"]
-    for label, key in (("Parameters in total", "total"), ("… activated per token", "activated"),
-                       ("… in the table", "table"), ("… in the token embedding", "embedding")):
+    for label, key in (
+        ("Parameters in total", "total"),
+        ("… activated per token", "activated"),
+        ("… in the table", "table"),
+        ("… in the token embedding", "embedding"),
+    ):
         assert [plain(cell) for cell in page.row(label)] == [arm["parameters"][key] for arm in arms]
-    for label, key, close in (("Validation loss, nats per token", "validation_loss", 5e-4),
-                              ("Tokens/s, whole steps, while the arms share the machine", "tokens_per_second", 0.5),
-                              ("Training time, s", "seconds", 0.5)):
-        assert [plain(cell) for cell in page.row(label)] == pytest.approx([arm[key] for arm in arms], abs=close)
-    assert [cell.split("± ")[1] for cell in page.row("Validation loss, nats per token")] == ["0.021", "0.022", "0.022"]
-    assert page.row("Minus the arm to its left") == ["–", "\u22120.049 ± 0.004", "\u22120.147 ± 0.006"]
+    for label, key, close in (
+        ("Validation loss, nats per token", "validation_loss", 5e-4),
+        ("Tokens/s, whole steps, while the arms share the machine", "tokens_per_second", 0.5),
+        ("Training time, s", "seconds", 0.5),
+    ):
+        assert [plain(cell) for cell in page.row(label)] == pytest.approx(
+            [arm[key] for arm in arms], abs=close
+        )
+    assert [cell.split("± ")[1] for cell in page.row("Validation loss, nats per token")] == [
+        "0.021",
+        "0.022",
+        "0.022",
+    ]
+    assert page.row("Minus the arm to its left") == [
+        "–",
+        "\u22120.049 ± 0.004",
+        "\u22120.147 ± 0.006",
+    ]
     assert page.row("Table rows") == ["–", "–", "24,900"]
     assert page.row("Table size") == ["–", "–", "1.59\u00a0MB"]
     assert page.row("Highest expert load, × mean") == ["–", "1.35", "1.39"]
     assert page.row("rare, 1–3 times") == ["17,459", "4.072", "4.028", "3.976", "\u22120.011"]
     assert [page.row("745,472")[place] for place in range(3)] == [
-        f"{dict(map(tuple, arm['heldout_curve']))[745_472]:.3f}" for arm in arms]
-    for word in ("1,593,600 bytes", "CC BY-SA 4.0", "0.006", "9b1f4c7e20d35a68", "2.13.0", "engraphy demo --seed 0"):
+        f"{dict(map(tuple, arm['heldout_curve']))[745_472]:.3f}" for arm in arms
+    ]
+    for word in (
+        "1,593,600 bytes",
+        "CC BY-SA 4.0",
+        "0.006",
+        "9b1f4c7e20d35a68",
+        "2.13.0",
+        "engraphy demo --seed 0",
+    ):
         assert word in page.text
 
 
@@ -240,18 +447,31 @@ def test_bars_show_the_differences_in_sign_size_and_words():
     made = sample()
     text = render(made)
     wide = next(svg for svg in charts_of(text) if "n-gram frequency" in svg.attrib["aria-label"])
-    told = [plain("".join(text.itertext())) for text in wide.iter("text") if "value" in text.attrib["class"]]
-    gaps = [made["differences"][pair][name] for name in ("all", *DENSE) for pair in ("moe - dense", "memory - moe")]
+    told = [
+        plain("".join(text.itertext()))
+        for text in wide.iter("text")
+        if "value" in text.attrib["class"]
+    ]
+    gaps = [
+        made["differences"][pair][name]
+        for name in ("all", *DENSE)
+        for pair in ("moe - dense", "memory - moe")
+    ]
     assert told == pytest.approx(gaps, abs=5e-4)
     rects = list(wide.iter("rect"))
-    zero = float(next(line.attrib["x1"] for line in wide.iter("line") if line.attrib["class"] == "zero"))
+    zero = float(
+        next(line.attrib["x1"] for line in wide.iter("line") if line.attrib["class"] == "zero")
+    )
     longest = max(float(rect.attrib["width"]) for rect in rects) / max(map(abs, gaps))
     for rect, gap in zip(rects, gaps, strict=True):
         left, length = float(rect.attrib["x"]), float(rect.attrib["width"])
         assert length == pytest.approx(abs(gap) * longest, abs=0.2)
         assert (left if gap > 0 else left + length) == pytest.approx(zero, abs=0.2)
-    assert "the memory lowers the loss on rare (22\u00a0%), frequent (24\u00a0%) and very frequent (20\u00a0%), " \
-           "raises the loss on unseen (33\u00a0%) and hardly changes the loss on context start (1\u00a0%)" in text
+    assert (
+        "the memory lowers the loss on rare (22\u00a0%), frequent (24\u00a0%) and very frequent (20\u00a0%), "
+        "raises the loss on unseen (33\u00a0%) and hardly changes the loss on context start (1\u00a0%)"
+        in text
+    )
 
 
 def test_standard_errors_of_buckets_decide_what_is_said_of_them():
@@ -272,22 +492,43 @@ def test_every_gate_is_shown_in_reading_order():
     made["gates"]["sentences"][0]["gates"][0] = 0.876
     text = render(made)
     gates = [gate for one in made["gates"]["sentences"] for gate in one["gates"]]
-    assert [float(value) for value in re.findall(r"<small>(.*?)</small>", text)] == pytest.approx(gates, abs=0.0051)
+    assert [float(value) for value in re.findall(r"<small>(.*?)</small>", text)] == pytest.approx(
+        gates, abs=0.0051
+    )
     shares = [int(value) for value in re.findall(r"--g:(\d+)%", text)]
-    assert [gates[i] for i in sorted(range(len(gates)), key=lambda i: (shares[i], gates[i]))] == sorted(gates)
+    assert [
+        gates[i] for i in sorted(range(len(gates)), key=lambda i: (shares[i], gates[i]))
+    ] == sorted(gates)
     assert all(0 <= share <= 100 for share in shares)
     assert Page(text).chips[:4] == ["Alex", "ander", "the", "Great"]
 
 
-@pytest.mark.parametrize(("gap", "stderr", "verdict", "number", "kind"), [
-    (-0.1474, 0.0058, "The memory lowers validation loss", "\u22120.147", "lower"),
-    (0.0213, 0.0058, "The memory raises validation loss", "+0.021", "higher"),
-    (-0.0040, 0.0058, "The memory makes no clear difference to validation loss", "\u22120.004", "tie"),
-    (0.0110, 0.0058, "The memory makes no clear difference to validation loss", "+0.011", "tie"),
-    (0.0, 0.0, "The memory makes no clear difference to validation loss", "0.000", "tie"),
-    (-0.0004, 0.00007, "The memory lowers validation loss", "\u22120.00040", "lower"),
-])
-def test_the_headline_says_what_came_out(gap: float, stderr: float, verdict: str, number: str, kind: str):
+@pytest.mark.parametrize(
+    ("gap", "stderr", "verdict", "number", "kind"),
+    [
+        (-0.1474, 0.0058, "The memory lowers validation loss", "\u22120.147", "lower"),
+        (0.0213, 0.0058, "The memory raises validation loss", "+0.021", "higher"),
+        (
+            -0.0040,
+            0.0058,
+            "The memory makes no clear difference to validation loss",
+            "\u22120.004",
+            "tie",
+        ),
+        (
+            0.0110,
+            0.0058,
+            "The memory makes no clear difference to validation loss",
+            "+0.011",
+            "tie",
+        ),
+        (0.0, 0.0, "The memory makes no clear difference to validation loss", "0.000", "tie"),
+        (-0.0004, 0.00007, "The memory lowers validation loss", "\u22120.00040", "lower"),
+    ],
+)
+def test_the_headline_says_what_came_out(
+    gap: float, stderr: float, verdict: str, number: str, kind: str
+):
     text = render(with_gap(gap, stderr))
     assert f"<h1>{verdict}</h1>" in text
     assert f'<p class="result {kind}"><span class="gap">{number}</span>' in text
@@ -310,7 +551,9 @@ def test_contributions_of_the_buckets_add_up_to_the_difference():
     page = Page(render(sample()))
     parts = [plain(row[-1]) for row in page.rows if row[0].split(",")[0] in DENSE]
     assert len(parts) == len(BUCKETS) and page.row("context start, no trigram")[0] == "1,106"
-    assert sum(parts) == pytest.approx(plain(page.row("Minus the arm to its left")[2].split(" ±")[0]), abs=0.003)
+    assert sum(parts) == pytest.approx(
+        plain(page.row("Minus the arm to its left")[2].split(" ±")[0]), abs=0.003
+    )
 
 
 def test_unequal_parameters_are_said():
@@ -329,11 +572,28 @@ def test_differing_logits_are_an_alarm_at_the_top():
     assert "NOT equal" in text
 
 
-@pytest.mark.parametrize(("missing", "sections"), [
-    (["frequency"], ["By n-gram frequency"]), (["gates"], ["Where the gate opens"]), (["logits_equal"], []),
-    (["seed", "created", "command", "data", "table", "machine", "versions", "settings", "logits_equal"],
-     ["How this was run"]),
-])
+@pytest.mark.parametrize(
+    ("missing", "sections"),
+    [
+        (["frequency"], ["By n-gram frequency"]),
+        (["gates"], ["Where the gate opens"]),
+        (["logits_equal"], []),
+        (
+            [
+                "seed",
+                "created",
+                "command",
+                "data",
+                "table",
+                "machine",
+                "versions",
+                "settings",
+                "logits_equal",
+            ],
+            ["How this was run"],
+        ),
+    ],
+)
 def test_a_missing_part_leaves_out_its_section_alone(missing: list[str], sections: list[str]):
     made = {key: value for key, value in sample().items() if key not in missing}
     assert Page(render(made)).titles == [title for title in SECTIONS if title not in sections]
@@ -341,8 +601,11 @@ def test_a_missing_part_leaves_out_its_section_alone(missing: list[str], section
 
 def test_the_smallest_report_has_headline_and_comparison():
     kept = ("name", "label", "parameters", "validation_loss")
-    made = {"format": FORMAT, "arms": [{key: arm[key] for key in kept} for arm in sample()["arms"][1:]],
-            "differences": {"memory - moe": {"all": -0.1, "all_stderr": 0.01}}}
+    made = {
+        "format": FORMAT,
+        "arms": [{key: arm[key] for key in kept} for arm in sample()["arms"][1:]],
+        "differences": {"memory - moe": {"all": -0.1, "all_stderr": 0.01}},
+    }
     assert Page(render(made)).titles == ["Comparison"]
 
 
@@ -354,18 +617,33 @@ def broken(*path: Any, value: Any) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize(("made", "told"), [
-    (broken("format", value="engraphy-report-2"), "expected format 'engraphy-report-1', found 'engraphy-report-2'"),
-    ({}, "expected format 'engraphy-report-1', found None"),
-    (broken("arms", 1, "validation_loss", value=math.nan), r"report.arms\[1\].validation_loss: .* found nan"),
-    (broken("arms", 0, "name", value="dence"), "expected the arms dense, moe, memory once each, found .'dence'"),
-    (broken("arms", 0, "name", value="moe"), "once each"),
-    (broken("arms", value=[]), "once each, found"),
-    (broken("differences", value={}), "KeyError: 'memory - moe'"),
-    (broken("arms", 2, "validation_loss", value="low"), "TypeError"),
-    (broken("gates", "sentences", 0, "gates", value=[0.5]), "zip"),
-    (broken("differences", "moe - dense", value={"all": 0.1, "all_stderr": 0.1}), "KeyError: 'unseen'"),
-])
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (
+            broken("format", value="engraphy-report-2"),
+            "expected format 'engraphy-report-1', found 'engraphy-report-2'",
+        ),
+        ({}, "expected format 'engraphy-report-1', found None"),
+        (
+            broken("arms", 1, "validation_loss", value=math.nan),
+            r"report.arms\[1\].validation_loss: .* found nan",
+        ),
+        (
+            broken("arms", 0, "name", value="dence"),
+            "expected the arms dense, moe, memory once each, found .'dence'",
+        ),
+        (broken("arms", 0, "name", value="moe"), "once each"),
+        (broken("arms", value=[]), "once each, found"),
+        (broken("differences", value={}), "KeyError: 'memory - moe'"),
+        (broken("arms", 2, "validation_loss", value="low"), "TypeError"),
+        (broken("gates", "sentences", 0, "gates", value=[0.5]), "zip"),
+        (
+            broken("differences", "moe - dense", value={"all": 0.1, "all_stderr": 0.1}),
+            "KeyError: 'unseen'",
+        ),
+    ],
+)
 def test_what_is_not_such_a_report_is_refused(made: dict[str, Any], told: str):
     with pytest.raises(ConfigError, match=told):
         render(made)
@@ -414,7 +692,9 @@ def test_labels_at_the_end_of_the_curves_never_meet():
         svg = ET.fromstring(charts.curves(made["arms"], 340))
         names = [text for text in svg.iter("text") if text.attrib["class"].startswith("strong")]
         places = sorted(float(text.attrib["y"]) for text in names)
-        assert len(places) == 3 and all(after - before >= 33.9 for before, after in pairwise(places))
+        assert len(places) == 3 and all(
+            after - before >= 33.9 for before, after in pairwise(places)
+        )
 
 
 def test_smoothing_keeps_a_constant_and_the_last_point_and_does_not_lag():
@@ -425,38 +705,69 @@ def test_smoothing_keeps_a_constant_and_the_last_point_and_does_not_lag():
     assert all(loss == pytest.approx(3.0 * step) for step, loss in line if 15 <= step <= 984)
 
 
-@pytest.mark.parametrize(("token", "shown"), [
-    ("the", ("the", False, False)), (" the", ("the", True, False)), (" ", ("<i>␣</i>", False, False)),
-    ("\n", ("<i>↵</i>", False, False)), (" \t", ("<i>⇥</i>", True, False)), ("a b ", ("a b", False, True)),
-    ("\u200b", ("<i>U+200B</i>", False, False)), ("\x00", ("<i>U+0000</i>", False, False)),
-    ("\u0301", ("◌\u0301", False, False)), ("\ud800", ("<i>U+D800</i>", False, False)), ("é", ("é", False, False)),
-    ("<b>", ("&lt;b&gt;", False, False)), ("", ("<i>empty</i>", False, False)),
-    ("  x", ("<i>␣</i><i>␣</i>x", False, False)),
-])
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        ("the", ("the", False, False)),
+        (" the", ("the", True, False)),
+        (" ", ("<i>␣</i>", False, False)),
+        ("\n", ("<i>↵</i>", False, False)),
+        (" \t", ("<i>⇥</i>", True, False)),
+        ("a b ", ("a b", False, True)),
+        ("\u200b", ("<i>U+200B</i>", False, False)),
+        ("\x00", ("<i>U+0000</i>", False, False)),
+        ("\u0301", ("◌\u0301", False, False)),
+        ("\ud800", ("<i>U+D800</i>", False, False)),
+        ("é", ("é", False, False)),
+        ("<b>", ("&lt;b&gt;", False, False)),
+        ("", ("<i>empty</i>", False, False)),
+        ("  x", ("<i>␣</i><i>␣</i>x", False, False)),
+    ],
+)
 def test_every_token_can_be_seen(token: str, shown: tuple[str, bool, bool]):
     assert visible(token) == shown
 
 
 def test_numbers_are_written_with_true_signs_and_enough_digits():
-    assert [signed(value) for value in (0.1, -0.1, -0.0004, 0.0)] == ["+0.100", "\u22120.100", "0.000", "0.000"]
+    assert [signed(value) for value in (0.1, -0.1, -0.0004, 0.0)] == [
+        "+0.100",
+        "\u22120.100",
+        "0.000",
+        "0.000",
+    ]
     assert [digits_for(value) for value in (0.5, 0.004, 0.0004, 0.0)] == [3, 3, 4, 3]
-    assert [size(count) for count in (999, 1_593_600, 98_304_000_000)] == ["999\u00a0B", "1.59\u00a0MB", "98.3\u00a0GB"]
-    assert esc("<a href=\"x\">'&\x07") == "&lt;a href=&quot;x&quot;&gt;&#x27;&amp;\ufffd"
+    assert [size(count) for count in (999, 1_593_600, 98_304_000_000)] == [
+        "999\u00a0B",
+        "1.59\u00a0MB",
+        "98.3\u00a0GB",
+    ]
+    assert esc('<a href="x">\'&\x07') == "&lt;a href=&quot;x&quot;&gt;&#x27;&amp;\ufffd"
 
 
 def luminance(colour: str) -> float:
-    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_has_the_contrast_that_wcag_asks_for(scheme: int):
-    """At least 4.5:1 (WCAG 2.2, success criterion 1.4.3), on the page and on both ends of the gate's scale."""
+    """At least 4.5:1 (WCAG 2.2, success criterion 1.4.3), on the page and on both ends of the
+    gate's scale."""
     block = re.findall(r":root \{(.*?)\}", render(sample()), flags=re.DOTALL)[scheme]
-    colour = {name: luminance(value) for name, value in re.findall(r"--(\w[\w-]*): (#\w{6});", block)}
+    colour = {
+        name: luminance(value) for name, value in re.findall(r"--(\w[\w-]*): (#\w{6});", block)
+    }
     texts = [(name, "page") for name in ("ink", "muted", "dense", "moe", "memory")]
-    for text, ground in [*texts, ("ink", "cold"), ("ink", "hot"), ("ink", "surface"), ("alarm", "alarm-page")]:
+    for text, ground in [
+        *texts,
+        ("ink", "cold"),
+        ("ink", "hot"),
+        ("ink", "surface"),
+        ("alarm", "alarm-page"),
+    ]:
         low, high = sorted((colour[text], colour[ground]))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 

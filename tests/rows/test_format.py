@@ -1,4 +1,5 @@
-"""Row formats and reading: exact against torch's own types, bounded where they round, and nothing silent."""
+"""Row formats and reading: exact against torch's own types, bounded where they round, and nothing
+silent."""
 
 from __future__ import annotations
 
@@ -37,14 +38,43 @@ def all_float32_patterns_sampled(count: int, seed: int = 0) -> np.ndarray:
 
 def test_row_bytes_are_those_of_the_format_table():
     found = {kind: fmt_of(kind, 256).row_bytes for kind in KINDS}
-    assert found == {"f32": 1024, "f16": 512, "bf16": 512, "fp8": 264, "fp8_scaled": 256, "int8": 258, "int4": 130}
+    assert found == {
+        "f32": 1024,
+        "f16": 512,
+        "bf16": 512,
+        "fp8": 264,
+        "fp8_scaled": 256,
+        "int8": 258,
+        "int4": 130,
+    }
 
 
-@pytest.mark.parametrize("arguments", [
-    ("fp4", 64), ("BF16", 64), (None, 64), (["f32"], 64), ("f32", 0), ("f32", -4), ("f32", 2.0), ("f32", True),
-    ("fp8", 48), ("int4", 5), ("f32", 64, 1.0), ("fp8_scaled", 64), ("fp8_scaled", 64, 0.0), ("fp8_scaled", 64, -1.0),
-    ("fp8_scaled", 64, float("nan")), ("fp8_scaled", 64, float("inf")), ("fp8_scaled", 64, 1e39),
-    ("fp8_scaled", 64, 1e-50), ("fp8_scaled", 64, "1"), ("fp8_scaled", 64, True), ("fp8_scaled", 64, 10**400)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fp4", 64),
+        ("BF16", 64),
+        (None, 64),
+        (["f32"], 64),
+        ("f32", 0),
+        ("f32", -4),
+        ("f32", 2.0),
+        ("f32", True),
+        ("fp8", 48),
+        ("int4", 5),
+        ("f32", 64, 1.0),
+        ("fp8_scaled", 64),
+        ("fp8_scaled", 64, 0.0),
+        ("fp8_scaled", 64, -1.0),
+        ("fp8_scaled", 64, float("nan")),
+        ("fp8_scaled", 64, float("inf")),
+        ("fp8_scaled", 64, 1e39),
+        ("fp8_scaled", 64, 1e-50),
+        ("fp8_scaled", 64, "1"),
+        ("fp8_scaled", 64, True),
+        ("fp8_scaled", 64, 10**400),
+    ],
+)
 def test_a_format_that_cannot_be_meant_is_refused(arguments):
     with pytest.raises(ConfigError, match="expected"):
         RowFormat(*arguments)
@@ -55,7 +85,9 @@ def test_json_round_trip(kind):
     assert RowFormat.from_json(fmt_of(kind).to_json()) == fmt_of(kind)
 
 
-@pytest.mark.parametrize("data", [{}, {"kind": "f32"}, {"kind": "f32", "d": 4, "more": 1}, [], "f32", None])
+@pytest.mark.parametrize(
+    "data", [{}, {"kind": "f32"}, {"kind": "f32", "d": 4, "more": 1}, [], "f32", None]
+)
 def test_json_with_missing_or_unknown_fields_is_refused(data):
     with pytest.raises(ConfigError, match="expected the fields"):
         RowFormat.from_json(data)
@@ -94,7 +126,7 @@ def test_rows_are_encoded_one_by_one_whatever_the_batch(kind):
     fmt, values = fmt_of(kind), normal(4099)  # the last chunk is a short one
     raw = fmt.encode(values)
     for row in (0, 1, 4095, 4096, 4098):
-        np.testing.assert_array_equal(fmt.encode(values[row:row + 1])[0], raw[row])
+        np.testing.assert_array_equal(fmt.encode(values[row : row + 1])[0], raw[row])
     strided = np.asfortranarray(values)
     np.testing.assert_array_equal(fmt.encode(strided), raw)
     assert fmt.encode(values[:0]).shape == (0, fmt.row_bytes)
@@ -104,13 +136,20 @@ def test_rows_are_encoded_one_by_one_whatever_the_batch(kind):
 def test_f32_keeps_every_bit():
     values = all_float32_patterns_sampled(6400).reshape(-1, 64)
     fmt = fmt_of("f32")
-    np.testing.assert_array_equal(fmt.decode(fmt.encode(values)).view(np.uint32), values.view(np.uint32))
+    np.testing.assert_array_equal(
+        fmt.decode(fmt.encode(values)).view(np.uint32), values.view(np.uint32)
+    )
 
 
 def test_bf16_and_f16_round_as_torch_does():
-    odd = np.float32([np.inf, -np.inf, 0.0, -0.0, 1e-45, 2**-133, 65519.996, 1 + 2**-8, 1 + 3 * 2**-8])
+    odd = np.float32(
+        [np.inf, -np.inf, 0.0, -0.0, 1e-45, 2**-133, 65519.996, 1 + 2**-8, 1 + 3 * 2**-8]
+    )
     values = np.concatenate([all_float32_patterns_sampled(300_000), normal(300).reshape(-1), odd])
-    for kind, dtype, limit in (("bf16", torch.bfloat16, 3.3961e38), ("f16", torch.float16, 65519.0)):
+    for kind, dtype, limit in (
+        ("bf16", torch.bfloat16, 3.3961e38),
+        ("f16", torch.float16, 65519.0),
+    ):
         fit = values[(np.abs(values) <= limit) | np.isinf(values)].reshape(-1, 1)
         expected = torch.from_numpy(fit).to(dtype).view(torch.uint8).numpy()
         np.testing.assert_array_equal(RowFormat(kind, 1).encode(fit), expected)
@@ -141,7 +180,9 @@ def test_every_fp8_code_under_every_scale_decodes_as_torch_says():
     raw[:, :256], raw[:, 256:] = codes, codes[:, None]  # row b: all codes under scale byte b
     values = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
     scales = torch.from_numpy(codes).view(torch.float8_e8m0fnu).float()
-    np.testing.assert_array_equal(RowFormat("fp8", 256).decode(raw), (scales[:, None] * values[None]).numpy())
+    np.testing.assert_array_equal(
+        RowFormat("fp8", 256).decode(raw), (scales[:, None] * values[None]).numpy()
+    )
     assert scales[0] == 2.0**-127 and scales[254] == 2.0**127 and scales[255].isnan()
     scaled = RowFormat("fp8_scaled", 256, SCALED).decode(codes[None])
     np.testing.assert_array_equal(scaled[0], (values * torch.tensor(SCALED)).numpy())
@@ -152,13 +193,26 @@ def test_fp8_codes_round_as_torch_does():
     grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
     grid = np.sort(grid[np.isfinite(grid)])
     ties = (grid[1:] + grid[:-1]) / 2
-    near = np.concatenate([grid, ties, np.nextafter(ties, np.float32(1e9)), np.nextafter(ties, np.float32(-1e9)),
-                           (rng.uniform(-448, 448, 4096) * 2.0 ** rng.integers(-25, 1, 4096)).astype(np.float32)])
+    near = np.concatenate(
+        [
+            grid,
+            ties,
+            np.nextafter(ties, np.float32(1e9)),
+            np.nextafter(ties, np.float32(-1e9)),
+            (rng.uniform(-448, 448, 4096) * 2.0 ** rng.integers(-25, 1, 4096)).astype(np.float32),
+        ]
+    )
     expected = torch.from_numpy(near).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    np.testing.assert_array_equal(RowFormat("fp8_scaled", 1, 1.0).encode(near[:, None])[:, 0], expected)
+    np.testing.assert_array_equal(
+        RowFormat("fp8_scaled", 1, 1.0).encode(near[:, None])[:, 0], expected
+    )
 
 
-@given(hnp.arrays(np.float32, (2, 64), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+@given(
+    hnp.arrays(
+        np.float32, (2, 64), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_fp8_scales_are_the_smallest_powers_of_two_that_hold_the_block(values):
     raw = RowFormat("fp8", 64).encode(values)
@@ -172,8 +226,10 @@ def test_fp8_scales_are_the_smallest_powers_of_two_that_hold_the_block(values):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@given(values=hnp.arrays(np.float32, (3, 6), elements=st.floats(-2.0**18, 2.0**18, width=32)),
-       power=st.sampled_from([1.0, 2.0**-10, 2.0**-30, 2.0**-36, 2.0**-100]))
+@given(
+    values=hnp.arrays(np.float32, (3, 6), elements=st.floats(-(2.0**18), 2.0**18, width=32)),
+    power=st.sampled_from([1.0, 2.0**-10, 2.0**-30, 2.0**-36, 2.0**-100]),
+)
 @settings(max_examples=200, deadline=None)
 def test_integer_rows_are_off_by_at_most_half_their_scale(kind, values, power):
     values = values * np.float32(power)
@@ -182,7 +238,8 @@ def test_integer_rows_are_off_by_at_most_half_their_scale(kind, values, power):
     scale = raw[:, -2:].copy().view(np.float16).astype(np.float64)
     error = np.abs(fmt.decode(raw).astype(np.float64) - values)
     assert (error <= scale / 2 * (1 + 1e-6)).all()
-    # The scale is max/top to f16's precision, 2**-11 relative or one subnormal step, so the bound above is a tight one.
+    # The scale is max/top to f16's precision, 2**-11 relative or one subnormal step, so the bound
+    # above is a tight one.
     exact = np.abs(values).max(axis=1, keepdims=True).astype(np.float64) / top
     assert (np.abs(scale - exact) <= np.maximum(exact * 2.0**-11, 2.0**-24)).all()
 
@@ -195,7 +252,9 @@ def test_integer_codes_are_symmetric_and_use_the_whole_range(kind, codes):
     fmt = RowFormat(kind, codes + 1)
     np.testing.assert_array_equal(fmt.decode(fmt.encode(values)), values)
     halves = np.array([[0.5, 1.5, 2.5, -0.5, -1.5, top]], np.float32)
-    np.testing.assert_array_equal(RowFormat(kind, 6).decode(RowFormat(kind, 6).encode(halves)), [[0, 2, 2, 0, -2, top]])
+    np.testing.assert_array_equal(
+        RowFormat(kind, 6).decode(RowFormat(kind, 6).encode(halves)), [[0, 2, 2, 0, -2, top]]
+    )
 
 
 def test_int4_puts_value_2i_in_the_low_nibble_of_byte_i():
@@ -209,7 +268,9 @@ def test_rows_whose_scale_is_subnormal_or_underflows_stay_finite_and_close(kind,
     values = np.array([[size, -size, size / 2, 0]], np.float32)
     found = RowFormat(kind, 4).decode(RowFormat(kind, 4).encode(values))
     assert np.isfinite(found).all()
-    assert np.abs(found - values).max() <= max(2.0**-25, size / TOP[kind] / 2 * (1 + 2.0**-10) + 2.0**-25)
+    assert np.abs(found - values).max() <= max(
+        2.0**-25, size / TOP[kind] / 2 * (1 + 2.0**-10) + 2.0**-25
+    )
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8_scaled", "int8", "int4"])
@@ -221,10 +282,16 @@ def test_a_value_that_is_not_finite_is_refused_by_the_scaled_kinds_with_its_plac
         fmt_of(kind).encode(values)
 
 
-@pytest.mark.parametrize(("kind", "last", "first_bad"), [
-    ("f16", 65519.996, 65520.0), ("bf16", 3.396177e38, 3.39618e38),
-    ("fp8_scaled", 464 * SCALED * 0.999999, 464.1 * SCALED),
-    ("int8", 65504.0 * 127, 65504.0 * 127 + 1), ("int4", 65504.0 * 7, 65505.0 * 7)])
+@pytest.mark.parametrize(
+    ("kind", "last", "first_bad"),
+    [
+        ("f16", 65519.996, 65520.0),
+        ("bf16", 3.396177e38, 3.39618e38),
+        ("fp8_scaled", 464 * SCALED * 0.999999, 464.1 * SCALED),
+        ("int8", 65504.0 * 127, 65504.0 * 127 + 1),
+        ("int4", 65504.0 * 7, 65505.0 * 7),
+    ],
+)
 def test_a_value_beyond_the_kind_is_refused_not_clipped(kind, last, first_bad):
     fmt = fmt_of(kind, 32)
     values = np.zeros((1, 32), np.float32)
@@ -236,22 +303,32 @@ def test_a_value_beyond_the_kind_is_refused_not_clipped(kind, last, first_bad):
         fmt.encode(values)
 
 
-@pytest.mark.parametrize("values", [np.zeros((2, 64)), np.zeros((2, 63), np.float32), np.zeros(64, np.float32),
-                                    [[0.0]]])
+@pytest.mark.parametrize(
+    "values", [np.zeros((2, 64)), np.zeros((2, 63), np.float32), np.zeros(64, np.float32), [[0.0]]]
+)
 def test_values_of_another_shape_or_dtype_are_refused(values):
     with pytest.raises(InputError, match="values: expected float32"):
         fmt_of("bf16").encode(values)
 
 
-@pytest.mark.parametrize("raw", [np.zeros((2, 127), np.uint8), np.zeros((2, 128), np.int8), np.zeros(128, np.uint8)])
+@pytest.mark.parametrize(
+    "raw", [np.zeros((2, 127), np.uint8), np.zeros((2, 128), np.int8), np.zeros(128, np.uint8)]
+)
 def test_records_of_another_width_or_dtype_are_refused(raw):
     with pytest.raises(InputError, match="raw: expected uint8"):
         fmt_of("bf16").decode(raw)
 
 
-@pytest.mark.parametrize("out", [np.ones((2, 64), np.float16), np.ones((3, 64), np.float32),
-                                 np.ones((64, 2), np.float32).T,
-                                 np.ones((2, 128), np.float32)[:, ::2], np.ones((2, 64), np.int16)])
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.ones((2, 64), np.float16),
+        np.ones((3, 64), np.float32),
+        np.ones((64, 2), np.float32).T,
+        np.ones((2, 128), np.float32)[:, ::2],
+        np.ones((2, 64), np.int16),
+    ],
+)
 def test_a_buffer_that_does_not_fit_is_refused_and_left_alone(out):
     before = out.copy()
     with pytest.raises(InputError, match="out: expected"):
@@ -289,13 +366,21 @@ def test_read_takes_ids_that_are_not_contiguous():
     np.testing.assert_array_equal(out.reshape(20, 64), fmt.decode(store.gather(ids.reshape(-1))))
 
 
-@pytest.mark.parametrize(("ids", "error", "message"), [
-    (np.array([[1, 2], [40, 3]]), RowOutOfRange, r"row id 40 at position \(1, 0\): expected 0 to 39"),
-    (np.array([3, -1]), RowOutOfRange, r"row id -1 at position 1: expected 0 to 39"),
-    (np.array([-(2**63)]), RowOutOfRange, "at position 0"),
-    (np.array([1], np.int32), InputError, "expected an int64 array, found int32"),
-    (np.array([1.0]), InputError, "float64"),
-    ([1, 2], InputError, "found list")])
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (
+            np.array([[1, 2], [40, 3]]),
+            RowOutOfRange,
+            r"row id 40 at position \(1, 0\): expected 0 to 39",
+        ),
+        (np.array([3, -1]), RowOutOfRange, r"row id -1 at position 1: expected 0 to 39"),
+        (np.array([-(2**63)]), RowOutOfRange, "at position 0"),
+        (np.array([1], np.int32), InputError, "expected an int64 array, found int32"),
+        (np.array([1.0]), InputError, "float64"),
+        ([1, 2], InputError, "found list"),
+    ],
+)
 def test_read_refuses_ids_before_it_writes(ids, error, message):
     fmt = fmt_of("f32")
     out = np.full((*np.shape(ids), 64), 7, np.float32)
@@ -304,8 +389,17 @@ def test_read_refuses_ids_before_it_writes(ids, error, message):
     assert (out == 7).all()
 
 
-@pytest.mark.parametrize("out", [np.zeros((2, 63), np.float32), np.zeros((2, 64)), np.zeros((64, 2), np.float32).T,
-                                 np.zeros((3, 64), np.float32), np.zeros((2, 64), np.uint8), None])
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.zeros((2, 63), np.float32),
+        np.zeros((2, 64)),
+        np.zeros((64, 2), np.float32).T,
+        np.zeros((3, 64), np.float32),
+        np.zeros((2, 64), np.uint8),
+        None,
+    ],
+)
 def test_read_refuses_a_buffer_that_does_not_fit(out):
     with pytest.raises(InputError, match="out: expected"):
         read(filled_store(fmt_of("f32")), np.array([1, 2]), fmt_of("f32"), out)

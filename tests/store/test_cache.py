@@ -1,4 +1,5 @@
-"""The row cache gives the rows of the store behind it, whatever is read and written, and keeps those that are read.
+"""The row cache gives the rows of the store behind it, whatever is read and written, and keeps
+those that are read.
 
 All of it is true of the plain version and of the native one.
 """
@@ -39,7 +40,8 @@ def version(request):
 
 
 class Behind(RowStore):
-    """A store that is not mapped, remembers what it was asked for, and can be told what to do meanwhile."""
+    """A store that is not mapped, remembers what it was asked for, and can be told what to do
+    meanwhile."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class Behind(RowStore):
         self.after_read()
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        self.rows_NR[ids_N[:self.fails_after]] = rows_NR[:self.fails_after]
+        self.rows_NR[ids_N[: self.fails_after]] = rows_NR[: self.fails_after]
         if self.fails_after is not None:
             raise StoreError("the disk is full")
 
@@ -81,8 +83,13 @@ def records(count: int, seed: int) -> np.ndarray:
 # Exact.
 
 
-@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 39), max_size=30), st.integers(0, 2**32)),
-                max_size=25), st.integers(1, 3))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.lists(st.integers(0, 39), max_size=30), st.integers(0, 2**32)),
+        max_size=25,
+    ),
+    st.integers(1, 3),
+)
 def test_gathers_and_scatters_in_any_order_see_what_a_dict_would_hold(steps, sets):
     cache, behind = cached(40, sets)
     expected = {row: bytes(record) for row, record in enumerate(behind.rows_NR)}
@@ -111,7 +118,10 @@ def test_a_cache_smaller_and_one_larger_than_the_table_give_the_same_rows():
 def test_numbers_read_through_a_cache_are_those_of_the_store():
     fmt = RowFormat("int8", WIDTH - 2)
     ram = RamStore(300, WIDTH)
-    ram.scatter(np.arange(300), fmt.encode(np.random.default_rng(0).standard_normal((300, fmt.d), np.float32)))
+    ram.scatter(
+        np.arange(300),
+        fmt.encode(np.random.default_rng(0).standard_normal((300, fmt.d), np.float32)),
+    )
     cache = CacheStore(ram, 4 * SET_BYTES)
     for seed in range(20):
         chosen = np.random.default_rng(seed).integers(0, 300, (2, 5, 7))
@@ -122,8 +132,8 @@ def test_numbers_read_through_a_cache_are_those_of_the_store():
 
 
 def test_rows_written_while_others_read_are_never_seen_torn_or_old():
-    """Each writer owns some rows and finds what it wrote last; a row is its number, a count that grows, and both once
-    more."""
+    """Each writer owns some rows and finds what it wrote last; a row is its number, a count that
+    grows, and both once more."""
     rows, wrong = 64, []
     behind = Behind(rows)
     numbers = np.arange(rows)
@@ -216,7 +226,8 @@ def test_written_rows_are_updated_where_they_are_kept():
 
 
 class Model:
-    """One set as queues of Python: S3-FIFO with a small queue that may fill what the main one does not."""
+    """One set as queues of Python: S3-FIFO with a small queue that may fill what the main one does
+    not."""
 
     def __init__(self) -> None:
         self.small, self.main, self.ghosts = deque[int](), deque[int](), deque[int](maxlen=GHOSTS)
@@ -247,7 +258,9 @@ class Model:
 def test_each_set_keeps_what_the_policy_keeps(exponent):
     cache, _ = cached(300, 3)
     set_N, print_N = place(np.arange(300), 3)
-    assert len({*zip(set_N.tolist(), print_N.tolist(), strict=True)}) == 300  # the policy's ghosts mistake no row
+    assert (
+        len({*zip(set_N.tolist(), print_N.tolist(), strict=True)}) == 300
+    )  # the policy's ghosts mistake no row
     models = [Model() for _ in range(3)]
     rng = np.random.default_rng(2)
     for _ in range(2000):
@@ -269,7 +282,7 @@ def test_rows_read_often_outlive_a_scan_of_many_times_the_cache():
     often = np.arange(300)
     for _ in range(4):
         for first in range(0, 300, 30):
-            cache.gather(often[first:first + 30])
+            cache.gather(often[first : first + 30])
     for first in range(1000, 31_000, 500):
         cache.gather(np.arange(first, first + 500))
     assert np.isin(often, cache.kept()).mean() > 0.9
@@ -300,19 +313,37 @@ def test_each_missing_row_is_read_once_a_call_and_every_row_is_counted():
     cache.gather(ids(9, 3, 9))
     assert behind.asked == [[5, 9], [3]]
     stats = cache.stats
-    assert (stats.gathers, stats.rows, stats.bytes, stats.hits, stats.misses) == (2, 7, 7 * WIDTH, 4, 3)
+    assert (stats.gathers, stats.rows, stats.bytes, stats.hits, stats.misses) == (
+        2,
+        7,
+        7 * WIDTH,
+        4,
+        3,
+    )
     assert stats.hit_rate == 4 / 7 and behind.stats.rows == 3
 
 
-@pytest.mark.parametrize(("wrong", "error"), [
-    (ids(1, 400), RowOutOfRange), (ids(-1), RowOutOfRange), (np.array([1, 2], np.int32), InputError),
-    (ids(1)[None], InputError), ([1], InputError)])
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (ids(1, 400), RowOutOfRange),
+        (ids(-1), RowOutOfRange),
+        (np.array([1, 2], np.int32), InputError),
+        (ids(1)[None], InputError),
+        ([1], InputError),
+    ],
+)
 def test_wrong_ids_are_refused_before_anything_is_asked(wrong, error):
     cache, behind = cached()
-    for use in (lambda: cache.gather(wrong), lambda: cache.scatter(wrong, records(np.size(wrong), 0))):
+    for use in (
+        lambda: cache.gather(wrong),
+        lambda: cache.scatter(wrong, records(np.size(wrong), 0)),
+    ):
         with pytest.raises(error):
             use()
-    assert not behind.asked and cache.stats.hits == cache.stats.misses == 0 and not len(cache.kept())
+    assert (
+        not behind.asked and cache.stats.hits == cache.stats.misses == 0 and not len(cache.kept())
+    )
 
 
 def test_a_store_whose_ids_do_not_fit_the_tags_is_refused():
@@ -341,12 +372,16 @@ def test_a_url_puts_a_cache_in_front_of_a_table(tmp_path, mode):
     Table.open(tmp_path / "table", "w").close()  # nothing is left open
 
 
-@pytest.mark.parametrize(("text", "size"), [("2GiB", 2**31), ("1.5MiB", 3 * 2**19), ("64KiB", 2**16), ("5000", 5000)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2**31), ("1.5MiB", 3 * 2**19), ("64KiB", 2**16), ("5000", 5000)]
+)
 def test_sizes_in_urls_are_in_binary_units(text, size):
     assert cache_module.parse_size("file:x", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "2GB", "2 GiB", "-1", "1e9", "GiB", ".5GiB", "2gib", "0", "100"])
+@pytest.mark.parametrize(
+    "text", ["", "2GB", "2 GiB", "-1", "1e9", "GiB", ".5GiB", "2gib", "0", "100"]
+)
 def test_sizes_that_cannot_be_meant_are_refused_and_leave_no_table_open(tmp_path, text):
     sealed(tmp_path / "table")
     with pytest.raises(ConfigError, match="expected a (size|budget)"):
@@ -364,8 +399,12 @@ def test_closing_closes_the_store_behind_it_too():
     cache.gather(ids(1))
     cache.close()
     cache.close()
-    for use in (lambda: cache.gather(ids(1)), lambda: behind.gather(ids(1)), cache.kept,
-                lambda: cache.scatter(ids(1), records(1, 0))):
+    for use in (
+        lambda: cache.gather(ids(1)),
+        lambda: behind.gather(ids(1)),
+        cache.kept,
+        lambda: cache.scatter(ids(1), records(1, 0)),
+    ):
         with pytest.raises(StoreError, match="closed"):
             use()
     assert cache.stats.misses == 1 and cache.info.rows == 400

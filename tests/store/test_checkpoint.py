@@ -1,4 +1,5 @@
-"""`checkpoint:DIR` serves what a converted table serves, row by row, from the release's own files, and changes none."""
+"""`checkpoint:DIR` serves what a converted table serves, row by row, from the release's own files,
+and changes none."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from tests.tools.releases import QWEN, qwen_tensors, records, v41_tensors, write
 from tests.tools.store_builders import shards_of
 
 RELEASES = {
-    "deepseek": (write_v41, v41_tensors, {}), "qwen": (write_qwen, qwen_tensors, {}),
+    "deepseek": (write_v41, v41_tensors, {}),
+    "qwen": (write_qwen, qwen_tensors, {}),
     "qwen fp8": (write_qwen, qwen_tensors, {"fp8": True}),
     "qwen in one part": (write_qwen, qwen_tensors, {"config": QWEN | {"split_ngram_parts": 1}}),
     "qwen in uneven parts": (write_qwen, qwen_tensors, {"config": QWEN | {"split_ngram_parts": 7}}),
@@ -41,25 +43,34 @@ def release(request, tmp_path) -> tuple[Path, dict[int, np.ndarray]]:
     """A checkpoint, and the rows that its tensors hold."""
     write, make, options = RELEASES[request.param]
     path, tensors = write(tmp_path / "c", **options), make(**options)
-    return path, {layer: records(tensors, layer) for layer in Checkpoint.open(path).config.hash.layer_ids}
+    return path, {
+        layer: records(tensors, layer) for layer in Checkpoint.open(path).config.hash.layer_ids
+    }
 
 
 def some_ids(rows: int) -> np.ndarray:
-    return np.concatenate([np.random.default_rng(0).integers(0, rows, 500), [0, rows - 1, 0, rows - 1]])
+    return np.concatenate(
+        [np.random.default_rng(0).integers(0, rows, 500), [0, rows - 1, 0, rows - 1]]
+    )
 
 
 def test_rows_are_those_of_the_converted_table(release, tmp_path):
     path, expected = release
     convert(path, tmp_path / "t")
     for layer, rows_NR in expected.items():
-        here, there = (open_store(f"{scheme}:{where}", layer=layer)
-                       for scheme, where in (("checkpoint", path), ("file", tmp_path / "t")))
+        here, there = (
+            open_store(f"{scheme}:{where}", layer=layer)
+            for scheme, where in (("checkpoint", path), ("file", tmp_path / "t"))
+        )
         ids = some_ids(len(rows_NR))
         np.testing.assert_array_equal(here.gather(ids), rows_NR[ids])
         np.testing.assert_array_equal(here.gather(ids), there.gather(ids))
         every = np.arange(len(rows_NR))
         np.testing.assert_array_equal(here.gather(every), there.gather(every))
-        assert (here.info.format, here.info.address_digest) == (there.info.format, there.info.address_digest)
+        assert (here.info.format, here.info.address_digest) == (
+            there.info.format,
+            there.info.address_digest,
+        )
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -94,7 +105,9 @@ def test_a_memory_over_a_checkpoint_gives_what_one_over_the_table_gives(release,
     for layer in here.layers:
         assert ours.rows[layer].abs().sum() > 0
         torch.testing.assert_close(ours.rows[layer], theirs.rows[layer], rtol=0, atol=0)
-        torch.testing.assert_close(here.apply(layer, x, ours), there.apply(layer, x, theirs), rtol=0, atol=0)
+        torch.testing.assert_close(
+            here.apply(layer, x, ours), there.apply(layer, x, theirs), rtol=0, atol=0
+        )
     assert here.format == there.format == checkpoint.fmt
 
 
@@ -110,21 +123,37 @@ def test_a_memory_can_be_saved_without_its_table_and_served_from_the_checkpoint_
     path = write_v41(tmp_path / "c")
     checkpoint = Checkpoint.open(path)
     memory = EngramMemory(checkpoint.config, checkpoint.vocab(), f"checkpoint:{path}")
-    with pytest.raises(ConfigError, match='table="link": expected file: stores, found a checkpoint store'):
+    with pytest.raises(
+        ConfigError, match='table="link": expected file: stores, found a checkpoint store'
+    ):
         memory.save(tmp_path / "m", table="link")
     memory.save(tmp_path / "m", table="skip")
     again = EngramMemory.load(tmp_path / "m", store=f"checkpoint:{path}")
     ids_BT = torch.arange(8)[None]
-    torch.testing.assert_close(again.lookup(ids_BT).rows[1], memory.lookup(ids_BT).rows[1], rtol=0, atol=0)
+    torch.testing.assert_close(
+        again.lookup(ids_BT).rows[1], memory.lookup(ids_BT).rows[1], rtol=0, atol=0
+    )
     with pytest.raises(DigestMismatch, match="the store serves"):
-        EngramMemory.load(tmp_path / "m", store=f"checkpoint:{write_v41(tmp_path / 'other', seed=1)}")
+        EngramMemory.load(
+            tmp_path / "m", store=f"checkpoint:{write_v41(tmp_path / 'other', seed=1)}"
+        )
 
 
 def test_a_store_says_what_it_serves(tmp_path):
     path = write_v41(tmp_path / "c")
     checkpoint, info = Checkpoint.open(path), open_store(f"checkpoint:{path}", layer=3).info
-    assert (info.kind, info.rows, info.row_bytes, info.writable, info.layer) == ("checkpoint", 306, 66, False, 3)
-    assert (info.table_id, info.path, info.format) == (checkpoint.source_id, str(path), checkpoint.fmt)
+    assert (info.kind, info.rows, info.row_bytes, info.writable, info.layer) == (
+        "checkpoint",
+        306,
+        66,
+        False,
+        3,
+    )
+    assert (info.table_id, info.path, info.format) == (
+        checkpoint.source_id,
+        str(path),
+        checkpoint.fmt,
+    )
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:
@@ -180,7 +209,10 @@ def test_ids_out_of_range_and_wrong_buffers_are_errors_before_anything_is_writte
 def test_no_rows_are_no_rows(release):
     path, expected = release
     layer, rows_NR = next(iter(expected.items()))
-    assert open_store(f"checkpoint:{path}", layer=layer).gather(np.arange(0)).shape == (0, rows_NR.shape[1])
+    assert open_store(f"checkpoint:{path}", layer=layer).gather(np.arange(0)).shape == (
+        0,
+        rows_NR.shape[1],
+    )
 
 
 def test_the_map_may_be_a_saved_one(tmp_path):
@@ -201,10 +233,15 @@ def open_with(url: str, **arguments) -> RowStore:
 def test_urls_that_cannot_be_meant_are_refused(tmp_path):
     path = write_v41(tmp_path / "c")
     for url, arguments, message in (
-            ("checkpoint:", {}, "folder of a checkpoint"), (f"checkpoint:{path}", {"layer": None}, "expected a layer"),
-            (f"checkpoint:{path}", {"layer": 2}, "layer 2 has no memory"), (f"checkpoint:{path}?mode=r", {}, "mode"),
-            (f"checkpoint:{path}", {"rows": 3}, "neither rows"), (f"checkpoint:{path}", {"row_bytes": 3}, "neither"),
-            (f"checkpoint:{path}/none", {}, "found no file"), ("checkpoint", {}, "checkpoint:DIR")):
+        ("checkpoint:", {}, "folder of a checkpoint"),
+        (f"checkpoint:{path}", {"layer": None}, "expected a layer"),
+        (f"checkpoint:{path}", {"layer": 2}, "layer 2 has no memory"),
+        (f"checkpoint:{path}?mode=r", {}, "mode"),
+        (f"checkpoint:{path}", {"rows": 3}, "neither rows"),
+        (f"checkpoint:{path}", {"row_bytes": 3}, "neither"),
+        (f"checkpoint:{path}/none", {}, "found no file"),
+        ("checkpoint", {}, "checkpoint:DIR"),
+    ):
         with pytest.raises(ConfigError, match=message):
             open_with(url, **arguments)
 
@@ -213,7 +250,10 @@ def test_urls_that_cannot_be_meant_are_refused(tmp_path):
 def test_a_shard_that_vanishes_between_look_and_read_is_an_error_too(release):
     path, expected = release
     layer = next(iter(expected))
-    store, shard = open_store(f"checkpoint:{path}", layer=layer), Checkpoint.open(path).weights[layer][0].path
+    store, shard = (
+        open_store(f"checkpoint:{path}", layer=layer),
+        Checkpoint.open(path).weights[layer][0].path,
+    )
     store.gather(np.arange(3))  # has just looked
     os.truncate(shard, 0)
     with pytest.raises(ShardTruncated, match=shard.name):
@@ -223,13 +263,20 @@ def test_a_shard_that_vanishes_between_look_and_read_is_an_error_too(release):
 def test_a_shard_that_is_damaged_while_it_is_served_is_an_error(release):
     path, expected = release
     layer = next(iter(expected))
-    shard, fresh = Checkpoint.open(path).weights[layer][0].path, [open_store(f"checkpoint:{path}", layer=layer)
-                                                                 for _ in range(2)]
+    shard, fresh = (
+        Checkpoint.open(path).weights[layer][0].path,
+        [open_store(f"checkpoint:{path}", layer=layer) for _ in range(2)],
+    )
     os.truncate(shard, shard.stat().st_size - 1)
     with pytest.raises(ShardTruncated, match=shard.name):
         fresh[0].gather(np.arange(3))
     with pytest.raises(ShardTruncated, match=shard.name):
-        read(fresh[1], np.arange(3), fresh[1].info.format, np.empty((3, fresh[1].info.format.d), np.float32))
+        read(
+            fresh[1],
+            np.arange(3),
+            fresh[1].info.format,
+            np.empty((3, fresh[1].info.format.d), np.float32),
+        )
     shard.unlink()
     with pytest.raises(ShardMissing, match=shard.name):
         open_store(f"checkpoint:{path}", layer=layer)

@@ -1,4 +1,5 @@
-"""file: stores: how they choose to read, and what becomes of a shard that changes while it is served."""
+"""file: stores: how they choose to read, and what becomes of a shard that changes while it is
+served."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def quick_sync(monkeypatch):
 @pytest.fixture
 def table(tmp_path):
     """A table of 5 MiB a layer in five shards: larger than what a read brings by the way."""
-    return tmp_path / "table", sealed(tmp_path / "table", fmt_of("f32", 64), shard_rows=4096, rows=5000)
+    return tmp_path / "table", sealed(
+        tmp_path / "table", fmt_of("f32", 64), shard_rows=4096, rows=5000
+    )
 
 
 def opened(path: Path, how: str = "", mode: str = "r"):
@@ -59,7 +62,10 @@ def opened(path: Path, how: str = "", mode: str = "r"):
 def test_what_fits_into_free_memory_is_mapped_and_what_does_not_is_read(table, monkeypatch):
     path, expected = table
     size = 2 * expected.nbytes  # of both layers
-    for free, kind, how in ((size * 10, FileStore, "mmap"), (size, PreadStore, "pread, 128 threads")):
+    for free, kind, how in (
+        (size * 10, FileStore, "mmap"),
+        (size, PreadStore, "pread, 128 threads"),
+    ):
         monkeypatch.setattr(options, "free_memory", lambda free=free: free)
         store = opened(path)
         assert type(store) is kind and store.info.reads == how and how in repr(store)
@@ -67,16 +73,26 @@ def test_what_fits_into_free_memory_is_mapped_and_what_does_not_is_read(table, m
         store.close()
 
 
-@pytest.mark.parametrize(("how", "reads"), [
-    ("read=mmap", "mmap"), ("populate=1", "mmap, populated"), ("read=mmap&populate=1", "mmap, populated"),
-    ("read=pread", "pread, 128 threads"), ("read=pread&threads=1", "pread, 1 thread"),
-    ("direct=1&threads=2", "pread, 2 threads, direct"), ("read=auto&threads=5&direct=0&populate=0", "mmap")])
+@pytest.mark.parametrize(
+    ("how", "reads"),
+    [
+        ("read=mmap", "mmap"),
+        ("populate=1", "mmap, populated"),
+        ("read=mmap&populate=1", "mmap, populated"),
+        ("read=pread", "pread, 128 threads"),
+        ("read=pread&threads=1", "pread, 1 thread"),
+        ("direct=1&threads=2", "pread, 2 threads, direct"),
+        ("read=auto&threads=5&direct=0&populate=0", "mmap"),
+    ],
+)
 def test_what_is_said_by_hand_counts_and_the_store_tells_it(table, how, reads, monkeypatch):
     if "auto" not in how and "populate" not in how:
         monkeypatch.setattr(options, "free_memory", lambda: 0 if "mmap" in how else 1 << 60)
     path, expected = table
     store = opened(path, how)
-    assert store.info.reads == reads and f": {len(expected)} rows of 256 bytes, {reads}>" in repr(store)
+    assert store.info.reads == reads and f": {len(expected)} rows of 256 bytes, {reads}>" in repr(
+        store
+    )
     store.close()
 
 
@@ -88,14 +104,41 @@ def test_a_table_that_is_written_is_mapped_unless_told_otherwise(table, monkeypa
         store.close()
 
 
-@pytest.mark.parametrize("how", [
-    "raed=mmap", "read=", "read", "read=MMAP", "read=io_uring", "threads=0", "threads=-1", "threads=1025", "threads=x",
-    "threads=1.5", "threads=", "threads=٣", "direct=yes", "direct=2", "populate=", "populate=true", "read=mmap&",
-    "read=mmap&read=mmap", "read=mmap&threads=4", "populate=1&threads=4", "read=mmap&direct=1", "direct=1&populate=1",
-    "read=pread&populate=1", "cache =1"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raed=mmap",
+        "read=",
+        "read",
+        "read=MMAP",
+        "read=io_uring",
+        "threads=0",
+        "threads=-1",
+        "threads=1025",
+        "threads=x",
+        "threads=1.5",
+        "threads=",
+        "threads=٣",
+        "direct=yes",
+        "direct=2",
+        "populate=",
+        "populate=true",
+        "read=mmap&",
+        "read=mmap&read=mmap",
+        "read=mmap&threads=4",
+        "populate=1&threads=4",
+        "read=mmap&direct=1",
+        "direct=1&populate=1",
+        "read=pread&populate=1",
+        "cache =1",
+    ],
+)
 def test_options_that_cannot_be_meant_are_refused_by_name(table, how):
-    with pytest.raises(ConfigError, match=r"expected (options read=, |one of auto, mmap, pread|an integer from 1 to|"
-                                          r"0 or 1|read= once|direct=1 with|populate=1 with)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"expected (options read=, |one of auto, mmap, pread|an integer from 1 to|"
+        r"0 or 1|read= once|direct=1 with|populate=1 with)",
+    ):
         opened(table[0], how)
 
 
@@ -113,7 +156,9 @@ def test_a_file_system_that_refuses_direct_reads_is_a_store_error(table, monkeyp
 
     monkeypatch.setattr("engraphy.store.pread.fcntl.fcntl", refuse)
     before = open_fds()
-    with pytest.raises(StoreError, match=r"layer-00003-00001.*refuses direct reads; open it with direct=0"):
+    with pytest.raises(
+        StoreError, match=r"layer-00003-00001.*refuses direct reads; open it with direct=0"
+    ):
         opened(table[0], "direct=1")
     assert open_fds() == before
 
@@ -126,13 +171,18 @@ def test_populating_brings_every_page_in_and_what_does_not_fit_is_refused(table,
     assert resident(path) < expected.nbytes / 2
     plain.close()
     monkeypatch.setattr(options, "free_memory", lambda: expected.nbytes)
-    with pytest.raises(StoreError, match=rf"populate=1: expected \d{{8}} bytes to fit into 90% of the free memory, "
-                                         f"found {expected.nbytes} bytes free"):
+    with pytest.raises(
+        StoreError,
+        match=rf"populate=1: expected \d{{8}} bytes to fit into 90% of the free memory, "
+        f"found {expected.nbytes} bytes free",
+    ):
         opened(path, "populate=1")
 
 
 @pytest.mark.skipif(_native.core is None, reason=_native.reason)
-def test_few_rows_of_a_populated_file_are_read_at_once_and_those_of_another_while_others_run(table, monkeypatch):
+def test_few_rows_of_a_populated_file_are_read_at_once_and_those_of_another_while_others_run(
+    table, monkeypatch
+):
     monkeypatch.setattr(mapping, "_LOOK_EVERY", 60)  # others may run at each look
     few = np.arange(20)
     for how, expected, seconds in (("populate=1", False, 0.3), ("read=mmap", True, 20)):
@@ -141,10 +191,14 @@ def test_few_rows_of_a_populated_file_are_read_at_once_and_those_of_another_whil
         assert others_ran(lambda store=store: store.gather(few), seconds) is expected
 
 
-def test_a_kernel_that_cannot_populate_has_each_page_touched_and_the_store_says_so(table, monkeypatch):
+def test_a_kernel_that_cannot_populate_has_each_page_touched_and_the_store_says_so(
+    table, monkeypatch
+):
     monkeypatch.setattr(mapping, "_POPULATE_READ", 10_000)  # what no kernel knows
     store = opened(table[0], "populate=1")
-    assert "populated by touching each page, since this kernel has no MADV_POPULATE_READ" in repr(store)
+    assert "populated by touching each page, since this kernel has no MADV_POPULATE_READ" in repr(
+        store
+    )
     assert resident(table[0]) >= table[1].nbytes
 
 
@@ -154,7 +208,9 @@ def test_what_is_free_can_be_given_and_decides_how_a_table_is_read(table, monkey
         monkeypatch.setenv("ENGRAPHY_FREE_MEMORY", given)
         assert options.FileOptions().choose(Table.open(path)) == chosen
     monkeypatch.setenv("ENGRAPHY_FREE_MEMORY", "much")
-    with pytest.raises(ConfigError, match="ENGRAPHY_FREE_MEMORY: expected a number of bytes, found 'much'"):
+    with pytest.raises(
+        ConfigError, match="ENGRAPHY_FREE_MEMORY: expected a number of bytes, found 'much'"
+    ):
         options.FileOptions().choose(Table.open(path))
 
 
@@ -184,7 +240,9 @@ def test_a_table_that_this_user_may_only_read_is_served():
         table.chmod(0o555)
         folder.chmod(0o755)
         nobody = "65534" if os.geteuid() == 0 else "-1"
-        run = subprocess.run([sys.executable, "-c", READ_ONLY, str(table), nobody], capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, str(table), nobody], capture_output=True, text=True
+        )
         table.chmod(0o755)
     assert run.stdout.split() == [str(expected[:4].sum())] * 4, run.stderr
 
@@ -195,13 +253,17 @@ def test_a_table_that_this_user_may_only_read_is_served():
 def both_ways(store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows as gathered, and as read; out is poisoned."""
     out = np.full((len(ids), 64), np.nan, np.float32)
-    return store.gather(ids, out=np.full((len(ids), 256), 0xA5, np.uint8)), read(store, ids, fmt_of("f32", 64), out)
+    return store.gather(ids, out=np.full((len(ids), 256), 0xA5, np.uint8)), read(
+        store, ids, fmt_of("f32", 64), out
+    )
 
 
 @every_engine
 @every_read
 @pytest.mark.parametrize("size", [0, 4096, 5000, 4096 + 256 * 4096 - 1])
-def test_a_shard_that_was_truncated_is_an_error_before_any_row_is_handed_out(table, engine, reads, size):
+def test_a_shard_that_was_truncated_is_an_error_before_any_row_is_handed_out(
+    table, engine, reads, size
+):
     path, expected = table
     with _native.forced(engine):
         store = opened(path, reads)
@@ -210,7 +272,9 @@ def test_a_shard_that_was_truncated_is_an_error_before_any_row_is_handed_out(tab
         os.truncate(shard, size)
         out, fmt = np.empty((1, 64), np.float32), fmt_of("f32", 64)
         for use in (store.gather, lambda ids: read(store, ids, fmt, out)):
-            with pytest.raises(ShardTruncated, match=rf"{shard}: expected 1052672 bytes, found {size}"):
+            with pytest.raises(
+                ShardTruncated, match=rf"{shard}: expected 1052672 bytes, found {size}"
+            ):
                 use(np.array([8191]))
         assert store.stats.gathers == 2
         store.close()
@@ -219,8 +283,11 @@ def test_a_shard_that_was_truncated_is_an_error_before_any_row_is_handed_out(tab
 @every_engine
 @every_read
 @pytest.mark.parametrize("size", [4096 + 256 * 3, 4096 + 256 * 17 + 100, 4096 + 256 * 4096 - 300])
-def test_a_cut_within_a_page_is_an_error_of_the_next_read_also_where_rows_end_with_zeros(tmp_path, engine, reads, size):
-    """Nothing faults: the rows lie in the page in which the file now ends, and its rest reads as zeros."""
+def test_a_cut_within_a_page_is_an_error_of_the_next_read_also_where_rows_end_with_zeros(
+    tmp_path, engine, reads, size
+):
+    """Nothing faults: the rows lie in the page in which the file now ends, and its rest reads as
+    zeros."""
     table = create(tmp_path / "table", fmt_of("f32", 64), shard_rows=4096, rows=5000)
     rows = np.zeros((4096, 256), np.uint8)
     rows[:, 100] = 1
@@ -275,7 +342,9 @@ def test_a_thousand_stores_leave_no_file_open_and_nothing_mapped(tmp_path, engin
         before = open_fds()
         for turn in range(1000):
             store = opened(path, READS[turn % 3])
-            assert store.gather(np.array([turn % 80, 7]))[0].tobytes() == expected[turn % 80].tobytes()
+            assert (
+                store.gather(np.array([turn % 80, 7]))[0].tobytes() == expected[turn % 80].tobytes()
+            )
             store.close()
         assert open_fds() == before and mappings_of(path) == 0
 
@@ -324,7 +393,9 @@ print(np.array_equal(store.gather(ids), rows[ids][::-1]))
 
 @every_engine
 @pytest.mark.parametrize("reads", ["read=mmap", "read=pread"])
-def test_a_full_disk_is_an_error_and_neither_a_signal_nor_the_end_of_what_was_written(tmp_path, engine, reads):
+def test_a_full_disk_is_an_error_and_neither_a_signal_nor_the_end_of_what_was_written(
+    tmp_path, engine, reads
+):
     run = in_own_namespace(FULL_DISK, str(tmp_path), reads, str(ROOT), ENGRAPHY_NATIVE=engine)
     assert run.returncode == 0, run.stderr
     error, written, again = run.stdout.splitlines()

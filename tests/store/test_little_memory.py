@@ -54,13 +54,20 @@ def table(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("how", ["read=pread&threads=128", "read=pread&direct=1&threads=1024", "read=mmap"])
+@pytest.mark.parametrize(
+    "how", ["read=pread&threads=128", "read=pread&direct=1&threads=1024", "read=mmap"]
+)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("room", [5, 12, 40, 80])
 def test_rows_are_read_with_the_threads_that_can_be_started(table, room, engine, how):
     arguments = [str(table), str(ROOT), str(room), how]
     environment = os.environ | {"ENGRAPHY_NATIVE": "off" if engine == "off" else _native.level()}
-    found = subprocess.run([sys.executable, "-c", READ, *arguments], capture_output=True, text=True, timeout=60,
-                           env=environment)
+    found = subprocess.run(
+        [sys.executable, "-c", READ, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
     assert found.returncode == 0, (found.returncode, found.stdout, found.stderr)
     assert found.stdout.count("read") == 3 or room < 40, found.stdout

@@ -1,4 +1,5 @@
-"""A pool is one copy for all processes, whole or not there, and of the table that it is said to be of."""
+"""A pool is one copy for all processes, whole or not there, and of the table that it is said to be
+of."""
 
 from __future__ import annotations
 
@@ -50,13 +51,19 @@ def source(tmp_path):
 
 
 def opened(path: Path, source: Path | None = None, populate: str = "", layer: int = LAYER):
-    options = "&".join([f"from={source}"] * (source is not None) + [f"populate={populate}"] * bool(populate))
+    options = "&".join(
+        [f"from={source}"] * (source is not None) + [f"populate={populate}"] * bool(populate)
+    )
     return open_store(f"pool:{path}{'?' if options else ''}{options}", layer=layer)
 
 
 def left_beside(path: Path) -> set[str]:
     """What there is beside a pool but its lock."""
-    return {each.name for each in path.parent.iterdir()} - {path.name, f".{path.name}.lock", "source"}
+    return {each.name for each in path.parent.iterdir()} - {
+        path.name,
+        f".{path.name}.lock",
+        "source",
+    }
 
 
 # One process.
@@ -65,7 +72,11 @@ def left_beside(path: Path) -> set[str]:
 def test_the_first_fills_the_pool_with_all_layers_and_later_ones_need_no_source(tmp_path, source):
     path, expected = source
     store = opened(tmp_path / "pool", path)
-    assert isinstance(store, PoolStore) and store.info.kind == "pool" and store.info.reads == "mmap, populated"
+    assert (
+        isinstance(store, PoolStore)
+        and store.info.kind == "pool"
+        and store.info.reads == "mmap, populated"
+    )
     assert store.info.path == str(tmp_path / "pool") and not store.info.writable
     np.testing.assert_array_equal(store.gather(np.arange(len(expected))), expected)
     assert resident(tmp_path / "pool") >= expected.nbytes
@@ -86,7 +97,9 @@ def test_rows_are_read_as_numbers_from_the_pool(tmp_path, source):
 def test_a_pool_of_another_table_is_refused_and_stays(tmp_path, source):
     opened(tmp_path / "pool", source[0]).close()
     sealed(tmp_path / "other", F32)
-    with pytest.raises(DigestMismatch, match=r"pool .*pool: expected table [0-9a-f]{32} of .*other, found table"):
+    with pytest.raises(
+        DigestMismatch, match=r"pool .*pool: expected table [0-9a-f]{32} of .*other, found table"
+    ):
         opened(tmp_path / "pool", tmp_path / "other")
     with Table.open(source[0], "w").writing(LAYER, [0]):
         pass
@@ -117,10 +130,21 @@ def test_an_empty_folder_is_filled_and_one_in_use_is_left_alone(tmp_path, source
     assert left_beside(tmp_path / "taken") == {"pool", ".pool.lock"}
 
 
-@pytest.mark.parametrize(("url", "arguments"), [
-    ("pool:", {}), ("pool:?from=x", {}), ("pool:x?from=", {}), ("pool:x?form=y", {}), ("pool:x?populate=2", {}),
-    ("pool:x?read=mmap", {}), ("pool:x", {"mode": "w"}), ("pool:x", {"rows": 4}), ("pool:x", {"row_bytes": 4}),
-    ("pool:x", {"layer": None})])
+@pytest.mark.parametrize(
+    ("url", "arguments"),
+    [
+        ("pool:", {}),
+        ("pool:?from=x", {}),
+        ("pool:x?from=", {}),
+        ("pool:x?form=y", {}),
+        ("pool:x?populate=2", {}),
+        ("pool:x?read=mmap", {}),
+        ("pool:x", {"mode": "w"}),
+        ("pool:x", {"rows": 4}),
+        ("pool:x", {"row_bytes": 4}),
+        ("pool:x", {"layer": None}),
+    ],
+)
 def test_urls_that_cannot_be_meant_are_refused(url, arguments):
     with pytest.raises(ConfigError, match="expected"):
         open_store(url, **{"layer": LAYER, **arguments})
@@ -137,7 +161,10 @@ def test_rows_never_written_are_zero_and_have_their_space(tmp_path):
     store = opened(tmp_path / "pool", tmp_path / "source")
     assert not store.gather(np.arange(0, store.info.rows, 7)).any()
     for shard in (tmp_path / "pool").glob("*.safetensors"):
-        assert shard.stat().st_blocks * 512 >= shard.stat().st_size and not shard.stat().st_mode & 0o222
+        assert (
+            shard.stat().st_blocks * 512 >= shard.stat().st_size
+            and not shard.stat().st_mode & 0o222
+        )
 
 
 def test_closing_gives_everything_back(tmp_path, source):
@@ -163,7 +190,11 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, source, monkeypatch):
     before = open_fds()
     with pytest.raises(TableError, match="to stay as it is while a pool is filled with it"):
         opened(tmp_path / "pool", source[0])
-    assert left_beside(tmp_path / "pool") == set() and not (tmp_path / "pool").exists() and open_fds() == before
+    assert (
+        left_beside(tmp_path / "pool") == set()
+        and not (tmp_path / "pool").exists()
+        and open_fds() == before
+    )
     Table.open(source[0], "w").seal()
 
     def shorten(out, fd, *rest):
@@ -205,14 +236,21 @@ print(len(done), store.gather(__import__("numpy").arange(store.info.rows)).sum()
 
 def filler(path: Path, source: Path, shards: int, then: str) -> subprocess.Popen[str]:
     """A process that stops filling a pool after some shards, to die or to wait for a line."""
-    return subprocess.Popen([sys.executable, "-c", FILL, str(path), str(source), str(shards), then], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", FILL, str(path), str(source), str(shards), then],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def test_a_process_killed_halfway_leaves_no_pool_and_the_next_begins_anew(tmp_path, source):
     for _ in range(2):
         killed = filler(tmp_path / "pool", source[0], 3, "die")
-        assert re.search(r"half \['\.pool\.[0-9a-f]{8}\.engraphy-part', '\.pool\.lock'\]", killed.communicate()[0])
+        assert re.search(
+            r"half \['\.pool\.[0-9a-f]{8}\.engraphy-part', '\.pool\.lock'\]",
+            killed.communicate()[0],
+        )
         assert killed.returncode == -signal.SIGKILL
         with pytest.raises(StoreError, match="found none"):
             opened(tmp_path / "pool")
@@ -258,8 +296,15 @@ sys.stdin.readline()
 
 def test_processes_share_one_copy(tmp_path, source):
     opened(tmp_path / "pool", source[0]).close()
-    processes = [subprocess.Popen([sys.executable, "-c", SHARE, str(tmp_path / "pool")], text=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARE, str(tmp_path / "pool")],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
     for process in processes:
         assert process.stdout and process.stdout.readline() == "ready\n"
     sizes = []
@@ -295,7 +340,11 @@ def test_a_pool_without_room_is_an_error_and_leaves_nothing(tmp_path, source):
     run = in_own_namespace(FULL, str(source[0]), str(tmp_path / "memory"))
     assert run.returncode == 0, run.stderr
     error, left, total = run.stdout.splitlines()
-    assert "there is no room for it" in error and left == ".pool.lock" and total == str(source[1].sum())
+    assert (
+        "there is no room for it" in error
+        and left == ".pool.lock"
+        and total == str(source[1].sum())
+    )
 
 
 def test_what_is_copied_is_all_of_a_file_and_nothing_else(tmp_path, monkeypatch):

@@ -47,8 +47,12 @@ def opened(path, how: str = "read=pread", mode: str = "r") -> PreadStore:
 
 
 @settings(max_examples=200)
-@given(ids=st.lists(st.integers(0, 30_000), min_size=1, max_size=60, unique=True).map(sorted), whole=st.booleans(),
-       row_bytes=st.sampled_from([1, 34, 128, 264, 4096, 4097, 10_000, 300_000]), shard_rows=st.integers(1, 40_000))
+@given(
+    ids=st.lists(st.integers(0, 30_000), min_size=1, max_size=60, unique=True).map(sorted),
+    whole=st.booleans(),
+    row_bytes=st.sampled_from([1, 34, 128, 264, 4096, 4097, 10_000, 300_000]),
+    shard_rows=st.integers(1, 40_000),
+)
 def test_every_row_lies_in_a_read_and_no_page_is_read_twice(ids, whole, row_bytes, shard_rows):
     reads = pread.plan(np.array(ids), shard_rows, row_bytes, whole)
     which = np.searchsorted(reads.first, np.arange(len(ids)), side="right") - 1
@@ -56,29 +60,49 @@ def test_every_row_lies_in_a_read_and_no_page_is_read_twice(ids, whole, row_byte
     begin = reads.begin[which] + reads.at - reads.place[which]
     np.testing.assert_array_equal(reads.shard[which], np.array(ids) // shard_rows)
     np.testing.assert_array_equal(begin, HEADER_BYTES + np.array(ids) % shard_rows * row_bytes)
-    assert (begin >= reads.begin[which]).all() and (begin + row_bytes <= (reads.begin + reads.length)[which]).all()
+    assert (begin >= reads.begin[which]).all() and (
+        begin + row_bytes <= (reads.begin + reads.length)[which]
+    ).all()
     assert (np.diff(reads.place) == reads.length[:-1]).all() and reads.place[0] == 0
     if whole:
         assert not (reads.begin % PAGE).any() and not (reads.length % PAGE).any()
-    pages = [(shard, page) for shard, begin, length in zip(reads.shard, reads.begin, reads.length, strict=True)
-             for page in range(begin // PAGE, (begin + length - 1) // PAGE + 1)]
-    windows = {(shard, begin // 2**17) for shard, begin in zip(reads.shard, reads.begin, strict=True)}
-    assert len(pages) - len(set(pages)) <= len(windows)  # only where a row reaches into the next window
+    pages = [
+        (shard, page)
+        for shard, begin, length in zip(reads.shard, reads.begin, reads.length, strict=True)
+        for page in range(begin // PAGE, (begin + length - 1) // PAGE + 1)
+    ]
+    windows = {
+        (shard, begin // 2**17) for shard, begin in zip(reads.shard, reads.begin, strict=True)
+    }
+    assert len(pages) - len(set(pages)) <= len(
+        windows
+    )  # only where a row reaches into the next window
 
 
 def test_what_repeats_is_read_once_and_neighbours_come_together(tmp_path):
     expected = sealed(tmp_path / "t", fmt_of("f32", 64), rows=2000)  # 256 bytes: 16 rows a page
     store = opened(tmp_path / "t")
-    for ids, reads, read_bytes in (([5] * 100, 1, 256), ([0, 15], 1, 4096), ([0, 31], 1, 8192), ([0, 47], 2, 512),
-                                   ([15, 3, 3, 9], 1, 13 * 256), (list(range(512)), 2, 2**17)):
+    for ids, reads, read_bytes in (
+        ([5] * 100, 1, 256),
+        ([0, 15], 1, 4096),
+        ([0, 31], 1, 8192),
+        ([0, 47], 2, 512),
+        ([15, 3, 3, 9], 1, 13 * 256),
+        (list(range(512)), 2, 2**17),
+    ):
         before = store.stats
         np.testing.assert_array_equal(store.gather(np.array(ids)), expected[ids])
         now = store.stats
-        assert (now.reads - before.reads, now.read_bytes - before.read_bytes) == (reads, read_bytes), ids
+        assert (now.reads - before.reads, now.read_bytes - before.read_bytes) == (
+            reads,
+            read_bytes,
+        ), ids
 
 
 def test_direct_reads_are_of_whole_pages(tmp_path):
-    expected = sealed(tmp_path / "t", fmt_of("int8", 62), rows=2000)  # 64 bytes; the file ends within a page
+    expected = sealed(
+        tmp_path / "t", fmt_of("int8", 62), rows=2000
+    )  # 64 bytes; the file ends within a page
     store = opened(tmp_path / "t", "direct=1")
     ids = np.array([0, 63, 63, len(expected) - 1, 640])
     np.testing.assert_array_equal(store.gather(ids), expected[ids])
@@ -97,7 +121,12 @@ def test_a_batch_of_many_chunks_is_read_whole(tmp_path, monkeypatch, how, kind, 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_no_more_threads_read_than_are_allowed(tmp_path, monkeypatch, threads):
-    expected, lock, under_way, most = sealed(tmp_path / "t", fmt_of("f32", 1024), rows=60), threading.Lock(), 0, 0
+    expected, lock, under_way, most = (
+        sealed(tmp_path / "t", fmt_of("f32", 1024), rows=60),
+        threading.Lock(),
+        0,
+        0,
+    )
     real, release = os.preadv, threading.Event()
 
     def counted(*arguments):
@@ -158,7 +187,9 @@ def test_short_reads_and_writes_are_continued(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 8])
-def test_a_disk_that_fails_is_a_store_error_with_the_file_and_the_reason(tmp_path, monkeypatch, threads):
+def test_a_disk_that_fails_is_a_store_error_with_the_file_and_the_reason(
+    tmp_path, monkeypatch, threads
+):
     expected = sealed(tmp_path / "t", shard_rows=7)
     store = opened(tmp_path / "t", f"read=pread&threads={threads}", "w")
 
@@ -167,11 +198,15 @@ def test_a_disk_that_fails_is_a_store_error_with_the_file_and_the_reason(tmp_pat
 
     monkeypatch.setattr(os, "preadv", fail)
     monkeypatch.setattr(os, "pwrite", fail)
-    with pytest.raises(StoreError, match=r"layer-00003-00002.*cannot be read \(Input/output error\)"):
+    with pytest.raises(
+        StoreError, match=r"layer-00003-00002.*cannot be read \(Input/output error\)"
+    ):
         store.gather(np.array([8, 9]))
     with pytest.raises(StoreError, match=r"layer-00003-.*cannot be read"):
         store.gather(np.arange(len(expected)))
-    with pytest.raises(StoreError, match=r"layer-00003-00002.*cannot be written .*Input/output error"):
+    with pytest.raises(
+        StoreError, match=r"layer-00003-00002.*cannot be written .*Input/output error"
+    ):
         store.scatter(np.array([8, 9]), expected[:2])
     assert store.stats.gathers == store.stats.reads == 0
     store.close()
@@ -242,5 +277,7 @@ def test_rows_written_by_pread_stores_of_two_layers_are_in_the_sealed_table(tmp_
         store.close()
     table.seal()
     for layer, new in rows.items():
-        np.testing.assert_array_equal(np.concatenate(Table.open(tmp_path / "t").shard_arrays(layer)), new)
+        np.testing.assert_array_equal(
+            np.concatenate(Table.open(tmp_path / "t").shard_arrays(layer)), new
+        )
     assert Table.open(tmp_path / "t").verify()

@@ -1,4 +1,5 @@
-"""The scope of one read of mapped memory: it pins one store, and on leaving says whether that one was whole."""
+"""The scope of one read of mapped memory: it pins one store, and on leaving says whether that one
+was whole."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def engine(request):
 
 
 def cut(store: RowStore, by: int = 1) -> None:
-    """Shorten every file of the table behind a store, by less than a page: no read of it is a fault."""
+    """Shorten every file of the table behind a store, by less than a page: no read of it is a
+    fault."""
     folder = Path(store.info.path or "")
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)
@@ -91,7 +93,9 @@ def call_after(monkeypatch, module, name: str, act: Callable[[], None]) -> None:
 
 
 @on_disk
-def test_a_table_that_is_cut_and_exchanged_while_it_is_read_is_an_error_of_that_read(name, tmp_path, engine):
+def test_a_table_that_is_cut_and_exchanged_while_it_is_read_is_an_error_of_that_read(
+    name, tmp_path, engine
+):
     old, new, expected = two(name, tmp_path)
     store = ReloadableStore(old)
     with pytest.raises(ShardTruncated):
@@ -105,17 +109,25 @@ def test_a_table_that_is_cut_and_exchanged_while_it_is_read_is_an_error_of_that_
 
 @on_disk
 def test_reading_rows_as_numbers_from_a_table_that_is_cut_and_exchanged_meanwhile_is_an_error(
-        name, tmp_path, engine, monkeypatch):
+    name, tmp_path, engine, monkeypatch
+):
     old, new, expected = two(name, tmp_path)
     store = ReloadableStore(old)
-    call_after(monkeypatch, sys.modules["engraphy.rows.read"], "_read_mapped", lambda: (cut(old), store.reload(new)) and None)
+    call_after(
+        monkeypatch,
+        sys.modules["engraphy.rows.read"],
+        "_read_mapped",
+        lambda: (cut(old), store.reload(new)) and None,
+    )
     with pytest.raises(ShardTruncated):
         number(store, name)
     np.testing.assert_array_equal(number(store, name)[0], usual(name).decode(expected[-1:])[0])
 
 
 @on_disk
-def test_gathering_from_a_table_that_is_cut_and_exchanged_meanwhile_is_an_error(name, tmp_path, engine, monkeypatch):
+def test_gathering_from_a_table_that_is_cut_and_exchanged_meanwhile_is_an_error(
+    name, tmp_path, engine, monkeypatch
+):
     old, new, expected = two(name, tmp_path)
     store = ReloadableStore(old)
     call_after(monkeypatch, base, "gather_mapped", lambda: (cut(old), store.reload(new)) and None)
@@ -125,7 +137,9 @@ def test_gathering_from_a_table_that_is_cut_and_exchanged_meanwhile_is_an_error(
 
 
 @on_disk
-def test_a_store_that_is_cut_within_the_scope_is_an_error_on_leaving(name, tmp_path, engine, monkeypatch):
+def test_a_store_that_is_cut_within_the_scope_is_an_error_on_leaving(
+    name, tmp_path, engine, monkeypatch
+):
     store, _, _ = two(name, tmp_path)
     with pytest.raises(ShardTruncated):
         with store.reading(1):
@@ -138,7 +152,9 @@ def test_a_store_that_is_cut_within_the_scope_is_an_error_on_leaving(name, tmp_p
 
 
 @on_disk
-def test_a_cache_keeps_no_row_of_a_table_that_was_cut_while_it_was_read(name, tmp_path, engine, monkeypatch):
+def test_a_cache_keeps_no_row_of_a_table_that_was_cut_while_it_was_read(
+    name, tmp_path, engine, monkeypatch
+):
     behind, _, _ = two(name, tmp_path)
     cache = CacheStore(behind, 1 << 20)
     call_after(monkeypatch, base, "gather_mapped", lambda: cut(behind))
@@ -164,12 +180,16 @@ def test_pages_that_are_gone_are_an_error_on_leaving_though_another_table_is_ser
 
 @torch.no_grad()
 @pytest.mark.skipif(_native.core is None, reason=_native.reason)
-def test_a_decoded_token_is_read_anew_where_its_table_was_cut_and_exchanged_meanwhile(tmp_path, monkeypatch):
+def test_a_decoded_token_is_read_anew_where_its_table_was_cut_and_exchanged_meanwhile(
+    tmp_path, monkeypatch
+):
     memories = [make_memory(SPECS["demo"], seed=seed) for seed in range(2)]
     for memory, name in zip(memories, "ab", strict=True):
         memory.write_table(tmp_path / name)
-    old, new = ({layer: open_store(f"file:{tmp_path / name}?populate=1", layer=layer) for layer in LAYERS}
-                for name in "ab")
+    old, new = (
+        {layer: open_store(f"file:{tmp_path / name}?populate=1", layer=layer) for layer in LAYERS}
+        for name in "ab"
+    )
     stores = {layer: ReloadableStore(old[layer]) for layer in LAYERS}
     served, expected = make_memory(SPECS["demo"], store=stores), memories[1]
     states = served.state(1), expected.state(1)
@@ -205,7 +225,9 @@ def test_a_call_is_counted_with_its_rows_by_the_store_that_was_read(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda store: store, ReloadableStore])
-def test_an_error_within_the_scope_is_not_hidden_by_the_check_and_nothing_is_counted(wrap, tmp_path):
+def test_an_error_within_the_scope_is_not_hidden_by_the_check_and_nothing_is_counted(
+    wrap, tmp_path
+):
     old, new, _ = two("file", tmp_path)
     store = wrap(old)
     with pytest.raises(KeyError, match="mine"):
@@ -232,7 +254,9 @@ def test_memory_stays_within_the_scope_when_the_store_is_closed(name, tmp_path):
 
 
 def test_of_several_scopes_all_are_left_when_one_cannot_be_entered_or_was_damaged(tmp_path):
-    olds, news = ([build("file", tmp_path / f"{when} {i}")[0] for i in range(3)] for when in ("old", "new"))
+    olds, news = (
+        [build("file", tmp_path / f"{when} {i}")[0] for i in range(3)] for when in ("old", "new")
+    )
     stores = [ReloadableStore(store) for store in olds]
     with pytest.raises(ShardTruncated):
         with ReadingAll(stores, 2) as shards:
@@ -251,7 +275,9 @@ def test_of_several_scopes_all_are_left_when_one_cannot_be_entered_or_was_damage
 # The older ways.
 
 
-@pytest.mark.parametrize("wrap", [lambda store: store, ReloadableStore, lambda store: CacheStore(store, 10_000)])
+@pytest.mark.parametrize(
+    "wrap", [lambda store: store, ReloadableStore, lambda store: CacheStore(store, 10_000)]
+)
 def test_shards_is_deprecated_and_says_what_to_use(wrap):
     store = wrap(RamStore(10, 4))
     with pytest.warns(DeprecationWarning, match=r"store\.reading\(rows\)") as caught:
@@ -262,8 +288,12 @@ def test_shards_is_deprecated_and_says_what_to_use(wrap):
 
 def test_nothing_inside_uses_what_is_deprecated():
     for path in Path(engraphy.__file__).parent.rglob("*.py"):
-        found = re.findall(r"(?<!_)count_read\b|\bstores?(?:\[\w+\])?\.shards\b(?!\()", path.read_text())
-        assert not [use for use in found if not (path.name == "base.py" and use == "store.shards")], path
+        found = re.findall(
+            r"(?<!_)count_read\b|\bstores?(?:\[\w+\])?\.shards\b(?!\()", path.read_text()
+        )
+        assert not [
+            use for use in found if not (path.name == "base.py" and use == "store.shards")
+        ], path
 
 
 def test_a_store_without_the_scope_is_refused_by_name():

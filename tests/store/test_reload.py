@@ -1,4 +1,5 @@
-"""A table is exchanged while it is read: every call sees one table whole, and the old one goes when nobody reads it."""
+"""A table is exchanged while it is read: every call sees one table whole, and the old one goes when
+nobody reads it."""
 
 from __future__ import annotations
 
@@ -29,8 +30,18 @@ class Numbered(RowStore):
         super().__init__()
         self.number, self.started, self.go_on = number, threading.Event(), threading.Event()
         self.go_on.set()
-        self._info = StoreInfo(**{"kind": "numbered", "rows": ROWS, "row_bytes": WIDTH, "writable": True,
-                                  "table_id": str(number), "layer": 1, "address_digest": "a"} | info)
+        self._info = StoreInfo(
+            **{
+                "kind": "numbered",
+                "rows": ROWS,
+                "row_bytes": WIDTH,
+                "writable": True,
+                "table_id": str(number),
+                "layer": 1,
+                "address_digest": "a",
+            }
+            | info
+        )
 
     @property
     def info(self) -> StoreInfo:
@@ -69,7 +80,9 @@ def test_the_old_store_is_closed_when_its_last_reader_is_done_and_not_before():
     old = Numbered(1)
     store, found = ReloadableStore(old), []
     old.go_on.clear()
-    readers = [threading.Thread(target=lambda: found.append(store.gather(first_ids(4)))) for _ in range(3)]
+    readers = [
+        threading.Thread(target=lambda: found.append(store.gather(first_ids(4)))) for _ in range(3)
+    ]
     for reader in readers:
         reader.start()
     assert old.started.wait(20)
@@ -107,10 +120,17 @@ def test_readers_go_on_through_many_reloads_and_every_call_sees_one_table():
     assert not wrong and all(old.closed for old in served) and not store.inner.closed
 
 
-@pytest.mark.parametrize(("info", "error", "message"), [
-    ({"address_digest": "b"}, DigestMismatch, "address digest a"), ({"address_digest": None}, DigestMismatch, "None"),
-    ({"rows": ROWS + 1}, ConfigError, "rows: expected 50"), ({"row_bytes": 9}, ConfigError, "row_bytes"),
-    ({"layer": 2}, ConfigError, "layer"), ({"format": RowFormat("int8", 6)}, ConfigError, "format")])
+@pytest.mark.parametrize(
+    ("info", "error", "message"),
+    [
+        ({"address_digest": "b"}, DigestMismatch, "address digest a"),
+        ({"address_digest": None}, DigestMismatch, "None"),
+        ({"rows": ROWS + 1}, ConfigError, "rows: expected 50"),
+        ({"row_bytes": 9}, ConfigError, "row_bytes"),
+        ({"layer": 2}, ConfigError, "layer"),
+        ({"format": RowFormat("int8", 6)}, ConfigError, "format"),
+    ],
+)
 def test_a_store_that_does_not_fit_is_refused_and_the_old_one_stays(info, error, message):
     old, new = Numbered(1), Numbered(2, **info)
     store = ReloadableStore(old)
@@ -128,12 +148,21 @@ def test_the_store_that_is_served_cannot_replace_itself():
 
 
 def test_all_layers_are_exchanged_or_none():
-    stores = {layer: ReloadableStore(Numbered(layer, layer=layer, table_id="x")) for layer in (1, 4)}
+    stores = {
+        layer: ReloadableStore(Numbered(layer, layer=layer, table_id="x")) for layer in (1, 4)
+    }
 
     def new(**of_second) -> dict[int, RowStore]:
-        return {1: Numbered(8, layer=1, table_id="y"), 4: Numbered(9, **{"layer": 4, "table_id": "y"} | of_second)}
+        return {
+            1: Numbered(8, layer=1, table_id="y"),
+            4: Numbered(9, **{"layer": 4, "table_id": "y"} | of_second),
+        }
 
-    for wrong, error in ((new(rows=3), ConfigError), (new(table_id="z"), DigestMismatch), ({1: new()[1]}, ConfigError)):
+    for wrong, error in (
+        (new(rows=3), ConfigError),
+        (new(table_id="z"), DigestMismatch),
+        ({1: new()[1]}, ConfigError),
+    ):
         with pytest.raises(error):
             reload_layers(stores, wrong)
         assert [int(store.gather(first_ids(1))[0, 0]) for store in stores.values()] == [1, 4]
@@ -160,7 +189,9 @@ def test_writing_goes_to_the_store_that_is_served():
     assert (store.gather(first_ids(2)) == 7).all()
 
 
-def test_a_table_in_place_of_another_is_read_through_its_mapped_memory_and_named_in_the_log(tmp_path, caplog):
+def test_a_table_in_place_of_another_is_read_through_its_mapped_memory_and_named_in_the_log(
+    tmp_path, caplog
+):
     before, after = (sealed(tmp_path / name) for name in ("a", "b"))
     store = ReloadableStore(open_store(f"file:{tmp_path / 'a'}", layer=LAYER))
     ids, fmt = first_ids(40), fmt_of("int8")
@@ -172,7 +203,9 @@ def test_a_table_in_place_of_another_is_read_through_its_mapped_memory_and_named
     found = read(store, ids, fmt, np.full((40, fmt.d), np.nan, np.float32))
     np.testing.assert_array_equal(found, fmt.decode(after[:40]))
     assert store.stats.rows == store.inner.stats.rows == 40
-    np.testing.assert_array_equal(np.concatenate(kept), before)  # a reader that still holds the old memory
+    np.testing.assert_array_equal(
+        np.concatenate(kept), before
+    )  # a reader that still holds the old memory
     assert isinstance(store.inner, FileStore)
 
 

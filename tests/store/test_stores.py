@@ -1,4 +1,5 @@
-"""One suite for every store: rows come back as written, are counted, and nothing is touched before the checks."""
+"""One suite for every store: rows come back as written, are counted, and nothing is touched before
+the checks."""
 
 from __future__ import annotations
 
@@ -52,8 +53,16 @@ from tests.tools.store_builders import (
     usual,
 )
 
-BY_URL = ("file", "file in shards", "pread", "pread in shards", "pread direct", "pool", "checkpoint in parts",
-          "checkpoint with scales")
+BY_URL = (
+    "file",
+    "file in shards",
+    "pread",
+    "pread in shards",
+    "pread direct",
+    "pool",
+    "checkpoint in parts",
+    "checkpoint with scales",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +96,10 @@ def good_in_any_order(store: RowStore, expected: np.ndarray, seed: int, times: i
     for _ in range(times):
         ids = rng.permutation(len(expected))
         values = read(store, ids, fmt, np.full((len(ids), fmt.d), np.nan, np.float32))
-        if not (np.array_equal(store.gather(ids), expected[ids]) and np.array_equal(values, fmt.decode(expected[ids]))):
+        if not (
+            np.array_equal(store.gather(ids), expected[ids])
+            and np.array_equal(values, fmt.decode(expected[ids]))
+        ):
             return False
     return True
 
@@ -111,7 +123,9 @@ def test_gather_takes_ids_that_are_not_contiguous(filled):
     np.testing.assert_array_equal(store.gather(ids), expected[ids])
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in STORES for kind in kinds_of(name)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in STORES for kind in kinds_of(name)]
+)
 def test_reading_mapped_rows_and_gathering_then_decoding_give_the_same_bytes(tmp_path, name, kind):
     fmt = fmt_of(kind)
     store, expected = build(name, tmp_path, fmt)
@@ -136,8 +150,12 @@ def test_a_batch_of_more_than_a_chunk_is_read_whole(filled):
 def test_eight_threads_read_every_row_at_once(filled):
     store, expected = filled
     good: list[bool] = []
-    threads = [threading.Thread(target=lambda seed=seed: good.append(good_in_any_order(store, expected, seed)))
-               for seed in range(8)]
+    threads = [
+        threading.Thread(
+            target=lambda seed=seed: good.append(good_in_any_order(store, expected, seed))
+        )
+        for seed in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -156,10 +174,14 @@ def test_a_forked_child_reads_the_same_rows(filled):
 def test_four_forked_children_and_their_parent_read_every_row_at_once(filled):
     store, expected = filled
     store.gather(some_ids(len(expected)))
-    parent = threading.Thread(target=lambda: good.append(good_in_any_order(store, expected, 9, times=10)))
+    parent = threading.Thread(
+        target=lambda: good.append(good_in_any_order(store, expected, 9, times=10))
+    )
     good: list[bool] = []
     parent.start()
-    check_in_children([lambda seed=seed: good_in_any_order(store, expected, seed) for seed in range(4)])
+    check_in_children(
+        [lambda seed=seed: good_in_any_order(store, expected, seed) for seed in range(4)]
+    )
     parent.join()
     assert good == [True]
 
@@ -191,8 +213,14 @@ def test_four_spawned_processes_read_every_row_of_every_store_that_has_a_url(tmp
         (tmp_path / name).mkdir()
         urls[name], expected = make(name, tmp_path / name, usual(name))
         np.save(tmp_path / f"{name}.npy", expected)
-    workers = [subprocess.Popen([sys.executable, "-c", SPAWNED, json.dumps(urls), str(tmp_path), str(seed)],
-                                stderr=subprocess.PIPE, text=True) for seed in range(4)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SPAWNED, json.dumps(urls), str(tmp_path), str(seed)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(4)
+    ]
     assert [worker.communicate(timeout=100)[1] for worker in workers] == [""] * 4
     assert [worker.returncode for worker in workers] == [0] * 4
 
@@ -200,7 +228,9 @@ def test_four_spawned_processes_read_every_row_of_every_store_that_has_a_url(tmp
 def test_stats_count_gathers_and_reads_alike(filled):
     store, _ = filled
     cache = isinstance(store, CacheStore)
-    assert store.stats == StoreStats(0, 0, 0, hits=0 if cache else None, misses=0 if cache else None)
+    assert store.stats == StoreStats(
+        0, 0, 0, hits=0 if cache else None, misses=0 if cache else None
+    )
     store.gather(np.array([1, 2, 3]))
     read(store, np.array([[4, 5]]), format_of(store), np.empty((1, 2 * D), np.float32))
     stats = store.stats
@@ -229,9 +259,13 @@ WRONG_IDS = [
     (np.array([-1]), RowOutOfRange, "row id -1 at position 0: expected 0 to {last}"),
     (np.array([2**63 - 1, -(2**63)]), RowOutOfRange, "at position 0"),
     (np.array([1, 2], np.int32), InputError, r"row ids: expected int64 \[N\], found int32 \[2\]"),
-    (np.array([1.0]), InputError, "float64"), (np.array([True]), InputError, "bool"),
-    (np.array([[1, 2]]), InputError, r"found int64 \[1, 2\]"), (np.array(1), InputError, r"found int64 \[\]"),
-    ([1, 2], InputError, "found list"), (None, InputError, "found NoneType")]
+    (np.array([1.0]), InputError, "float64"),
+    (np.array([True]), InputError, "bool"),
+    (np.array([[1, 2]]), InputError, r"found int64 \[1, 2\]"),
+    (np.array(1), InputError, r"found int64 \[\]"),
+    ([1, 2], InputError, "found list"),
+    (None, InputError, "found NoneType"),
+]
 
 
 def test_wrong_ids_are_refused(filled):
@@ -255,8 +289,15 @@ def test_a_buffer_that_does_not_fit_is_refused(filled):
     width = store.info.row_bytes
     read_only = np.zeros((2, width), np.uint8)
     read_only.flags.writeable = False
-    for out in (np.zeros((3, width), np.uint8), np.zeros((2, width + 1), np.uint8), np.zeros((2, width), np.int8),
-                np.zeros(2 * width, np.uint8), np.zeros((width, 2), np.uint8).T, read_only, b"x"):
+    for out in (
+        np.zeros((3, width), np.uint8),
+        np.zeros((2, width + 1), np.uint8),
+        np.zeros((2, width), np.int8),
+        np.zeros(2 * width, np.uint8),
+        np.zeros((width, 2), np.uint8).T,
+        read_only,
+        b"x",
+    ):
         with pytest.raises(InputError, match="out: expected"):
             store.gather(np.array([0, 1]), out=out)  # type: ignore[arg-type]
 
@@ -266,8 +307,11 @@ def test_a_closed_store_says_so(filled):
     kept = shards_of(store)
     store.close()
     store.close()
-    for use in (lambda: store.gather(np.array([0])), lambda: store.scatter(np.array([0]), expected[:1]),
-                lambda: shards_of(store)):
+    for use in (
+        lambda: store.gather(np.array([0])),
+        lambda: store.scatter(np.array([0]), expected[:1]),
+        lambda: shards_of(store),
+    ):
         with pytest.raises(StoreError, match="closed"):
             use()
     assert store.info.rows == len(expected) and store.stats.gathers == (kept is not None)
@@ -300,9 +344,14 @@ def test_a_wrong_scatter_writes_nothing(writable):
     new = records(fmt_of("int8"), 2, seed=1)
     good = np.array([0, 1])
     for ids, rows, error in (
-            (np.array([0, len(expected)]), new, RowOutOfRange), (np.array([0, -1]), new, RowOutOfRange),
-            (np.array([0]), new, InputError), (good.astype(np.int32), new, InputError), (good, new[:, 1:], InputError),
-            (good, new.view(np.int8), InputError), (good, new.tolist(), InputError)):
+        (np.array([0, len(expected)]), new, RowOutOfRange),
+        (np.array([0, -1]), new, RowOutOfRange),
+        (np.array([0]), new, InputError),
+        (good.astype(np.int32), new, InputError),
+        (good, new[:, 1:], InputError),
+        (good, new.view(np.int8), InputError),
+        (good, new.tolist(), InputError),
+    ):
         with pytest.raises(error):
             store.scatter(ids, rows)
     np.testing.assert_array_equal(store.gather(np.arange(len(expected))), expected)
@@ -329,7 +378,9 @@ def test_rows_scattered_into_a_file_are_in_the_sealed_table_under_a_new_id(tmp_p
         store.scatter(np.array([11]), new)
     again = open_store(f"file:{tmp_path / 'table'}", layer=LAYER)
     assert again.info.table_id == store.info.table_id
-    np.testing.assert_array_equal(again.gather(np.array([11, 12])), np.stack([new[0], expected[12]]))
+    np.testing.assert_array_equal(
+        again.gather(np.array([11, 12])), np.stack([new[0], expected[12]])
+    )
     assert Table.open(tmp_path / "table").verify()
 
 
@@ -342,7 +393,9 @@ def test_stores_of_several_layers_share_one_open_table(tmp_path):
         store.close()
     table.seal()
     for layer, new in zip(table.layers, rows, strict=True):
-        np.testing.assert_array_equal(np.concatenate(Table.open(tmp_path / "table").shard_arrays(layer)), new)
+        np.testing.assert_array_equal(
+            np.concatenate(Table.open(tmp_path / "table").shard_arrays(layer)), new
+        )
 
 
 def test_closing_a_store_opened_by_url_lets_the_next_writer_in(tmp_path):
@@ -389,8 +442,17 @@ def test_info_says_what_is_held(tmp_path):
     assert ram.info == StoreInfo("ram", 5, 16, writable=True, layer=1) and ram.info.bytes == 80
     store, expected = build("file", tmp_path, fmt_of("int8"))
     table = Table.open(tmp_path / "table")
-    assert store.info == StoreInfo("file", *expected.shape, False, table.table_id, LAYER, str(tmp_path / "table"),
-                                   table.fmt, table.address_digest, "mmap")
+    assert store.info == StoreInfo(
+        "file",
+        *expected.shape,
+        False,
+        table.table_id,
+        LAYER,
+        str(tmp_path / "table"),
+        table.fmt,
+        table.address_digest,
+        "mmap",
+    )
 
 
 def test_new_ram_is_zero():
@@ -399,16 +461,35 @@ def test_new_ram_is_zero():
     store.close()
 
 
-@pytest.mark.parametrize("arguments", [
-    dict(url="ram:"), dict(url="ram:", rows=5), dict(url="ram:", row_bytes=5), dict(url="ram:", rows=0, row_bytes=4),
-    dict(url="ram:", rows=5, row_bytes=-4), dict(url="ram:", rows=5.0, row_bytes=4), dict(url=""), dict(url=None),
-    dict(url="ram:x", rows=5, row_bytes=4), dict(url="ram:", rows=5, row_bytes=4, mode="x"),
-    dict(url="ram", rows=5, row_bytes=4), dict(url="file:", layer=LAYER), dict(url="file"), dict(url="file:{path}"),
-    dict(url="file:{path}", layer=2),
-    dict(url="file:{path}?cache=2GB", layer=LAYER), dict(url="file:{path}?x", layer=LAYER),
-    dict(url="file:{path}", layer=LAYER, rows=5), dict(url="file:{path}", layer=LAYER, row_bytes=5),
-    dict(url="file:{path}", layer=LAYER, mode="a"), dict(url="checkpoint:{path}", layer=LAYER),
-    dict(url="pool:{path}"), dict(url="{path}", layer=LAYER)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(url="ram:"),
+        dict(url="ram:", rows=5),
+        dict(url="ram:", row_bytes=5),
+        dict(url="ram:", rows=0, row_bytes=4),
+        dict(url="ram:", rows=5, row_bytes=-4),
+        dict(url="ram:", rows=5.0, row_bytes=4),
+        dict(url=""),
+        dict(url=None),
+        dict(url="ram:x", rows=5, row_bytes=4),
+        dict(url="ram:", rows=5, row_bytes=4, mode="x"),
+        dict(url="ram", rows=5, row_bytes=4),
+        dict(url="file:", layer=LAYER),
+        dict(url="file"),
+        dict(url="file:{path}"),
+        dict(url="file:{path}", layer=2),
+        dict(url="file:{path}?cache=2GB", layer=LAYER),
+        dict(url="file:{path}?x", layer=LAYER),
+        dict(url="file:{path}", layer=LAYER, rows=5),
+        dict(url="file:{path}", layer=LAYER, row_bytes=5),
+        dict(url="file:{path}", layer=LAYER, mode="a"),
+        dict(url="checkpoint:{path}", layer=LAYER),
+        dict(url="pool:{path}"),
+        dict(url="{path}", layer=LAYER),
+    ],
+    ids=str,
+)
 def test_urls_and_arguments_that_cannot_be_meant_are_refused(tmp_path, arguments):
     create(tmp_path / "table", fmt_of("int8")).seal()
     url = arguments["url"] and arguments["url"].format(path=tmp_path / "table")

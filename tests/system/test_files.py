@@ -31,8 +31,10 @@ def refusing(number: int):
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -50,8 +52,15 @@ def test_a_file_and_a_folder_are_there_when_the_block_ends_and_not_before(tmp_pa
     with publish_folder(tmp_path / "deep" / "er" / "d") as folder:
         fill(folder)
         assert not (tmp_path / "deep" / "er" / "d").exists()
-    assert tree(tmp_path) == {"deep": None, "deep/er": None, "deep/er/d": None, "deep/er/d/b.txt": b"new",
-                              "deep/er/d/inside": None, "deep/er/d/inside/a.txt": b"new", "f": b"whole"}
+    assert tree(tmp_path) == {
+        "deep": None,
+        "deep/er": None,
+        "deep/er/d": None,
+        "deep/er/d/b.txt": b"new",
+        "deep/er/d/inside": None,
+        "deep/er/d/inside/a.txt": b"new",
+        "f": b"whole",
+    }
 
 
 def test_what_was_there_is_replaced_whole(tmp_path):
@@ -61,8 +70,14 @@ def test_what_was_there_is_replaced_whole(tmp_path):
         with publish_folder(tmp_path / "d", replace=True) as folder:
             fill(folder, text)
             (folder / text).touch()
-    assert tree(tmp_path) == {"d": None, "d/b.txt": b"new", "d/inside": None, "d/inside/a.txt": b"new", "d/new": b"",
-                              "f": b"new"}
+    assert tree(tmp_path) == {
+        "d": None,
+        "d/b.txt": b"new",
+        "d/inside": None,
+        "d/inside/a.txt": b"new",
+        "d/new": b"",
+        "f": b"new",
+    }
 
 
 def test_a_file_system_that_cannot_exchange_two_folders_still_replaces_one(tmp_path, monkeypatch):
@@ -73,13 +88,18 @@ def test_a_file_system_that_cannot_exchange_two_folders_still_replaces_one(tmp_p
 def test_everything_is_synced_before_it_has_its_name_and_the_parent_after(tmp_path, monkeypatch):
     done = []
     rename, replace = os.rename, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+    )
     monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), done.append("named")))
     monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), done.append("named")))
     with publish_folder(tmp_path / "d") as folder:
         fill(folder)
         own = folder.name
-    assert set(done[:4]) == {"a.txt", "b.txt", "inside", own} and done[4:] == ["named", tmp_path.name]
+    assert set(done[:4]) == {"a.txt", "b.txt", "inside", own} and done[4:] == [
+        "named",
+        tmp_path.name,
+    ]
     done.clear()
     write_file(tmp_path / "f", "text")
     assert done[0].startswith(".f.") and done[1:] == ["named", tmp_path.name]
@@ -88,18 +108,26 @@ def test_everything_is_synced_before_it_has_its_name_and_the_parent_after(tmp_pa
 # An error leaves what was there.
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EXDEV, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EXDEV, errno.EDQUOT, errno.EIO]
+)
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_what_the_system_refuses_is_named_and_leaves_everything_as_it_was(tmp_path, monkeypatch, number, call):
+def test_what_the_system_refuses_is_named_and_leaves_everything_as_it_was(
+    tmp_path, monkeypatch, number, call
+):
     write_file(tmp_path / "f", "old")
     before = tree(tmp_path)
     for name in ("rename", "replace") if call == "rename" else ("fsync",):
         monkeypatch.setattr(os, name, refusing(number))
     for path in (tmp_path / "f", tmp_path / "new" / "f"):
-        with pytest.raises(WriteFailed, match=f"{path}: it cannot be written .*{os.strerror(number)}") as caught:
+        with pytest.raises(
+            WriteFailed, match=f"{path}: it cannot be written .*{os.strerror(number)}"
+        ) as caught:
             write_file(path, "new")
         assert caught.value.errno == number and isinstance(caught.value, OSError)
-    with pytest.raises(WriteFailed, match=f"d: it cannot be written .*{os.strerror(number)}.*nothing is left"):
+    with pytest.raises(
+        WriteFailed, match=f"d: it cannot be written .*{os.strerror(number)}.*nothing is left"
+    ):
         with publish_folder(tmp_path / "other" / "d") as folder:
             fill(folder)
     monkeypatch.undo()
@@ -112,11 +140,15 @@ def test_a_full_disk_says_how_much_is_free(tmp_path):
             refusing(errno.ENOSPC)()
 
 
-@pytest.mark.parametrize("error", [
-    Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
-    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
-    RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-], ids=["safetensors", "torch", "torch, other"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+    ids=["safetensors", "torch", "torch, other"],
+)
 def test_what_other_libraries_say_of_a_full_disk_is_a_write_that_failed(tmp_path, error):
     with pytest.raises(WriteFailed, match="it cannot be written"):
         with publish_folder(tmp_path / "d"):
@@ -150,13 +182,19 @@ def test_a_limit_on_the_size_of_files_is_an_error_with_a_name(tmp_path):
             print(error)
     """
     done = run(code, tmp_path)
-    assert "f: it cannot be written ([Errno 27] File too large); nothing is left of it" in done.stdout, done.stderr
+    assert (
+        "f: it cannot be written ([Errno 27] File too large); nothing is left of it" in done.stdout
+    ), done.stderr
     assert not tree(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root; the tests above refuse by other means")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="mounting takes root; the tests above refuse by other means"
+)
 def test_a_small_disk_that_fills_up_is_as_it_was_before(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "small", str(tmp_path)], check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1M", "small", str(tmp_path)], check=False
+    ).returncode:
         pytest.skip("this root may not mount")
     try:
         write_file(tmp_path / "kept", "old")
@@ -215,14 +253,21 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_writer_removes_the_re
     assert 15 < len(places) < 200
     for place in places:
         texts = {(place / "d" / name).read_text() for name in ("inside/a.txt", "b.txt")}
-        assert len(texts) == 1 and texts <= {"old", "new"} and (place / "f").read_text() in ("old", "new")
+        assert (
+            len(texts) == 1
+            and texts <= {"old", "new"}
+            and (place / "f").read_text() in ("old", "new")
+        )
         write_file(place / "g", "next")
         assert sorted(os.listdir(place)) == ["d", "f", "g"]
 
 
 def test_what_another_writer_is_writing_is_not_taken_for_litter(tmp_path):
     with publish_folder(tmp_path / "d") as folder, publish_file(tmp_path / "f") as file:
-        run("import sys; from engraphy.system.files import write_file; write_file(sys.argv[1], 'x')", tmp_path / "g")
+        run(
+            "import sys; from engraphy.system.files import write_file; write_file(sys.argv[1], 'x')",
+            tmp_path / "g",
+        )
         assert (tmp_path / "g").exists()
         fill(folder)
         file.write(b"mine")
@@ -292,7 +337,9 @@ def as_mount(monkeypatch, path: Path) -> None:
     monkeypatch.setattr(files, "_is_mount", lambda found: found == path)
 
 
-def test_an_empty_mount_point_is_filled_from_within_and_its_telling_file_comes_last(tmp_path, monkeypatch):
+def test_an_empty_mount_point_is_filled_from_within_and_its_telling_file_comes_last(
+    tmp_path, monkeypatch
+):
     mount = tmp_path / "mount"
     (mount / "lost+found").mkdir(parents=True)
     as_mount(monkeypatch, mount)
@@ -302,7 +349,10 @@ def test_an_empty_mount_point_is_filled_from_within_and_its_telling_file_comes_l
         assert folder.parent == mount
         fill(folder)
         (folder / "c.txt").touch()
-    assert sorted(os.listdir(mount)) == ["b.txt", "c.txt", "inside", "lost+found"] and named[-1] == "b.txt"
+    assert (
+        sorted(os.listdir(mount)) == ["b.txt", "c.txt", "inside", "lost+found"]
+        and named[-1] == "b.txt"
+    )
     with pytest.raises(ConfigError, match="found it taken"):
         check_folder(mount, replace=True)
 
@@ -312,14 +362,18 @@ def test_a_mount_point_that_cannot_be_filled_is_empty_again(tmp_path, monkeypatc
     mount.mkdir()
     as_mount(monkeypatch, mount)
     rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: refusing(errno.EIO)() if b.name == "inside" else rename(a, b))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: refusing(errno.EIO)() if b.name == "inside" else rename(a, b)
+    )
     with pytest.raises(WriteFailed, match="Input/output error"):
         with publish_folder(mount) as folder:
             fill(folder)
     assert not os.listdir(mount)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root; the tests above stand in for it")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="mounting takes root; the tests above stand in for it"
+)
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 def test_real_mount_points_are_filled(tmp_path, kind):
     mount, source = tmp_path / "a mount", tmp_path / "source"
@@ -344,7 +398,11 @@ def test_places_that_cannot_be_are_refused_and_nothing_is_made(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     before = tree(tmp_path)
-    for name, said in (("file", "taken by a file"), ("full", "it holds x"), ("file/below", "expected a directory")):
+    for name, said in (
+        ("file", "taken by a file"),
+        ("full", "it holds x"),
+        ("file/below", "expected a directory"),
+    ):
         for kind in (ConfigError, TableError):
             with pytest.raises(kind, match=said):
                 check_folder(tmp_path / name, taken=kind)
@@ -398,9 +456,13 @@ def test_modes_are_those_of_the_umask_whoever_made_the_files(tmp_path, umask):
             (folder / "inside" / "kept").chmod(0o444)
     finally:
         os.umask(before)
-    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    modes = {
+        str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")
+    }
     assert modes.pop("new/d/inside/kept") == 0o444
-    assert modes == {name: (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask for name in modes}
+    assert modes == {
+        name: (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask for name in modes
+    }
 
 
 def test_every_error_is_of_the_one_family():

@@ -26,12 +26,22 @@ size 12345
 def refused(path: Path, use) -> None:
     path.chmod(0o644)
     path.write_text(POINTER)
-    with pytest.raises(EngraphyError, match=rf"{path.name}: expected the file itself, found a Git LFS pointer .*pull"):
+    with pytest.raises(
+        EngraphyError,
+        match=rf"{path.name}: expected the file itself, found a Git LFS pointer .*pull",
+    ):
         use()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors",
-                                  "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00002-of-00003.safetensors",
+        "tokenizer.json",
+    ],
+)
 def test_of_a_checkpoint(tmp_path, name):
     path = write_v41(tmp_path / "c")
     refused(path / name, lambda: Checkpoint.open(path).vocab())
@@ -50,7 +60,9 @@ def test_of_a_table(tmp_path):
         refused(file, lambda: Table.open(tmp_path / "t"))
 
 
-@pytest.mark.parametrize("name", ["memory.json", "vocab.json", "memory.safetensors", "table/engram.json"])
+@pytest.mark.parametrize(
+    "name", ["memory.json", "vocab.json", "memory.safetensors", "table/engram.json"]
+)
 def test_of_a_saved_memory(tmp_path, name):
     make_memory(SPECS["demo"]).save(tmp_path / "m")
     refused(tmp_path / "m" / name, lambda: EngramMemory.load(tmp_path / "m"))
@@ -59,8 +71,11 @@ def test_of_a_saved_memory(tmp_path, name):
 
 
 def test_of_tokenizers_maps_and_moments(tmp_path):
-    for file, use in ((tmp_path / "tokenizer.json", load_tokenizer), (tmp_path / "t.json", tokens.load_tokenizer),
-                      (tmp_path / "v.json", VocabMap.load)):
+    for file, use in (
+        (tmp_path / "tokenizer.json", load_tokenizer),
+        (tmp_path / "t.json", tokens.load_tokenizer),
+        (tmp_path / "v.json", VocabMap.load),
+    ):
         file.touch()
         refused(file, lambda file=file, use=use: use(file))
     rows = RowAdam(make_memory(SPECS["demo"]))

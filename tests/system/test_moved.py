@@ -58,7 +58,10 @@ def test_old_imports_of_names_give_the_same_objects(unimported):
         "engraphy.rows.read": take,
     }
     assert all(found.__module__ == home for home, found in homes.items())
-    assert (Batches.__module__, check_ids.__module__) == ("engraphy.data.packing", "engraphy.rows.read")
+    assert (Batches.__module__, check_ids.__module__) == (
+        "engraphy.data.packing",
+        "engraphy.rows.read",
+    )
 
 
 def test_the_packages_that_kept_their_names_warn_of_nothing():

@@ -1,4 +1,5 @@
-"""A path is a path: folders whose names look like URLs, markup or patterns are folders like any other."""
+"""A path is a path: folders whose names look like URLs, markup or patterns are folders like any
+other."""
 
 from __future__ import annotations
 
@@ -22,8 +23,20 @@ from engraphy.store import CacheStore, open_checkpoint, open_pool, open_store
 from engraphy.train import RowAdam
 from tests.tools.releases import QWEN, qwen_tensors, records, write_qwen, write_v41
 
-NAMES = ("what?cache=1", "what?cache=1GiB", "50%25 off", "a#b", "a&threads=1", "file:x", "pool:y?from=z", "ram:",
-         "[bold]c[red", "*", "~", "ü ö")
+NAMES = (
+    "what?cache=1",
+    "what?cache=1GiB",
+    "50%25 off",
+    "a#b",
+    "a&threads=1",
+    "file:x",
+    "pool:y?from=z",
+    "ram:",
+    "[bold]c[red",
+    "*",
+    "~",
+    "ü ö",
+)
 named = pytest.mark.parametrize("name", NAMES)
 
 
@@ -74,7 +87,9 @@ def test_a_memory_is_saved_loaded_and_attached_from_any_folder(name, tmp_path, m
 
 @named
 @torch.no_grad()
-def test_a_memory_linked_to_a_table_in_any_folder_and_a_whole_model_are_loaded(name, tmp_path, model):
+def test_a_memory_linked_to_a_table_in_any_folder_and_a_whole_model_are_loaded(
+    name, tmp_path, model
+):
     ids, memory = torch.arange(20).reshape(2, 10), attached(model)
     expected, found = model(ids).logits, rows(memory)
     memory.write_table(tmp_path / name)
@@ -98,7 +113,9 @@ def test_tables_checkpoints_pools_and_moments_lie_in_any_folder(name, tmp_path, 
     VocabMap.identity(60).save(tmp_path / f"{name}.json")
     served = open_checkpoint(path, 1, tmp_path / f"{name}.json")
     assert Checkpoint.open(path).config == EngramConfig.from_hf(QWEN)
-    np.testing.assert_array_equal(served.gather(np.arange(served.info.rows)), records(qwen_tensors(), 1))
+    np.testing.assert_array_equal(
+        served.gather(np.arange(served.info.rows)), records(qwen_tensors(), 1)
+    )
     RowAdam(memory, moments=f"file:{tmp_path / f'moments {name}'}")
     assert Table.open(tmp_path / f"moments {name}", "w").layers == (1,)
 
@@ -124,7 +141,9 @@ def test_a_url_is_divided_at_its_question_mark_and_a_path_is_not(tmp_path, model
     memory.write_table(tmp_path / "t?cache=1MiB")
     memory.write_table(tmp_path / "t")
     assert isinstance(open_store(f"file:{tmp_path}/t?cache=1MiB", layer=1), CacheStore)
-    assert open_store(tmp_path / "t?cache=1MiB", layer=1).info.path == str(tmp_path / "t?cache=1MiB")
+    assert open_store(tmp_path / "t?cache=1MiB", layer=1).info.path == str(
+        tmp_path / "t?cache=1MiB"
+    )
     for wrong in ({"layer": None}, {"layer": 1, "rows": 3}, {"layer": 1, "mode": "x"}):
         with pytest.raises(ConfigError, match=r"store PosixPath\("):
             open_store(tmp_path / "t", **wrong)

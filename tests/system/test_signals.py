@@ -1,4 +1,5 @@
-"""SIGTERM is taken as Ctrl-C is: the step ends, what has been done is saved and said, a second signal stops at once."""
+"""SIGTERM is taken as Ctrl-C is: the step ends, what has been done is saved and said, a second
+signal stops at once."""
 
 from __future__ import annotations
 
@@ -23,12 +24,17 @@ from tests.tools.tiny_model import lives, write_model
 
 pytestmark = pytest.mark.slow
 
-BOTH = pytest.mark.parametrize("number, error, code", [(signal.SIGINT, KeyboardInterrupt, 130),
-                                                       (signal.SIGTERM, Terminated, 143)], ids=["int", "term"])
+BOTH = pytest.mark.parametrize(
+    "number, error, code",
+    [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)],
+    ids=["int", "term"],
+)
 
 
 @BOTH
-def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not(number, error, code):
+def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not(
+    number, error, code
+):
     with stopping() as stop:
         assert not stop
         os.kill(os.getpid(), number)
@@ -45,7 +51,12 @@ def test_handlers_are_as_before_afterwards_and_other_threads_set_none():
 
     def inside():
         with stopping() as stop, terminable():
-            found.extend([bool(stop), *(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))])
+            found.extend(
+                [
+                    bool(stop),
+                    *(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)),
+                ]
+            )
 
     thread = threading.Thread(target=inside)
     thread.start()
@@ -57,9 +68,15 @@ def test_handlers_are_as_before_afterwards_and_other_threads_set_none():
 
 
 @BOTH
-def test_a_command_says_by_which_signal_it_ended_and_exits_with_its_number(monkeypatch, tmp_path, number, error, code):
-    for command in (["table", "verify", str(tmp_path)], ["table", "convert", str(tmp_path), str(tmp_path / "t")],
-                    ["table", "quantize", str(tmp_path), str(tmp_path / "t"), "--kind", "int8"]):
+def test_a_command_says_by_which_signal_it_ended_and_exits_with_its_number(
+    monkeypatch, tmp_path, number, error, code
+):
+    for command in (
+        ["table", "verify", str(tmp_path)],
+        ["table", "convert", str(tmp_path), str(tmp_path / "t")],
+        ["table", "quantize", str(tmp_path), str(tmp_path / "t"), "--kind", "int8"],
+    ):
+
         def end(*_, **__):
             os.kill(os.getpid(), number)
 
@@ -92,8 +109,12 @@ def text(tmp_path_factory):
 
 
 def started(code: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", textwrap.dedent(code), *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def wait_for(process: subprocess.Popen[str], said: str) -> str:
@@ -128,12 +149,16 @@ def test_finetune_saves_what_it_has_learned_and_says_so(base, text, tmp_path, nu
     process.send_signal(number)
     rest = process.communicate(timeout=120)[0]
     last = re.findall(r"step (\d+)$", rest, re.MULTILINE)
-    stopped = re.search(r"\(stopped at step (\d+) of \d+\); a training that had begun is saved", rest)
+    stopped = re.search(
+        r"\(stopped at step (\d+) of \d+\); a training that had begun is saved", rest
+    )
     assert process.returncode == code and stopped and f"saved: {tmp_path}" in rest, rest
     assert not last or last[-1] == stopped[1]  # the step was finished
     memory = engraphy.EngramMemory.load(tmp_path / "memory")
     assert memory.blocks[str(memory.layers[0])].value.weight.abs().max() > 0
-    assert sorted(os.listdir(tmp_path)) == ["memory"] and (tmp_path / "memory" / "README.md").exists()
+    assert (
+        sorted(os.listdir(tmp_path)) == ["memory"] and (tmp_path / "memory" / "README.md").exists()
+    )
 
 
 DEMO = """
@@ -198,9 +223,15 @@ QUEUE = """
 """
 
 
-@pytest.mark.parametrize("number, code, whole_group", [
-    (signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True),
-], ids=["kill", "service manager", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number, code, whole_group",
+    [
+        (signal.SIGTERM, 143, False),
+        (signal.SIGTERM, 143, True),
+        (signal.SIGINT, 130, True),
+    ],
+    ids=["kill", "service manager", "Ctrl-C"],
+)
 def test_the_runs_of_a_study_save_and_no_other_begins(tmp_path, number, code, whole_group):
     """Whether the signal reaches the study alone, or its workers too."""
     process, out = queue_of(tmp_path, saving=0.5)
@@ -227,9 +258,14 @@ def queue_of(tmp_path: Path, saving: float) -> tuple[subprocess.Popen[str], Path
     (tmp_path / "some_queue.py").write_text(textwrap.dedent(QUEUE))
     out = tmp_path / "out"
     out.mkdir()
-    process = subprocess.Popen([sys.executable, tmp_path / "some_queue.py", out], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, env=os.environ | {"SAVING": str(saving)},
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "some_queue.py", out],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"SAVING": str(saving)},
+        start_new_session=True,
+    )
     while not ((out / "a.began").exists() and (out / "b.began").exists()):
         assert process.poll() is None, process.communicate()[0]
     return process, out

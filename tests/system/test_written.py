@@ -1,4 +1,5 @@
-"""Whatever Engraphy writes: modes by the umask, whole or not at all, refused early where that can be known."""
+"""Whatever Engraphy writes: modes by the umask, whole or not at all, refused early where that can
+be known."""
 
 from __future__ import annotations
 
@@ -99,7 +100,9 @@ def moments(place: Path, model) -> None:
 
 def a_trainers_checkpoint(place: Path, model) -> None:
     fresh = training_model()
-    tiny_trainer(fresh, attach_tiny(fresh), place / "run", max_steps=1, save_strategy="steps", save_steps=1).train()
+    tiny_trainer(
+        fresh, attach_tiny(fresh), place / "run", max_steps=1, save_strategy="steps", save_steps=1
+    ).train()
     os.rename(place / "run" / "checkpoint-1" / "memory", place / "memory")  # the rest is Trainer's
     shutil.rmtree(place / "run")
 
@@ -110,7 +113,9 @@ def a_loops_checkpoint(place: Path, model) -> None:
 
 def a_corpus(place: Path, model) -> None:
     if not (place / "text.txt").exists():
-        (place / "text.txt").write_text("One text of words.\fAnother one, of other words.\fA third." * 9)
+        (place / "text.txt").write_text(
+            "One text of words.\fAnother one, of other words.\fA third." * 9
+        )
     corpus = prepare(CorpusConfig(str(place / "text.txt"), vocab_size=270, batch=1, length=8))
     corpus.save(place / "corpus")
     Corpus.load(place / "corpus")
@@ -122,8 +127,19 @@ def small_files(place: Path, model) -> None:
     report.write(report_of_a_run(), place / "page")
 
 
-EVERYTHING = (a_memory, a_linked_memory, a_model, a_card, a_table, a_pool, moments, a_trainers_checkpoint,
-              a_loops_checkpoint, a_corpus, small_files)
+EVERYTHING = (
+    a_memory,
+    a_linked_memory,
+    a_model,
+    a_card,
+    a_table,
+    a_pool,
+    moments,
+    a_trainers_checkpoint,
+    a_loops_checkpoint,
+    a_corpus,
+    small_files,
+)
 Write = Callable[[Path, torch.nn.Module], None]
 ON_PURPOSE = {a_pool: "pool/*.safetensors"}
 
@@ -138,17 +154,26 @@ def test_modes_are_what_the_umask_leaves_of_0666_and_0777(tmp_path, model, write
         os.umask(before)
     read_only = set(tmp_path.glob(ON_PURPOSE.get(write, "none")))
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o444 for path in read_only)
-    found = {str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))
-             for path in tmp_path.rglob("*") if path not in read_only}
+    found = {
+        str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))
+        for path in tmp_path.rglob("*")
+        if path not in read_only
+    }
     assert found
-    assert found == {name: oct((0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask) for name in found}
+    assert found == {
+        name: oct((0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask) for name in found
+    }
 
 
 @pytest.mark.parametrize("write", EVERYTHING)
 def test_nothing_but_what_was_asked_for_is_left(tmp_path, model, write: Write):
     write(tmp_path, model)
-    assert not [path for path in tmp_path.rglob("*") if path.name == "writer.lock" and write is not a_table]
-    assert [path.name for path in tmp_path.rglob(".*")] == ([".pool.lock"] if write is a_pool else [])
+    assert not [
+        path for path in tmp_path.rglob("*") if path.name == "writer.lock" and write is not a_table
+    ]
+    assert [path.name for path in tmp_path.rglob(".*")] == (
+        [".pool.lock"] if write is a_pool else []
+    )
 
 
 def test_the_files_of_others_in_a_folder_keep_their_modes(tmp_path, model):
@@ -162,9 +187,14 @@ def test_the_files_of_others_in_a_folder_keep_their_modes(tmp_path, model):
 
 
 @pytest.mark.parametrize("size", [100, 5_000, 20_000, 60_000, 200_000])
-@pytest.mark.parametrize("write", [write for write in EVERYTHING if write is not a_trainers_checkpoint])
-def test_a_refused_write_is_an_error_with_a_name_and_leaves_nothing_half_written(tmp_path, model, write: Write, size):
-    """Whatever stands under a name afterwards stands there in a run without errors, too, and can be read."""
+@pytest.mark.parametrize(
+    "write", [write for write in EVERYTHING if write is not a_trainers_checkpoint]
+)
+def test_a_refused_write_is_an_error_with_a_name_and_leaves_nothing_half_written(
+    tmp_path, model, write: Write, size
+):
+    """Whatever stands under a name afterwards stands there in a run without errors, too, and can be
+    read."""
     whole = tmp_path / "whole"
     whole.mkdir()
     write(whole, model)
@@ -185,14 +215,20 @@ def test_a_refused_write_is_an_error_with_a_name_and_leaves_nothing_half_written
 
 @pytest.mark.parametrize("size", [5_000, 60_000])
 def test_a_model_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path, model, size):
-    with no_file_over(size), pytest.raises(WriteFailed, match="new/model: it cannot be written .*too large.*; nothing"):
+    with (
+        no_file_over(size),
+        pytest.raises(WriteFailed, match="new/model: it cannot be written .*too large.*; nothing"),
+    ):
         save_pretrained(model, tmp_path / "new" / "model")
     assert not os.listdir(tmp_path)
 
 
 def test_an_old_memory_stays_where_a_new_one_cannot_be_saved_over_it(tmp_path, model):
     save_pretrained(model, tmp_path / "m")
-    with no_file_over(5_000), pytest.raises(WriteFailed, match="it cannot be written .*File too large"):
+    with (
+        no_file_over(5_000),
+        pytest.raises(WriteFailed, match="it cannot be written .*File too large"),
+    ):
         save_pretrained(model, tmp_path / "m")
     AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
@@ -202,8 +238,11 @@ def test_an_old_memory_stays_where_a_new_one_cannot_be_saved_over_it(tmp_path, m
 
 def refused(path: Path) -> list[tuple[Callable[[], object], str]]:
     memory = make_memory()
-    return [(lambda: memory.save(path), "memory"), (lambda: RowAdam(memory, lr=0.1).save(path, "0" * 32), "moments"),
-            (lambda: memory.write_table(path), "table")]
+    return [
+        (lambda: memory.save(path), "memory"),
+        (lambda: RowAdam(memory, lr=0.1).save(path, "0" * 32), "moments"),
+        (lambda: memory.write_table(path), "table"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["file", "full", "file/below", "lost", "n" * 300])
@@ -230,8 +269,12 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path, model, mon
     usage = shutil.disk_usage(tmp_path)
     memory = make_memory()
     needed = memory.config.table_bytes(memory.format.row_bytes)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))  # but the dense layers
-    with pytest.raises(WriteFailed, match=rf"expected {needed + 1}|bytes of free disk, found {needed}"):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=needed)
+    )  # but the dense layers
+    with pytest.raises(
+        WriteFailed, match=rf"expected {needed + 1}|bytes of free disk, found {needed}"
+    ):
         memory.save(tmp_path / "m")
     with pytest.raises(WriteFailed, match="bytes of free disk"):
         save_pretrained(model, tmp_path / "model")
@@ -241,7 +284,10 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path, model, mon
 
 
 def test_a_link_to_an_empty_folder_is_followed(tmp_path, model):
-    for name, write in (("memory", make_memory().save), ("model", lambda path: save_pretrained(model, path))):
+    for name, write in (
+        ("memory", make_memory().save),
+        ("model", lambda path: save_pretrained(model, path)),
+    ):
         (tmp_path / "elsewhere" / name).mkdir(parents=True)
         (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
         write(tmp_path / name)

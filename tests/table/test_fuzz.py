@@ -1,4 +1,5 @@
-"""Files that nobody wrote: opening gives the right rows or one of our errors, soon and in little memory."""
+"""Files that nobody wrote: opening gives the right rows or one of our errors, soon and in little
+memory."""
 
 from __future__ import annotations
 
@@ -34,13 +35,60 @@ from tests.tools.store_builders import LAYER, STORES, build, fmt_of, sealed, usu
 EXAMPLES = 100
 SECONDS, MEMORY = 5, 1 << 30  # a file of some kB is opened in milliseconds, in kilobytes
 
-NUMBERS = st.sampled_from([0, 1, -1, 2, 7, 33, 1000, 10**6, 10**9, 2**31, 2**53, 2**62, 2**63, 2**64, -(2**63), 10**18,
-                           10**30, 10**4299, 0.5, 1e308, math.nan, math.inf, -math.inf])
-WORDS = st.sampled_from(["", "x", "0" * 32, "f" * 64, "../x", "a/b", "bf16", "f16", "fp8_scaled", "qwen4", "\0",
-                         "\ud800", "é" * 300, "U8", "I64", "F8_E4M3"])
+NUMBERS = st.sampled_from(
+    [
+        0,
+        1,
+        -1,
+        2,
+        7,
+        33,
+        1000,
+        10**6,
+        10**9,
+        2**31,
+        2**53,
+        2**62,
+        2**63,
+        2**64,
+        -(2**63),
+        10**18,
+        10**30,
+        10**4299,
+        0.5,
+        1e308,
+        math.nan,
+        math.inf,
+        -math.inf,
+    ]
+)
+WORDS = st.sampled_from(
+    [
+        "",
+        "x",
+        "0" * 32,
+        "f" * 64,
+        "../x",
+        "a/b",
+        "bf16",
+        "f16",
+        "fp8_scaled",
+        "qwen4",
+        "\0",
+        "\ud800",
+        "é" * 300,
+        "U8",
+        "I64",
+        "F8_E4M3",
+    ]
+)
 PLAIN = st.one_of(NUMBERS, WORDS, st.none(), st.booleans(), st.integers(-3, 300))
-JUNK = st.one_of(PLAIN, st.lists(PLAIN, max_size=3), st.dictionaries(WORDS, PLAIN, max_size=2),
-                 st.integers(1, 1200).map(lambda depth: Nested(depth)))
+JUNK = st.one_of(
+    PLAIN,
+    st.lists(PLAIN, max_size=3),
+    st.dictionaries(WORDS, PLAIN, max_size=2),
+    st.integers(1, 1200).map(lambda depth: Nested(depth)),
+)
 
 
 class Nested:
@@ -53,11 +101,15 @@ class Nested:
 @contextmanager
 def bounded() -> Iterator[None]:
     """Within, time and memory beyond the bounds are errors: neither is one of ours."""
+
     def too_long(number: int, frame: Any) -> None:
         raise RuntimeError(f"it took more than {SECONDS} s")
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, too_long)
+    before, handler = (
+        resource.getrlimit(resource.RLIMIT_AS),
+        signal.signal(signal.SIGALRM, too_long),
+    )
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
     signal.alarm(SECONDS)
     try:
@@ -71,7 +123,13 @@ def bounded() -> Iterator[None]:
 def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
     """Where the values of a JSON tree are: keys and numbers from the root on."""
     yield at
-    for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, below in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(below, (*at, key))
 
 
@@ -89,11 +147,15 @@ def mutated(tree: Any, data: DataObject, times: int = 2) -> Any:
         if not at:
             return data.draw(JUNK)
         parent, key = value_at(tree, at[:-1]), at[-1]
-        how = data.draw(st.sampled_from(["replace", "replace", "number", "remove", "copy", "add", "double"]))
+        how = data.draw(
+            st.sampled_from(["replace", "replace", "number", "remove", "copy", "add", "double"])
+        )
         if how == "number" and type(parent[key]) is int:
             parent[key] += data.draw(st.sampled_from([1, -1, 10**9, -(10**9), 2**62]))
         elif how == "copy":
-            parent[key] = copy.deepcopy(value_at(tree, data.draw(st.sampled_from(list(places(tree))))))
+            parent[key] = copy.deepcopy(
+                value_at(tree, data.draw(st.sampled_from(list(places(tree)))))
+            )
         elif how == "remove":
             del parent[key]
         elif how == "add" and isinstance(parent, dict):
@@ -120,13 +182,33 @@ def text_of(tree: Any) -> bytes:
 
 
 def bytes_mutated(raw: bytes, data: DataObject) -> bytes:
-    """Some bytes replaced, inserted or removed, a part of the text said twice, or text that is none."""
+    """Some bytes replaced, inserted or removed, a part of the text said twice, or text that is
+    none."""
     for _ in range(data.draw(st.integers(1, 3))):
         at, size = data.draw(st.integers(0, len(raw))), data.draw(st.integers(0, 20))
-        more = data.draw(st.sampled_from([b"", b"\xff", b"\xed\xa0\x80", b"\0", b"[", b"]", b'"', b",", b"9", b"-",
-                                          b"NaN", b"[" * 100_000, b'{"a":' * 2000, b"9" * 5000, b"1e999",
-                                          raw[at:at + size]]))
-        raw = raw[:at] + more + raw[at + data.draw(st.sampled_from([0, len(more), size])):]
+        more = data.draw(
+            st.sampled_from(
+                [
+                    b"",
+                    b"\xff",
+                    b"\xed\xa0\x80",
+                    b"\0",
+                    b"[",
+                    b"]",
+                    b'"',
+                    b",",
+                    b"9",
+                    b"-",
+                    b"NaN",
+                    b"[" * 100_000,
+                    b'{"a":' * 2000,
+                    b"9" * 5000,
+                    b"1e999",
+                    raw[at : at + size],
+                ]
+            )
+        )
+        raw = raw[:at] + more + raw[at + data.draw(st.sampled_from([0, len(more), size])) :]
     return raw
 
 
@@ -168,7 +250,8 @@ def open_and_compare(path: Path, expected: np.ndarray) -> bool:
 @settings(max_examples=EXAMPLES)
 @given(st.data())
 def test_an_engram_json_of_other_values_opens_with_the_right_rows_of_the_right_format_or_is_one_of_our_errors(
-        table, data):
+    table, data
+):
     path, expected = table
     tree = mutated(json.loads((path / "engram.json").read_bytes()), data)
     with content(path / "engram.json", text_of(tree)):
@@ -185,27 +268,42 @@ def test_an_engram_json_that_vouches_for_its_other_values_does_not_fool_anybody_
     part = data.draw(st.sampled_from(["config", "shard_rows", "layers", "row_format"]))
     tree[part] = mutated(tree[part], data, times=3)
     try:
-        tree["address_digest"] = EngramConfig.from_json(tree["config"]).address_digest(tree["vocab_digest"])
+        tree["address_digest"] = EngramConfig.from_json(tree["config"]).address_digest(
+            tree["vocab_digest"]
+        )
     except (EngraphyError, TypeError, ValueError):
         pass
     try:
-        tree["checksum"] = _checksum({key: value for key, value in tree.items() if key != "checksum"})
+        tree["checksum"] = _checksum(
+            {key: value for key, value in tree.items() if key != "checksum"}
+        )
     except (TypeError, ValueError):
         pass
     with content(path / "engram.json", text_of(tree)):
         open_and_compare(path, expected)
 
 
-@pytest.mark.parametrize("change", [
-    {"heads": 10**9}, {"heads": 4096, "rows_per_head": [10**9, 10**9]}, {"rows_per_head": [10**15, 10**15]},
-    {"vocab_size": 10**30}, {"pad_to": 10**18}, {"rows_per_head": [10**4299, 1]}, {"seed": 10**4299}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 10**9},
+        {"heads": 4096, "rows_per_head": [10**9, 10**9]},
+        {"rows_per_head": [10**15, 10**15]},
+        {"vocab_size": 10**30},
+        {"pad_to": 10**18},
+        {"rows_per_head": [10**4299, 1]},
+        {"seed": 10**4299},
+    ],
+)
 def test_sizes_that_no_memory_holds_are_refused_before_anything_is_made_of_them(table, change):
     path, expected = table
     tree = json.loads((path / "engram.json").read_bytes())
     tree["config"]["hash"] |= change
     tree["config"]["layer"]["width"] = 2 * tree["config"]["hash"]["heads"] * 32
     try:
-        tree["address_digest"] = EngramConfig.from_json(tree["config"]).address_digest(tree["vocab_digest"])
+        tree["address_digest"] = EngramConfig.from_json(tree["config"]).address_digest(
+            tree["vocab_digest"]
+        )
     except EngraphyError:
         pass
     for shard_rows in (30, 1):
@@ -216,7 +314,9 @@ def test_sizes_that_no_memory_holds_are_refused_before_anything_is_made_of_them(
 
 @settings(max_examples=EXAMPLES)
 @given(st.data())
-def test_an_engram_json_of_other_bytes_opens_with_the_right_rows_or_is_one_of_our_errors(table, data):
+def test_an_engram_json_of_other_bytes_opens_with_the_right_rows_or_is_one_of_our_errors(
+    table, data
+):
     path, expected = table
     with content(path / "engram.json", bytes_mutated((path / "engram.json").read_bytes(), data)):
         if open_and_compare(path, expected):
@@ -231,8 +331,12 @@ def test_a_field_that_is_said_twice_counts_once_and_is_checked(table, data):
     tree = json.loads(raw)
     key = data.draw(st.sampled_from(sorted(tree)))
     again = text_of({key: data.draw(st.one_of(st.just(tree[key]), JUNK))})[1:-1]
-    with content(path / "engram.json", b"{" + again + b"," + raw[1:] if data.draw(st.booleans())
-                 else raw.rstrip()[:-1] + b"," + again + b"}"):
+    with content(
+        path / "engram.json",
+        b"{" + again + b"," + raw[1:]
+        if data.draw(st.booleans())
+        else raw.rstrip()[:-1] + b"," + again + b"}",
+    ):
         if open_and_compare(path, expected):
             assert Table.open(path).fmt == fmt_of("bf16")
 
@@ -247,8 +351,14 @@ def test_a_shard_with_another_header_is_one_of_our_errors(table, data):
         header = text_of(mutated(json.loads(raw[8:HEADER_BYTES]), data))
     else:
         header = bytes_mutated(raw[8:HEADER_BYTES].rstrip(), data)
-    length = data.draw(st.sampled_from([HEADER_BYTES - 8, len(header), 0, 1, 2**63, 2**64 - 1, len(raw)]))
-    wrong = length.to_bytes(8, "little") + header[:HEADER_BYTES - 8].ljust(HEADER_BYTES - 8) + raw[HEADER_BYTES:]
+    length = data.draw(
+        st.sampled_from([HEADER_BYTES - 8, len(header), 0, 1, 2**63, 2**64 - 1, len(raw)])
+    )
+    wrong = (
+        length.to_bytes(8, "little")
+        + header[: HEADER_BYTES - 8].ljust(HEADER_BYTES - 8)
+        + raw[HEADER_BYTES:]
+    )
     with content(shard, wrong):
         assert open_and_compare(path, expected) == (wrong == raw)
 
@@ -265,7 +375,8 @@ def release(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
 
 
 def serve_and_compare(path: Path, expected: np.ndarray, rows_checked: bool) -> None:
-    """Where it opens, rows are read; and are the right ones where they could not have been put elsewhere."""
+    """Where it opens, rows are read; and are the right ones where they could not have been put
+    elsewhere."""
     with bounded():
         try:
             store = open_store(f"checkpoint:{path}", layer=1)
@@ -285,17 +396,25 @@ def test_a_safetensors_file_of_other_entries_is_served_or_is_one_of_our_errors(r
     file = data.draw(st.sampled_from(sorted(path.glob("*.safetensors"))))
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    header, rows_checked = raw[8:8 + length], False
+    header, rows_checked = raw[8 : 8 + length], False
     if data.draw(st.booleans()):
         tree = mutated(json.loads(header), data)
         header = text_of(tree)
-        # A table that is named another one's is that one: only values that are no offsets keep it what it was.
+        # A table that is named another one's is that one: only values that are no offsets keep it
+        # what it was.
         rows_checked = isinstance(tree, dict) and all(
-            tree.get(name) == entry for name, entry in json.loads(raw[8:8 + length]).items() if name != "__metadata__")
+            tree.get(name) == entry
+            for name, entry in json.loads(raw[8 : 8 + length]).items()
+            if name != "__metadata__"
+        )
     else:
         header = bytes_mutated(header, data)
-    length = data.draw(st.sampled_from([len(header), len(header), 0, 7, 2**31, 2**63, 2**64 - 1, len(raw)]))
-    with content(file, length.to_bytes(8, "little") + header + raw[8 + int.from_bytes(raw[:8], "little"):]):
+    length = data.draw(
+        st.sampled_from([len(header), len(header), 0, 7, 2**31, 2**63, 2**64 - 1, len(raw)])
+    )
+    with content(
+        file, length.to_bytes(8, "little") + header + raw[8 + int.from_bytes(raw[:8], "little") :]
+    ):
         serve_and_compare(path, expected, rows_checked)
 
 
@@ -305,15 +424,29 @@ def test_a_config_or_index_of_other_values_is_served_or_is_one_of_our_errors(rel
     path, expected = release
     file = path / data.draw(st.sampled_from(["config.json", "model.safetensors.index.json"]))
     raw = file.read_bytes()
-    wrong = text_of(mutated(json.loads(raw), data, 3)) if data.draw(st.booleans()) else bytes_mutated(raw, data)
+    wrong = (
+        text_of(mutated(json.loads(raw), data, 3))
+        if data.draw(st.booleans())
+        else bytes_mutated(raw, data)
+    )
     with content(file, wrong):
         serve_and_compare(path, expected, False)
 
 
-@pytest.mark.parametrize("change", [
-    {"engram_max_ngram_size": 10**9}, {"engram_n_heads": 10**9}, {"vocab_size": 10**18}, {"engram_vocab_size": 10**15},
-    {"engram_compressed_vocab_size": 10**15, "vocab_size": 10**18}, {"engram_head_dim": 10**4299}])
-def test_sizes_in_a_config_that_no_memory_holds_are_refused_before_anything_is_made_of_them(tmp_path, change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engram_max_ngram_size": 10**9},
+        {"engram_n_heads": 10**9},
+        {"vocab_size": 10**18},
+        {"engram_vocab_size": 10**15},
+        {"engram_compressed_vocab_size": 10**15, "vocab_size": 10**18},
+        {"engram_head_dim": 10**4299},
+    ],
+)
+def test_sizes_in_a_config_that_no_memory_holds_are_refused_before_anything_is_made_of_them(
+    tmp_path, change
+):
     path = releases.write_v41(tmp_path / "c", releases.V41)
     (path / "config.json").write_text(json.dumps({"text_config": releases.V41 | change}))
     with bounded(), pytest.raises(EngraphyError):
@@ -331,7 +464,9 @@ def test_a_config_within_a_config_without_an_end_is_one_of_our_errors(tmp_path):
 def test_a_part_whose_number_has_thousands_of_digits_is_one_of_our_errors(tmp_path):
     tensors = releases.qwen_tensors()
     name = next(name for name in tensors if "shard_1" in name)
-    longer = {key.replace("shard_1", "shard_" + "1" * 5000): value for key, value in tensors.items()}
+    longer = {
+        key.replace("shard_1", "shard_" + "1" * 5000): value for key, value in tensors.items()
+    }
     assert name not in longer
     with pytest.raises(EngraphyError, match="expected 256.* found|expected one tensor"):
         Checkpoint.open(releases.write_qwen(tmp_path / "c", tensors=longer))
@@ -340,10 +475,16 @@ def test_a_part_whose_number_has_thousands_of_digits_is_one_of_our_errors(tmp_pa
 ENTRY = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
 
 
-@pytest.mark.parametrize("entries", [
-    {"a": ENTRY, "b": ENTRY}, {"a": ENTRY, "b": ENTRY | {"data_offsets": [2, 6]}},
-    {"a": ENTRY, "b": ENTRY | {"data_offsets": [5, 9]}}, {"a": ENTRY | {"data_offsets": [4, 8]}},
-    {"a": ENTRY, "b": ENTRY | {"dtype": "C64", "shape": [0], "data_offsets": [2, 4]}}])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"a": ENTRY, "b": ENTRY},
+        {"a": ENTRY, "b": ENTRY | {"data_offsets": [2, 6]}},
+        {"a": ENTRY, "b": ENTRY | {"data_offsets": [5, 9]}},
+        {"a": ENTRY | {"data_offsets": [4, 8]}},
+        {"a": ENTRY, "b": ENTRY | {"dtype": "C64", "shape": [0], "data_offsets": [2, 4]}},
+    ],
+)
 def test_tensors_that_overlap_or_leave_a_gap_are_a_corrupt_header(tmp_path, entries):
     text = json.dumps(entries).encode()
     end = max(entry["data_offsets"][1] for entry in entries.values())
@@ -360,7 +501,9 @@ def test_a_shape_that_would_take_long_to_multiply_is_a_corrupt_header(tmp_path, 
         read_header(tmp_path / "x")
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors"]
+)
 def test_a_directory_in_the_place_of_a_file_of_a_checkpoint_is_one_of_our_errors(tmp_path, file):
     path = releases.write_v41(tmp_path / "c")
     (path / file).unlink()
@@ -371,9 +514,14 @@ def test_a_directory_in_the_place_of_a_file_of_a_checkpoint_is_one_of_our_errors
 
 # Row ids.
 
-IDS: SearchStrategy[list[int]] = st.lists(st.one_of(
-    st.integers(-2, 90), st.integers(-(2**63), 2**63 - 1), st.sampled_from([-(2**63), 2**63 - 1, 2**32, 2**31 - 1])),
-    max_size=30)
+IDS: SearchStrategy[list[int]] = st.lists(
+    st.one_of(
+        st.integers(-2, 90),
+        st.integers(-(2**63), 2**63 - 1),
+        st.sampled_from([-(2**63), 2**63 - 1, 2**32, 2**31 - 1]),
+    ),
+    max_size=30,
+)
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -387,7 +535,10 @@ def test_ids_in_range_are_read_and_others_are_refused_before_anything_is_written
         ids_N = np.array(values, np.int64)
         raw = np.full((len(ids_N), store.info.row_bytes), 0xA5, np.uint8)
         numbers = np.full((len(ids_N), fmt.d), 7, np.float32)
-        uses: list[Callable[[], Any]] = [lambda: store.gather(ids_N, out=raw), lambda: read(store, ids_N, fmt, numbers)]
+        uses: list[Callable[[], Any]] = [
+            lambda: store.gather(ids_N, out=raw),
+            lambda: read(store, ids_N, fmt, numbers),
+        ]
         if all(0 <= value < len(expected) for value in values):
             for use in uses:
                 use()

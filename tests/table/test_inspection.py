@@ -28,10 +28,16 @@ def small_steps(monkeypatch):
 
 def make(path: Path, rows: dict[int, np.ndarray] | None = None, per_head: int = 50) -> Table:
     spec = HashSpec.demo(LAYERS, (2, 3), 2, per_head, 50, 0)
-    table = Table.create(path, EngramConfig(spec, LayerSpec(8, spec.columns * 32, order=3), 32), FMT,
-                         VocabMap.identity(50))
+    table = Table.create(
+        path,
+        EngramConfig(spec, LayerSpec(8, spec.columns * 32, order=3), 32),
+        FMT,
+        VocabMap.identity(50),
+    )
     for layer in LAYERS:
-        values_Nd = np.random.default_rng(layer).standard_normal((table.rows(layer), 32)).astype(np.float32)
+        values_Nd = (
+            np.random.default_rng(layer).standard_normal((table.rows(layer), 32)).astype(np.float32)
+        )
         values_Nd[::4] = 0
         table.write_rows(layer, 0, FMT.encode(values_Nd if rows is None else rows[layer]))
     table.seal()
@@ -53,20 +59,31 @@ def test_of_all_rows_the_statistics_are_theirs(tmp_path):
         assert (found.rows, found.bytes, found.scanned) == (rows, rows * 64, rows)
         assert found.zero == (norms == 0).sum() == -(-rows // 4)
         for quantile in QUANTILES:
-            assert found.norms[quantile] == pytest.approx(np.quantile(norms[norms > 0], quantile), rel=1e-5)
+            assert found.norms[quantile] == pytest.approx(
+                np.quantile(norms[norms > 0], quantile), rel=1e-5
+            )
 
 
 def test_a_sample_is_spread_over_the_layer_and_depends_on_the_seed_alone(tmp_path, monkeypatch):
     table = make(tmp_path / "t", per_head=500)
     looked = []
     take = module.take
-    monkeypatch.setattr(module, "take", lambda shards, ids, out: (looked.append(ids), take(shards, ids, out)))
+    monkeypatch.setattr(
+        module, "take", lambda shards, ids, out: (looked.append(ids), take(shards, ids, out))
+    )
     monkeypatch.setattr(module, "_STEP", 32)
     first = statistics(tmp_path / "t", 100, seed=3)
     ids = np.concatenate(looked[:4])
     bounds = np.arange(101) * table.rows(1) // 100
-    assert len(ids) == 100 and len(looked) == 8 and (bounds[:-1] <= ids).all() and (ids < bounds[1:]).all()
-    assert statistics(tmp_path / "t", 100, seed=3) == first != statistics(tmp_path / "t", 100, seed=4)
+    assert (
+        len(ids) == 100
+        and len(looked) == 8
+        and (bounds[:-1] <= ids).all()
+        and (ids < bounds[1:]).all()
+    )
+    assert (
+        statistics(tmp_path / "t", 100, seed=3) == first != statistics(tmp_path / "t", 100, seed=4)
+    )
     norms = np.linalg.norm(numbers(table, 1)[ids], axis=1)
     assert first[0].zero == (norms == 0).sum() and first[0].scanned == 100
     assert first[0].norms[1.0] == pytest.approx(norms.max(), rel=1e-5)
@@ -79,8 +96,13 @@ def test_a_sample_as_large_as_the_layer_is_all_of_it(tmp_path):
 
 def test_rows_that_were_never_written_take_no_disk_and_have_no_norms(tmp_path):
     spec = HashSpec.demo(LAYERS, (2, 3), 2, 10_000, 50, 0)
-    Table.create(tmp_path / "t", EngramConfig(spec, LayerSpec(8, spec.columns * 32, order=3), 32), FMT,
-                 VocabMap.identity(50), shard_rows=10**6).seal()
+    Table.create(
+        tmp_path / "t",
+        EngramConfig(spec, LayerSpec(8, spec.columns * 32, order=3), 32),
+        FMT,
+        VocabMap.identity(50),
+        shard_rows=10**6,
+    ).seal()
     for found in statistics(tmp_path / "t", None):
         assert found.zero == found.scanned == found.rows and found.norms == {}
         assert found.disk_bytes < 10_000 < 1_000_000 < found.bytes
@@ -103,7 +125,11 @@ def test_a_sound_table_is_sound(tmp_path):
     assert found.bytes == table.config.row_count() * 64
     for layer in found.layers:
         primes = table.config.hash.primes(layer.layer)
-        assert (layer.rows, layer.columns, layer.primes) == (sum(primes), 4, (min(primes), max(primes)))
+        assert (layer.rows, layer.columns, layer.primes) == (
+            sum(primes),
+            4,
+            (min(primes), max(primes)),
+        )
         assert (layer.decoded, layer.not_finite) == (layer.rows, ())
     assert verify(tmp_path / "t", shards=1).shards == 1
 
@@ -118,9 +144,14 @@ def flip(path: Path) -> None:
     shard(path).write_bytes(raw)
 
 
-@pytest.mark.parametrize(("damage", "error"), [
-    (flip, ShardCorrupt), (lambda path: shard(path).unlink(), ShardMissing),
-    (lambda path: Table.open(path, "w").close(), TableUnsealed)])
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (flip, ShardCorrupt),
+        (lambda path: shard(path).unlink(), ShardMissing),
+        (lambda path: Table.open(path, "w").close(), TableUnsealed),
+    ],
+)
 def test_damage_is_raised(tmp_path, damage, error):
     make(tmp_path / "t")
     damage(tmp_path / "t")
@@ -147,9 +178,15 @@ def test_rows_that_are_no_numbers_are_named(tmp_path):
     assert verify(tmp_path / "u").layers[1].not_finite == tuple(range(10))
 
 
-@pytest.mark.parametrize("change", [
-    lambda primes: (primes[0] + 1, *primes[1:]), lambda primes: (*primes[:-1], primes[-1] - 2),
-    lambda primes: primes[:1] * 4, lambda primes: (primes[0] - 8, *primes[1:])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda primes: (primes[0] + 1, *primes[1:]),
+        lambda primes: (*primes[:-1], primes[-1] - 2),
+        lambda primes: primes[:1] * 4,
+        lambda primes: (primes[0] - 8, *primes[1:]),
+    ],
+)
 def test_counts_that_do_not_come_from_distinct_primes_are_found(tmp_path, monkeypatch, change):
     """As if the rule that makes primes were another one than when the table was made."""
     table = make(tmp_path / "t")

@@ -1,5 +1,5 @@
-"""Rows in another format are what that format makes of them, the reported differences are theirs, and nothing half done
-reads as sealed."""
+"""Rows in another format are what that format makes of them, the reported differences are theirs,
+and nothing half done reads as sealed."""
 
 from __future__ import annotations
 
@@ -59,37 +59,65 @@ def make(path: Path, kind: str = "f32", seed: int = 0, spec_seed: int = 0, chang
 
 
 def rows_of(table: Table | Path, layer: int) -> np.ndarray:
-    return np.concatenate((Table.open(table) if isinstance(table, Path) else table).shard_arrays(layer))
+    return np.concatenate(
+        (Table.open(table) if isinstance(table, Path) else table).shard_arrays(layer)
+    )
 
 
 def difference(old_Nd: np.ndarray, new_Nd: np.ndarray) -> Difference:
     """Of whole arrays of finite numbers, as the words say it."""
     old_Nd, new_Nd = old_Nd.astype(np.float64), new_Nd.astype(np.float64)
     error_Nd = np.abs(new_Nd - old_Nd)
-    cosines = [float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) if b.any() else 0.0
-               for a, b in zip(old_Nd, new_Nd, strict=True) if a.any()]
-    return Difference(len(old_Nd), int((old_Nd != new_Nd).any(axis=1).sum()), 0, float(error_Nd.max()),
-                      float(error_Nd.mean()), float(np.linalg.norm(error_Nd) / np.linalg.norm(old_Nd)),
-                      float(np.mean(cosines)), min(cosines))
+    cosines = [
+        float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) if b.any() else 0.0
+        for a, b in zip(old_Nd, new_Nd, strict=True)
+        if a.any()
+    ]
+    return Difference(
+        len(old_Nd),
+        int((old_Nd != new_Nd).any(axis=1).sum()),
+        0,
+        float(error_Nd.max()),
+        float(error_Nd.mean()),
+        float(np.linalg.norm(error_Nd) / np.linalg.norm(old_Nd)),
+        float(np.mean(cosines)),
+        min(cosines),
+    )
 
 
 def close(found: Difference, expected: Difference) -> bool:
-    return (found.rows, found.different, found.not_finite) == (expected.rows, expected.different, expected.not_finite) \
-        and all(getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6) for name in
-                ("max_abs", "mean_abs", "relative_rms", "mean_cosine", "min_cosine"))
+    return (found.rows, found.different, found.not_finite) == (
+        expected.rows,
+        expected.different,
+        expected.not_finite,
+    ) and all(
+        getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6)
+        for name in ("max_abs", "mean_abs", "relative_rms", "mean_cosine", "min_cosine")
+    )
 
 
 # Quantising.
 
 
-@pytest.mark.parametrize(("source", "kind"), [("f32", kind) for kind in KINDS[1:]] + [
-    ("fp8", "int4"), ("bf16", "f32"), ("int8", "fp8")])
-def test_rows_are_what_the_format_makes_of_the_parents_and_differ_as_is_told(tmp_path, source, kind):
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("f32", kind) for kind in KINDS[1:]] + [("fp8", "int4"), ("bf16", "f32"), ("int8", "fp8")],
+)
+def test_rows_are_what_the_format_makes_of_the_parents_and_differ_as_is_told(
+    tmp_path, source, kind
+):
     parent = make(tmp_path / "a", source)
     made = quantize(tmp_path / "a", tmp_path / "b", kind)
     table, fmt = Table.open(tmp_path / "b"), RowFormat(kind, D)
-    assert (table.fmt, table.config, table.address_digest) == (fmt, parent.config, parent.address_digest)
-    assert (made.table_id, made.parent) == (table.table_id, table.parent) and table.parent == parent.table_id
+    assert (table.fmt, table.config, table.address_digest) == (
+        fmt,
+        parent.config,
+        parent.address_digest,
+    )
+    assert (made.table_id, made.parent) == (
+        table.table_id,
+        table.parent,
+    ) and table.parent == parent.table_id
     assert made.table_id != parent.table_id and table.verify().shards == table.verify().of
     rows = parent.config.row_count()
     assert (made.bytes, made.parent_bytes) == (rows * fmt.row_bytes, rows * parent.row_bytes)
@@ -113,21 +141,33 @@ def test_a_wider_format_changes_nothing(tmp_path):
     make(tmp_path / "a", "bf16")
     found = quantize(tmp_path / "a", tmp_path / "b", "f32").difference
     for layer in LAYERS:
-        assert (found[layer].different, found[layer].max_abs, found[layer].relative_rms) == (0, 0.0, 0.0)
+        assert (found[layer].different, found[layer].max_abs, found[layer].relative_rms) == (
+            0,
+            0.0,
+            0.0,
+        )
         assert found[layer].min_cosine == pytest.approx(1)
 
 
 def test_the_parent_is_not_touched(tmp_path):
     make(tmp_path / "a")
-    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "a").iterdir()}
+    before = {
+        file.name: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in (tmp_path / "a").iterdir()
+    }
     quantize(tmp_path / "a", tmp_path / "b", "int8")
-    assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "a").iterdir()}
+    assert before == {
+        file.name: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in (tmp_path / "a").iterdir()
+    }
 
 
 def test_progress_ends_with_all_bytes(tmp_path):
     make(tmp_path / "a")
     told = []
-    made = quantize(tmp_path / "a", tmp_path / "b", "int8", progress=lambda *step: told.append(step))
+    made = quantize(
+        tmp_path / "a", tmp_path / "b", "int8", progress=lambda *step: told.append(step)
+    )
     assert told[-2:] == [("quantising", made.bytes, made.bytes), ("sealing", 0, 0)]
     assert [step[1] for step in told[:-1]] == sorted(step[1] for step in told[:-1])
 
@@ -140,13 +180,24 @@ def spoil(layer: int, values_Nd: np.ndarray) -> None:
         values_Nd[30, 5] = np.nan
 
 
-@pytest.mark.parametrize(("kind", "change", "error", "message"), [
-    ("int3", None, ConfigError, "expected one of"), ("f32", None, ConfigError, "another row format than its own"),
-    ("fp8_scaled", None, ConfigError, "positive float32 scale"),
-    ("int8", spoil, InputError, "layer 3, rows from 25 on: .*found nan in row 5, column 5"),
-    ("f16", lambda layer, values_Nd: values_Nd.fill(1e6), InputError, "layer 1, rows from 0 on: .*found 1000000.0"),
-])
-def test_what_a_format_cannot_hold_is_an_error_that_leaves_nothing(tmp_path, kind, change, error, message):
+@pytest.mark.parametrize(
+    ("kind", "change", "error", "message"),
+    [
+        ("int3", None, ConfigError, "expected one of"),
+        ("f32", None, ConfigError, "another row format than its own"),
+        ("fp8_scaled", None, ConfigError, "positive float32 scale"),
+        ("int8", spoil, InputError, "layer 3, rows from 25 on: .*found nan in row 5, column 5"),
+        (
+            "f16",
+            lambda layer, values_Nd: values_Nd.fill(1e6),
+            InputError,
+            "layer 1, rows from 0 on: .*found 1000000.0",
+        ),
+    ],
+)
+def test_what_a_format_cannot_hold_is_an_error_that_leaves_nothing(
+    tmp_path, kind, change, error, message
+):
     make(tmp_path / "a", change=change)
     with pytest.raises(error, match=message):
         quantize(tmp_path / "a", tmp_path / "b", kind)
@@ -220,8 +271,11 @@ for step in range(400):
 
 def test_a_kill_at_any_step_leaves_nothing_an_unsealed_table_or_the_whole_one(tmp_path):
     parent = make(tmp_path / "a")
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", CRASHES, tmp_path / "a", tmp_path],
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CRASHES, tmp_path / "a", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     seen = []
     outs = sorted(path / "t" for path in tmp_path.iterdir() if path.name.isdigit())
@@ -240,10 +294,15 @@ def test_a_kill_at_any_step_leaves_nothing_an_unsealed_table_or_the_whole_one(tm
         else:
             seen.append("sealed")
             table.verify()
-            assert all(np.array_equal(rows_of(table, layer), table.fmt.encode(rows_of(parent, layer).view(np.float32)))
-                       for layer in LAYERS)
+            assert all(
+                np.array_equal(
+                    rows_of(table, layer), table.fmt.encode(rows_of(parent, layer).view(np.float32))
+                )
+                for layer in LAYERS
+            )
     assert set(seen) == {"nothing", "unsealed", "sealed"} and seen == sorted(
-        seen, key=["nothing", "unsealed", "sealed"].index)
+        seen, key=["nothing", "unsealed", "sealed"].index
+    )
 
 
 # Comparing.
@@ -256,7 +315,9 @@ def test_a_table_equals_its_copy_and_the_same_numbers_in_another_format(tmp_path
     for other in ("same", "wide"):
         found = compare(tmp_path / "a", tmp_path / other)
         assert found.equal and found.difference is not None
-        assert all(each.different == 0 and each.max_abs == 0.0 for each in found.difference.values())
+        assert all(
+            each.different == 0 and each.max_abs == 0.0 for each in found.difference.values()
+        )
     assert compare(tmp_path / "a", tmp_path / "wide").kinds == ("bf16", "f32")
 
 
@@ -268,7 +329,11 @@ def test_rows_that_differ_are_counted(tmp_path):
 
     a, b = make(tmp_path / "a"), make(tmp_path / "b", change=change)
     found = compare(tmp_path / "a", tmp_path / "b")
-    assert found.difference is not None and not found.equal and found.table_ids == (a.table_id, b.table_id)
+    assert (
+        found.difference is not None
+        and not found.equal
+        and found.table_ids == (a.table_id, b.table_id)
+    )
     assert found.difference[1].different == 0 and found.difference[3].different == 3
     assert found.difference[3].max_abs == pytest.approx(2)
     assert found.difference[3].mean_abs == pytest.approx((64 * 0.5 + 2) / values(3).size)
@@ -288,7 +353,10 @@ def test_rows_that_are_no_numbers_are_counted_and_left_out(tmp_path):
     make(tmp_path / "a", change=change)
     make(tmp_path / "b", change=change)
     make(tmp_path / "whole")
-    same, other = compare(tmp_path / "a", tmp_path / "b"), compare(tmp_path / "a", tmp_path / "whole")
+    same, other = (
+        compare(tmp_path / "a", tmp_path / "b"),
+        compare(tmp_path / "a", tmp_path / "whole"),
+    )
     assert same.equal and same.difference is not None and other.difference is not None
     for layer in LAYERS:
         assert (same.difference[layer].different, same.difference[layer].not_finite) == (0, 2)

@@ -1,4 +1,5 @@
-"""A table on disk: what is written is read, every damage has its name, and no crash makes a wrong table look sealed."""
+"""A table on disk: what is written is read, every damage has its name, and no crash makes a wrong
+table look sealed."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def create(path: Path, **options) -> Table:
 
 
 def random_rows(table: Table, layer: int, seed: int) -> np.ndarray:
-    return np.random.default_rng((seed, layer)).integers(0, 256, (table.rows(layer), table.row_bytes), dtype=np.uint8)
+    return np.random.default_rng((seed, layer)).integers(
+        0, 256, (table.rows(layer), table.row_bytes), dtype=np.uint8
+    )
 
 
 def fill(table: Table, seed: int) -> None:
@@ -72,8 +75,10 @@ def fill(table: Table, seed: int) -> None:
 
 
 def holds(table: Table, seed: int) -> bool:
-    return all(np.array_equal(np.concatenate(table.shard_arrays(layer)), random_rows(table, layer, seed))
-               for layer in table.layers)
+    return all(
+        np.array_equal(np.concatenate(table.shard_arrays(layer)), random_rows(table, layer, seed))
+        for layer in table.layers
+    )
 
 
 def sealed(path: Path, seed: int = 0) -> Table:
@@ -95,7 +100,8 @@ def edit(path: Path, change) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_sync(monkeypatch):
-    """No test here pulls the plug; that the right files are synced, and when, has a test of its own."""
+    """No test here pulls the plug; that the right files are synced, and when, has a test of its
+    own."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
@@ -109,7 +115,9 @@ def test_what_is_written_is_read_after_sealing(tmp_path):
     assert (again.table_id, again.parent) == (table.table_id, None)
     assert again.address_digest == config().address_digest("v" * 64)
     assert (again.config, again.fmt, again.layers, again.mode) == (config(), FMT, LAYERS, "r")
-    assert [again.rows(layer) for layer in LAYERS] == [config().hash.row_count(layer) for layer in LAYERS]
+    assert [again.rows(layer) for layer in LAYERS] == [
+        config().hash.row_count(layer) for layer in LAYERS
+    ]
 
 
 def test_rows_written_in_any_pieces_are_the_same_table(tmp_path):
@@ -117,8 +125,15 @@ def test_rows_written_in_any_pieces_are_the_same_table(tmp_path):
     for layer in LAYERS:
         rows = random_rows(table, layer, 2)
         first = 0
-        for count in (1, 38, 1, 41, 0, 500):  # ends before, at and beyond a shard's end, and nothing
-            table.write_rows(layer, first, rows[first:first + count])
+        for count in (
+            1,
+            38,
+            1,
+            41,
+            0,
+            500,
+        ):  # ends before, at and beyond a shard's end, and nothing
+            table.write_rows(layer, first, rows[first : first + count])
             first = min(first + count, len(rows))
     table.seal()
     assert holds(table, 2)
@@ -128,22 +143,31 @@ def test_a_new_table_is_zero_rows_that_take_no_disk(tmp_path):
     table = Table.create(tmp_path / "t", config(), FMT, Words())
     table.seal()
     assert not any(array.any() for layer in LAYERS for array in table.shard_arrays(layer))
-    big = EngramConfig(HashSpec.demo((0,), (2, 3), 2, 1_000_000, 50, 0), LayerSpec(8, 4 * 512, order=3), 512)
+    big = EngramConfig(
+        HashSpec.demo((0,), (2, 3), 2, 1_000_000, 50, 0), LayerSpec(8, 4 * 512, order=3), 512
+    )
     Table.create(tmp_path / "big", big, RowFormat("f32", 512), Words()).close()
     files = [file.stat() for file in (tmp_path / "big").iterdir()]
-    assert sum(file.st_size for file in files) > 8e9 > 1e6 > sum(file.st_blocks * 512 for file in files)
+    assert (
+        sum(file.st_size for file in files)
+        > 8e9
+        > 1e6
+        > sum(file.st_blocks * 512 for file in files)
+    )
     assert max(file.st_size for file in files) <= 2**30
 
 
 def test_safetensors_and_numpy_read_a_shard_without_this_library(tmp_path):
     table = sealed(tmp_path / "t", seed=1)
-    expected = random_rows(table, 1, 1)[SHARD_ROWS:2 * SHARD_ROWS]
+    expected = random_rows(table, 1, 1)[SHARD_ROWS : 2 * SHARD_ROWS]
     file = shard(tmp_path / "t", 1, 2)
     with safe_open(file, "numpy") as opened:
         assert opened.keys() == ["rows"]
         assert opened.metadata() == {"table_id": table.table_id, "shard": file.name}
         np.testing.assert_array_equal(opened.get_tensor("rows"), expected)
-    np.testing.assert_array_equal(np.memmap(file, np.uint8, "r", offset=4096, shape=expected.shape), expected)
+    np.testing.assert_array_equal(
+        np.memmap(file, np.uint8, "r", offset=4096, shape=expected.shape), expected
+    )
 
 
 def test_shards_have_equal_sizes_but_the_last_and_are_mapped_read_only(tmp_path):
@@ -158,7 +182,9 @@ def test_shards_have_equal_sizes_but_the_last_and_are_mapped_read_only(tmp_path)
 # Identities.
 
 
-def test_the_first_seal_keeps_the_id_and_a_seal_after_a_change_gives_a_new_one_with_the_old_as_parent(tmp_path):
+def test_the_first_seal_keeps_the_id_and_a_seal_after_a_change_gives_a_new_one_with_the_old_as_parent(
+    tmp_path,
+):
     table = create(tmp_path / "t", parent="a" * 32)
     first = table.table_id
     fill(table, 0)
@@ -189,8 +215,11 @@ def test_two_tables_have_two_ids(tmp_path):
 def test_an_address_digest_of_another_tokenizer_spec_or_width_is_refused(tmp_path):
     table = sealed(tmp_path / "t")
     table.check_address(config().address_digest("v" * 64))
-    for other in (config().address_digest("w" * 64), config(seed=1).address_digest("v" * 64),
-                  config(dim=8).address_digest("v" * 64)):
+    for other in (
+        config().address_digest("w" * 64),
+        config(seed=1).address_digest("v" * 64),
+        config(dim=8).address_digest("v" * 64),
+    ):
         with pytest.raises(DigestMismatch, match=f"{other}, found {table.address_digest}"):
             table.check_address(other)
 
@@ -235,7 +264,9 @@ def test_there_is_one_writer(tmp_path):
     with pytest.raises(TableError, match="open for writing elsewhere"):
         Table.open(tmp_path / "t", "w")
     code = "import sys; from engraphy.table import Table; Table.open(sys.argv[1], 'w')"
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True
+    )
     assert run.returncode and "open for writing elsewhere" in run.stderr
     writer.seal()
 
@@ -266,7 +297,8 @@ def test_a_lock_that_a_kill_left_is_taken_and_goes_with_its_new_holder(tmp_path)
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
-    """Opened while another writer held it, locked after that one had removed it: a third writer could lock another."""
+    """Opened while another writer held it, locked after that one had removed it: a third writer
+    could lock another."""
     sealed(tmp_path / "t")
     flock, raced = fcntl.flock, []
 
@@ -387,7 +419,11 @@ def test_another_mode_is_refused(tmp_path, mode):
 def test_unknown_layers_and_rows_out_of_range_are_refused(tmp_path):
     table = create(tmp_path / "t")
     rows, two = table.rows(1), np.ones((2, FMT.row_bytes), np.uint8)
-    for use in (lambda: table.rows(2), lambda: table.shard_arrays(0), lambda: table.write_rows(99, 0, two)):
+    for use in (
+        lambda: table.rows(2),
+        lambda: table.shard_arrays(0),
+        lambda: table.write_rows(99, 0, two),
+    ):
         with pytest.raises(ConfigError, match="layer (2|0|99) has no memory"):
             use()
     for first in (-1, rows - 1, rows + 1):
@@ -413,12 +449,25 @@ def test_create_refuses_a_name_that_is_taken_and_takes_an_empty_directory(tmp_pa
     (tmp_path / "empty").mkdir()
     create(tmp_path / "empty").seal()
     create(tmp_path / "deep/er").seal()
-    assert sorted(os.listdir(tmp_path)) == ["deep", "empty", "file", "full", "link"]  # no temporary names are left
+    assert sorted(os.listdir(tmp_path)) == [
+        "deep",
+        "empty",
+        "file",
+        "full",
+        "link",
+    ]  # no temporary names are left
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"fmt": RowFormat("bf16", 8)}, "expected d = 4"), ({"vocab": Words(49)}, "expected 50 ids"),
-    ({"shard_rows": 0}, "shard_rows"), ({"shard_rows": 1.5}, "shard_rows"), ({"shard_rows": True}, "shard_rows")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fmt": RowFormat("bf16", 8)}, "expected d = 4"),
+        ({"vocab": Words(49)}, "expected 50 ids"),
+        ({"shard_rows": 0}, "shard_rows"),
+        ({"shard_rows": 1.5}, "shard_rows"),
+        ({"shard_rows": True}, "shard_rows"),
+    ],
+)
 def test_create_refuses_parts_that_do_not_fit_each_other(tmp_path, change, message):
     parts = {"config": config(), "fmt": FMT, "vocab": Words()} | change
     with pytest.raises(ConfigError, match=message):
@@ -454,71 +503,212 @@ def rename_in_header(path: Path, old: bytes, new: bytes) -> None:
 
 DAMAGES = {
     "a missing shard": (lambda t: shard(t).unlink(), ShardMissing, "found no file"),
-    "a truncated shard": (lambda t: cut(shard(t), -1), ShardTruncated, r"expected 4416 bytes .* found 4415"),
-    "an extended shard": (lambda t: cut(shard(t), 1), ShardTruncated, r"expected 4416 bytes .* found 4417"),
-    "a shard shorter than its header": (lambda t: os.truncate(shard(t), 100), ShardTruncated, "less than the header"),
+    "a truncated shard": (
+        lambda t: cut(shard(t), -1),
+        ShardTruncated,
+        r"expected 4416 bytes .* found 4415",
+    ),
+    "an extended shard": (
+        lambda t: cut(shard(t), 1),
+        ShardTruncated,
+        r"expected 4416 bytes .* found 4417",
+    ),
+    "a shard shorter than its header": (
+        lambda t: os.truncate(shard(t), 100),
+        ShardTruncated,
+        "less than the header",
+    ),
     "an empty shard": (lambda t: os.truncate(shard(t), 0), ShardTruncated, "found 0"),
-    "a shard with a garbage header": (lambda t: overwrite(shard(t), 0, b"\xfe" * 4096), ShardCorrupt, "header"),
-    "a shard with one flipped header byte": (lambda t: overwrite(shard(t), 3000, b"x"), ShardCorrupt, "header"),
-    "a shard with another header length": (lambda t: overwrite(shard(t), 0, b"\x00"), ShardCorrupt, "header differs"),
-    "a shard whose header is no object": (lambda t: overwrite(shard(t), 8, b"[1]".ljust(4088)), ShardCorrupt, "header"),
+    "a shard with a garbage header": (
+        lambda t: overwrite(shard(t), 0, b"\xfe" * 4096),
+        ShardCorrupt,
+        "header",
+    ),
+    "a shard with one flipped header byte": (
+        lambda t: overwrite(shard(t), 3000, b"x"),
+        ShardCorrupt,
+        "header",
+    ),
+    "a shard with another header length": (
+        lambda t: overwrite(shard(t), 0, b"\x00"),
+        ShardCorrupt,
+        "header differs",
+    ),
+    "a shard whose header is no object": (
+        lambda t: overwrite(shard(t), 8, b"[1]".ljust(4088)),
+        ShardCorrupt,
+        "header",
+    ),
     "a shard that says another row count": (
-        lambda t: rename_in_header(shard(t), b"[40,8]", b"[41,8]"), ShardCorrupt, r"\[40, 8\], found \[41, 8\]"),
+        lambda t: rename_in_header(shard(t), b"[40,8]", b"[41,8]"),
+        ShardCorrupt,
+        r"\[40, 8\], found \[41, 8\]",
+    ),
     "a shard that says another row width": (
-        lambda t: rename_in_header(shard(t), b"[40,8]", b"[40,9]"), ShardCorrupt, r"\[40, 8\], found \[40, 9\]"),
+        lambda t: rename_in_header(shard(t), b"[40,8]", b"[40,9]"),
+        ShardCorrupt,
+        r"\[40, 8\], found \[40, 9\]",
+    ),
     "a shard of another layer": (
-        lambda t: shutil.copy(shard(t, 3, 1), shard(t, 1, 1)), ShardForeign, "found shard layer-00003"),
+        lambda t: shutil.copy(shard(t, 3, 1), shard(t, 1, 1)),
+        ShardForeign,
+        "found shard layer-00003",
+    ),
     "two shards changed round": (
-        lambda t: (shard(t, 1, 1).rename(t / "x"), shard(t, 1, 2).rename(t / shard_name(1, 1)),
-                   (t / "x").rename(t / shard_name(1, 2))), ShardForeign, "in its place"),
+        lambda t: (
+            shard(t, 1, 1).rename(t / "x"),
+            shard(t, 1, 2).rename(t / shard_name(1, 1)),
+            (t / "x").rename(t / shard_name(1, 2)),
+        ),
+        ShardForeign,
+        "in its place",
+    ),
     "no engram.json": (lambda t: (t / "engram.json").unlink(), TableError, "found no file"),
-    "engram.json that is not JSON": (lambda t: cut(t / "engram.json", -1), TableError, "expected JSON"),
-    "engram.json that is not text": (lambda t: (t / "engram.json").write_bytes(b"\xff"), TableError, "expected JSON"),
-    "engram.json that is a list": (lambda t: (t / "engram.json").write_text("[]"), TableError, "found \\[\\]"),
-    "another format": (lambda t: edit(t, lambda j: j.update(format="x")), TableError, "expected format"),
-    "another version": (lambda t: edit(t, lambda j: j.update(version=2)), TableError, "expected format .* version 1"),
-    "an unknown field": (lambda t: edit(t, lambda j: j.update(more=1)), TableError, "more: unknown field"),
-    "a missing field": (lambda t: edit(t, lambda j: j.pop("row_bytes")), TableError, "row_bytes: the field is missing"),
+    "engram.json that is not JSON": (
+        lambda t: cut(t / "engram.json", -1),
+        TableError,
+        "expected JSON",
+    ),
+    "engram.json that is not text": (
+        lambda t: (t / "engram.json").write_bytes(b"\xff"),
+        TableError,
+        "expected JSON",
+    ),
+    "engram.json that is a list": (
+        lambda t: (t / "engram.json").write_text("[]"),
+        TableError,
+        "found \\[\\]",
+    ),
+    "another format": (
+        lambda t: edit(t, lambda j: j.update(format="x")),
+        TableError,
+        "expected format",
+    ),
+    "another version": (
+        lambda t: edit(t, lambda j: j.update(version=2)),
+        TableError,
+        "expected format .* version 1",
+    ),
+    "an unknown field": (
+        lambda t: edit(t, lambda j: j.update(more=1)),
+        TableError,
+        "more: unknown field",
+    ),
+    "a missing field": (
+        lambda t: edit(t, lambda j: j.pop("row_bytes")),
+        TableError,
+        "row_bytes: the field is missing",
+    ),
     "a digest not its own": (
-        lambda t: edit(t, lambda j: j.update(address_digest="0" * 64)), DigestMismatch, "address_digest: expected"),
+        lambda t: edit(t, lambda j: j.update(address_digest="0" * 64)),
+        DigestMismatch,
+        "address_digest: expected",
+    ),
     "another vocabulary": (
-        lambda t: edit(t, lambda j: j.update(vocab_digest="w" * 64)), DigestMismatch, "address_digest: expected"),
+        lambda t: edit(t, lambda j: j.update(vocab_digest="w" * 64)),
+        DigestMismatch,
+        "address_digest: expected",
+    ),
     "another hash spec": (
-        lambda t: edit(t, lambda j: j["config"]["hash"].update(seed=7)), DigestMismatch, "address_digest: expected"),
+        lambda t: edit(t, lambda j: j["config"]["hash"].update(seed=7)),
+        DigestMismatch,
+        "address_digest: expected",
+    ),
     "a wrong row count": (
-        lambda t: edit(t, lambda j: j["layers"][0].update(rows=10)), TableError, r"\[0\].rows: expected .* found 10"),
-    "a wrong row width": (lambda t: edit(t, lambda j: j.update(row_bytes=9)), TableError, "expected 8, found 9"),
-    "a layer less": (lambda t: edit(t, lambda j: j["layers"].pop()), TableError, "layers: expected"),
+        lambda t: edit(t, lambda j: j["layers"][0].update(rows=10)),
+        TableError,
+        r"\[0\].rows: expected .* found 10",
+    ),
+    "a wrong row width": (
+        lambda t: edit(t, lambda j: j.update(row_bytes=9)),
+        TableError,
+        "expected 8, found 9",
+    ),
+    "a layer less": (
+        lambda t: edit(t, lambda j: j["layers"].pop()),
+        TableError,
+        "layers: expected",
+    ),
     "a shard renamed to lie elsewhere": (
-        lambda t: edit(t, lambda j: j["layers"][0]["shards"][0].update(name="../x")), TableError, "name: expected"),
+        lambda t: edit(t, lambda j: j["layers"][0]["shards"][0].update(name="../x")),
+        TableError,
+        "name: expected",
+    ),
     "a sealed shard without digest": (
-        lambda t: edit(t, lambda j: j["layers"][0]["shards"][0].update(sha256=None)), TableError, "found null"),
+        lambda t: edit(t, lambda j: j["layers"][0]["shards"][0].update(sha256=None)),
+        TableError,
+        "found null",
+    ),
     "a digest that is none": (
-        lambda t: edit(t, lambda j: j["layers"][0]["shards"][0].update(sha256="0")), TableError, "64 hex digits"),
-    "a state at odds with next_id": (lambda t: edit(t, lambda j: j.update(state="open")), TableError, "state"),
+        lambda t: edit(t, lambda j: j["layers"][0]["shards"][0].update(sha256="0")),
+        TableError,
+        "64 hex digits",
+    ),
+    "a state at odds with next_id": (
+        lambda t: edit(t, lambda j: j.update(state="open")),
+        TableError,
+        "state",
+    ),
     "a row format of another d": (
-        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f16", "d": 8})), TableError, "row_format.d"),
+        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f16", "d": 8})),
+        TableError,
+        "row_format.d",
+    ),
     "a row format of another width": (
-        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f32", "d": 4})), TableError, "row_bytes|bytes"),
+        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f32", "d": 4})),
+        TableError,
+        "row_bytes|bytes",
+    ),
     "a row format of the same width": (
-        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f16", "d": 4})), TableError, "checksum: expected"),
-    "a checksum that is none": (lambda t: edit(t, lambda j: j.update(checksum=7)), TableError, "checksum: .* found 7"),
+        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f16", "d": 4})),
+        TableError,
+        "checksum: expected",
+    ),
+    "a checksum that is none": (
+        lambda t: edit(t, lambda j: j.update(checksum=7)),
+        TableError,
+        "checksum: .* found 7",
+    ),
     "a field under another name": (
-        lambda t: edit(t, lambda j: j.update(next_ID=j.pop("next_id"))), TableError, "next_id: .*no such field"),
+        lambda t: edit(t, lambda j: j.update(next_ID=j.pop("next_id"))),
+        TableError,
+        "next_id: .*no such field",
+    ),
     "a directory in the place of engram.json": (
-        lambda t: ((t / "engram.json").unlink(), (t / "engram.json").mkdir()), TableError, "cannot be read"),
+        lambda t: ((t / "engram.json").unlink(), (t / "engram.json").mkdir()),
+        TableError,
+        "cannot be read",
+    ),
     "a directory in the place of a shard": (
-        lambda t: (shard(t).unlink(), (t / shard_name(1, 1)).mkdir()), TableError,
-        "the shard cannot be read|opened"),
+        lambda t: (shard(t).unlink(), (t / shard_name(1, 1)).mkdir()),
+        TableError,
+        "the shard cannot be read|opened",
+    ),
     "an unknown row format": (
-        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f8", "d": 4})), TableError, "row format"),
+        lambda t: edit(t, lambda j: j.update(row_format={"kind": "f8", "d": 4})),
+        TableError,
+        "row format",
+    ),
     "an unknown dialect": (
-        lambda t: edit(t, lambda j: j["config"]["hash"].update(dialect="x")), TableError, "dialect"),
-    "a table_id of another form": (lambda t: edit(t, lambda j: j.update(table_id="abc")), TableError, "32 hex digits"),
+        lambda t: edit(t, lambda j: j["config"]["hash"].update(dialect="x")),
+        TableError,
+        "dialect",
+    ),
+    "a table_id of another form": (
+        lambda t: edit(t, lambda j: j.update(table_id="abc")),
+        TableError,
+        "32 hex digits",
+    ),
     "shards that are no list": (
-        lambda t: edit(t, lambda j: j["layers"][0].update(shards=None)), TableError, "expected shards"),
+        lambda t: edit(t, lambda j: j["layers"][0].update(shards=None)),
+        TableError,
+        "expected shards",
+    ),
     "the engram.json of another table": (
-        lambda t: shutil.copy(sealed(t.with_name("other")).path / "engram.json", t), ShardForeign, "found one of"),
+        lambda t: shutil.copy(sealed(t.with_name("other")).path / "engram.json", t),
+        ShardForeign,
+        "found one of",
+    ),
     "no directory": (lambda t: shutil.rmtree(t), TableError, "found no file"),
     "a file in its place": (lambda t: (shutil.rmtree(t), t.touch()), TableError, "found no file"),
 }
@@ -539,12 +729,30 @@ def test_opening_names_the_damage(tmp_path, damage, mode):
     with pytest.raises(error, match=message) as caught:
         Table.open(path, mode)
     assert str(tmp_path / "t") in str(caught.value)
-    assert before is None or (path / "engram.json").read_bytes() == before  # a failed opening leaves no mark
+    assert (
+        before is None or (path / "engram.json").read_bytes() == before
+    )  # a failed opening leaves no mark
 
 
-@pytest.mark.parametrize("name", [
-    "format", "version", "state", "table_id", "parent", "next_id", "address_digest", "vocab_digest", "config",
-    "row_format", "row_bytes", "shard_rows", "hot_rows", "layers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "format",
+        "version",
+        "state",
+        "table_id",
+        "parent",
+        "next_id",
+        "address_digest",
+        "vocab_digest",
+        "config",
+        "row_format",
+        "row_bytes",
+        "shard_rows",
+        "hot_rows",
+        "layers",
+    ],
+)
 def test_a_field_of_another_type_or_value_is_a_table_error(tmp_path, name):
     path = sealed(tmp_path / "t").path
     for value in (7, -1, 1.0, True, "x", [], [1], {}, {"a": 1}):
@@ -558,14 +766,18 @@ def test_a_shard_of_another_table_and_of_the_same_table_before_training_are_fore
     old = tmp_path / "old"
     shutil.copy(shard(ours.path), old)
     shutil.copy(shard(theirs.path), shard(ours.path))
-    with pytest.raises(ShardForeign, match=f"{ours.table_id}, found one of table {theirs.table_id}"):
+    with pytest.raises(
+        ShardForeign, match=f"{ours.table_id}, found one of table {theirs.table_id}"
+    ):
         Table.open(ours.path)
     shutil.copy(old, shard(ours.path))
     trained = Table.open(ours.path, "w")
     fill(trained, 2)
     trained.seal()
     shutil.copy(old, shard(ours.path))
-    with pytest.raises(ShardForeign, match=f"{trained.table_id}, found one of table {ours.table_id}"):
+    with pytest.raises(
+        ShardForeign, match=f"{trained.table_id}, found one of table {ours.table_id}"
+    ):
         Table.open(ours.path)
 
 
@@ -592,7 +804,9 @@ def test_a_flipped_byte_is_found_by_verify_and_named(tmp_path, offset):
     data[offset] ^= 1
     file.write_bytes(data)
     digest = "[0-9a-f]{64}"
-    with pytest.raises(ShardCorrupt, match=f"{file.name}: expected rows of SHA-256 {digest}, found {digest}"):
+    with pytest.raises(
+        ShardCorrupt, match=f"{file.name}: expected rows of SHA-256 {digest}, found {digest}"
+    ):
         Table.open(table.path).verify()
 
 
@@ -614,9 +828,15 @@ def test_verify_tells_what_it_looked_at_and_a_sample_looks_at_so_many_shards(tmp
 # No crash makes a wrong table look sealed.
 
 
-def test_rows_and_headers_are_on_disk_before_the_table_says_so_and_the_mark_before_rows(tmp_path, monkeypatch):
+def test_rows_and_headers_are_on_disk_before_the_table_says_so_and_the_mark_before_rows(
+    tmp_path, monkeypatch
+):
     base = sealed(tmp_path / "t")
-    headers = [("sync", file.name) for layer in LAYERS for file in sorted(base.path.glob(f"layer-{layer:05d}-*"))]
+    headers = [
+        ("sync", file.name)
+        for layer in LAYERS
+        for file in sorted(base.path.glob(f"layer-{layer:05d}-*"))
+    ]
     done = []
 
     def named(fd: int) -> str:
@@ -625,7 +845,9 @@ def test_rows_and_headers_are_on_disk_before_the_table_says_so_and_the_mark_befo
 
     monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", named(fd))))
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), done.append(("rename", Path(b).name))))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (replace(a, b), done.append(("rename", Path(b).name)))
+    )
     mark = [("sync", "new engram.json"), ("rename", "engram.json"), ("sync", "t")]
     table = Table.open(tmp_path / "t", "w")
     assert done == mark
@@ -633,6 +855,7 @@ def test_rows_and_headers_are_on_disk_before_the_table_says_so_and_the_mark_befo
     table.write_rows(3, SHARD_ROWS, np.full((1, FMT.row_bytes), 1, np.uint8))
     table.seal()
     assert done == [("sync", shard_name(3, 2)), *headers, *mark]
+
 
 CRASHES = """
 import os, shutil, signal, sys
@@ -674,8 +897,11 @@ def in_order(seen: list[str], states: list[str]) -> bool:
 
 
 def kill_at_every_step(tmp_path: Path, action: str, base: Path) -> list[Path]:
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", CRASHES, ROOT, action, base, tmp_path],
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CRASHES, ROOT, action, base, tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     paths = sorted(path / "t" for path in tmp_path.iterdir() if path.name.isdigit())
     assert 20 < len(paths) < 400
@@ -691,7 +917,8 @@ def killed_in_training(tmp_path_factory) -> tuple[Table, list[Path]]:
 
 @pytest.mark.slow
 def test_a_kill_at_any_step_of_training_leaves_the_old_table_the_new_one_or_one_that_says_unsealed(
-        tmp_path, killed_in_training):
+    tmp_path, killed_in_training
+):
     base, paths = killed_in_training
     seen = []
     for step, killed in enumerate(paths):
@@ -704,7 +931,11 @@ def test_a_kill_at_any_step_of_training_leaves_the_old_table_the_new_one_or_one_
             fill(taken, 1)
             taken.seal()
             table = Table.open(path)
-            assert holds(table, 1) and table.table_id != base.table_id and table.parent == base.table_id
+            assert (
+                holds(table, 1)
+                and table.table_id != base.table_id
+                and table.parent == base.table_id
+            )
         else:
             seen.append("old" if table.table_id == base.table_id else "new")
             assert holds(table, 0 if seen[-1] == "old" else 1)
@@ -712,7 +943,9 @@ def test_a_kill_at_any_step_of_training_leaves_the_old_table_the_new_one_or_one_
     assert in_order(seen, ["old", "unsealed", "new"])
 
 
-def test_a_table_whose_training_was_killed_and_undone_is_the_old_one_again(tmp_path, killed_in_training):
+def test_a_table_whose_training_was_killed_and_undone_is_the_old_one_again(
+    tmp_path, killed_in_training
+):
     base, paths = killed_in_training
     for step, killed in enumerate(paths):
         in_force = json.loads((killed / "engram.json").read_text())["table_id"]

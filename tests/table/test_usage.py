@@ -60,8 +60,10 @@ def ngrams(spec: HashSpec, vocab: VocabMap, ids_T: np.ndarray, order: int) -> li
     return found
 
 
-@pytest.mark.parametrize(("dialect", "dead"), [("demo", False), ("demo", True), ("deepseek", False),
-                                               ("deepseek", True), ("qwen", False)])
+@pytest.mark.parametrize(
+    ("dialect", "dead"),
+    [("demo", False), ("demo", True), ("deepseek", False), ("deepseek", True), ("qwen", False)],
+)
 def test_counts_are_those_of_a_walk_through_the_text(tmp_path, dialect, dead, monkeypatch):
     monkeypatch.setattr(module, "_STEP", 97)
     spec = SPECS[dialect]
@@ -83,11 +85,19 @@ def test_counts_are_those_of_a_walk_through_the_text(tmp_path, dialect, dead, mo
             for row, gram in zip(rows, grams, strict=True):
                 behind.setdefault(row, set()).add(gram)
             sharing = sum(len(those) for those in behind.values() if len(those) > 1)
-            assert (told.order, told.head, told.rows) == (order, head, spec.primes(layer.layer)[column])
+            assert (told.order, told.head, told.rows) == (
+                order,
+                head,
+                spec.primes(layer.layer)[column],
+            )
             assert (told.ngrams, told.used, told.sharing) == (len(set(grams)), len(behind), sharing)
-            everything |= Counter({(row, order, head, len(behind[row])): n for row, n in Counter(rows).items()})
+            everything |= Counter(
+                {(row, order, head, len(behind[row])): n for row, n in Counter(rows).items()}
+            )
         expected = sorted(everything.items(), key=lambda item: (-item[1], item[0][0]))[:7]
-        assert [((hot.row, hot.order, hot.head, hot.ngrams), hot.reads) for hot in layer.hottest] == expected
+        assert [
+            ((hot.row, hot.order, hot.head, hot.ngrams), hot.reads) for hot in layer.hottest
+        ] == expected
     assert any(0 < head.sharing < head.ngrams for layer in found for head in layer.heads)
 
 
@@ -108,7 +118,13 @@ def test_without_a_shared_row_nothing_shares(tmp_path):
 
 def test_ids_and_maps_that_are_not_the_tables_are_refused(tmp_path):
     table = make(tmp_path / "t", SPECS["demo"], MAP)
-    for ids in (np.zeros((2, 3), np.int64), np.zeros(0, np.int64), np.zeros(3), np.array([0, 64]), np.array([-1, 0])):
+    for ids in (
+        np.zeros((2, 3), np.int64),
+        np.zeros(0, np.int64),
+        np.zeros(3),
+        np.array([0, 64]),
+        np.array([-1, 0]),
+    ):
         with pytest.raises(InputError, match="id"):
             usage(table, MAP, ids)
     with pytest.raises(DigestMismatch):

@@ -171,8 +171,9 @@ def _projected(projection: torch.nn.Module, rows_BTE: Tensor, u: float) -> Bound
     return Bounded(value, gamma(weight.shape[1] + 1, u) * most, u).stored(weight.dtype)
 
 
-def _mixed(layer: EngramLayer, inputs: Bounded, window: Bounded | Tensor | None,
-           starts: Tensor | None) -> tuple[Bounded, Bounded]:
+def _mixed(
+    layer: EngramLayer, inputs: Bounded, window: Bounded | Tensor | None, starts: Tensor | None
+) -> tuple[Bounded, Bounded]:
     """What the conv's taps make of the inputs and of those before them; and the last inputs of the
     last document."""
     spec, before, (batch, tokens) = layer.spec, layer.spec.window, inputs.value.shape[:2]
@@ -186,8 +187,8 @@ def _mixed(layer: EngramLayer, inputs: Bounded, window: Bounded | Tensor | None,
 
     def tap(number: int) -> Bounded:
         first = number * spec.order
-        same = (document[:, first:first + tokens] == now)[..., None, None]
-        shifted = padded.map(lambda t: t[:, first:first + tokens] * same)
+        same = (document[:, first : first + tokens] == now)[..., None, None]
+        shifted = padded.map(lambda t: t[:, first : first + tokens] * same)
         return shifted * Bounded.exact(layer.conv[..., number], inputs.u)
 
     taps = [tap(number) for number in range(spec.kernel)]

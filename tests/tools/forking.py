@@ -10,8 +10,8 @@ import warnings
 def fork() -> int:
     """os.fork, beside other threads and with coverage measured.
 
-    Python warns of forking beside threads; here it is meant. The child is not measured: another thread may hold
-    coverage's lock just then, which nobody would ever release in the child.
+    Python warns of forking beside threads; here it is meant. The child is not measured: another
+    thread may hold coverage's lock just then, which nobody would ever release in the child.
     """
     trace = sys.gettrace()
     sys.settrace(None)

@@ -1,4 +1,5 @@
-"""Tiny models with random weights, one of each family that the decoding matrix runs, bare and with a memory awake."""
+"""Tiny models with random weights, one of each family that the decoding matrix runs, bare and with
+a memory awake."""
 
 from __future__ import annotations
 
@@ -20,14 +21,28 @@ import engraphy
 from engraphy import EngramConfig, EngramMemory
 
 VOCAB, PAD = 97, 0
-CACHE = "cache" if Version(tf.__version__) >= Version("5.24") else "past_key_values"  # what models call theirs
-_COMMON: dict[str, Any] = dict(vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=PAD, bos_token_id=1,
-                               eos_token_id=None,  # no end: every text gets its full length
-                               initializer_range=0.2)  # attention far from uniform
-_SIZES: dict[str, Any] = _COMMON | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                                        num_attention_heads=4, num_key_value_heads=2)
+CACHE = (
+    "cache" if Version(tf.__version__) >= Version("5.24") else "past_key_values"
+)  # what models call theirs
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    max_position_embeddings=64,
+    pad_token_id=PAD,
+    bos_token_id=1,
+    eos_token_id=None,  # no end: every text gets its full length
+    initializer_range=0.2,
+)  # attention far from uniform
+_SIZES: dict[str, Any] = _COMMON | dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 _MOE: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=24)
-_LATENT: dict[str, Any] = dict(q_lora_rank=16, qk_rope_head_dim=8, n_routed_experts=4)  # DeepSeek's attention
+_LATENT: dict[str, Any] = dict(
+    q_lora_rank=16, qk_rope_head_dim=8, n_routed_experts=4
+)  # DeepSeek's attention
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**_SIZES),
@@ -35,36 +50,72 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_SIZES, **_MOE, head_dim=8, num_experts=4),
     "mistral": lambda: tf.MistralConfig(**_SIZES, sliding_window=8),
     "mixtral": lambda: tf.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2),
-    "gemma3": lambda: tf.Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
-                                          layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **_SIZES,
+        head_dim=8,
+        sliding_window=8,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "gpt2": lambda: tf.GPT2Config(**_COMMON, n_embd=32, n_layer=3, n_head=4),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**{k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(
+        **{k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
+    ),
     "olmoe": lambda: tf.OlmoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2),
     "phi3": lambda: tf.Phi3Config(**_SIZES),
-    "gpt_oss": lambda: tf.GptOssConfig(**_SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
-                                       sliding_window=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "gpt_oss": lambda: tf.GptOssConfig(
+        **_SIZES,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "deepseek_v3": lambda: tf.DeepseekV3Config(
-        **(_SIZES | _MOE | _LATENT | dict(num_key_value_heads=4)), kv_lora_rank=16, qk_nope_head_dim=8, v_head_dim=8,
-        n_group=1, topk_group=1, first_k_dense_replace=1, n_shared_experts=1),
+        **(_SIZES | _MOE | _LATENT | dict(num_key_value_heads=4)),
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+    ),
     "smollm3": lambda: tf.SmolLM3Config(**_SIZES),
     "granite": lambda: tf.GraniteConfig(**_SIZES),
     "deepseek_v4": lambda: tf.DeepseekV4Config(
-        **(_SIZES | _MOE | _LATENT | dict(num_key_value_heads=1)), hc_mult=4, hc_sinkhorn_iters=2, head_dim=16,
-        o_lora_rank=16, o_groups=2, index_n_heads=2, index_head_dim=8, index_topk=8, sliding_window=8,
-        layer_types=["heavily_compressed_attention", "sliding_attention", "compressed_sparse_attention"],
+        **(_SIZES | _MOE | _LATENT | dict(num_key_value_heads=1)),
+        hc_mult=4,
+        hc_sinkhorn_iters=2,
+        head_dim=16,
+        o_lora_rank=16,
+        o_groups=2,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=8,
+        sliding_window=8,
+        layer_types=[
+            "heavily_compressed_attention",
+            "sliding_attention",
+            "compressed_sparse_attention",
+        ],
         compress_rates={"heavily_compressed_attention": 8, "compressed_sparse_attention": 4},
-        mlp_layer_types=["hash_moe", "moe", "moe"]),
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+    ),
 }
 
 
 if CACHE == "cache":  # before 5.24 its blocks get no keywords
-    FAMILIES["gptj"] = lambda: tf.GPTJConfig(**_COMMON, n_embd=32, n_layer=3, n_head=4, rotary_dim=4)
+    FAMILIES["gptj"] = lambda: tf.GPTJConfig(
+        **_COMMON, n_embd=32, n_layer=3, n_head=4, rotary_dim=4
+    )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model to decode with, and two to draft for it. draft: a small one without a memory. twin: nearly the same
-    model, with a memory of its own where `model` has one, so that some of its drafts are taken and some are not."""
+    """A model to decode with, and two to draft for it. draft: a small one without a memory. twin:
+    nearly the same model, with a memory of its own where `model` has one, so that some of its
+    drafts are taken and some are not."""
 
     model: Any
     draft: Any
@@ -77,7 +128,9 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     config = FAMILIES[name]()
     config._experts_implementation = "eager"  # the grouped kernels of experts know no float64
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()
-    model.generation_config.assistant_confidence_threshold = 0.0  # random weights are never confident
+    model.generation_config.assistant_confidence_threshold = (
+        0.0  # random weights are never confident
+    )
     model.generation_config.num_assistant_tokens = 4
     model.generation_config.num_assistant_tokens_schedule = "constant"
     return model
@@ -94,7 +147,8 @@ class _Doubled:
 
 @contextmanager
 def all_in_float64() -> Iterator[None]:
-    """What the DeepSeeks compute in float32, whatever their dtype, is computed in float64 where their dtype is."""
+    """What the DeepSeeks compute in float32, whatever their dtype, is computed in float64 where
+    their dtype is."""
     narrow = torch.Tensor.float
 
     def as_wide(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -117,7 +171,8 @@ def cache_of(output: Any) -> Any:
 
 
 def wake(memory: EngramMemory) -> EngramMemory:
-    """Weights and rows as after training: the projections, the gate, the conv and the rows all take part."""
+    """Weights and rows as after training: the projections, the gate, the conv and the rows all take
+    part."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in memory.parameters():

@@ -1,5 +1,5 @@
-"""The ways to decode that the matrix tries. A mode runs a model and tells how far it is from the clean forward: one
-call over each whole sequence, without padding, packing or cache."""
+"""The ways to decode that the matrix tries. A mode runs a model and tells how far it is from the
+clean forward: one call over each whole sequence, without padding, packing or cache."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from transformers import DynamicCache, StaticCache, cache_utils
 
 from tests.tools.hf_models import CACHE, PAD, VOCAB, Run, cache_of, cached
 
-logging.getLogger("torch.__trace").propagate = False  # a compiler's trace, every line of which pytest would keep
+logging.getLogger(
+    "torch.__trace"
+).propagate = False  # a compiler's trace, every line of which pytest would keep
 
 PROMPT, NEW = 11, 6  # longer than the sliding windows, and across them
 WRONG_TEXT = 1e6  # the distance of two texts that differ
 
 Mode = Callable[[Run], float]
 FORWARD: dict[str, Mode] = {}  # modes that call the model themselves: all logits are compared
-TEXT: dict[str, Mode] = {}  # modes of generate(): the text, and the logits of every position that it kept
+TEXT: dict[
+    str, Mode
+] = {}  # modes of generate(): the text, and the logits of every position that it kept
 
 
 def _mode(modes: dict[str, Mode], name: str) -> Callable[[Mode], Mode]:
@@ -56,7 +60,8 @@ def far(found: Tensor, expected: Tensor) -> float:
 
 
 def _padded(side: str) -> tuple[Tensor, Tensor, list[slice]]:
-    """Two prompts, the second of which is 3 tokens shorter; their mask, and where the real tokens stand."""
+    """Two prompts, the second of which is 3 tokens shorter; their mask, and where the real tokens
+    stand."""
     ids, mask = prompts(), torch.ones(2, PROMPT, dtype=torch.long)
     real = slice(3, None) if side == "left" else slice(None, -3)
     pads = slice(None, 3) if side == "left" else slice(-3, None)
@@ -65,7 +70,8 @@ def _padded(side: str) -> tuple[Tensor, Tensor, list[slice]]:
 
 
 def _with_holes() -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Two prompts with holes between their tokens, one of them after the first token; their mask, also by sequence."""
+    """Two prompts with holes between their tokens, one of them after the first token; their mask,
+    also by sequence."""
     ids, mask = prompts(), torch.ones(2, PROMPT, dtype=torch.long)
     for b, holes in enumerate(([4, 5, 8], [0, 2])):
         ids[b, holes], mask[b, holes] = PAD, 0
@@ -77,7 +83,9 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _rows_far(model: Any, found: Tensor, ids: Tensor, real: Sequence[slice | Tensor]) -> float:
-    return max(far(found[b, part], clean(model, ids[b:b + 1, part])[0]) for b, part in enumerate(real))
+    return max(
+        far(found[b, part], clean(model, ids[b : b + 1, part])[0]) for b, part in enumerate(real)
+    )
 
 
 # Forwards
@@ -95,14 +103,18 @@ def _chunks(run: Run) -> float:
 @_mode(FORWARD, "cache without config")
 def _plain_cache(run: Run) -> float:
     ids, cache = prompts(), DynamicCache()
-    found = [logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)]
+    found = [
+        logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)
+    ]
     return far(torch.cat(found, 1), clean(run.model, ids))
 
 
 @_mode(FORWARD, "static chunks")
 def _static_chunks(run: Run) -> float:
     ids, cache = prompts(), StaticCache(config=run.model.config, max_cache_len=PROMPT)
-    found = [logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)]
+    found = [
+        logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)
+    ]
     return far(torch.cat(found, 1), clean(run.model, ids))
 
 
@@ -115,7 +127,12 @@ def _left(run: Run) -> float:
 @_mode(FORWARD, "left padding, positions")
 def _left_positions(run: Run) -> float:
     ids, mask, real = _padded("left")
-    return _rows_far(run.model, logits(run.model, ids, attention_mask=mask, position_ids=_positions(mask)), ids, real)
+    return _rows_far(
+        run.model,
+        logits(run.model, ids, attention_mask=mask, position_ids=_positions(mask)),
+        ids,
+        real,
+    )
 
 
 @_mode(FORWARD, "right padding")
@@ -127,10 +144,23 @@ def _right(run: Run) -> float:
 def _left_then_cached(run: Run, positions: bool) -> float:
     ids, mask, real = _padded("left")
     cache, found = DynamicCache(config=run.model.config), []
-    for first, last in ((0, 2), (2, 7), (7, 8), (8, PROMPT)):  # the first chunk is padding alone in the second row
+    for first, last in (
+        (0, 2),
+        (2, 7),
+        (7, 8),
+        (8, PROMPT),
+    ):  # the first chunk is padding alone in the second row
         given = {"position_ids": _positions(mask)[:, first:last]} if positions else {}
-        found.append(logits(run.model, ids[:, first:last], attention_mask=mask[:, :last], **cached(cache),
-                            use_cache=True, **given))
+        found.append(
+            logits(
+                run.model,
+                ids[:, first:last],
+                attention_mask=mask[:, :last],
+                **cached(cache),
+                use_cache=True,
+                **given,
+            )
+        )
     return _rows_far(run.model, torch.cat(found, 1), ids, real)
 
 
@@ -147,15 +177,28 @@ def _left_positions_cached(run: Run) -> float:
 @_mode(FORWARD, "holes")
 def _holes(run: Run) -> float:
     ids, mask, real = _with_holes()
-    return _rows_far(run.model, logits(run.model, ids, attention_mask=mask, position_ids=_positions(mask)), ids, real)
+    return _rows_far(
+        run.model,
+        logits(run.model, ids, attention_mask=mask, position_ids=_positions(mask)),
+        ids,
+        real,
+    )
 
 
 @_mode(FORWARD, "holes, cached")
 def _holes_cached(run: Run) -> float:
     (ids, mask, real), cache, found = _with_holes(), DynamicCache(config=run.model.config), []
     for first, last in ((0, 3), (3, 5), (5, 6), (6, 9), (9, 10), (10, PROMPT)):
-        found.append(logits(run.model, ids[:, first:last], attention_mask=mask[:, :last], **cached(cache),
-                            use_cache=True, position_ids=_positions(mask)[:, first:last]))
+        found.append(
+            logits(
+                run.model,
+                ids[:, first:last],
+                attention_mask=mask[:, :last],
+                **cached(cache),
+                use_cache=True,
+                position_ids=_positions(mask)[:, first:last],
+            )
+        )
     return _rows_far(run.model, torch.cat(found, 1), ids, real)
 
 
@@ -165,8 +208,16 @@ def _right_continued(run: Run) -> float:
     ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
     cache, found = DynamicCache(config=run.model.config), []
     for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + 3)):
-        found.append(logits(run.model, ids[:, first:last], attention_mask=mask[:, :last], **cached(cache),
-                            use_cache=True, position_ids=_positions(mask)[:, first:last]))
+        found.append(
+            logits(
+                run.model,
+                ids[:, first:last],
+                attention_mask=mask[:, :last],
+                **cached(cache),
+                use_cache=True,
+                position_ids=_positions(mask)[:, first:last],
+            )
+        )
     return _rows_far(run.model, torch.cat(found, 1), ids, list(mask.bool()))
 
 
@@ -177,7 +228,7 @@ def _packed(run: Run) -> float:
     found, distance = logits(run.model, ids, position_ids=positions, use_cache=False), 0.0
     for b, (first, _) in enumerate(lengths):
         for part in (slice(None, first), slice(first, None)):
-            distance = max(distance, far(found[b, part], clean(run.model, ids[b:b + 1, part])[0]))
+            distance = max(distance, far(found[b, part], clean(run.model, ids[b : b + 1, part])[0]))
     return distance
 
 
@@ -187,7 +238,10 @@ def _branches(run: Run) -> float:
     prefix = cache_of(run.model(ids[:, :7], use_cache=True))
     for rest in (ids[:, 7:], other[:, 7:]):
         cache = copy.deepcopy(prefix)
-        found = [logits(run.model, part, **cached(cache), use_cache=True) for part in rest.split([1, 3], 1)]
+        found = [
+            logits(run.model, part, **cached(cache), use_cache=True)
+            for part in rest.split([1, 3], 1)
+        ]
         whole = torch.cat([ids[:, :7], rest], 1)
         distance = max(distance, far(torch.cat(found, 1), clean(run.model, whole)[:, 7:]))
     return distance
@@ -200,8 +254,13 @@ def _interleaved(run: Run) -> float:
     found: list[list[Tensor]] = [[], []]
     for first, last in ((0, 8), (8, 9), (9, PROMPT)):
         for i, ids in enumerate(requests):
-            found[i].append(logits(run.model, ids[:, first:last], **cached(caches[i]), use_cache=True))
-    return max(far(torch.cat(parts, 1), clean(run.model, ids)) for parts, ids in zip(found, requests, strict=True))
+            found[i].append(
+                logits(run.model, ids[:, first:last], **cached(caches[i]), use_cache=True)
+            )
+    return max(
+        far(torch.cat(parts, 1), clean(run.model, ids))
+        for parts, ids in zip(found, requests, strict=True)
+    )
 
 
 @_mode(FORWARD, "tokens taken back")
@@ -211,8 +270,13 @@ def _crop(run: Run) -> float:
     cache.activate_past_recording()
     run.model(ids[:, :9], **cached(cache), use_cache=True)
     cache.crop(-3)
-    found = [logits(run.model, part, **cached(cache), use_cache=True) for part in other[:, 6:].split([1, 4], 1)]
-    return far(torch.cat(found, 1), clean(run.model, torch.cat([ids[:, :6], other[:, 6:]], 1))[:, 6:])
+    found = [
+        logits(run.model, part, **cached(cache), use_cache=True)
+        for part in other[:, 6:].split([1, 4], 1)
+    ]
+    return far(
+        torch.cat(found, 1), clean(run.model, torch.cat([ids[:, :6], other[:, 6:]], 1))[:, 6:]
+    )
 
 
 @_mode(FORWARD, "compiled layers")
@@ -244,7 +308,8 @@ def compiled_layers(model: Any, backend: str = "aot_eager") -> Iterator[None]:
 
 @contextmanager
 def _recorded(model: Any) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-    """What each call of the model within the block was given and gave: (tokens in the cache before, ids, logits)."""
+    """What each call of the model within the block was given and gave: (tokens in the cache before,
+    ids, logits)."""
     calls, past = [], []
 
     def before(_: Any, args: Any, kwargs: Any) -> None:
@@ -254,8 +319,10 @@ def _recorded(model: Any) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
     def after(_: Any, args: Any, kwargs: Any, out: Any) -> None:
         calls.append((past.pop(), kwargs["input_ids"].clone(), out.logits.clone()))
 
-    hooks = [model.register_forward_pre_hook(before, with_kwargs=True),
-             model.register_forward_hook(after, with_kwargs=True)]
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield calls
     finally:
@@ -263,23 +330,36 @@ def _recorded(model: Any) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
             hook.remove()
 
 
-def _text_far(model: Any, text_BT: Tensor, calls: list[tuple[int, Tensor, Tensor]],
-              real: Sequence[slice | Tensor], greedy: bool = True) -> float:
-    """The greatest distance of a call's logits from the clean forward over the text, at every position whose tokens up
-    to there the text kept; WRONG_TEXT where a token is not the clean forward's, or was never computed. real: where the
-    prompts have tokens."""
+def _text_far(
+    model: Any,
+    text_BT: Tensor,
+    calls: list[tuple[int, Tensor, Tensor]],
+    real: Sequence[slice | Tensor],
+    greedy: bool = True,
+) -> float:
+    """The greatest distance of a call's logits from the clean forward over the text, at every
+    position whose tokens up to there the text kept; WRONG_TEXT where a token is not the clean
+    forward's, or was never computed. real: where the prompts have tokens."""
     distance = 0.0
     for b, part in enumerate(real):
         there = torch.zeros(text_BT.shape[1], dtype=torch.bool)
         there[:PROMPT][part] = there[PROMPT:] = True
         place = there.cumsum(0) - 1  # of a position in the clean text
-        expected = clean(model, text_BT[b:b + 1, there])[0]
-        if greedy and not torch.equal(expected[place[PROMPT - 1]:-1].argmax(-1), text_BT[b, PROMPT:]):
+        expected = clean(model, text_BT[b : b + 1, there])[0]
+        if greedy and not torch.equal(
+            expected[place[PROMPT - 1] : -1].argmax(-1), text_BT[b, PROMPT:]
+        ):
             return WRONG_TEXT
         compared = set()
         for past, ids, found in calls:
-            kept = ids.shape[1] - found.shape[1]  # generate() asks for the logits of the last positions alone
-            same = (text_BT[b, past:past + ids.shape[1]] == ids[b, :text_BT.shape[1] - past]).cumprod(0).sum()
+            kept = (
+                ids.shape[1] - found.shape[1]
+            )  # generate() asks for the logits of the last positions alone
+            same = (
+                (text_BT[b, past : past + ids.shape[1]] == ids[b, : text_BT.shape[1] - past])
+                .cumprod(0)
+                .sum()
+            )
             for i in range(kept, int(same)):
                 if there[past + i]:
                     compared.add(past + i)
@@ -289,12 +369,22 @@ def _text_far(model: Any, text_BT: Tensor, calls: list[tuple[int, Tensor, Tensor
     return distance
 
 
-def _generate(model: Any, ids: Tensor, real: Sequence[slice | Tensor] | None = None, **kwargs: Any) -> float:
-    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)  # else pads are guessed
+def _generate(
+    model: Any, ids: Tensor, real: Sequence[slice | Tensor] | None = None, **kwargs: Any
+) -> float:
+    options = dict(
+        attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+    )  # else pads are guessed
     with _recorded(model) as calls:
         text = model.generate(ids, **(options | kwargs))
     times = len(text) // len(ids)
-    return _text_far(model, text, calls, [*(real or [slice(None)] * len(ids))] * times, not kwargs.get("do_sample"))
+    return _text_far(
+        model,
+        text,
+        calls,
+        [*(real or [slice(None)] * len(ids))] * times,
+        not kwargs.get("do_sample"),
+    )
 
 
 def _plain(name: str, **kwargs: Any) -> None:
@@ -309,11 +399,15 @@ _plain("static cache, prefill in chunks", cache_implementation="static", prefill
 _plain("offloaded cache", cache_implementation="offloaded")
 
 
-@_mode(TEXT if hasattr(cache_utils, "Fp8QuantizedLayer") else {}, "quantised cache")  # not in transformers 5.20
+@_mode(
+    TEXT if hasattr(cache_utils, "Fp8QuantizedLayer") else {}, "quantised cache"
+)  # not in transformers 5.20
 def _quantised(run: Run) -> float:
     """In codes of 32 bits: 8 would change the text of any model."""
     with mock.patch.multiple(cache_utils.Fp8QuantizedLayer, fp8_dtype=torch.float32):
-        return _generate(run.model, prompts(), cache_implementation="quantized", cache_config={"backend": "fp8"})
+        return _generate(
+            run.model, prompts(), cache_implementation="quantized", cache_config={"backend": "fp8"}
+        )
 
 
 @_mode(TEXT, "batch with left padding")
@@ -357,8 +451,14 @@ def _generate_holes_chunked(run: Run) -> float:
 def _beams_over_holes(run: Run) -> float:
     """Beams with a cache against beams without one."""
     ids, mask, _ = _with_holes()
-    options = dict(attention_mask=mask, num_beams=3, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True,
-                   output_scores=True)
+    options = dict(
+        attention_mask=mask,
+        num_beams=3,
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     cached, plain = (run.model.generate(ids, use_cache=use, **options) for use in (True, False))
     if not torch.equal(cached.sequences, plain.sequences):
         return WRONG_TEXT
@@ -383,13 +483,23 @@ def _assisted_by_twin(run: Run) -> float:
 
 @_mode(TEXT, "beams")
 def _beams(run: Run) -> float:
-    """Cached beams against beams without a cache; the scores of both against the clean forward over their texts."""
-    options = dict(num_beams=3, num_return_sequences=2, max_new_tokens=NEW, do_sample=False, length_penalty=1.0,
-                   return_dict_in_generate=True, output_scores=True)
-    cached, plain = (run.model.generate(prompts(), use_cache=use, **options) for use in (True, False))
+    """Cached beams against beams without a cache; the scores of both against the clean forward over
+    their texts."""
+    options = dict(
+        num_beams=3,
+        num_return_sequences=2,
+        max_new_tokens=NEW,
+        do_sample=False,
+        length_penalty=1.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    cached, plain = (
+        run.model.generate(prompts(), use_cache=use, **options) for use in (True, False)
+    )
     if not torch.equal(cached.sequences, plain.sequences):
         return WRONG_TEXT
-    chances = clean(run.model, cached.sequences)[:, PROMPT - 1:-1].log_softmax(-1)
+    chances = clean(run.model, cached.sequences)[:, PROMPT - 1 : -1].log_softmax(-1)
     score = chances.gather(-1, cached.sequences[:, PROMPT:, None]).sum((1, 2)) / NEW
     if far(cached.sequences_scores, score) > 1e-5:  # generate() scores in float32
         return WRONG_TEXT
@@ -409,7 +519,7 @@ def _turns(run: Run) -> float:
     first = run.model.generate(prompts()[:, :5], max_new_tokens=3, **options)
     caches, distance = [cache_of(first), copy.deepcopy(cache_of(first))], 0.0
     for seed, cache in enumerate(caches):
-        ids = torch.cat([first.sequences, prompts(seed=seed)[:, :PROMPT - 8]], 1)
+        ids = torch.cat([first.sequences, prompts(seed=seed)[:, : PROMPT - 8]], 1)
         distance = max(distance, _generate(run.model, ids, **cached(cache)))
     return distance
 

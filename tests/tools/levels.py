@@ -1,8 +1,8 @@
-"""Runs the tests of native code, and of what is chosen from the machine, under each combination that
-this CPU has; prints a table for CONTRIBUTING. `make test-levels`; arguments go to pytest.
+"""Runs the tests of native code, and of what is chosen from the machine, under each combination
+that this CPU has; prints a table for CONTRIBUTING. `make test-levels`; arguments go to pytest.
 
-A combination is an instruction set (ENGRAPHY_NATIVE) and a number of threads (ENGRAPHY_THREADS). The
-dtype that commands choose by themselves (ENGRAPHY_DTYPE) alternates with the threads.
+A combination is an instruction set (ENGRAPHY_NATIVE) and a number of threads (ENGRAPHY_THREADS).
+The dtype that commands choose by themselves (ENGRAPHY_DTYPE) alternates with the threads.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def main() -> int:
         for threads in THREADS:
             results.append(run(level, threads, sys.argv[1:]))
             print(f"| {level} | {threads} | {results[-1]} |", flush=True)
-    return int(any("passed" not in result or "failed" in result or "error" in result for result in results))
+    return int(
+        any("passed" not in result or "failed" in result or "error" in result for result in results)
+    )
 
 
 if __name__ == "__main__":

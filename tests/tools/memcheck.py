@@ -1,9 +1,9 @@
-"""The native kernels under valgrind's memcheck: no read or write outside of what they are given, and
-no branch on memory that nobody wrote. `make valgrind`.
+"""The native kernels under valgrind's memcheck: no read or write outside of what they are given,
+and no branch on memory that nobody wrote. `make valgrind`.
 
 valgrind knows no AVX-512: the kernels of scalar and AVX2 are run, on small inputs of odd sizes, and
-are compared with the plain versions as everywhere. What memcheck says of Python and numpy themselves
-is not counted.
+are compared with the plain versions as everywhere. What memcheck says of Python and numpy
+themselves is not counted.
 """
 
 from __future__ import annotations
@@ -121,18 +121,25 @@ def of_ours(error: ET.Element) -> bool:
 
 def main() -> int:
     if _native.core is None:
-        print(f"make valgrind: expected the native core, found none: {_native.reason}", file=sys.stderr)
+        print(
+            f"make valgrind: expected the native core, found none: {_native.reason}",
+            file=sys.stderr,
+        )
         return 2
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "memcheck.xml"
         command = ["valgrind", "--xml=yes", f"--xml-file={found}", "--leak-check=no"]
         command += [sys.executable, "-m", "tests.tools.memcheck", "--kernels"]
         given = {"PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1", "ENGRAPHY_THREADS": "1"}
-        done = subprocess.run(command, env={**os.environ, **given, "ENGRAPHY_NATIVE": "auto"}, check=False)
+        done = subprocess.run(
+            command, env={**os.environ, **given, "ENGRAPHY_NATIVE": "auto"}, check=False
+        )
         errors = [error for error in ET.parse(found).iter("error") if of_ours(error)]
     for error in errors:
-        frames = [f"{frame.findtext('fn')} ({frame.findtext('file')}:{frame.findtext('line')})"
-                  for frame in error.find("stack").iter("frame")]
+        frames = [
+            f"{frame.findtext('fn')} ({frame.findtext('file')}:{frame.findtext('line')})"
+            for frame in error.find("stack").iter("frame")
+        ]
         what = error.findtext("what") or error.findtext("xwhat/text")
         print(what, *frames[:6], sep="\n    ")
     print(f"memcheck: {len(errors)} errors in the native core, exit code {done.returncode}")

@@ -1,4 +1,5 @@
-"""What tests/test_replicated.py starts in two processes: `torchrun replicated_worker.py FOLDER`. Not a test itself."""
+"""What tests/test_replicated.py starts in two processes: `torchrun replicated_worker.py FOLDER`.
+Not a test itself."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from tests.tools.tiny_training import (
     weights_of,
 )
 
-TRAINER: dict[str, Any] = dict(max_grad_norm=0.5, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+TRAINER: dict[str, Any] = dict(
+    max_grad_norm=0.5, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2
+)
 STEPS, PARTS = 3, 2  # updates, and parts that a process's share of a batch is accumulated from
 
 
@@ -37,13 +40,18 @@ def no_dropout(model: Any) -> Any:
 
 def batches() -> torch.Tensor:
     """int64 [steps, parts, 4, 12]: each part's first half is rank 0's, the second rank 1's."""
-    return torch.randint(3, VOCAB, (STEPS, PARTS, 4, 12), generator=torch.Generator().manual_seed(4))
+    return torch.randint(
+        3, VOCAB, (STEPS, PARTS, 4, 12), generator=torch.Generator().manual_seed(4)
+    )
 
 
 def pair_of(model: Any, memory: Any, replicas: Any = None) -> OptimizerPair:
-    """SGD and Adagrad, since Adam's first steps hide the scale of a gradient and blow its rounding up."""
+    """SGD and Adagrad, since Adam's first steps hide the scale of a gradient and blow its rounding
+    up."""
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
-    return OptimizerPair(sgd, RowAdagrad(memory, lr=5e-2), lambda progress: 1.0, clip=0.5, replicas=replicas)
+    return OptimizerPair(
+        sgd, RowAdagrad(memory, lr=5e-2), lambda progress: 1.0, clip=0.5, replicas=replicas
+    )
 
 
 def loop(rank: int) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def loop(rank: int) -> dict[str, Any]:
     pair, norms = pair_of(wrapped, memory, replica_group(memory)), []
     for parts in batches():
         for index, ids_BT in enumerate(parts):
-            mine_BT = ids_BT[2 * rank:2 * rank + 2]
+            mine_BT = ids_BT[2 * rank : 2 * rank + 2]
             with nullcontext() if index == PARTS - 1 else wrapped.no_sync():
                 (wrapped(mine_BT, labels=mine_BT).loss / PARTS).backward()
         norms.append(pair.step(1.0))
@@ -62,7 +70,8 @@ def loop(rank: int) -> dict[str, Any]:
 
 
 def gathered(rank: int) -> dict[int, Any]:
-    """What drain_mean gives: layer 1 has gradients of rank 1 alone, layer 2 of both, one row in common."""
+    """What drain_mean gives: layer 1 has gradients of rank 1 alone, layer 2 of both, one row in
+    common."""
     memory = attach_tiny(tiny_model())
     group = replica_group(memory)
     assert drain_mean(memory, group) == {}
@@ -70,8 +79,10 @@ def gathered(rank: int) -> dict[int, Any]:
     memory.row_grads.append(RowGrad(2, ids, np.full((len(ids), 8), 1.0 + rank, np.float32)))
     if rank == 1:
         memory.row_grads.append(RowGrad(1, np.array([5]), np.full((1, 8), 6.0, np.float32)))
-    return {layer: (ids_U.tolist(), grad_Ud[:, 0].tolist()) for layer, (ids_U, grad_Ud) in
-            drain_mean(memory, group).items()}
+    return {
+        layer: (ids_U.tolist(), grad_Ud[:, 0].tolist())
+        for layer, (ids_U, grad_Ud) in drain_mean(memory, group).items()
+    }
 
 
 def refusal(rank: int) -> str:
@@ -96,8 +107,13 @@ def trained(folder: Path, resume: bool) -> dict[str, Any]:
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     straight = trained(folder / "run", resume=False)
-    found = {"trainer": straight, "resumed": trained(folder / "run", resume=True), "loop": loop(rank),
-             "gathered": gathered(rank), "refusal": refusal(rank)}
+    found = {
+        "trainer": straight,
+        "resumed": trained(folder / "run", resume=True),
+        "loop": loop(rank),
+        "gathered": gathered(rank),
+        "refusal": refusal(rank),
+    }
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -23,23 +23,60 @@ from tests.tools.forking import fork
 
 LAYER, D = 3, 32
 KINDS = ("f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4")
-TO_WRITE = ("ram", "file open for writing", "pread open for writing", "not mapped", "tiny cache around ram",
-            "tiny cache around file open for writing", "cache by URL around pread open for writing",
-            "reloadable file open for writing")
-MAPPED = ("ram", "file", "file in shards", "file open for writing", "pool", "checkpoint in parts", "reloadable file",
-          "reloadable file open for writing")
-NOT_MAPPED = ("pread", "pread in shards", "pread direct", "pread open for writing", "not mapped",
-              "checkpoint with scales", "tiny cache around ram", "tiny cache around file in shards",
-              "large cache around file", "tiny cache around pread in shards", "large cache around pread",
-              "tiny cache around pread direct", "tiny cache around pool", "tiny cache around checkpoint with scales",
-              "cache by URL around file in shards", "cache by URL around pread direct",
-              "tiny cache around file open for writing", "cache by URL around pread open for writing",
-              "reloadable pread in shards", "reloadable tiny cache around pread direct")
+TO_WRITE = (
+    "ram",
+    "file open for writing",
+    "pread open for writing",
+    "not mapped",
+    "tiny cache around ram",
+    "tiny cache around file open for writing",
+    "cache by URL around pread open for writing",
+    "reloadable file open for writing",
+)
+MAPPED = (
+    "ram",
+    "file",
+    "file in shards",
+    "file open for writing",
+    "pool",
+    "checkpoint in parts",
+    "reloadable file",
+    "reloadable file open for writing",
+)
+NOT_MAPPED = (
+    "pread",
+    "pread in shards",
+    "pread direct",
+    "pread open for writing",
+    "not mapped",
+    "checkpoint with scales",
+    "tiny cache around ram",
+    "tiny cache around file in shards",
+    "large cache around file",
+    "tiny cache around pread in shards",
+    "large cache around pread",
+    "tiny cache around pread direct",
+    "tiny cache around pool",
+    "tiny cache around checkpoint with scales",
+    "cache by URL around file in shards",
+    "cache by URL around pread direct",
+    "tiny cache around file open for writing",
+    "cache by URL around pread open for writing",
+    "reloadable pread in shards",
+    "reloadable tiny cache around pread direct",
+)
 STORES = (*MAPPED, *NOT_MAPPED)
-OPTIONS = {"pread": "?read=pread", "pread in shards": "?read=pread&threads=3", "pread direct": "?direct=1",
-           "pread open for writing": "?read=pread"}
+OPTIONS = {
+    "pread": "?read=pread",
+    "pread in shards": "?read=pread&threads=3",
+    "pread direct": "?direct=1",
+    "pread open for writing": "?read=pread",
+}
 WHOLE = ("ram", "file", "pread", "not mapped")  # one shard; the others have more
-CHECKPOINTS = {"checkpoint in parts": "bf16", "checkpoint with scales": "fp8"}  # the kind of rows that each has
+CHECKPOINTS = {
+    "checkpoint in parts": "bf16",
+    "checkpoint with scales": "fp8",
+}  # the kind of rows that each has
 
 
 @dataclass(frozen=True)
@@ -77,15 +114,22 @@ def fmt_of(kind: str, d: int = D) -> RowFormat:
 def create(path: Path, fmt: RowFormat, shard_rows: int | None = None, rows: int = 20) -> Table:
     """A table with layers 1 and 3. rows: of a head, about; a layer has four of them."""
     spec = HashSpec.demo((1, LAYER), (2, 3), 2, rows, 50, 0)
-    return Table.create(path, EngramConfig(spec, LayerSpec(8, spec.columns * fmt.d, order=3), fmt.d), fmt, Words(),
-                        shard_rows=shard_rows)
+    return Table.create(
+        path,
+        EngramConfig(spec, LayerSpec(8, spec.columns * fmt.d, order=3), fmt.d),
+        fmt,
+        Words(),
+        shard_rows=shard_rows,
+    )
 
 
 def records(fmt: RowFormat, rows: int, seed: int = 0) -> np.ndarray:
     return fmt.encode(np.random.default_rng(seed).standard_normal((rows, fmt.d)).astype(np.float32))
 
 
-def sealed(path: Path, fmt: RowFormat | None = None, shard_rows: int | None = None, rows: int = 20) -> np.ndarray:
+def sealed(
+    path: Path, fmt: RowFormat | None = None, shard_rows: int | None = None, rows: int = 20
+) -> np.ndarray:
     """Make a sealed table; returns the records of layer 3."""
     table = create(path, fmt or fmt_of("int8"), shard_rows, rows)
     expected = records(table.fmt, table.rows(LAYER))
@@ -95,7 +139,8 @@ def sealed(path: Path, fmt: RowFormat | None = None, shard_rows: int | None = No
 
 
 def kinds_of(name: str) -> tuple[str, ...]:
-    """Kinds of rows to try: all, one that a checkpoint has, two of a wrapper, which knows nothing of them."""
+    """Kinds of rows to try: all, one that a checkpoint has, two of a wrapper, which knows nothing
+    of them."""
     kinds = ("bf16", "int8") if "around" in name or "reloadable" in name else KINDS
     return next(((kind,) for checkpoint, kind in CHECKPOINTS.items() if checkpoint in name), kinds)
 
@@ -109,7 +154,12 @@ def build(name: str, path: Path, fmt: RowFormat | None = None) -> tuple[RowStore
     """A store of this name and the records in it; fmt: see `usual`."""
     fmt = fmt or usual(name)
     path.mkdir(exist_ok=True)
-    for wrapper in ("reloadable ", "tiny cache around ", "large cache around ", "cache by URL around "):
+    for wrapper in (
+        "reloadable ",
+        "tiny cache around ",
+        "large cache around ",
+        "cache by URL around ",
+    ):
         if name.startswith(wrapper):
             inner = name.removeprefix(wrapper)
             if "URL" in wrapper:
@@ -117,7 +167,9 @@ def build(name: str, path: Path, fmt: RowFormat | None = None) -> tuple[RowStore
             store, expected = build(inner, path, fmt)
             if wrapper == "reloadable ":
                 return ReloadableStore(store), expected
-            return CacheStore(store, _two_sets(fmt) if wrapper.startswith("tiny") else 1 << 20), expected
+            return CacheStore(
+                store, _two_sets(fmt) if wrapper.startswith("tiny") else 1 << 20
+            ), expected
     if name in ("ram", "not mapped"):
         expected = sealed(path / "table", fmt)
         store = (RamStore if name == "ram" else NotMapped)(*expected.shape)
@@ -131,7 +183,9 @@ def _two_sets(fmt: RowFormat) -> int:
     return 2 * (192 + 16 * fmt.row_bytes)
 
 
-def _by_url(name: str, path: Path, fmt: RowFormat, cache: int | None = None) -> tuple[RowStore, np.ndarray]:
+def _by_url(
+    name: str, path: Path, fmt: RowFormat, cache: int | None = None
+) -> tuple[RowStore, np.ndarray]:
     url, expected = make(name, path, fmt)
     if cache is not None:
         url += f"{'&' if '?' in url else '?'}cache={cache}"
@@ -144,10 +198,14 @@ def make(name: str, path: Path, fmt: RowFormat) -> tuple[str, np.ndarray]:
         if name == "checkpoint in parts":
             config = releases.QWEN | {"ple_layer_ids": [LAYER + 1]}
             releases.write_qwen(path / "release", config)
-            return f"checkpoint:{path / 'release'}", releases.records(releases.qwen_tensors(config), LAYER)
+            return f"checkpoint:{path / 'release'}", releases.records(
+                releases.qwen_tensors(config), LAYER
+            )
         config = releases.V41 | {"engram_head_dim": D}
         releases.write_v41(path / "release", config)
-        return f"checkpoint:{path / 'release'}", releases.records(releases.v41_tensors(config), LAYER)
+        return f"checkpoint:{path / 'release'}", releases.records(
+            releases.v41_tensors(config), LAYER
+        )
     expected = sealed(path / "table", fmt, None if name in WHOLE else 7)
     if name == "pool":
         return f"pool:{path / 'pool'}?from={path / 'table'}", expected
@@ -207,9 +265,15 @@ def resident(path: Path) -> int:
     return found
 
 
-def in_own_namespace(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def in_own_namespace(
+    code: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs Python where it may mount; skips the test where the system does not allow that."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount in a namespace of their own")
-    return subprocess.run(["unshare", "-rm", sys.executable, "-c", code, *arguments], capture_output=True, text=True,
-                          env=os.environ | environment)
+    return subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )

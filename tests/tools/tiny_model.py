@@ -1,4 +1,5 @@
-"""A transformers model of a few thousand random weights with a tokenizer of its own, in a folder; and text for it."""
+"""A transformers model of a few thousand random weights with a tokenizer of its own, in a folder;
+and text for it."""
 
 from __future__ import annotations
 
@@ -10,26 +11,56 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from engraphy.data.tokens import train_tokenizer
 
-NAMES = ["Ada Lovelace", "Alan Turing", "Grace Hopper", "Emmy Noether", "Kurt Gödel", "Claude Shannon"]
+NAMES = [
+    "Ada Lovelace",
+    "Alan Turing",
+    "Grace Hopper",
+    "Emmy Noether",
+    "Kurt Gödel",
+    "Claude Shannon",
+]
 PLACES = ["London", "Princeton", "Vienna", "New York", "Erlangen", "Cambridge", "Zürich"]
-WORK = ["wrote about engines", "studied machines that compute", "found a theorem on symmetry", "measured information"]
+WORK = [
+    "wrote about engines",
+    "studied machines that compute",
+    "found a theorem on symmetry",
+    "measured information",
+]
 
 
 def lives(count: int, seed: int = 0) -> list[str]:
     """Short biographies."""
     rng = random.Random(seed)
-    return [f"{rng.choice(NAMES)} was born in {rng.choice(PLACES)} in {rng.randint(1780, 1920)}, "
-            f"{rng.choice(WORK)}, and later {rng.choice(WORK)} in {rng.choice(PLACES)}." for _ in range(count)]
+    return [
+        f"{rng.choice(NAMES)} was born in {rng.choice(PLACES)} in {rng.randint(1780, 1920)}, "
+        f"{rng.choice(WORK)}, and later {rng.choice(WORK)} in {rng.choice(PLACES)}."
+        for _ in range(count)
+    ]
 
 
 def write_model(folder: Path, **sizes: float) -> Path:
-    """Three layers of 32 values; its vocabulary has 8 ids more than its tokenizer. sizes: of a LlamaConfig."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(lives(200), 300),
-                                        eos_token="<|endoftext|>", pad_token="<|pad|>")
+    """Three layers of 32 values; its vocabulary has 8 ids more than its tokenizer. sizes: of a
+    LlamaConfig."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(lives(200), 300),
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+    )
     torch.manual_seed(0)
-    config = LlamaConfig(**{"vocab_size": 308, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-                            "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0,
-                            "pad_token_id": 1, **sizes})
+    config = LlamaConfig(
+        **{
+            "vocab_size": 308,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+            **sizes,
+        }
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,4 +1,5 @@
-"""What the tests of training share: a tiny model with a memory, token data, and a Trainer over them."""
+"""What the tests of training share: a tiny model with a memory, token data, and a Trainer over
+them."""
 
 from __future__ import annotations
 
@@ -19,14 +20,25 @@ VOCAB = 97
 
 def tiny_model(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                         attention_dropout=0.1, initializer_range=0.2)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attention_dropout=0.1,
+        initializer_range=0.2,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 
 def attach_tiny(model: Any, seed: int = 0) -> EngramMemory:
-    """An attached memory of two layers; its weights are random, so that rows learn from the first step."""
+    """An attached memory of two layers; its weights are random, so that rows learn from the first
+    step."""
     torch.manual_seed(seed)
     config = EngramConfig.for_model(model.config, layers=(1, 2), heads=2, rows_per_head=101, dim=8)
     memory = engraphy.attach(model, config, seed=seed)
@@ -43,25 +55,43 @@ def token_data(count: int = 24, tokens: int = 12, seed: int = 1) -> list[dict[st
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = dict(per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, weight_decay=0.1,
-                                    save_strategy="no", report_to=[], use_cpu=True, logging_steps=1, disable_tqdm=True)
+    settings: dict[str, Any] = dict(
+        per_device_train_batch_size=2,
+        max_steps=4,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     return TrainingArguments(str(folder), **(settings | changes))
 
 
-def tiny_trainer(model: Any, memory: EngramMemory, folder: Path, rows: RowOptimizer | None = None,
-                 **changes: Any) -> Trainer:
-    return Trainer(model=model, train_dataset=token_data(), eval_dataset=token_data(4, seed=2),
-                   **trainer_kwargs(memory, arguments(folder, **changes), rows))
+def tiny_trainer(
+    model: Any, memory: EngramMemory, folder: Path, rows: RowOptimizer | None = None, **changes: Any
+) -> Trainer:
+    return Trainer(
+        model=model,
+        train_dataset=token_data(),
+        eval_dataset=token_data(4, seed=2),
+        **trainer_kwargs(memory, arguments(folder, **changes), rows),
+    )
 
 
 def rows_of(memory: EngramMemory) -> dict[int, np.ndarray]:
     """Copies of the table's bytes, by layer."""
-    return {layer: store.gather(np.arange(store.info.rows)) for layer, store in memory.stores.items()}
+    return {
+        layer: store.gather(np.arange(store.info.rows)) for layer, store in memory.stores.items()
+    }
 
 
 def moments_of(rows: RowOptimizer) -> dict[int, np.ndarray]:
     """Copies of the moments' bytes, by layer."""
-    return {layer: store.gather(np.arange(store.info.rows)) for layer, store in rows.moments.items()}
+    return {
+        layer: store.gather(np.arange(store.info.rows)) for layer, store in rows.moments.items()
+    }
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
@@ -72,4 +102,5 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
 def same(first: dict[Any, Any], second: dict[Any, Any]) -> bool:
     """Whether two dictionaries of arrays or tensors are equal bit for bit."""
     return first.keys() == second.keys() and all(
-        torch.equal(torch.as_tensor(first[key]), torch.as_tensor(second[key])) for key in first)
+        torch.equal(torch.as_tensor(first[key]), torch.as_tensor(second[key])) for key in first
+    )

@@ -24,13 +24,16 @@ def cpu(monkeypatch):
     return lambda flags: monkeypatch.setattr(cpu_module, "_cpuinfo", lambda: {"flags": flags})
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    (SLOW, "float32: this CPU has no instructions for bfloat16 matmuls"),
-    ("", "float32: this CPU has no instructions for bfloat16 matmuls"),
-    (FAST, "bfloat16: this CPU has AVX-512 BF16"),
-    (f"{FAST} amx_tile amx_bf16", "bfloat16: this CPU has AMX"),
-    ("asimd bf16", "bfloat16: this CPU has Arm's bfloat16 instructions"),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (SLOW, "float32: this CPU has no instructions for bfloat16 matmuls"),
+        ("", "float32: this CPU has no instructions for bfloat16 matmuls"),
+        (FAST, "bfloat16: this CPU has AVX-512 BF16"),
+        (f"{FAST} amx_tile amx_bf16", "bfloat16: this CPU has AMX"),
+        ("asimd bf16", "bfloat16: this CPU has Arm's bfloat16 instructions"),
+    ],
+)
 def test_the_machine_chooses_by_its_instructions_and_the_reason_names_them(cpu, flags, expected):
     cpu(flags)
     assert str(choose_dtype()) == expected
@@ -40,7 +43,8 @@ def test_the_machine_chooses_by_its_instructions_and_the_reason_names_them(cpu, 
 @pytest.mark.parametrize("flags", [SLOW, FAST])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dtype_that_is_given_comes_before_the_variable_and_the_variable_before_the_machine(
-        cpu, monkeypatch, flags, dtype):
+    cpu, monkeypatch, flags, dtype
+):
     cpu(flags)
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
     monkeypatch.setenv("ENGRAPHY_DTYPE", dtype)

@@ -1,4 +1,5 @@
-"""Row optimisers and the pair: they equal torch's optimisers, touch what was read, and resume bit for bit."""
+"""Row optimisers and the pair: they equal torch's optimisers, touch what was read, and resume bit
+for bit."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def table_of(memory: EngramMemory) -> np.ndarray:
 
 
 def random_grads(rng: np.random.Generator, count: int = 60) -> RowGrad:
-    return RowGrad(LAYER, rng.integers(0, ROWS, count), rng.standard_normal((count, DIM)).astype(np.float32))
+    return RowGrad(
+        LAYER, rng.integers(0, ROWS, count), rng.standard_normal((count, DIM)).astype(np.float32)
+    )
 
 
 def test_row_adam_equals_sparse_adam_over_20_steps_with_changing_rows():
@@ -50,8 +53,12 @@ def test_row_adam_equals_sparse_adam_over_20_steps_with_changing_rows():
         entry = random_grads(rng)
         memory.row_grads.append(entry)
         ours.step()
-        weight.grad = torch.sparse_coo_tensor(torch.from_numpy(entry.ids)[None], torch.from_numpy(entry.grad),
-                                              weight.shape, check_invariants=True)
+        weight.grad = torch.sparse_coo_tensor(
+            torch.from_numpy(entry.ids)[None],
+            torch.from_numpy(entry.grad),
+            weight.shape,
+            check_invariants=True,
+        )
         theirs.step()
         np.testing.assert_allclose(table_of(memory), weight.detach().numpy(), rtol=0, atol=1e-6)
 
@@ -67,7 +74,8 @@ def test_row_adam_equals_dense_adam_where_every_row_is_touched():
         ours.step()
         weight.grad = torch.from_numpy(grad)
         theirs.step()
-        # SparseAdam, and so RowAdam, adds eps before the bias correction, Adam after it: that is all that is left.
+        # SparseAdam, and so RowAdam, adds eps before the bias correction, Adam after it: that is
+        # all that is left.
         np.testing.assert_allclose(table_of(memory), weight.detach().numpy(), rtol=0, atol=1e-5)
 
 
@@ -102,7 +110,9 @@ def test_accumulated_gradients_equal_one_larger_batch():
     a, b = random_grads(rng), random_grads(rng)
     ours, theirs = RowAdam(halves), RowAdam(whole)
     halves.row_grads += [a, b]
-    whole.row_grads.append(RowGrad(LAYER, np.concatenate([a.ids, b.ids]), np.concatenate([a.grad, b.grad])))
+    whole.row_grads.append(
+        RowGrad(LAYER, np.concatenate([a.ids, b.ids]), np.concatenate([a.grad, b.grad]))
+    )
     ours.step()
     theirs.step()
     np.testing.assert_array_equal(table_of(halves), table_of(whole))
@@ -192,14 +202,24 @@ def test_settings_out_of_range_are_errors(bad):
 def make_pair(clip: float | None) -> tuple[torch.nn.Parameter, EngramMemory, OptimizerPair]:
     weight = torch.nn.Parameter(torch.ones(3))
     memory = make_memory()
-    return weight, memory, OptimizerPair(torch.optim.SGD([weight], lr=1.0), RowAdagrad(memory, lr=1.0),
-                                         lambda progress: 1.0, clip)
+    return (
+        weight,
+        memory,
+        OptimizerPair(
+            torch.optim.SGD([weight], lr=1.0),
+            RowAdagrad(memory, lr=1.0),
+            lambda progress: 1.0,
+            clip,
+        ),
+    )
 
 
 def test_the_pair_clips_by_the_common_norm_of_dense_and_summed_row_gradients():
     weight, memory, pair = make_pair(clip=1.0)
     weight.grad = torch.tensor([3.0, 0.0, 0.0])
-    twice = np.tile(np.array([[2.0, 0.0, 0.0, 0.0]], np.float32), (2, 1))  # one row, read twice: sums to 4
+    twice = np.tile(
+        np.array([[2.0, 0.0, 0.0, 0.0]], np.float32), (2, 1)
+    )  # one row, read twice: sums to 4
     memory.row_grads.append(RowGrad(LAYER, np.array([7, 7]), twice))
     assert pair.step(1.0) == pytest.approx(5.0)
     assert weight.tolist() == pytest.approx([1 - 3 / 5, 1.0, 1.0])
@@ -235,7 +255,9 @@ def test_the_schedule_scales_both_rates():
     pair = OptimizerPair(dense, RowAdagrad(memory, lr=10.0), lambda progress: progress, None)
     weight.grad = torch.ones(3)
     pair.step(0.25)
-    assert pair.dense.param_groups[0]["lr"] == pytest.approx(0.5) and pair.rows.lr == pytest.approx(2.5)
+    assert pair.dense.param_groups[0]["lr"] == pytest.approx(0.5) and pair.rows.lr == pytest.approx(
+        2.5
+    )
 
 
 def test_warmup_cosine_rises_then_falls_to_its_final_share():
@@ -249,7 +271,11 @@ def test_warmup_cosine_rises_then_falls_to_its_final_share():
 def test_only_matrices_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     decayed, kept = weight_decay_groups(model, 0.1)
-    assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in kept["params"]] == [1, 1, 1]
+    assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in kept["params"]] == [
+        1,
+        1,
+        1,
+    ]
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
 
 

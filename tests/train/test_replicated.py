@@ -1,4 +1,5 @@
-"""Two processes with a copy of the table each train as one process with the joined batch, and stay equal."""
+"""Two processes with a copy of the table each train as one process with the joined batch, and stay
+equal."""
 
 from __future__ import annotations
 
@@ -30,10 +31,24 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory):
     """(folder, what each of two processes found)."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--module", "tests.tools.replicated_worker", str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--module",
+        "tests.tools.replicated_worker",
+        str(folder),
+    ]
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
@@ -44,8 +59,11 @@ def close(found, expected, tolerance: float) -> None:
     for name, value in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], value, rtol=tolerance, atol=tolerance)
     for layer, rows in expected["rows"].items():
-        torch.testing.assert_close(*(torch.from_numpy(each).view(torch.float32) for each in
-                                     (found["rows"][layer], rows)), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            *(torch.from_numpy(each).view(torch.float32) for each in (found["rows"][layer], rows)),
+            rtol=tolerance,
+            atol=tolerance,
+        )
 
 
 @pytest.mark.parametrize("run", ["loop", "trainer", "resumed"])
@@ -83,7 +101,13 @@ def test_trainer_in_two_processes_resumes_bit_for_bit_from_what_one_of_them_wrot
         assert same(each["resumed"]["rows"], each["trainer"]["rows"])
         assert same(each["resumed"]["weights"], each["trainer"]["weights"])
     assert sorted(path.name for path in (folder / "run" / "checkpoint-4" / "memory").iterdir()) == [
-        "memory.json", "memory.safetensors", "moments", "state.json", "table", "vocab.json"]
+        "memory.json",
+        "memory.safetensors",
+        "moments",
+        "state.json",
+        "table",
+        "vocab.json",
+    ]
 
 
 def test_row_gradients_are_the_mean_over_processes_also_where_one_has_none(ranks):
@@ -102,7 +126,9 @@ def test_a_group_of_one_changes_nothing(tmp_path):
         model = no_dropout(tiny_model())
         memory = attach_tiny(model)
         if not alone:
-            dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+            )
         try:
             pair: OptimizerPair = pair_of(model, memory, None if alone else replica_group(memory))
             ids_BT = batches()[0, 0]

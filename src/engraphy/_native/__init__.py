@@ -1,12 +1,14 @@
 """The compiled core: whether it is there, which instruction set it uses, and why.
 
-`core` is the compiled module, or None where the plain Python versions have to do. Read it as `_native.core` at each
-use: `forced` rebinds it. ENGRAPHY_NATIVE chooses: auto (the default: the best that this machine runs, else none), off,
-or scalar, avx2, avx512. Where a level is demanded that cannot be had, importing works and the first use of `core`
-raises NativeUnavailable (ConfigError for a value that is none of these).
+`core` is the compiled module, or None where the plain Python versions have to do. Read it as
+`_native.core` at each use: `forced` rebinds it. ENGRAPHY_NATIVE chooses: auto (the default: the
+best that this machine runs, else none), off, or scalar, avx2, avx512. Where a level is demanded
+that cannot be had, importing works and the first use of `core` raises NativeUnavailable
+(ConfigError for a value that is none of these).
 
-ENGRAPHY_THREADS says how many threads share a large gather or a large read of rows as numbers (`set_threads` does the
-same later): by default as many as the process may use CPUs, at most 8. Calls on less than 4096 rows take one.
+ENGRAPHY_THREADS says how many threads share a large gather or a large read of rows as numbers
+(`set_threads` does the same later): by default as many as the process may use CPUs, at most 8.
+Calls on less than 4096 rows take one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class _Refused:
 
 
 def level() -> str:
-    """The instruction set in use: scalar, avx2 or avx512; "off" without native code. Raises as `core` does."""
+    """The instruction set in use: scalar, avx2 or avx512; "off" without native code. Raises as
+    `core` does."""
     return "off" if core is None else core.level()
 
 
@@ -48,16 +51,20 @@ def threads() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Let `count` threads share a large call. Raises ConfigError for what is not an integer from 1 to 1024."""
+    """Let `count` threads share a large call. Raises ConfigError for what is not an integer from 1
+    to 1024."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_THREADS:
-        raise ConfigError(f"threads: expected an integer from 1 to {_MOST_THREADS}, found {count!r}")
+        raise ConfigError(
+            f"threads: expected an integer from 1 to {_MOST_THREADS}, found {count!r}"
+        )
     if _compiled is not None:
         _compiled.set_threads(count)
 
 
 @contextmanager
 def forced(demand: str) -> Iterator[None]:
-    """Use `demand` (one of CHOICES) within a `with` block; for tests and benchmarks. Not thread-safe.
+    """Use `demand` (one of CHOICES) within a `with` block; for tests and benchmarks. Not
+    thread-safe.
 
     Raises NativeUnavailable at once when it cannot be had, ConfigError when it is none of CHOICES.
     """
@@ -79,11 +86,18 @@ def _choose(demand: str, source: str) -> tuple[Any, str]:
     if demand == "off":
         return None, f"switched off: {source}"
     if _compiled is None:
-        return (None, _missing) if demand == "auto" else _refuse(NativeUnavailable(f"{source}: {_missing}"))
+        return (
+            (None, _missing)
+            if demand == "auto"
+            else _refuse(NativeUnavailable(f"{source}: {_missing}"))
+        )
     levels = _compiled.levels()
     if demand == "auto":
         _compiled.set_level(levels[-1])
-        return _compiled, f"compiled; {levels[-1]} is the best of what this CPU runs ({', '.join(levels)})"
+        return (
+            _compiled,
+            f"compiled; {levels[-1]} is the best of what this CPU runs ({', '.join(levels)})",
+        )
     if not _compiled.set_level(demand):
         return _refuse(NativeUnavailable(f"{source}: this CPU and build run {', '.join(levels)}"))
     return _compiled, f"compiled; {source}"
@@ -110,8 +124,12 @@ def _load() -> tuple[ModuleType | None, str]:
 _compiled, _missing = _load()
 _demand = os.environ.get("ENGRAPHY_NATIVE") or "auto"
 core, reason = _choose(_demand, f"ENGRAPHY_NATIVE={_demand!r}")
-_wanted = os.environ.get("ENGRAPHY_THREADS") or str(min(_USUAL_THREADS, len(os.sched_getaffinity(0))))
+_wanted = os.environ.get("ENGRAPHY_THREADS") or str(
+    min(_USUAL_THREADS, len(os.sched_getaffinity(0)))
+)
 try:
     set_threads(int(_wanted) if _wanted.isascii() and _wanted.isdigit() else -1)
 except ConfigError:
-    core, reason = _refuse(ConfigError(f"ENGRAPHY_THREADS={_wanted!r}: expected an integer from 1 to {_MOST_THREADS}"))
+    core, reason = _refuse(
+        ConfigError(f"ENGRAPHY_THREADS={_wanted!r}: expected an integer from 1 to {_MOST_THREADS}")
+    )

@@ -39,15 +39,25 @@ def read_rows(
     first id outside [0, rows). Raises ValueError for a kind or d that cannot be.
     """
 
-def decode_rows(kind: str, d: int, scale: float, raw: int, count: int, to_bf16: bool, out: int) -> None:
+def decode_rows(
+    kind: str, d: int, scale: float, raw: int, count: int, to_bf16: bool, out: int
+) -> None:
     """The same for the rows at raw, uint8 [count, row_bytes], in their order."""
 
 def first_bad(ids: int, count: int, rows: int) -> int:
-    """The position of the first of int64 [count] outside [0, rows), -1: none is. Raises ValueError for negative sizes.
-    """
+    """Position of the first of int64 [count] outside [0, rows); -1 if none is.
+
+    Raises ValueError for negative sizes."""
 
 def gather_rows(
-    shards: int, shard_rows: int, rows: int, row_bytes: int, ids: int, count: int, out: int, waits: bool
+    shards: int,
+    shard_rows: int,
+    rows: int,
+    row_bytes: int,
+    ids: int,
+    count: int,
+    out: int,
+    waits: bool,
 ) -> None:
     """Writes rows `ids` as they are to out: uint8 [count, row_bytes]. Arguments as of `read_rows`; the caller has
     checked the ids. Raises ValueError for sizes that cannot be."""
@@ -92,7 +102,14 @@ def fuse_token(
     """
 
 def cache_look(
-    memory: int, changes: int, set_count: int, row_bytes: int, ids: int, count: int, out: int, missing: int
+    memory: int,
+    changes: int,
+    set_count: int,
+    row_bytes: int,
+    ids: int,
+    count: int,
+    out: int,
+    missing: int,
 ) -> int:
     """Writes those of the rows `ids` (int64 [count], checked by the caller) that a cache has to their places in out:
     uint8 [count, row_bytes]. Returns how many it has not, M.
@@ -116,7 +133,9 @@ def cache_keep(
     """Keeps rows that `cache_look` missed: `Sets.keep`. ids, versions, reads: int64 [count], ids distinct. from_rows:
     uint8 [count, row_bytes]."""
 
-def cache_hold(memory: int, changes: int, set_count: int, row_bytes: int, ids: int, count: int) -> None:
+def cache_hold(
+    memory: int, changes: int, set_count: int, row_bytes: int, ids: int, count: int
+) -> None:
     """`Sets.hold`."""
 
 def cache_write(
@@ -196,7 +215,15 @@ class HashPlan:
         """
 
     def rows(
-        self, ids: int, batch: int, tokens: int, history: int, live: int, starts: int, out: int, layer: int = -1
+        self,
+        ids: int,
+        batch: int,
+        tokens: int,
+        history: int,
+        live: int,
+        starts: int,
+        out: int,
+        layer: int = -1,
     ) -> int:
         """Writes out: int64 [layers, batch, tokens, C], or [batch, tokens, C] of the layer with index `layer`.
 

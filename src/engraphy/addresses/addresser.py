@@ -1,12 +1,13 @@
 """Addresser: token ids -> row ids, pure arithmetic. Knows no store and no tensor.
 
-The plain numpy version below is the specification; the native kernel beside it gives the same numbers.
+The plain numpy version below is the specification; the native kernel beside it gives the same
+numbers.
 
     mix_n(t) = XOR over i < n of x[t-i] * m[i]          (int64, no product overflows)
     row      = mix_n mod prime[n, k] + offset[n, k]     (paper, section 2.2)
 
-x is the compressed id. Where look-back may not go, every older x is the filler. It may not go before the sequence, past
-a document start, past a dead position, or (Qwen) past EOS.
+x is the compressed id. Where look-back may not go, every older x is the filler. It may not go
+before the sequence, past a document start, past a dead position, or (Qwen) past EOS.
 """
 
 from __future__ import annotations
@@ -27,56 +28,91 @@ _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 class Addresser:
     """Row ids of every memory layer for raw token ids. Immutable: history is the caller's.
 
-    Raises DigestMismatch when the spec's vocab_size is not len(vocab), since the multipliers depend on it.
-    `hot` is reserved for the collision-free tier and has to be None.
+    Raises DigestMismatch when the spec's vocab_size is not len(vocab), since the multipliers depend
+    on it. `hot` is reserved for the collision-free tier and has to be None.
     """
 
     def __init__(self, spec: HashSpec, vocab: VocabMap, hot: None = None):
         if hot is not None:
             raise ConfigError("hot: this version has no hot tier; expected None")
         if spec.vocab_size != len(vocab):
-            raise DigestMismatch(f"vocab_size: the hash spec says {spec.vocab_size} ids, "
-                                 f"the vocabulary map gives {len(vocab)}")
+            raise DigestMismatch(
+                f"vocab_size: the hash spec says {spec.vocab_size} ids, "
+                f"the vocabulary map gives {len(vocab)}"
+            )
         filler = int(vocab.table[spec.filler_id]) if spec.filler_id < vocab.raw_size else -1
         if filler < 0:
-            raise ConfigError(f"filler_id: raw id {spec.filler_id} has no token in the vocabulary map")
+            raise ConfigError(
+                f"filler_id: raw id {spec.filler_id} has no token in the vocabulary map"
+            )
         self.spec, self.vocab = spec, vocab
         self.filler = filler
         self.stop_id = spec.filler_id if spec.dialect == "qwen4" else -1
-        self._multipliers_LN = np.array([spec.multipliers(layer) for layer in spec.layer_ids], dtype=np.int64)
+        self._multipliers_LN = np.array(
+            [spec.multipliers(layer) for layer in spec.layer_ids], dtype=np.int64
+        )
         self._primes_LC = np.array([spec.primes(layer) for layer in spec.layer_ids], dtype=np.int64)
-        self._offsets_LC = np.array([spec.offsets(layer) for layer in spec.layer_ids], dtype=np.int64)
+        self._offsets_LC = np.array(
+            [spec.offsets(layer) for layer in spec.layer_ids], dtype=np.int64
+        )
         self._plan: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Addresser, (self.spec, self.vocab)
 
-    def rows(self, ids_BT: Any, layer: int, history: Any = None, live: Any = None, starts: Any = None) -> np.ndarray:
+    def rows(
+        self, ids_BT: Any, layer: int, history: Any = None, live: Any = None, starts: Any = None
+    ) -> np.ndarray:
         """Flat row ids of one layer, int64 [B, T, C]. Arguments and errors as in `all_rows`."""
         index = self.spec.layer_index(layer)
         return self._compute(ids_BT, slice(index, index + 1), history, live, starts, None)[0]
 
-    def all_rows(self, ids_BT: Any, history: Any = None, live: Any = None, starts: Any = None,
-                 out: np.ndarray | None = None) -> np.ndarray:
+    def all_rows(
+        self,
+        ids_BT: Any,
+        history: Any = None,
+        live: Any = None,
+        starts: Any = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Flat row ids of all layers, int64 [L, B, T, C], layers in the order of `spec.layer_ids`.
 
-        ids_BT: int64 or int32 [B, T], raw ids. history: int [B, N-1], raw ids before the chunk, -1 = nothing there (and
-        nothing older either). live: bool [B, T], False = the position takes part in no n-gram. starts: bool [B, T], a
-        document begins here; None = as released. out: int64 [L, B, T, C], C-contiguous, is filled and returned.
-        Rows at dead positions are those of the all-filler n-gram. Ids without a token (-1 in the map) are dead.
-        Raises InputError naming position and value for an id out of range, and for wrong shapes and dtypes.
+        ids_BT: int64 or int32 [B, T], raw ids. history: int [B, N-1], raw ids before the chunk, -1
+        = nothing there (and nothing older either). live: bool [B, T], False = the position takes
+        part in no n-gram. starts: bool [B, T], a document begins here; None = as released. out:
+        int64 [L, B, T, C], C-contiguous, is filled and returned. Rows at dead positions are those
+        of the all-filler n-gram. Ids without a token (-1 in the map) are dead. Raises InputError
+        naming position and value for an id out of range, and for wrong shapes and dtypes.
         """
         return self._compute(ids_BT, slice(0, len(self.spec.layer_ids)), history, live, starts, out)
 
-    def _compute(self, ids_BT: Any, layers: slice, history: Any, live: Any, starts: Any,
-                 out: np.ndarray | None) -> np.ndarray:
+    def _compute(
+        self,
+        ids_BT: Any,
+        layers: slice,
+        history: Any,
+        live: Any,
+        starts: Any,
+        out: np.ndarray | None,
+    ) -> np.ndarray:
         call = self._check(ids_BT, history, live, starts)
         shape = (layers.stop - layers.start, *call.ids_BT.shape, self.spec.columns)
         if out is None:
             out = np.empty(shape, dtype=np.int64)
-        elif not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.int64 or not out.flags.carray:
-            found = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
-            raise InputError(f"out: expected writable, aligned, C-contiguous int64 {list(shape)}, found {found}")
+        elif (
+            not isinstance(out, np.ndarray)
+            or out.shape != shape
+            or out.dtype != np.int64
+            or not out.flags.carray
+        ):
+            found = (
+                f"{out.dtype} {list(out.shape)}"
+                if isinstance(out, np.ndarray)
+                else type(out).__name__
+            )
+            raise InputError(
+                f"out: expected writable, aligned, C-contiguous int64 {list(shape)}, found {found}"
+            )
         compute = self._plain if _native.core is None else self._native
         compute(call, layers, out)
         return out
@@ -89,39 +125,65 @@ class Addresser:
         past = self.spec.order - 1
         if history is not None:
             history = _integers("history", history, (batch, past))
-        return _Call(ids_BT, history, _flags("live", live, ids_BT.shape), _flags("starts", starts, ids_BT.shape))
+        return _Call(
+            ids_BT,
+            history,
+            _flags("live", live, ids_BT.shape),
+            _flags("starts", starts, ids_BT.shape),
+        )
 
     @property
     def plan(self) -> Any:
         """A `HashPlan` of the native core, made when it is first asked for."""
         if self._plan is None:
             self._plan = _native.core.HashPlan(
-                map=_address(self.vocab.table), vocab=self.vocab.raw_size, filler=self.filler, stop=self.stop_id,
-                orders=self.spec.orders, heads=self.spec.heads, layers=len(self.spec.layer_ids),
-                multipliers=_address(self._multipliers_LN), primes=_address(self._primes_LC),
-                offsets=_address(self._offsets_LC))
+                map=_address(self.vocab.table),
+                vocab=self.vocab.raw_size,
+                filler=self.filler,
+                stop=self.stop_id,
+                orders=self.spec.orders,
+                heads=self.spec.heads,
+                layers=len(self.spec.layer_ids),
+                multipliers=_address(self._multipliers_LN),
+                primes=_address(self._primes_LC),
+                offsets=_address(self._offsets_LC),
+            )
         return self._plan
 
     def _native(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
         """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`)."""
         batch, tokens = call.ids_BT.shape
         every = layers.stop - layers.start == len(self.spec.layer_ids)
-        wrong = self.plan.rows(_address(call.ids_BT), batch, tokens, _address(call.history), _address(call.live),
-                                _address(call.starts), _address(out_LBTC), -1 if every else layers.start)
+        wrong = self.plan.rows(
+            _address(call.ids_BT),
+            batch,
+            tokens,
+            _address(call.history),
+            _address(call.live),
+            _address(call.starts),
+            _address(out_LBTC),
+            -1 if every else layers.start,
+        )
         if wrong >= 0:
             sequence, position = divmod(wrong, tokens)
-            raise _bad_id(int(call.ids_BT[sequence, position]), sequence, position, self.vocab.raw_size)
+            raise _bad_id(
+                int(call.ids_BT[sequence, position]), sequence, position, self.vocab.raw_size
+            )
         if wrong < -1:
             assert call.history is not None
             past = self.spec.order - 1
             sequence, position = divmod(-2 - wrong, past)
-            raise _bad_id(int(call.history.flat[-2 - wrong]), sequence, position - past, self.vocab.raw_size)
+            raise _bad_id(
+                int(call.history.flat[-2 - wrong]), sequence, position - past, self.vocab.raw_size
+            )
 
     def _plain(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
         """The specification: what follows is all there is to an address."""
         spec, past = self.spec, self.spec.order - 1
         (batch, tokens), vocab_size = call.ids_BT.shape, self.vocab.raw_size
-        history = np.full((batch, past), -1, dtype=np.int64) if call.history is None else call.history
+        history = (
+            np.full((batch, past), -1, dtype=np.int64) if call.history is None else call.history
+        )
         ids = np.concatenate([history, call.ids_BT], axis=1)  # [B, N-1+T]
         live = np.ones(call.ids_BT.shape, dtype=bool) if call.live is None else call.live
         alive = np.concatenate([history != -1, live], axis=1)
@@ -139,7 +201,9 @@ class Addresser:
         if call.starts is not None:
             resets[:, past:] |= call.starts
         positions = np.arange(past + tokens)
-        run = positions - np.maximum.accumulate(np.where(resets, positions, 0), axis=1)  # tokens that may be seen
+        run = positions - np.maximum.accumulate(
+            np.where(resets, positions, 0), axis=1
+        )  # tokens that may be seen
         run[~alive] = 0
 
         terms = [x] + [x] * past
@@ -169,8 +233,13 @@ class _Call:
 def _array(name: str, values: Any) -> np.ndarray:
     try:
         return np.asarray(values)
-    except (TypeError, ValueError) as error:  # ragged lists, tensors that are not in this machine's memory
-        raise InputError(f"{name}: expected an array, found {type(values).__name__}: {error}") from None
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # ragged lists, tensors that are not in this machine's memory
+        raise InputError(
+            f"{name}: expected an array, found {type(values).__name__}: {error}"
+        ) from None
 
 
 def _address(values: np.ndarray | None) -> int:
@@ -191,10 +260,16 @@ def _flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     values = _array(name, values)
     if values.dtype != np.bool_ or values.shape != shape:
-        raise InputError(f"{name}: expected bool {list(shape)}, found {values.dtype} {list(values.shape)}")
+        raise InputError(
+            f"{name}: expected bool {list(shape)}, found {values.dtype} {list(values.shape)}"
+        )
     return np.ascontiguousarray(values)
 
 
 def _bad_id(value: int, sequence: int, position: int, vocab_size: int) -> InputError:
-    where = f"sequence {sequence}, position {position}" if position >= 0 else f"sequence {sequence}, history {position}"
+    where = (
+        f"sequence {sequence}, position {position}"
+        if position >= 0
+        else f"sequence {sequence}, history {position}"
+    )
     return InputError(f"token id at {where}: expected 0 to {vocab_size - 1}, found {value}")

@@ -17,11 +17,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises no narrower class
         refuse_pointer(path, ConfigError)
-        raise ConfigError(f"{path}: expected a tokenizer.json, found something else ({error})") from None
+        raise ConfigError(
+            f"{path}: expected a tokenizer.json, found something else ({error})"
+        ) from None
 
 
 def load_map(path: str | os.PathLike[str]) -> VocabMap:
-    """A saved vocabulary map. Raises ConfigError where there is no file, and what `VocabMap.load` raises."""
+    """A saved vocabulary map. Raises ConfigError where there is no file, and what `VocabMap.load`
+    raises."""
     try:
         return VocabMap.load(path)
     except OSError as error:

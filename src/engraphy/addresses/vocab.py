@@ -1,7 +1,9 @@
-"""VocabMap: raw token ids -> the compressed ids that are hashed. Knows tokenizers, nothing of addresses.
+"""VocabMap: raw token ids -> the compressed ids that are hashed. Knows tokenizers, nothing of
+addresses.
 
-Ids whose text is the same after normalisation share a compressed id, so "Apple", " apple" and "APPLE" meet the same
-n-grams. Only the hash sees compressed ids; the backbone keeps the raw ones (paper, section 2.2, Tokenizer Compression).
+Ids whose text is the same after normalisation share a compressed id, so "Apple", " apple" and
+"APPLE" meet the same n-grams. Only the hash sees compressed ids; the backbone keeps the raw ones
+(paper, section 2.2, Tokenizer Compression).
 """
 
 from __future__ import annotations
@@ -22,30 +24,41 @@ from ..system.lfs import refuse_pointer
 
 _FORMAT = "engraphy-vocab-1"
 _LONE_SPACE = "\ue000"  # keeps a token that is one space apart from the empty string
-# The `tokenizers` normalisers, not unicodedata: its StripAccents drops every combining mark (Mn, Mc and Me), and the
-# released maps were made with it.
-_NORMALIZER = normalizers.Sequence([
-    normalizers.NFKC(), normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(),
-    normalizers.Replace(Regex(r"[ \t\r\n]+"), " "), normalizers.Replace(Regex(r"^ $"), _LONE_SPACE),
-    normalizers.Strip(), normalizers.Replace(_LONE_SPACE, " "),
-])
+# The `tokenizers` normalisers, not unicodedata: its StripAccents drops every combining mark (Mn, Mc
+# and Me), and the released maps were made with it.
+_NORMALIZER = normalizers.Sequence(
+    [
+        normalizers.NFKC(),
+        normalizers.NFD(),
+        normalizers.StripAccents(),
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+        normalizers.Replace(Regex(r"^ $"), _LONE_SPACE),
+        normalizers.Strip(),
+        normalizers.Replace(_LONE_SPACE, " "),
+    ]
+)
 
 
 class VocabMap:
     """A map of raw ids to compressed ids. Immutable.
 
-    table: int32 [V]; -1 = the id has no token (a gap in the tokenizer's ids, or between its last and a model's padded
-    vocabulary): such positions are dead, they take part in no n-gram. `len()` is the number of compressed ids,
-    `raw_size` is V.
+    table: int32 [V]; -1 = the id has no token (a gap in the tokenizer's ids, or between its last
+    and a model's padded vocabulary): such positions are dead, they take part in no n-gram. `len()`
+    is the number of compressed ids, `raw_size` is V.
     """
 
     def __init__(self, table_V: np.ndarray):
         given = np.asarray(table_V)
         if given.dtype.kind not in "iu" or given.ndim != 1 or not given.size:
-            raise ConfigError(f"vocabulary map: expected integers [V], found {given.dtype} {list(given.shape)}")
+            raise ConfigError(
+                f"vocabulary map: expected integers [V], found {given.dtype} {list(given.shape)}"
+            )
         if given.min() < -1 or given.max() < 0 or given.max() >= 2**31 - 1:
-            raise ConfigError("vocabulary map: expected int32 ids from -1 on, not all of them -1, "
-                              f"found {given.min()} to {given.max()}")
+            raise ConfigError(
+                "vocabulary map: expected int32 ids from -1 on, not all of them -1, "
+                f"found {given.min()} to {given.max()}"
+            )
         table = given.astype(np.int32)
         table.setflags(write=False)
         self.table = table
@@ -58,21 +71,28 @@ class VocabMap:
     def from_tokenizer(cls, tok: Any, raw_size: int | None = None) -> VocabMap:
         """The map of a whole tokenizer, added tokens included.
 
-        tok: a `tokenizers.Tokenizer`, or a transformers fast tokenizer that has one as `backend_tokenizer`.
-        raw_size: the model's padded vocabulary; default: the tokenizer's largest id, and one. Ids that have no token
-        are dead. Takes seconds for 129k ids: save the map and load it.
+        tok: a `tokenizers.Tokenizer`, or a transformers fast tokenizer that has one as
+        `backend_tokenizer`. raw_size: the model's padded vocabulary; default: the tokenizer's
+        largest id, and one. Ids that have no token are dead. Takes seconds for 129k ids: save the
+        map and load it.
         """
         tok = getattr(tok, "backend_tokenizer", tok)
         if not hasattr(tok, "get_vocab_size") or not hasattr(tok, "id_to_token"):
-            raise ConfigError("expected a tokenizers.Tokenizer or a transformers fast tokenizer, "
-                              f"found {type(tok).__name__}")
+            raise ConfigError(
+                "expected a tokenizers.Tokenizer or a transformers fast tokenizer, "
+                f"found {type(tok).__name__}"
+            )
         known = np.unique(list(tok.get_vocab(with_added_tokens=True).values())).tolist()
         if not known:
             raise ConfigError("expected a tokenizer with tokens, found none")
         size = known[-1] + 1
-        if raw_size is not None and (not isinstance(raw_size, (int, np.integer)) or not size <= raw_size <= MOST_IDS):
-            raise ConfigError(f"raw_size: expected at least the tokenizer's {size} ids and at most {MOST_IDS}, "
-                              f"found {raw_size!r}")
+        if raw_size is not None and (
+            not isinstance(raw_size, (int, np.integer)) or not size <= raw_size <= MOST_IDS
+        ):
+            raise ConfigError(
+                f"raw_size: expected at least the tokenizer's {size} ids and at most {MOST_IDS}, "
+                f"found {raw_size!r}"
+            )
         texts = tok.decode_batch([[i] for i in known], skip_special_tokens=False)
         ids: dict[str, int] = {}
         table = np.full(size if raw_size is None else raw_size, -1, dtype=np.int32)
@@ -84,13 +104,17 @@ class VocabMap:
     def identity(cls, n: int) -> VocabMap:
         """No compression: n raw ids map to themselves (the Qwen dialect)."""
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= MOST_IDS:
-            raise ConfigError(f"identity vocabulary: expected a positive size up to {MOST_IDS}, found {n!r}")
+            raise ConfigError(
+                f"identity vocabulary: expected a positive size up to {MOST_IDS}, found {n!r}"
+            )
         return cls(np.arange(n, dtype=np.int32))
 
     def widened(self, raw_size: int) -> VocabMap:
-        """The same map for a model with more ids, all of them dead; itself for one that has no more.
+        """The same map for a model with more ids, all of them dead; itself for one that has no
+        more.
 
-        `digest` and what `save` writes stay those of this map: dead ids at the end change no address.
+        `digest` and what `save` writes stay those of this map: dead ids at the end change no
+        address.
         """
         if raw_size <= self.raw_size:
             return self
@@ -134,25 +158,35 @@ class VocabMap:
         return self.table[ids]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the map and its digest to one JSON file, which appears whole. Raises WriteFailed if it cannot."""
-        body = {"format": _FORMAT, "digest": self.digest, "size": len(self),
-                "table": self.table[: self._own_size].tolist()}
+        """Write the map and its digest to one JSON file, which appears whole. Raises WriteFailed if
+        it cannot."""
+        body = {
+            "format": _FORMAT,
+            "digest": self.digest,
+            "size": len(self),
+            "table": self.table[: self._own_size].tolist(),
+        }
         write_file(path, json.dumps(body, separators=(",", ":")))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VocabMap:
-        """Read what `save` wrote. Raises ConfigError for another kind of file, DigestMismatch for a damaged one."""
+        """Read what `save` wrote. Raises ConfigError for another kind of file, DigestMismatch for a
+        damaged one."""
         try:
             body = json.loads(Path(path).read_text())
             kind, digest, vocab = body["format"], body["digest"], cls(np.array(body["table"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             refuse_pointer(path, ConfigError)
             found = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{path}: expected a vocabulary map ({_FORMAT}), found {found}") from None
+            raise ConfigError(
+                f"{path}: expected a vocabulary map ({_FORMAT}), found {found}"
+            ) from None
         if kind != _FORMAT:
             raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {kind!r}")
         if vocab.digest != digest:
-            raise DigestMismatch(f"{path}: the file says digest {digest}, its table has {vocab.digest}")
+            raise DigestMismatch(
+                f"{path}: the file says digest {digest}, its table has {vocab.digest}"
+            )
         return vocab
 
 

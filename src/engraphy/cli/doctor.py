@@ -16,6 +16,8 @@ from ..system import cpu
 from ..system.machine import free_memory, total_memory
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
+
+
 def report() -> dict[str, Any]:
     """Plain JSON values. Sizes are bytes; None = absent, or not known on this system.
 
@@ -42,13 +44,21 @@ def render(facts: dict[str, Any]) -> Table:
     table.add_row("python", facts["python"])
     for name, found in facts["packages"].items():
         table.add_row(name, found or "not installed")
-    table.add_row("native core", f"{'active' if native['active'] else 'not active'}: {native['reason']}")
+    table.add_row(
+        "native core", f"{'active' if native['active'] else 'not active'}: {native['reason']}"
+    )
     table.add_row("instruction set", native["level"])
     table.add_row("cpu", cpu["model"] or "unknown")
-    table.add_row("cpu has", ", ".join(f"{name} {_yes(cpu[name])}" for name in ("avx2", "avx512", "amx", "bf16")))
+    table.add_row(
+        "cpu has",
+        ", ".join(f"{name} {_yes(cpu[name])}" for name in ("avx2", "avx512", "amx", "bf16")),
+    )
     speeds = {True: "fast", False: "slow on this CPU: compute in float32", None: "unknown"}
     table.add_row("bf16 matmul", speeds[cpu["bf16"]])
-    table.add_row("threads", f"{threads['usable']} of {threads['cpus']} CPUs usable, torch uses {threads['torch']}")
+    table.add_row(
+        "threads",
+        f"{threads['usable']} of {threads['cpus']} CPUs usable, torch uses {threads['torch']}",
+    )
     table.add_row("memory", f"{_gib(memory['available'])} free of {_gib(memory['total'])}")
     table.add_row("huge pages", memory["huge_pages"] or "unknown")
     return table
@@ -66,7 +76,12 @@ def _native_facts() -> dict[str, Any]:
         level, usable = _native.level(), True
     except EngraphyError:
         level, usable = "none", False
-    return {"active": usable and level != "off", "usable": usable, "level": level, "reason": _native.reason}
+    return {
+        "active": usable and level != "off",
+        "usable": usable,
+        "level": level,
+        "reason": _native.reason,
+    }
 
 
 def _thread_facts() -> dict[str, int]:

@@ -27,7 +27,8 @@ _LOG_SECONDS = 30.0
 
 @contextmanager
 def errors(interrupted: str) -> Iterator[None]:
-    """What Engraphy raises on purpose is one line for the user, not a traceback. SIGTERM is taken as Ctrl-C.
+    """What Engraphy raises on purpose is one line for the user, not a traceback. SIGTERM is taken
+    as Ctrl-C.
 
     interrupted: advice on Ctrl-C and SIGTERM, which exit with 130 and 143.
     """
@@ -35,7 +36,9 @@ def errors(interrupted: str) -> Iterator[None]:
         with terminable():
             yield
     except EngraphyError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
+        )
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] != "transformers":
@@ -51,11 +54,19 @@ def errors(interrupted: str) -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (stage, bytes done, bytes in all; 0 = unknown): a bar with speed and time left for each stage, or a
-    line now and then where stderr is no terminal."""
+    """A function of (stage, bytes done, bytes in all; 0 = unknown): a bar with speed and time left
+    for each stage, or a line now and then where stderr is no terminal."""
     console = Console(stderr=True)
-    bars = Progress(TextColumn("{task.description:<12}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                    TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
+    bars = Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
     tasks: dict[str, TaskID] = {}
     logged = time.monotonic()
 

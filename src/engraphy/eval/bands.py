@@ -1,5 +1,5 @@
-"""How often a training text held the n-gram that ends at a target: a memory's gain is repeated local text, so a loss
-is only told apart from another when it is split by this."""
+"""How often a training text held the n-gram that ends at a target: a memory's gain is repeated
+local text, so a loss is only told apart from another when it is split by this."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from torch import Tensor
 from ..data.packing import IGNORED
 from ..errors import ConfigError
 
-BANDS: Mapping[str, tuple[int, int]] = {"never": (0, 0), "1-3": (1, 3), "4-30": (4, 30), "31+": (31, 2**62)}
+BANDS: Mapping[str, tuple[int, int]] = {
+    "never": (0, 0),
+    "1-3": (1, 3),
+    "4-30": (4, 30),
+    "31+": (31, 2**62),
+}
 """Names of frequency bands and the counts, both included, that they take."""
 
 
 @dataclass(frozen=True)
 class BandLoss:
-    """Mean loss in nats of the targets in a band, and how many they are. loss is NaN where there are none."""
+    """Mean loss in nats of the targets in a band, and how many they are. loss is NaN where there
+    are none."""
 
     loss: float
     targets: int
@@ -27,18 +33,24 @@ class BandLoss:
 class NgramCounts:
     """Counts of the n-grams of a training text, within documents: 16 bytes for each distinct one.
 
-    documents: integer ids of each, without special tokens; as in `pack`, each counts between two end tokens.
-    Raises ConfigError where vocab_size ** order does not fit 63 bits.
+    documents: integer ids of each, without special tokens; as in `pack`, each counts between two
+    end tokens. Raises ConfigError where vocab_size ** order does not fit 63 bits.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], end_id: int, vocab_size: int, order: int = 3):
+    def __init__(
+        self, documents: Sequence[np.ndarray], end_id: int, vocab_size: int, order: int = 3
+    ):
         if order < 1 or vocab_size < 1 or vocab_size**order > 2**63:
-            raise ConfigError(f"expected vocab_size ** order up to 2 ** 63, found {vocab_size} ** {order}")
+            raise ConfigError(
+                f"expected vocab_size ** order up to 2 ** 63, found {vocab_size} ** {order}"
+            )
         self.vocab_size, self.order = vocab_size, order
         end = np.array([end_id])
         # A document too short for an n-gram has none; the others are never joined.
         keys = [self._keys(np.concatenate([end, ids, end])) for ids in documents]
-        self._distinct, self._counts = np.unique(np.concatenate([*keys, np.empty(0, np.int64)]), return_counts=True)
+        self._distinct, self._counts = np.unique(
+            np.concatenate([*keys, np.empty(0, np.int64)]), return_counts=True
+        )
 
     def count(self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> np.ndarray:
         """Training count of the n-gram that ends at each target, int64 [B, T].
@@ -66,14 +78,17 @@ class NgramCounts:
         """Each n-gram of a text as one number: int64 [max(0, len(ids) - order + 1)]."""
         keys = np.zeros(max(0, len(ids) - self.order + 1), dtype=np.int64)
         for offset in range(self.order):
-            keys = keys * self.vocab_size + ids[offset:offset + len(keys)]
+            keys = keys * self.vocab_size + ids[offset : offset + len(keys)]
         return keys
 
 
 def loss_by_band(losses: np.ndarray, counts: np.ndarray) -> dict[str, BandLoss]:
-    """Mean loss of the targets in each of BANDS. losses and counts: of the same shape; counts of -1 are left out."""
+    """Mean loss of the targets in each of BANDS. losses and counts: of the same shape; counts of -1
+    are left out."""
     told = {}
     for name, (low, high) in BANDS.items():
         inside = losses[(counts >= low) & (counts <= high)]
-        told[name] = BandLoss(float(inside.mean(dtype=np.float64)) if len(inside) else float("nan"), len(inside))
+        told[name] = BandLoss(
+            float(inside.mean(dtype=np.float64)) if len(inside) else float("nan"), len(inside)
+        )
     return told

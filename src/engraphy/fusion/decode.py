@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 
 class Columns(NamedTuple):
-    """Addresses of two columns of a buffer, those of the first sequence: the oldest that is looked at now, and the next
-    one to be written; `stride` values further lie those of the second sequence."""
+    """Addresses of two columns of a buffer, those of the first sequence: the oldest that is looked
+    at now, and the next one to be written; `stride` values further lie those of the second
+    sequence."""
 
     oldest: int
     next: int

@@ -1,4 +1,5 @@
-"""Memories for transformers models: attach, detach and load; released tables served inside their models.
+"""Memories for transformers models: attach, detach and load; released tables served inside their
+models.
 
 Needs the `hf` extra (transformers).
 """
@@ -21,8 +22,23 @@ if TYPE_CHECKING:
         trainer_optimizers,
     )
 
-__all__ = ["Cost", "EngraphyConfig", "GateCallback", "MemoryAdamW", "MemoryCallback", "attach", "card", "cost",
-           "detach", "load", "push_to_hub", "save_pretrained", "trainer_kwargs", "trainer_optimizers", "write_card"]
+__all__ = [
+    "Cost",
+    "EngraphyConfig",
+    "GateCallback",
+    "MemoryAdamW",
+    "MemoryCallback",
+    "attach",
+    "card",
+    "cost",
+    "detach",
+    "load",
+    "push_to_hub",
+    "save_pretrained",
+    "trainer_kwargs",
+    "trainer_optimizers",
+    "write_card",
+]
 # transformers' trainer imports peft and accelerate
 _TRAINER = ("GateCallback", "MemoryAdamW", "MemoryCallback", "trainer_kwargs", "trainer_optimizers")
 

@@ -1,4 +1,5 @@
-"""What a transformers model tells about itself: its decoder, its blocks, and the argument that brings its cache."""
+"""What a transformers model tells about itself: its decoder, its blocks, and the argument that
+brings its cache."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from .versions import cache_argument
 
 @dataclass(frozen=True)
 class Backbone:
-    """The parts of a decoder that a memory joins. decoder: embeddings and blocks, without the head. blocks: in order.
-    arguments: names of the decoder's positional arguments."""
+    """The parts of a decoder that a memory joins. decoder: embeddings and blocks, without the head.
+    blocks: in order. arguments: names of the decoder's positional arguments."""
 
     decoder: nn.Module
     blocks: nn.ModuleList
@@ -42,7 +43,8 @@ class Backbone:
 
 
 def find_backbone(model: nn.Module) -> Backbone:
-    """The decoder of a transformers model and its blocks: the one ModuleList of num_hidden_layers modules.
+    """The decoder of a transformers model and its blocks: the one ModuleList of num_hidden_layers
+    modules.
 
     Raises ConfigError for what has no such parts, and for encoder-decoder models.
     """
@@ -51,16 +53,27 @@ def find_backbone(model: nn.Module) -> Backbone:
     if config is None or not hasattr(inner, "get_decoder"):
         raise ConfigError(f"expected a transformers model, found {type(model).__name__}")
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{type(inner).__name__}: expected a decoder-only model, found an encoder-decoder")
+        raise ConfigError(
+            f"{type(inner).__name__}: expected a decoder-only model, found an encoder-decoder"
+        )
     decoder = inner.get_decoder()
     depth = int(getattr(decoder.config, "num_hidden_layers", 0))
-    lists = {name: child for name, child in decoder.named_children()
-             if isinstance(child, nn.ModuleList) and len(child) == depth}
+    lists = {
+        name: child
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    }
     if len(lists) != 1:
-        raise ConfigError(f"{type(decoder).__name__}: expected one list of its {depth} blocks, found {sorted(lists)}")
+        raise ConfigError(
+            f"{type(decoder).__name__}: expected one list of its {depth} blocks, found {sorted(lists)}"
+        )
     if not takes_keywords(decoder):
-        raise ConfigError(f"{type(decoder).__name__}: expected a forward that hands keyword arguments on to its blocks")
-    return Backbone(decoder, next(iter(lists.values())), tuple(inspect.signature(decoder.forward).parameters))
+        raise ConfigError(
+            f"{type(decoder).__name__}: expected a forward that hands keyword arguments on to its blocks"
+        )
+    return Backbone(
+        decoder, next(iter(lists.values())), tuple(inspect.signature(decoder.forward).parameters)
+    )
 
 
 def takes_keywords(module: nn.Module) -> bool:
@@ -84,7 +97,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def find_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating-point parameters."""
-    return next((p.dtype for p in unwrapped(model).parameters() if p.is_floating_point()), torch.float32)
+    return next(
+        (p.dtype for p in unwrapped(model).parameters() if p.is_floating_point()), torch.float32
+    )
 
 
 def same_device(module: nn.Module) -> torch.device:

@@ -5,10 +5,11 @@
     engraphy/            what `memory.save` writes: the dense weights, and the table beside them
     modeling_engraphy.py imports the classes below, for programs that pass trust_remote_code=True
 
-A process that has imported `engraphy.hf` needs no trust_remote_code: the classes are registered then.
-What comes back is the backbone itself with its memory attached, not a model around a model: generation, PEFT, device
-maps and trainers meet the class that they know. The directory of a memory alone (`memory.save`, `engraphy.load`) is
-the smaller thing to share; this one is for programs that take one path.
+A process that has imported `engraphy.hf` needs no trust_remote_code: the classes are registered
+then. What comes back is the backbone itself with its memory attached, not a model around a model:
+generation, PEFT, device maps and trainers meet the class that they know. The directory of a memory
+alone (`memory.save`, `engraphy.load`) is the smaller thing to share; this one is for programs that
+take one path.
 """
 
 from __future__ import annotations
@@ -49,20 +50,30 @@ except ImportError as error:
 
 __all__ = ["EngraphyConfig", "EngraphyForCausalLM"]
 '''
-_AUTO_MAP = {"AutoConfig": f"{_MODULE}.EngraphyConfig",
-             "AutoModelForCausalLM": f"{_MODULE}.EngraphyForCausalLM"}
+_AUTO_MAP = {
+    "AutoConfig": f"{_MODULE}.EngraphyConfig",
+    "AutoModelForCausalLM": f"{_MODULE}.EngraphyForCausalLM",
+}
 _IDENTITY = {"memory_config", "address_digest", "table_id"}
-_OF_THE_WHOLE = {"architectures", "auto_map", "dtype", "model_type", "text_config",
-                 "transformers_version"}
+_OF_THE_WHOLE = {
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "text_config",
+    "transformers_version",
+}
 _PUSH = ("private", "token", "revision", "commit_message", "commit_description", "create_pr")
 
 
 class EngraphyConfig(PreTrainedConfig):
-    """text_config: the backbone's. memory_config: `EngramConfig.to_json()`. address_digest, table_id: the identities of
-    the memory that belongs to these weights."""
+    """text_config: the backbone's. memory_config: `EngramConfig.to_json()`. address_digest,
+    table_id: the identities of the memory that belongs to these weights."""
 
     model_type = "engraphy"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama", optional=True)}
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama", optional=True)
+    }
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     memory_config: dict[str, Any] | None = None
@@ -73,10 +84,14 @@ class EngraphyConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As every config's; a setting that the backbone's config has is the backbone's."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name in _IDENTITY | {"text_config"}}
+        own = {
+            name: kwargs.pop(name) for name in list(kwargs) if name in _IDENTITY | {"text_config"}
+        }
         config = super().from_dict(config_dict, **own)
         text: Any = config.text_config
-        config.text_config, unused = type(text).from_dict(text.to_dict(), return_unused_kwargs=True, **kwargs)
+        config.text_config, unused = type(text).from_dict(
+            text.to_dict(), return_unused_kwargs=True, **kwargs
+        )
         return (config, unused) if return_unused else config
 
     def backbone(self) -> PreTrainedConfig:
@@ -85,13 +100,19 @@ class EngraphyConfig(PreTrainedConfig):
         default = PreTrainedConfig()
         for name, value in vars(self).items():
             changed = name not in vars(default) or value != getattr(default, name)
-            if changed and name[0] != "_" and name not in _OF_THE_WHOLE | _IDENTITY and hasattr(text, name):
+            if (
+                changed
+                and name[0] != "_"
+                and name not in _OF_THE_WHOLE | _IDENTITY
+                and hasattr(text, name)
+            ):
                 setattr(text, name, value)
         return text
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy this file into every folder that is saved. Ours is there already."""
+        """Nothing: transformers would copy this file into every folder that is saved. Ours is there
+        already."""
 
 
 class EngraphyForCausalLM:
@@ -100,26 +121,38 @@ class EngraphyForCausalLM:
     config_class = EngraphyConfig
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, config: EngraphyConfig,
-                        store: str | os.PathLike[str] | None = None, margin: int = 64, **options: Any) -> Any:
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: EngraphyConfig,
+        store: str | os.PathLike[str] | None = None,
+        margin: int = 64,
+        **options: Any,
+    ) -> Any:
         """The backbone with its memory attached, in eval mode as all of from_pretrained's models.
 
-        store: the URL or folder to serve the rows from; default: the saved table, read-only; "ram:" to train it.
-        margin: as in `attach`. options: whatever the backbone's own from_pretrained takes; a dtype that is given is
-        the memory's dense layers' too, else they keep theirs. Settings of the backbone's config (use_cache, ...), given
-        to AutoModelForCausalLM.from_pretrained or set on `config`, are in force.
-        Raises DigestMismatch for a memory or table of another model, ConfigError for a memory that is not there, and
-        what `EngramMemory.load` and `attach` raise.
+        store: the URL or folder to serve the rows from; default: the saved table, read-only; "ram:"
+        to train it. margin: as in `attach`. options: whatever the backbone's own from_pretrained
+        takes; a dtype that is given is the memory's dense layers' too, else they keep theirs.
+        Settings of the backbone's config (use_cache, ...), given to
+        AutoModelForCausalLM.from_pretrained or set on `config`, are in force. Raises DigestMismatch
+        for a memory or table of another model, ConfigError for a memory that is not there, and what
+        `EngramMemory.load` and `attach` raise.
         """
         folder = _memory_folder(path, options)
         expected = {name: getattr(config, name) for name in sorted(_IDENTITY)}
         found = saved_identity(folder)
         if found != expected:
-            raise DigestMismatch(f"{folder}: config.json belongs to the memory {expected}, found {found}")
+            raise DigestMismatch(
+                f"{folder}: config.json belongs to the memory {expected}, found {found}"
+            )
         memory = EngramMemory.load(folder, store)
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, config=config.backbone(), **options)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True gives two things
+            model = (
+                loaded[0] if isinstance(loaded, tuple) else loaded
+            )  # output_loading_info=True gives two things
             if options.get("dtype", options.get("torch_dtype", "auto")) not in ("auto", None):
                 memory.to(model.dtype)
             attach(model, memory.train(model.training), margin=margin)
@@ -136,26 +169,38 @@ class EngraphyForCausalLM:
 
     @classmethod
     def _from_config(cls, config: EngraphyConfig, **_: Any) -> Any:
-        raise ConfigError("a config has no rows: load a memory's model with from_pretrained, or make the backbone "
-                          "alone with from_config(config.text_config) and attach a memory")
+        raise ConfigError(
+            "a config has no rows: load a memory's model with from_pretrained, or make the backbone "
+            "alone with from_config(config.text_config) and attach a memory"
+        )
 
 
 AutoConfig.register(EngraphyConfig.model_type, EngraphyConfig)
 AutoModelForCausalLM.register(EngraphyConfig, EngraphyForCausalLM)  # pyright: ignore[reportArgumentType]
 
 
-def save_pretrained(model: Any, path: str | os.PathLike[str], table: str = "copy", *, is_main_process: bool = True,
-                    push_to_hub: bool = False, repo_id: str | None = None, **options: Any) -> None:
-    """Write a model and its attached memory to `path` as one; `AutoModelForCausalLM.from_pretrained` reads it.
+def save_pretrained(
+    model: Any,
+    path: str | os.PathLike[str],
+    table: str = "copy",
+    *,
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    **options: Any,
+) -> None:
+    """Write a model and its attached memory to `path` as one;
+    `AutoModelForCausalLM.from_pretrained` reads it.
 
-    table: "copy", or "link" to the sealed table that is served, as in `EngramMemory.save`. options: the backbone's own
-    (state_dict, max_shard_size, variant, ...). A model that `path` held is replaced. A README.md (`card`) is written
-    where there is none. A new or empty `path` gets the whole model or nothing; in one that holds something the memory
-    is replaced whole, the backbone's files one by one. push_to_hub: upload the folder then, with what lies beside the
-    model (a tokenizer), to repo_id, by default the folder's name; takes private, token, revision, commit_message,
-    commit_description and create_pr.
-    Raises ConfigError for a model without a memory, one that AutoModelForCausalLM does not load, one inside PEFT (merge
-    it first), a link to the table that would be replaced, and one that would be uploaded; WriteFailed if the system
+    table: "copy", or "link" to the sealed table that is served, as in `EngramMemory.save`. options:
+    the backbone's own (state_dict, max_shard_size, variant, ...). A model that `path` held is
+    replaced. A README.md (`card`) is written where there is none. A new or empty `path` gets the
+    whole model or nothing; in one that holds something the memory is replaced whole, the backbone's
+    files one by one. push_to_hub: upload the folder then, with what lies beside the model (a
+    tokenizer), to repo_id, by default the folder's name; takes private, token, revision,
+    commit_message, commit_description and create_pr. Raises ConfigError for a model without a
+    memory, one that AutoModelForCausalLM does not load, one inside PEFT (merge it first), a link to
+    the table that would be replaced, and one that would be uploaded; WriteFailed if the system
     refuses, before anything is written where that can be known.
     """
     hub = {name: options.pop(name) for name in _PUSH if push_to_hub and name in options}
@@ -170,8 +215,9 @@ def save_pretrained(model: Any, path: str | os.PathLike[str], table: str = "copy
         upload(folder, repo_id or folder.absolute().name, **hub)
 
 
-def _save_whole(inner: Any, memory: EngramMemory, folder: Path, table: str,
-                options: dict[str, Any]) -> None:
+def _save_whole(
+    inner: Any, memory: EngramMemory, folder: Path, table: str, options: dict[str, Any]
+) -> None:
     needed = saved.bytes_of(memory, table) + sum(value.nbytes for value in inner.parameters())
     if not (folder.is_dir() and os.listdir(folder)):
         with publish_folder(folder, needed=needed, last="config.json") as made:
@@ -179,20 +225,28 @@ def _save_whole(inner: Any, memory: EngramMemory, folder: Path, table: str,
         return
     check_folder(folder / FOLDER, needed, replace=True)
     others = {entry.inode() for entry in os.scandir(folder)}
-    with write_errors(folder, "what is there is part old, part new: save it again before it is used"):
+    with write_errors(
+        folder, "what is there is part old, part new: save it again before it is used"
+    ):
         _write(inner, memory, folder, table, options, folder.name)
         settle_modes(folder, others)
 
 
-def _write(inner: Any, memory: EngramMemory, folder: Path, table: str, options: dict[str, Any], name: str) -> None:
+def _write(
+    inner: Any, memory: EngramMemory, folder: Path, table: str, options: dict[str, Any], name: str
+) -> None:
     with publish_folder(folder / FOLDER, replace=True, last="memory.json") as partial:
         saved.write(memory, partial, table)
         type(inner).save_pretrained(inner, folder, **options)
         text_config = copy.deepcopy(inner.config)  # EngraphyConfig sets things in its parts
         text_config._name_or_path = ""
         settings: dict[str, Any] = saved_identity(partial) | {"auto_map": dict(_AUTO_MAP)}
-        whole = EngraphyConfig(text_config=text_config, dtype=inner.config.dtype,
-                               architectures=["EngraphyForCausalLM"], **settings)
+        whole = EngraphyConfig(
+            text_config=text_config,
+            dtype=inner.config.dtype,
+            architectures=["EngraphyForCausalLM"],
+            **settings,
+        )
         (folder / f"{_MODULE}.py").write_text(_CODE)
         # At once over the backbone's own; from here on another memory is refused.
         whole.save_pretrained(folder)
@@ -200,21 +254,27 @@ def _write(inner: Any, memory: EngramMemory, folder: Path, table: str, options: 
         write_card(folder, memory, base_model=inner.name_or_path, name=name)
 
 
-def push_to_hub(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> Any:
-    """Upload a model and its attached memory as `save_pretrained` writes them, or an EngramMemory alone.
+def push_to_hub(
+    model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any
+) -> Any:
+    """Upload a model and its attached memory as `save_pretrained` writes them, or an EngramMemory
+    alone.
 
-    The folder is written to a temporary place first, the table included. options: private, token, revision,
-    commit_message, commit_description, create_pr. Returns huggingface_hub's CommitInfo. PEFT's adapters beside a memory
-    are no part of it: a warning says so.
-    Raises what `save_pretrained` and huggingface_hub raise.
+    The folder is written to a temporary place first, the table included. options: private, token,
+    revision, commit_message, commit_description, create_pr. Returns huggingface_hub's CommitInfo.
+    PEFT's adapters beside a memory are no part of it: a warning says so. Raises what
+    `save_pretrained` and huggingface_hub raise.
     """
     inner: Any = unwrapped(model)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / repo_id.rpartition("/")[2]
         if isinstance(model, EngramMemory):
             if has_adapters(model):
-                warnings.warn("the memory is uploaded without the adapters of its model: push those too, or upload "
-                              "the folder that `engraphy finetune --lora` wrote", stacklevel=2)
+                warnings.warn(
+                    "the memory is uploaded without the adapters of its model: push those too, or upload "
+                    "the folder that `engraphy finetune --lora` wrote",
+                    stacklevel=2,
+                )
             model.save(folder)
             write_card(folder, model, name=repo_id)
         else:
@@ -227,27 +287,42 @@ def _check_savable(model: Any, target: Path, table: str, pushed: bool) -> Engram
     inner: Any = unwrapped(model)
     memory = getattr(inner, "engraphy", None)
     if not isinstance(memory, EngramMemory):
-        raise ConfigError(f"{type(model).__name__}: expected a model with an attached memory, found none")
+        raise ConfigError(
+            f"{type(model).__name__}: expected a model with an attached memory, found none"
+        )
     if hasattr(model, "get_base_model"):
-        raise ConfigError(f"{type(model).__name__}: expected a model without adapters, call merge_and_unload() first")
+        raise ConfigError(
+            f"{type(model).__name__}: expected a model without adapters, call merge_and_unload() first"
+        )
     kinds: Any = AutoModelForCausalLM._model_mapping.get(type(inner.config), ())
     if not isinstance(inner, kinds):
-        raise ConfigError(f"{type(inner).__name__}: expected a model that AutoModelForCausalLM gives; save the memory "
-                          "alone with memory.save")
+        raise ConfigError(
+            f"{type(inner).__name__}: expected a model that AutoModelForCausalLM gives; save the memory "
+            "alone with memory.save"
+        )
     if pushed and table != "copy":
-        raise ConfigError(f'push_to_hub: expected table="copy", a repository holds its table; found {table!r}')
+        raise ConfigError(
+            f'push_to_hub: expected table="copy", a repository holds its table; found {table!r}'
+        )
     if table == "skip":
-        raise ConfigError('table: expected "copy" or "link" for a model that is to load as one, found "skip"')
+        raise ConfigError(
+            'table: expected "copy" or "link" for a model that is to load as one, found "skip"'
+        )
     saved.check_choice(memory, table)
     served = next(iter(memory.stores.values())).info.path
     if table == "link" and served and Path(served).is_relative_to(os.path.abspath(target)):
-        raise ConfigError(f'{target}: table="link" to the table in it, which would be replaced; save to another '
-                          "directory, or copy")
+        raise ConfigError(
+            f'{target}: table="link" to the table in it, which would be replaced; save to another '
+            "directory, or copy"
+        )
     return memory
 
 
-def _save(model: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any) -> None:
-    """save_pretrained of a model that was loaded as one: it is saved as one, without its memory as what it is then."""
+def _save(
+    model: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+) -> None:
+    """save_pretrained of a model that was loaded as one: it is saved as one, without its memory as
+    what it is then."""
     options["is_main_process"] = is_main_process
     if isinstance(getattr(model, "engraphy", None), EngramMemory):
         save_pretrained(model, save_directory, **options)
@@ -258,7 +333,9 @@ def _save(model: Any, save_directory: str | os.PathLike[str], is_main_process: b
 def _push(model: Any, repo_id: str, *, tags: list[str] | None = None, **options: Any) -> Any:
     """push_to_hub of a model that was loaded with its memory as one."""
     if tags:
-        raise ConfigError("tags: expected none, a model with a memory has a card of its own; write them into README.md")
+        raise ConfigError(
+            "tags: expected none, a model with a memory has a card of its own; write them into README.md"
+        )
     if isinstance(getattr(model, "engraphy", None), EngramMemory):
         return push_to_hub(model, repo_id, **options)
     return type(model).push_to_hub(model, repo_id, **options)
@@ -270,4 +347,3 @@ def _memory_folder(path: str | os.PathLike[str], options: dict[str, Any]) -> Pat
     if not os.path.isdir(path):
         path = download(os.fspath(path), [f"{inside.as_posix()}/*"], options)
     return Path(path) / inside
-

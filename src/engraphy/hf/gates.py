@@ -1,4 +1,5 @@
-"""Gates of a memory in Trainer's log: how much of what is looked up is let in, and how many rows have learned."""
+"""Gates of a memory in Trainer's log: how much of what is looked up is let in, and how many rows
+have learned."""
 
 from __future__ import annotations
 
@@ -21,21 +22,25 @@ class GateCallback(TrainerCallback):
         engraphy/gate_layer_L    mean gate of the training tokens since the last line, 0 to 1, over all streams
         engraphy/rows_layer_L    share of the table's rows that have had a gradient since training began
 
-    Padding does not count; of several processes each counts its own part of the batch. Costs one sum over the gates a
-    forward, and one byte a row. The training itself is the same bit for bit.
+    Padding does not count; of several processes each counts its own part of the batch. Costs one
+    sum over the gates a forward, and one byte a row. The training itself is the same bit for bit.
     """
 
     def __init__(self, memory: EngramMemory) -> None:
         self.memory = memory
-        self._sums: dict[int, list[Tensor]] = {}  # layer -> [sum of gates, how many], since the last line
+        self._sums: dict[
+            int, list[Tensor]
+        ] = {}  # layer -> [sum of gates, how many], since the last line
         self._learned: dict[int, np.ndarray] = {}  # layer -> bool [rows]
         self._handles: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove()  # of a training that ended with an error
         self._sums, self._learned = {}, {}
-        self._handles = [self.memory.blocks[str(layer)].register_forward_hook(partial(self._add, layer))
-                         for layer in self.memory.layers]
+        self._handles = [
+            self.memory.blocks[str(layer)].register_forward_hook(partial(self._add, layer))
+            for layer in self.memory.layers
+        ]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for layer, ids_N, grad_Nd in self.memory.row_grads:
@@ -65,7 +70,9 @@ class GateCallback(TrainerCallback):
         torch.compiler.reset()  # compiled code does not notice hooks that come or go
 
     @_uncompiled
-    def _add(self, layer: int, block: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    def _add(
+        self, layer: int, block: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]
+    ) -> None:
         """A forward hook of EngramLayer. The numbers stay on their device until a line is logged."""
         if not block.training:
             return
@@ -75,4 +82,6 @@ class GateCallback(TrainerCallback):
             count = live_BT.sum() * gate_BTS.shape[-1]
         sums = gate_BTS.sum(dtype=torch.float64), count
         before = self._sums.get(layer)
-        self._sums[layer] = [*sums] if before is None else [a + b for a, b in zip(before, sums, strict=True)]
+        self._sums[layer] = (
+            [*sums] if before is None else [a + b for a, b in zip(before, sums, strict=True)]
+        )

@@ -1,4 +1,5 @@
-"""A transformers model and its tokenizer, by folder or hub name, or one line that says what is missing."""
+"""A transformers model and its tokenizer, by folder or hub name, or one line that says what is
+missing."""
 
 from __future__ import annotations
 
@@ -50,15 +51,18 @@ def require_peft(what: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise DataUnavailable(f'{what}: expected the package peft, found {error}; '
-                              'pip install "peft>=0.18"') from None
+        raise DataUnavailable(
+            f'{what}: expected the package peft, found {error}; pip install "peft>=0.18"'
+        ) from None
     return peft
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
     """The PEFT model of `model` and the adapters in `folder`, in eval mode. Raises DataUnavailable."""
     peft = require_peft(str(folder))
-    return _load(str(folder), "LoRA adapters", lambda name: peft.PeftModel.from_pretrained(model, name)).eval()
+    return _load(
+        str(folder), "LoRA adapters", lambda name: peft.PeftModel.from_pretrained(model, name)
+    ).eval()
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
@@ -70,5 +74,7 @@ def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
         for path in sorted(Path(name).iterdir()) if Path(name).is_dir() else ():
             refuse_pointer(path, DataUnavailable)
         reason = str(error).strip().partition("\n")[0]
-        raise DataUnavailable(f"{name}: expected {what}, as a folder or a name on the hub, "
-                              f"found {type(error).__name__}: {reason}") from error
+        raise DataUnavailable(
+            f"{name}: expected {what}, as a folder or a name on the hub, "
+            f"found {type(error).__name__}: {reason}"
+        ) from error

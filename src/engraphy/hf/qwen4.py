@@ -1,8 +1,10 @@
-"""The table of a released model inside transformers, served from a store instead of an nn.Embedding.
+"""The table of a released model inside transformers, served from a store instead of an
+nn.Embedding.
 
-Qwen4-Exp (`qwen4_exp`, transformers 5.23) hashes by itself and looks rows up in one embedding, of 95 GiB in the
-release. Here that embedding alone is replaced, by a module that reads the same rows from a store; hashing, cache and
-fusion stay the model's own, so the outputs are the model's bit for bit.
+Qwen4-Exp (`qwen4_exp`, transformers 5.23) hashes by itself and looks rows up in one embedding, of
+95 GiB in the release. Here that embedding alone is replaced, by a module that reads the same rows
+from a store; hashing, cache and fusion stay the model's own, so the outputs are the model's bit for
+bit.
 
     model = load_without_table(Qwen4ExpForCausalLM, path)    # the table is never allocated
     serve_table(model, "file:DIR")                           # its rows are read from now on
@@ -31,24 +33,33 @@ from ..store import FileStore, RowStore, open_store
 from ..table.table import Table
 
 _KEYS = r"\.ngram_embedding\."  # the checkpoint's names of the table and its parts
-_COMPUTED = ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets")  # buffers made from the config
+_COMPUTED = (
+    "layer_multipliers",
+    "ngram_heads_vocab_sizes",
+    "ngram_heads_offsets",
+)  # buffers made from the config
 _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CHUNK_ROWS = 65_536
 
 
 class ServedRows(nn.Module):
-    """In the place of the table's nn.Embedding: int64 ids [...] -> rows [..., d] in the model's dtype, on their device.
+    """In the place of the table's nn.Embedding: int64 ids [...] -> rows [..., d] in the model's
+    dtype, on their device.
 
-    No parameters, nothing in state_dict; the rows are constants, they do not learn. Raises RowOutOfRange for an id
-    beyond the table, StoreError once the store is closed.
+    No parameters, nothing in state_dict; the rows are constants, they do not learn. Raises
+    RowOutOfRange for an id beyond the table, StoreError once the store is closed.
     """
 
     like: Tensor
 
-    def __init__(self, store: RowStore, fmt: RowFormat, dtype: torch.dtype, replaced: nn.Module, owned: bool) -> None:
+    def __init__(
+        self, store: RowStore, fmt: RowFormat, dtype: torch.dtype, replaced: nn.Module, owned: bool
+    ) -> None:
         super().__init__()
         self.store, self.format, self.owned = store, fmt, owned
-        self._replaced = (replaced,)  # in a tuple: a module set as an attribute would be in state_dict
+        self._replaced = (
+            replaced,
+        )  # in a tuple: a module set as an attribute would be in state_dict
         # Holds no value: model.to() gives it the model's dtype.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -59,14 +70,24 @@ class ServedRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table's shape and dtype on the meta device, where the model looks for the device to send row ids to."""
-        return torch.empty(self.store.info.rows, self.format.d, dtype=self.like.dtype, device="meta")
+        """The table's shape and dtype on the meta device, where the model looks for the device to
+        send row ids to."""
+        return torch.empty(
+            self.store.info.rows, self.format.d, dtype=self.like.dtype, device="meta"
+        )
 
     @torch.compiler.disable
     def forward(self, ids: Tensor) -> Tensor:
         as_bits = self.like.dtype == torch.bfloat16
-        out = torch.empty(*ids.shape, self.format.d, dtype=torch.bfloat16 if as_bits else torch.float32)
-        read(self.store, ids.cpu().numpy(), self.format, (out.view(torch.uint16) if as_bits else out).numpy())
+        out = torch.empty(
+            *ids.shape, self.format.d, dtype=torch.bfloat16 if as_bits else torch.float32
+        )
+        read(
+            self.store,
+            ids.cpu().numpy(),
+            self.format,
+            (out.view(torch.uint16) if as_bits else out).numpy(),
+        )
         return out.to(ids.device, self.like.dtype)
 
 
@@ -75,29 +96,43 @@ class NoTable(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.empty(0, device="meta")  # the model looks for its device before it calls
+        self.weight = torch.empty(
+            0, device="meta"
+        )  # the model looks for its device before it calls
 
     def forward(self, ids: Tensor) -> Tensor:
         """Raises StoreError: there are no rows."""
-        raise StoreError("the model was loaded without its table: give it one, serve_table(model, store)")
+        raise StoreError(
+            "the model was loaded without its table: give it one, serve_table(model, store)"
+        )
 
 
-def load_without_table(model_class: type[PreTrainedModel], path: str | os.PathLike[str], **options: Any) -> Any:
-    """`model_class.from_pretrained(path, **options)` without the n-gram table, which is neither read nor allocated.
+def load_without_table(
+    model_class: type[PreTrainedModel], path: str | os.PathLike[str], **options: Any
+) -> Any:
+    """`model_class.from_pretrained(path, **options)` without the n-gram table, which is neither
+    read nor allocated.
 
-    The model raises StoreError until `serve_table` gives it a table, and `save_pretrained` until it is told that the
-    table is to be left out (see `serve_table`).
-    Raises ConfigError for a class that is no transformers model, a model without a table, and a checkpoint that lacks
-    any other weight (transformers itself would make one up).
+    The model raises StoreError until `serve_table` gives it a table, and `save_pretrained` until it
+    is told that the table is to be left out (see `serve_table`). Raises ConfigError for a class
+    that is no transformers model, a model without a table, and a checkpoint that lacks any other
+    weight (transformers itself would make one up).
     """
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ConfigError(f"expected a model's class such as Qwen4ExpForCausalLM, found {model_class!r}")
+        raise ConfigError(
+            f"expected a model's class such as Qwen4ExpForCausalLM, found {model_class!r}"
+        )
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, config, *args, **kwargs)  # on the meta device, as from_pretrained asks
+        model_class.__init__(
+            self, config, *args, **kwargs
+        )  # on the meta device, as from_pretrained asks
         for ple in _ple_layers(self).values():
             ple.ple_embedding.ngram_embedding = NoTable()
-        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), _KEYS}
+        self._keys_to_ignore_on_load_unexpected = {
+            *(self._keys_to_ignore_on_load_unexpected or ()),
+            _KEYS,
+        }
 
     # Of the same name and module: transformers looks conversions and recorded outputs up by them.
     names = {"__init__": init, "__module__": model_class.__module__}
@@ -105,26 +140,31 @@ def load_without_table(model_class: type[PreTrainedModel], path: str | os.PathLi
     model, told = without_table.from_pretrained(path, output_loading_info=True, **options)
     missing = sorted(key for key in told["missing_keys"] if not key.endswith(_COMPUTED))
     if missing or told["mismatched_keys"]:
-        raise ConfigError(f"{path}: expected all weights but the table's, missing {missing}, "
-                          f"of another shape {sorted(told['mismatched_keys'])}")
+        raise ConfigError(
+            f"{path}: expected all weights but the table's, missing {missing}, "
+            f"of another shape {sorted(told['mismatched_keys'])}"
+        )
     model.__class__ = model_class
     _guard_saving(model)
     return model
 
 
-def serve_table(model: PreTrainedModel, store: str | os.PathLike[str] | Table | RowStore | Mapping[int, RowStore],
-                row_format: RowFormat | None = None) -> None:
+def serve_table(
+    model: PreTrainedModel,
+    store: str | os.PathLike[str] | Table | RowStore | Mapping[int, RowStore],
+    row_format: RowFormat | None = None,
+) -> None:
     """Read the rows of a Qwen4-Exp model's n-gram table from a store, from now on.
 
-    model: as from `load_without_table`, or with its table in memory or on the meta device. store: the URL of a table
-    ("file:DIR", "checkpoint:DIR"), its folder as a Path, an open Table, a RowStore (for one layer), or
-    {layer, from 0: RowStore}.
-    row_format: needed where the store does not know it (a RamStore).
-    `model.save_pretrained` raises StoreError while a table is served, since the checkpoint would lack it and
-    transformers would load random rows in its stead; `save_pretrained(path, without_table=True)` writes such a
-    checkpoint, for `load_without_table`.
-    Raises ConfigError for a model without a table or with one served already, and a store that cannot be meant;
-    DigestMismatch naming what differs where hash, rows or row width are not the model's. The model is then as it was.
+    model: as from `load_without_table`, or with its table in memory or on the meta device. store:
+    the URL of a table ("file:DIR", "checkpoint:DIR"), its folder as a Path, an open Table, a
+    RowStore (for one layer), or {layer, from 0: RowStore}. row_format: needed where the store does
+    not know it (a RamStore). `model.save_pretrained` raises StoreError while a table is served,
+    since the checkpoint would lack it and transformers would load random rows in its stead;
+    `save_pretrained(path, without_table=True)` writes such a checkpoint, for `load_without_table`.
+    Raises ConfigError for a model without a table or with one served already, and a store that
+    cannot be meant; DigestMismatch naming what differs where hash, rows or row width are not the
+    model's. The model is then as it was.
     """
     layers, memory = _ple_layers(model), _checked(model)
     if any(isinstance(ple.ple_embedding.ngram_embedding, ServedRows) for ple in layers.values()):
@@ -134,21 +174,28 @@ def serve_table(model: PreTrainedModel, store: str | os.PathLike[str] | Table | 
     owned = isinstance(store, (str, os.PathLike, Table))
     stores = _open(store, list(layers))
     try:
-        formats = {layer: _check_store(model.config, memory, layer, stores[layer], row_format) for layer in layers}
+        formats = {
+            layer: _check_store(model.config, memory, layer, stores[layer], row_format)
+            for layer in layers
+        }
         if len(ids := {each.info.table_id for each in stores.values()}) > 1:
-            raise DigestMismatch(f"store: expected rows of one table, found {sorted(map(str, ids))}")
+            raise DigestMismatch(
+                f"store: expected rows of one table, found {sorted(map(str, ids))}"
+            )
     except BaseException:
         _close(stores if owned else {})
         raise
     for layer, ple in layers.items():
         module = ple.ple_embedding
-        module.ngram_embedding = ServedRows(stores[layer], formats[layer], ple.norm_key.weight.dtype,
-                                            module.ngram_embedding, owned)
+        module.ngram_embedding = ServedRows(
+            stores[layer], formats[layer], ple.norm_key.weight.dtype, module.ngram_embedding, owned
+        )
     _guard_saving(model)
 
 
 def restore_table(model: PreTrainedModel) -> None:
-    """Take the store away: the model has what it had before `serve_table`. Closes the stores that `serve_table` opened.
+    """Take the store away: the model has what it had before `serve_table`. Closes the stores that
+    `serve_table` opened.
 
     Raises ConfigError where no table is served.
     """
@@ -165,20 +212,29 @@ def restore_table(model: PreTrainedModel) -> None:
         del model.save_pretrained
 
 
-def write_table(model: PreTrainedModel, path: str | os.PathLike[str], row_format: RowFormat | None = None) -> str:
-    """Write the n-gram table of a Qwen4-Exp model in memory to a new sealed table on disk. Returns its table_id.
+def write_table(
+    model: PreTrainedModel, path: str | os.PathLike[str], row_format: RowFormat | None = None
+) -> str:
+    """Write the n-gram table of a Qwen4-Exp model in memory to a new sealed table on disk. Returns
+    its table_id.
 
-    row_format: by default the weights' own (f32, f16, bf16), which keeps every bit. A checkpoint on disk is converted
-    without loading it: `engraphy table convert`.
-    Raises ConfigError where the weights are not in memory (served, on the meta device) or of another dtype,
-    DigestMismatch where they do not fit the config, TableError where `path` is taken.
+    row_format: by default the weights' own (f32, f16, bf16), which keeps every bit. A checkpoint on
+    disk is converted without loading it: `engraphy table convert`. Raises ConfigError where the
+    weights are not in memory (served, on the meta device) or of another dtype, DigestMismatch where
+    they do not fit the config, TableError where `path` is taken.
     """
     memory, weights = _checked(model), {}
     for layer, ple in _ple_layers(model).items():
         found = ple.ple_embedding.ngram_embedding
-        if not isinstance(found, nn.Embedding) or found.weight.is_meta or found.weight.dtype not in _KINDS:
-            raise ConfigError(f"layer {layer}: expected a table of {', '.join(_KINDS.values())} in memory, found "
-                              f"{type(found).__name__} of {found.weight.dtype} on {found.weight.device}")
+        if (
+            not isinstance(found, nn.Embedding)
+            or found.weight.is_meta
+            or found.weight.dtype not in _KINDS
+        ):
+            raise ConfigError(
+                f"layer {layer}: expected a table of {', '.join(_KINDS.values())} in memory, found "
+                f"{type(found).__name__} of {found.weight.dtype} on {found.weight.device}"
+            )
         weights[layer] = found.weight.detach()
     if row_format is None:
         dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
@@ -187,7 +243,7 @@ def write_table(model: PreTrainedModel, path: str | os.PathLike[str], row_format
     try:
         for layer, weight in weights.items():
             for first in range(0, len(weight), _CHUNK_ROWS):
-                values = weight[first:first + _CHUNK_ROWS].float().cpu().numpy()
+                values = weight[first : first + _CHUNK_ROWS].float().cpu().numpy()
                 table.write_rows(layer, first, row_format.encode(values))
         return table.seal()
     finally:
@@ -196,9 +252,15 @@ def write_table(model: PreTrainedModel, path: str | os.PathLike[str], row_format
 
 def _ple_layers(model: nn.Module) -> dict[int, Any]:
     """Layer, from 0 -> its PLE module. Raises ConfigError for a model that has none."""
-    found = {ple.layer_idx: ple for ple in model.modules() if type(ple).__name__ == "Qwen4ExpTextPLELayer"}
+    found = {
+        ple.layer_idx: ple
+        for ple in model.modules()
+        if type(ple).__name__ == "Qwen4ExpTextPLELayer"
+    }
     if not found:
-        raise ConfigError(f"expected a Qwen4-Exp model with ple_layer_ids, found {type(model).__name__} without any")
+        raise ConfigError(
+            f"expected a Qwen4-Exp model with ple_layer_ids, found {type(model).__name__} without any"
+        )
     return found  # pyright: ignore[reportReturnType]
 
 
@@ -208,40 +270,62 @@ def _checked(model: PreTrainedModel) -> EngramConfig:
     for layer, ple in _ple_layers(model).items():
         module, spec = ple.ple_embedding, memory.hash
         if module.eos_token_id != spec.filler_id:  # its hash keeps the id that it was made with
-            raise DigestMismatch(f"layer {layer}, eos_token_id: the config gives {spec.filler_id}, the model hashes "
-                                 f"with {module.eos_token_id}; end texts with another id by generation_config, or "
-                                 "load the model with that config")
-        numbers = {"layer_multipliers": spec.multipliers(layer), "ngram_heads_vocab_sizes": spec.primes(layer),
-                   "ngram_heads_offsets": spec.offsets(layer)}
+            raise DigestMismatch(
+                f"layer {layer}, eos_token_id: the config gives {spec.filler_id}, the model hashes "
+                f"with {module.eos_token_id}; end texts with another id by generation_config, or "
+                "load the model with that config"
+            )
+        numbers = {
+            "layer_multipliers": spec.multipliers(layer),
+            "ngram_heads_vocab_sizes": spec.primes(layer),
+            "ngram_heads_offsets": spec.offsets(layer),
+        }
         for name, expected in numbers.items():
             buffer = getattr(module, name)
             if buffer.is_meta:
-                raise ConfigError(f"layer {layer}, {name}: expected a loaded model, found it on the meta device")
+                raise ConfigError(
+                    f"layer {layer}, {name}: expected a loaded model, found it on the meta device"
+                )
             if buffer.tolist() != list(expected):
-                raise DigestMismatch(f"layer {layer}, {name}: the config gives {list(expected)}, the model has "
-                                     f"{buffer.tolist()}")
-        expected, found = [spec.row_count(layer), memory.dim], list(module.ngram_embedding.weight.shape)
+                raise DigestMismatch(
+                    f"layer {layer}, {name}: the config gives {list(expected)}, the model has "
+                    f"{buffer.tolist()}"
+                )
+        expected, found = (
+            [spec.row_count(layer), memory.dim],
+            list(module.ngram_embedding.weight.shape),
+        )
         if isinstance(module.ngram_embedding, nn.Embedding) and found != expected:
-            raise DigestMismatch(f"layer {layer}, ngram_embedding: the config gives [rows, d] = {expected}, the model "
-                                 f"has {found}")
+            raise DigestMismatch(
+                f"layer {layer}, ngram_embedding: the config gives [rows, d] = {expected}, the model "
+                f"has {found}"
+            )
     return memory
 
 
 def _open(store: Any, layers: list[int]) -> dict[int, RowStore]:
     if isinstance(store, str) and store.startswith("ram:"):
-        raise ConfigError(f"store {store!r}: expected one that holds the table's rows, a new ram: store holds none")
+        raise ConfigError(
+            f"store {store!r}: expected one that holds the table's rows, a new ram: store holds none"
+        )
     if isinstance(store, RowStore) and len(layers) == 1:
         return {layers[0]: store}
     if isinstance(store, Mapping) and sorted(store) == sorted(layers):
         return dict(store)
     if not isinstance(store, (str, os.PathLike, Table)):
         found = sorted(store) if isinstance(store, Mapping) else store
-        raise ConfigError(f"store: expected a URL, a path, a Table or {{layer: RowStore}} for layers {layers}, "
-                          f"found {found!r}")
+        raise ConfigError(
+            f"store: expected a URL, a path, a Table or {{layer: RowStore}} for layers {layers}, "
+            f"found {found!r}"
+        )
     opened: dict[int, RowStore] = {}
     try:
         for layer in layers:
-            opened[layer] = FileStore(store, layer) if isinstance(store, Table) else open_store(store, layer=layer)
+            opened[layer] = (
+                FileStore(store, layer)
+                if isinstance(store, Table)
+                else open_store(store, layer=layer)
+            )
     except BaseException:
         _close(opened)
         raise
@@ -253,9 +337,11 @@ def _close(stores: Mapping[int, RowStore]) -> None:
         store.close()
 
 
-def _check_store(config: Any, memory: EngramConfig, layer: int, store: RowStore,
-                 row_format: RowFormat | None) -> RowFormat:
-    """The format of the store's rows. Raises ConfigError, or DigestMismatch where they are not this model's."""
+def _check_store(
+    config: Any, memory: EngramConfig, layer: int, store: RowStore, row_format: RowFormat | None
+) -> RowFormat:
+    """The format of the store's rows. Raises ConfigError, or DigestMismatch where they are not this
+    model's."""
     info, table = store.info, getattr(store, "table", None)
     if info.layer not in (None, layer):
         raise ConfigError(f"layer {layer}: expected its own store, found one of layer {info.layer}")
@@ -263,30 +349,48 @@ def _check_store(config: Any, memory: EngramConfig, layer: int, store: RowStore,
         check_config(config, table=table)
     digest = memory.address_digest(VocabMap.identity(memory.hash.vocab_size).digest)
     if info.address_digest not in (None, digest):
-        raise DigestMismatch(f"layer {layer}: expected address digest {digest}, found {info.address_digest}")
+        raise DigestMismatch(
+            f"layer {layer}: expected address digest {digest}, found {info.address_digest}"
+        )
     if None not in (row_format, info.format) and row_format != info.format:
         raise ConfigError(f"layer {layer}: expected rows of {row_format}, found {info.format}")
     fmt = row_format or info.format
     if fmt is None:
-        raise ConfigError(f"layer {layer}: the {info.kind} store does not know its row format; give row_format=")
+        raise ConfigError(
+            f"layer {layer}: the {info.kind} store does not know its row format; give row_format="
+        )
     if (fmt.d, info.rows) != (memory.dim, memory.hash.row_count(layer)):
-        raise DigestMismatch(f"layer {layer}: expected {memory.hash.row_count(layer)} rows of d = {memory.dim}, found "
-                             f"{info.rows} of d = {fmt.d}")
+        raise DigestMismatch(
+            f"layer {layer}: expected {memory.hash.row_count(layer)} rows of d = {memory.dim}, found "
+            f"{info.rows} of d = {fmt.d}"
+        )
     if fmt.row_bytes != info.row_bytes:
-        raise ConfigError(f"layer {layer}: expected rows of {fmt.row_bytes} bytes ({fmt.kind}, d = {fmt.d}), found "
-                          f"{info.row_bytes}")
+        raise ConfigError(
+            f"layer {layer}: expected rows of {fmt.row_bytes} bytes ({fmt.kind}, d = {fmt.d}), found "
+            f"{info.row_bytes}"
+        )
     return fmt
 
 
 def _guard_saving(model: PreTrainedModel) -> None:
-    model.save_pretrained = types.MethodType(_save_pretrained, model)  # a bound method: copies of a model rebind it
+    model.save_pretrained = types.MethodType(
+        _save_pretrained, model
+    )  # a bound method: copies of a model rebind it
 
 
-def _save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, without_table: bool = False,
-                     **kwargs: Any) -> None:
-    """`save_pretrained` of a model whose table is elsewhere. Raises StoreError unless `without_table` says that it is
-    meant: transformers would load such a checkpoint with random rows, `load_without_table` loads it as it is."""
+def _save_pretrained(
+    self: Any,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    without_table: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained` of a model whose table is elsewhere. Raises StoreError unless
+    `without_table` says that it is meant: transformers would load such a checkpoint with random
+    rows, `load_without_table` loads it as it is."""
     if not without_table:
-        raise StoreError(f"{os.fspath(save_directory)}: expected a model with its n-gram table, found the table in a "
-                         "store; save_pretrained(path, without_table=True) leaves it out, for load_without_table")
+        raise StoreError(
+            f"{os.fspath(save_directory)}: expected a model with its n-gram table, found the table in a "
+            "store; save_pretrained(path, without_table=True) leaves it out, for load_without_table"
+        )
     type(self).save_pretrained(self, save_directory, *args, **kwargs)

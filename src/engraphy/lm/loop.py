@@ -1,7 +1,9 @@
-"""The training loop: runs stop by tokens, resume bit for bit, and leave a checkpoint when interrupted.
+"""The training loop: runs stop by tokens, resume bit for bit, and leave a checkpoint when
+interrupted.
 
-A checkpoint is a folder `checkpoint-NNNNNNNN` that is complete when it has that name: dense weights, the table and its
-row moments as sealed tables, the dense optimiser, and where in the data the run was.
+A checkpoint is a folder `checkpoint-NNNNNNNN` that is complete when it has that name: dense
+weights, the table and its row moments as sealed tables, the dense optimiser, and where in the data
+the run was.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from .model import LM
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. tokens: where it stops. lr: of the dense parameters; rows learn at lr * row_rate_scale, without decay.
+    """One run. tokens: where it stops. lr: of the dense parameters; rows learn at lr *
+    row_rate_scale, without decay.
 
-    clip: largest gradient norm. warmup: share of the run. dtype: "float32" or "bfloat16" (autocast). heldout_every,
-    checkpoint_every: steps between held-out losses, and between checkpoints (0 = only at the end).
+    clip: largest gradient norm. warmup: share of the run. dtype: "float32" or "bfloat16"
+    (autocast). heldout_every, checkpoint_every: steps between held-out losses, and between
+    checkpoints (0 = only at the end).
     """
 
     tokens: int
@@ -52,11 +56,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f'expected tokens >= 1 and dtype "float32" or "bfloat16", '
-                              f"found {self.tokens}, {self.dtype!r}")
+            raise ConfigError(
+                f'expected tokens >= 1 and dtype "float32" or "bfloat16", '
+                f"found {self.tokens}, {self.dtype!r}"
+            )
         for name in ("lr", "row_rate_scale", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(f"{name}: expected a positive number, found {getattr(self, name)}")
+                raise ConfigError(
+                    f"{name}: expected a positive number, found {getattr(self, name)}"
+                )
         for name in ("weight_decay", "heldout_every", "checkpoint_every"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
@@ -64,7 +72,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is told after each step. loss: mean nats a token of this step's batch. heldout: where it was measured."""
+    """What is told after each step. loss: mean nats a token of this step's batch. heldout: where it
+    was measured."""
 
     step: int
     steps: int
@@ -79,16 +88,35 @@ class StepReport:
 class Run:
     """A model in training: what a checkpoint holds, and one step of it.
 
-    origin: JSON values that say where the initial weights came from (a seed, an arm): a checkpoint of another origin is
-    refused.
+    origin: JSON values that say where the initial weights came from (a seed, an arm): a checkpoint
+    of another origin is refused.
     """
 
-    def __init__(self, model: LM, batches: Batches, config: TrainConfig, origin: Mapping[str, Any] | None = None):
-        self.model, self.batches, self.config, self.origin = model, batches, config, dict(origin or {})
+    def __init__(
+        self,
+        model: LM,
+        batches: Batches,
+        config: TrainConfig,
+        origin: Mapping[str, Any] | None = None,
+    ):
+        self.model, self.batches, self.config, self.origin = (
+            model,
+            batches,
+            config,
+            dict(origin or {}),
+        )
         self._data_digest = batches.digest
-        rows = None if model.memory is None else RowAdam(model.memory, lr=config.lr * config.row_rate_scale)
-        dense = torch.optim.AdamW(weight_decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95),
-                                  fused=True)
+        rows = (
+            None
+            if model.memory is None
+            else RowAdam(model.memory, lr=config.lr * config.row_rate_scale)
+        )
+        dense = torch.optim.AdamW(
+            weight_decay_groups(model, config.weight_decay),
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
         self.pair = OptimizerPair(dense, rows, warmup_cosine(config.warmup), config.clip)
         self.step_index = 0
         self.steps = math.ceil(config.tokens / batches.tokens_per_step)
@@ -110,7 +138,8 @@ class Run:
         return loss.item(), norm
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint below `folder`, on disk under its name as a whole, then drop the older ones.
+        """Write a checkpoint below `folder`, on disk under its name as a whole, then drop the older
+        ones.
 
         Raises WriteFailed if the system refuses: the older ones are there then.
         """
@@ -131,7 +160,9 @@ class Run:
             self.pair.rows.save(partial / "moments", table_id)
         tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(tensors, partial / "dense.safetensors", metadata={"table_id": table_id})
-        with open(partial / "optimizer.pt", "wb") as file:  # of a path torch would not say what went wrong
+        with open(
+            partial / "optimizer.pt", "wb"
+        ) as file:  # of a path torch would not say what went wrong
             torch.save(self.pair.dense.state_dict(), file)
         where = {"step": self.step_index, "table_id": table_id, **self._identity()}
         (partial / "run.json").write_text(json.dumps(where, indent=1))
@@ -139,7 +170,8 @@ class Run:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint as if the run had not stopped.
 
-        Raises ConfigError for a damaged checkpoint or another run's, DigestMismatch where its table is not its own.
+        Raises ConfigError for a damaged checkpoint or another run's, DigestMismatch where its table
+        is not its own.
         """
         where = described(path)
         try:
@@ -147,17 +179,31 @@ class Run:
             with safe_open(path / "dense.safetensors", framework="pt") as file:
                 table_id = (file.metadata() or {}).get("table_id")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, ValueError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        except (
+            OSError,
+            ValueError,
+            SafetensorError,
+            RuntimeError,
+            pickle.UnpicklingError,
+        ) as error:
             for name in ("run.json", "optimizer.pt", "dense.safetensors"):
                 refuse_pointer(path / name, ConfigError)
-            raise ConfigError(f"{path}: expected a checkpoint, found {type(error).__name__}: {error}") from None
+            raise ConfigError(
+                f"{path}: expected a checkpoint, found {type(error).__name__}: {error}"
+            ) from None
         mine = self._identity()
-        wrong = [f"{key}: expected {mine[key]}, found {where.get(key)}" for key in mine if where.get(key) != mine[key]]
+        wrong = [
+            f"{key}: expected {mine[key]}, found {where.get(key)}"
+            for key in mine
+            if where.get(key) != mine[key]
+        ]
         if wrong:
             raise ConfigError(f"{path} belongs to another run: " + "; ".join(wrong))
         if table_id != where["table_id"]:
-            raise DigestMismatch(f"{path}: the dense weights belong to table {table_id}, "
-                                 f"run.json to {where['table_id']}")
+            raise DigestMismatch(
+                f"{path}: the dense weights belong to table {table_id}, "
+                f"run.json to {where['table_id']}"
+            )
         if self.model.memory is not None and self.pair.rows is not None:
             self.model.memory.read_table(path / "table", table_id)
             self.pair.rows.load(path / "moments", where["table_id"])
@@ -167,24 +213,37 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         memory = self.model.memory
-        return {"steps": self.steps, "data": self._data_digest, "config": dataclasses.asdict(self.config),
-                "model": self.model.config.to_json(), "memory": None if memory is None else memory.address_digest,
-                "origin": self.origin}
+        return {
+            "steps": self.steps,
+            "data": self._data_digest,
+            "config": dataclasses.asdict(self.config),
+            "model": self.model.config.to_json(),
+            "memory": None if memory is None else memory.address_digest,
+            "origin": self.origin,
+        }
 
 
-def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldout: Batches | None = None,
-          report: Callable[[StepReport], None] = lambda _: None) -> None:
+def train(
+    run: Run,
+    folder: str | os.PathLike[str],
+    resume: bool = False,
+    heldout: Batches | None = None,
+    report: Callable[[StepReport], None] = lambda _: None,
+) -> None:
     """Train until the run's tokens are used up; metrics.jsonl and checkpoints go to `folder`.
 
-    resume: continue from the newest checkpoint there, if any; without it a folder that holds one is an error.
-    Ctrl-C or SIGTERM finishes the step, writes a checkpoint and then raises KeyboardInterrupt (`signals.Terminated`
-    for SIGTERM); a second one stops at once. Raises WriteFailed if the system refuses to write.
+    resume: continue from the newest checkpoint there, if any; without it a folder that holds one is
+    an error. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and then raises
+    KeyboardInterrupt (`signals.Terminated` for SIGTERM); a second one stops at once. Raises
+    WriteFailed if the system refuses to write.
     """
     folder = Path(folder)
     make_folder(folder)
     found = checkpoints(folder)
     if found and not resume:
-        raise ConfigError(f"{folder} holds {found[-1].name}: resume that run, or choose another folder")
+        raise ConfigError(
+            f"{folder} holds {found[-1].name}: resume that run, or choose another folder"
+        )
     if found:
         run.resume(found[-1])
     metrics = folder / "metrics.jsonl"
@@ -198,20 +257,32 @@ def train(run: Run, folder: str | os.PathLike[str], resume: bool = False, heldou
             speed = run.batches.tokens_per_step / (time.perf_counter() - began)
             every = run.config.heldout_every
             measure = heldout is not None and (run.done or (every and run.step_index % every == 0))
-            found_loss = heldout_loss(run.model, heldout, run.config.dtype) if measure and heldout else None
-            told = StepReport(run.step_index, run.steps, run.step_index * run.batches.tokens_per_step, loss, norm,
-                              speed, found_loss, run.model.max_load())
+            found_loss = (
+                heldout_loss(run.model, heldout, run.config.dtype) if measure and heldout else None
+            )
+            told = StepReport(
+                run.step_index,
+                run.steps,
+                run.step_index * run.batches.tokens_per_step,
+                loss,
+                norm,
+                speed,
+                found_loss,
+                run.model.max_load(),
+            )
             line = (json.dumps({**dataclasses.asdict(told), "time": time.time()}) + "\n").encode()
             with write_errors(metrics, "the checkpoints are whole"):
                 while line:
-                    line = line[file.write(line):]
+                    line = line[file.write(line) :]
             report(told)
             every = run.config.checkpoint_every
             if every and run.step_index % every == 0 and not run.done:
                 run.save(folder)
         run.save(folder)
         if stop and not run.done:
-            raise stop.error(f"stopped at step {run.step_index} of {run.steps}; the checkpoint is in {folder}")
+            raise stop.error(
+                f"stopped at step {run.step_index} of {run.steps}; the checkpoint is in {folder}"
+            )
 
 
 @torch.no_grad()

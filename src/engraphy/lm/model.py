@@ -1,8 +1,9 @@
-"""The reference language model: a small decoder that takes a memory, written to be read and to train on a CPU core.
+"""The reference language model: a small decoder that takes a memory, written to be read and to
+train on a CPU core.
 
-Pre-norm blocks of causal attention with rotary positions and SwiGLU or MoE, one residual stream (S = 1). Documents
-packed into one row never see each other. Where a block has a memory, it comes before the block's attention (paper,
-section 2.3). Knows nothing of data, optimisers or stores.
+Pre-norm blocks of causal attention with rotary positions and SwiGLU or MoE, one residual stream (S
+= 1). Documents packed into one row never see each other. Where a block has a memory, it comes
+before the block's attention (paper, section 2.3). Knows nothing of data, optimisers or stores.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from .moe import MoE, SwiGLU, compute_dtype
 if TYPE_CHECKING:
     from ..memory.memory import EngramMemory, Trace
 
+
 @dataclass(frozen=True)
 class LMConfig:
     """Sizes of a reference model.
 
-    ffn: width of the SwiGLU in blocks without experts. moe_layers: blocks (0-based) whose SwiGLU is a mixture of
-    `experts` routed experts of width expert_ffn, top_k of them per token, beside a shared one of width shared_ffn
-    (0 = none). tie_embeddings: the head is the token embedding. max_tokens: longest row.
-    Raises ConfigError for sizes that do not fit each other.
+    ffn: width of the SwiGLU in blocks without experts. moe_layers: blocks (0-based) whose SwiGLU is
+    a mixture of `experts` routed experts of width expert_ffn, top_k of them per token, beside a
+    shared one of width shared_ffn (0 = none). tie_embeddings: the head is the token embedding.
+    max_tokens: longest row. Raises ConfigError for sizes that do not fit each other.
     """
 
     vocab_size: int
@@ -55,17 +57,27 @@ class LMConfig:
         for name in ("vocab_size", "hidden_size", "layers", "heads", "ffn", "max_tokens"):
             _at_least(1, name, getattr(self, name))
         if self.hidden_size % (2 * self.heads):
-            raise ConfigError(f"hidden_size: expected heads of even width, found {self.hidden_size} / {self.heads}")
+            raise ConfigError(
+                f"hidden_size: expected heads of even width, found {self.hidden_size} / {self.heads}"
+            )
         if self.rope_theta <= 0 or self.eps <= 0:
-            raise ConfigError(f"expected rope_theta and eps above 0, found {self.rope_theta} and {self.eps}")
+            raise ConfigError(
+                f"expected rope_theta and eps above 0, found {self.rope_theta} and {self.eps}"
+            )
         _at_least(0, "shared_ffn", self.shared_ffn)
         if not self.moe_layers:
             if (self.experts, self.top_k, self.expert_ffn, self.shared_ffn) != (0, 0, 0, 0):
-                raise ConfigError("moe_layers: none given, so expected experts, top_k, expert_ffn and shared_ffn of 0")
+                raise ConfigError(
+                    "moe_layers: none given, so expected experts, top_k, expert_ffn and shared_ffn of 0"
+                )
             return
-        if len(set(self.moe_layers)) != len(self.moe_layers) or not set(self.moe_layers) <= set(range(self.layers)):
-            raise ConfigError(f"moe_layers: expected distinct layers of 0 to {self.layers - 1}, "
-                              f"found {list(self.moe_layers)}")
+        if len(set(self.moe_layers)) != len(self.moe_layers) or not set(self.moe_layers) <= set(
+            range(self.layers)
+        ):
+            raise ConfigError(
+                f"moe_layers: expected distinct layers of 0 to {self.layers - 1}, "
+                f"found {list(self.moe_layers)}"
+            )
         for name in ("experts", "top_k", "expert_ffn"):
             _at_least(1, name, getattr(self, name))
         if self.top_k > self.experts:
@@ -81,13 +93,17 @@ class LMConfig:
         try:
             return cls(**data)
         except TypeError as error:
-            raise ConfigError(f"LMConfig: expected the fields of to_json, found {data!r} ({error})") from None
+            raise ConfigError(
+                f"LMConfig: expected the fields of to_json, found {data!r} ({error})"
+            ) from None
 
 
 class LM(nn.Module):
-    """A decoder over token ids. memory: an EngramMemory for this model's layers with one stream, or None.
+    """A decoder over token ids. memory: an EngramMemory for this model's layers with one stream, or
+    None.
 
-    Raises ConfigError for a memory of another width, with more streams, or for layers that the model does not have.
+    Raises ConfigError for a memory of another width, with more streams, or for layers that the
+    model does not have.
     """
 
     memory: EngramMemory | None
@@ -101,16 +117,23 @@ class LM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self.register_buffer("rotation", _rotation(config), persistent=False)
         self._init_weights()
 
-    def forward(self, ids_BT: Tensor, starts_BT: Tensor | None = None, *, trace: Trace | None = None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, starts_BT: Tensor | None = None, *, trace: Trace | None = None
+    ) -> Tensor:
         """Logits [B, T, V] for int64 ids [B, T].
 
-        starts_BT: bool, True where a document begins; attention, hash and conv do not look back across it, rotary
-        positions run on (only their differences matter). trace: filled with what the memory does.
-        Raises InputError for ids out of range, rows longer than max_tokens, other shapes or dtypes.
+        starts_BT: bool, True where a document begins; attention, hash and conv do not look back
+        across it, rotary positions run on (only their differences matter). trace: filled with what
+        the memory does. Raises InputError for ids out of range, rows longer than max_tokens, other
+        shapes or dtypes.
         """
         x_BTD = self._hidden(ids_BT, starts_BT, trace)
         return F.linear(x_BTD, self._head_weight)
@@ -119,40 +142,58 @@ class LM(nn.Module):
         """Mean cross entropy in nats over the targets int64 [B, T] that are not IGNORED (-100)."""
         return mean_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT))
 
-    def token_losses(self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """Cross entropy in nats of each target: f32 [B, T], 0 where it is IGNORED (-100). Has no gradient."""
+    def token_losses(
+        self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None
+    ) -> Tensor:
+        """Cross entropy in nats of each target: f32 [B, T], 0 where it is IGNORED (-100). Has no
+        gradient."""
         with torch.no_grad():
-            return token_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT)).view_as(targets_BT)
+            return token_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT)).view_as(
+                targets_BT
+            )
 
     @torch.no_grad()
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0,
-                 top_k: int | None = None, seed: int = 0, stop_id: int | None = None) -> list[int]:
-        """Ids that continue a prompt: the likeliest ones at temperature 0, else sampled from the top_k.
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop_id: int | None = None,
+    ) -> list[int]:
+        """Ids that continue a prompt: the likeliest ones at temperature 0, else sampled from the
+        top_k.
 
-        Stops before stop_id. Each step runs the whole row (its last max_tokens ids) again: the model is small, and
-        memory and attention then need no state. Raises InputError for an empty prompt, a
-        temperature below 0 or a top_k below 1.
+        Stops before stop_id. Each step runs the whole row (its last max_tokens ids) again: the
+        model is small, and memory and attention then need no state. Raises InputError for an empty
+        prompt, a temperature below 0 or a top_k below 1.
         """
         if not prompt_ids:
             raise InputError("prompt_ids: expected at least one id, found none")
         if temperature < 0 or (top_k is not None and top_k < 1):
-            raise InputError(f"expected a temperature from 0 and a top_k from 1 on, found {temperature} and {top_k}")
+            raise InputError(
+                f"expected a temperature from 0 and a top_k from 1 on, found {temperature} and {top_k}"
+            )
         ids = list(prompt_ids)
         device = self.embed.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         for _ in range(max_new_tokens):
-            row = torch.tensor([ids[-self.config.max_tokens:]], device=device)
+            row = torch.tensor([ids[-self.config.max_tokens :]], device=device)
             logits_V = self(row)[0, -1].float()
             if temperature > 0:
                 if top_k is not None and top_k < len(logits_V):
                     logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -math.inf
-                next_id = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
+                next_id = int(
+                    torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
+                )
             else:
                 next_id = int(logits_V.argmax())
             if next_id == stop_id:
                 break
             ids.append(next_id)
-        return ids[len(prompt_ids):]
+        return ids[len(prompt_ids) :]
 
     def rebalance(self) -> None:
         """Move the balancing bias of every mixture of experts; once an optimiser step."""
@@ -161,8 +202,13 @@ class LM(nn.Module):
                 block.ffn.rebalance()
 
     def max_load(self) -> float | None:
-        """Largest share of an expert over its equal share, in the last training step; None without experts."""
-        loads = [module.load for module in self.modules() if isinstance(module, MoE) and module.load is not None]
+        """Largest share of an expert over its equal share, in the last training step; None without
+        experts."""
+        loads = [
+            module.load
+            for module in self.modules()
+            if isinstance(module, MoE) and module.load is not None
+        ]
         return max((float(load.max() / load.float().mean()) for load in loads), default=None)
 
     @property
@@ -184,41 +230,63 @@ class LM(nn.Module):
             x_BTD = block(x_BTD, rotation, mask)
         return self.norm(x_BTD)
 
-    def _head_inputs(self, ids_BT: Tensor, targets_BT: Tensor,
-                     starts_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _head_inputs(
+        self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D], head [V, D] in the dtype to compute in, targets [N]."""
         if targets_BT.dtype != torch.int64 or targets_BT.shape != ids_BT.shape:
-            raise InputError(f"targets: expected int64 {list(ids_BT.shape)}, "
-                             f"found {targets_BT.dtype} {list(targets_BT.shape)}")
-        wrong = targets_BT[((targets_BT < 0) & (targets_BT != IGNORED)) | (targets_BT >= self.config.vocab_size)]
+            raise InputError(
+                f"targets: expected int64 {list(ids_BT.shape)}, "
+                f"found {targets_BT.dtype} {list(targets_BT.shape)}"
+            )
+        wrong = targets_BT[
+            ((targets_BT < 0) & (targets_BT != IGNORED)) | (targets_BT >= self.config.vocab_size)
+        ]
         if len(wrong):
-            raise InputError(f"targets: expected 0 to {self.config.vocab_size - 1} or {IGNORED}, found {int(wrong[0])}")
+            raise InputError(
+                f"targets: expected 0 to {self.config.vocab_size - 1} or {IGNORED}, found {int(wrong[0])}"
+            )
         x_BTD = self._hidden(ids_BT, starts_BT, None)
         dtype = compute_dtype(x_BTD)
         return x_BTD.flatten(0, 1).to(dtype), self._head_weight.to(dtype), targets_BT.flatten()
 
     def _check(self, ids_BT: Tensor, starts_BT: Tensor | None, trace: Trace | None) -> None:
-        if ids_BT.dtype != torch.int64 or ids_BT.ndim != 2 or not 1 <= ids_BT.shape[1] <= self.config.max_tokens:
-            raise InputError(f"ids: expected int64 [B, T] of 1 to {self.config.max_tokens} tokens, "
-                             f"found {ids_BT.dtype} {list(ids_BT.shape)}")
+        if (
+            ids_BT.dtype != torch.int64
+            or ids_BT.ndim != 2
+            or not 1 <= ids_BT.shape[1] <= self.config.max_tokens
+        ):
+            raise InputError(
+                f"ids: expected int64 [B, T] of 1 to {self.config.max_tokens} tokens, "
+                f"found {ids_BT.dtype} {list(ids_BT.shape)}"
+            )
         low, high = (int(value) for value in ids_BT.aminmax())
         if low < 0 or high >= self.config.vocab_size:
-            raise InputError(f"ids: expected 0 to {self.config.vocab_size - 1}, found {low} to {high}")
-        if starts_BT is not None and (starts_BT.dtype != torch.bool or starts_BT.shape != ids_BT.shape):
-            raise InputError(f"starts: expected bool {list(ids_BT.shape)}, "
-                             f"found {starts_BT.dtype} {list(starts_BT.shape)}")
+            raise InputError(
+                f"ids: expected 0 to {self.config.vocab_size - 1}, found {low} to {high}"
+            )
+        if starts_BT is not None and (
+            starts_BT.dtype != torch.bool or starts_BT.shape != ids_BT.shape
+        ):
+            raise InputError(
+                f"starts: expected bool {list(ids_BT.shape)}, "
+                f"found {starts_BT.dtype} {list(starts_BT.shape)}"
+            )
         if trace is not None and self.memory is None:
             raise InputError("trace: expected a model with a memory")
 
     def _init_weights(self) -> None:
-        """Matrices keep the scale of their input; those that write to the residual stream start smaller with depth.
+        """Matrices keep the scale of their input; those that write to the residual stream start
+        smaller with depth.
 
-        An embedding that is not the head has unit variance: at D ** -0.5 the demo's loss was 0.27 nats higher after 200
-        steps, at a half and at two it was the same.
+        An embedding that is not the head has unit variance: at D ** -0.5 the demo's loss was 0.27
+        nats higher after 200 steps, at a half and at two it was the same.
         """
         depth = (2 * self.config.layers) ** -0.5
         for name, weight in self.named_parameters():
-            if weight.ndim > 1 and not name.startswith("memory."):  # axis 1 is what a weight reads, in all of them
+            if weight.ndim > 1 and not name.startswith(
+                "memory."
+            ):  # axis 1 is what a weight reads, in all of them
                 scale = depth if name.endswith((".out.weight", ".down.weight", ".down")) else 1.0
                 nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
         if self.head is not None:
@@ -235,7 +303,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, config.eps)
         self.ffn: MoE | SwiGLU
         if layer in config.moe_layers:
-            self.ffn = MoE(config.hidden_size, config.experts, config.top_k, config.expert_ffn, config.shared_ffn)
+            self.ffn = MoE(
+                config.hidden_size,
+                config.experts,
+                config.top_k,
+                config.expert_ffn,
+                config.shared_ffn,
+            )
         else:
             self.ffn = SwiGLU(config.hidden_size, config.ffn)
 
@@ -256,21 +330,29 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """mask: f32 [B, 1, T, T], 0 or -inf; None = one document a row."""
         batch, tokens, hidden = x_BTD.shape
-        # One multiplication over the contiguous projection, values included (times one), is several times faster
-        # than slicing queries and keys out.
-        pairs = torch.view_as_complex(self.qkv(x_BTD).float().view(batch, tokens, 3, self.heads, -1, 2))
+        # One multiplication over the contiguous projection, values included (times one), is several
+        # times faster than slicing queries and keys out.
+        pairs = torch.view_as_complex(
+            self.qkv(x_BTD).float().view(batch, tokens, 3, self.heads, -1, 2)
+        )
         heads = torch.view_as_real(pairs * rotation).flatten(-2)
         query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None
+        )
         return self.out(out.transpose(1, 2).reshape(batch, tokens, hidden))
 
 
 def _rotation(config: LMConfig) -> Tensor:
-    """Rotary factors (arXiv 2104.09864) as f32 [max_tokens, 3, 1, pairs, 2]: query, key, and 1 for the value."""
+    """Rotary factors (arXiv 2104.09864) as f32 [max_tokens, 3, 1, pairs, 2]: query, key, and 1 for
+    the value."""
     pairs = config.hidden_size // config.heads // 2
     rates = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
     angle = torch.arange(config.max_tokens, dtype=torch.float32)[:, None] * rates
-    turned, fixed = torch.stack([angle.cos(), angle.sin()], -1), torch.zeros(config.max_tokens, pairs, 2)
+    turned, fixed = (
+        torch.stack([angle.cos(), angle.sin()], -1),
+        torch.zeros(config.max_tokens, pairs, 2),
+    )
     fixed[..., 0] = 1
     return torch.stack([turned, turned, fixed], 1)[:, :, None]
 
@@ -286,13 +368,19 @@ def _document_mask(starts_BT: Tensor) -> Tensor:
 def _check_memory(config: LMConfig, memory: EngramMemory) -> None:
     layer = memory.config.layer
     if (layer.hidden_size, layer.streams) != (config.hidden_size, 1):
-        raise ConfigError(f"memory: expected hidden_size {config.hidden_size} and 1 stream, "
-                          f"found {layer.hidden_size} and {layer.streams}")
+        raise ConfigError(
+            f"memory: expected hidden_size {config.hidden_size} and 1 stream, "
+            f"found {layer.hidden_size} and {layer.streams}"
+        )
     if memory.vocab.raw_size != config.vocab_size:
-        raise ConfigError(f"memory: expected a map of the model's {config.vocab_size} ids, "
-                          f"found one of {memory.vocab.raw_size}")
+        raise ConfigError(
+            f"memory: expected a map of the model's {config.vocab_size} ids, "
+            f"found one of {memory.vocab.raw_size}"
+        )
     if not set(memory.layers) <= set(range(config.layers)):
-        raise ConfigError(f"memory: expected layers of 0 to {config.layers - 1}, found {list(memory.layers)}")
+        raise ConfigError(
+            f"memory: expected layers of 0 to {config.layers - 1}, found {list(memory.layers)}"
+        )
 
 
 def _at_least(least: int, name: str, value: Any) -> None:

@@ -1,8 +1,9 @@
-"""Feed-forward layers of the reference model: SwiGLU, and a mixture of experts with one shared expert.
+"""Feed-forward layers of the reference model: SwiGLU, and a mixture of experts with one shared
+expert.
 
-No token is ever dropped, and no loss term balances the experts: a bias on the choice does (auxiliary-loss-free
-balancing, arXiv 2408.15664), moved in proportion to the load error, since its sign alone lets single experts run away
-in models this small.
+No token is ever dropped, and no loss term balances the experts: a bias on the choice does
+(auxiliary-loss-free balancing, arXiv 2408.15664), moved in proportion to the load error, since its
+sign alone lets single experts run away in models this small.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ class SwiGLU(nn.Module):
 class MoE(nn.Module):
     """shared(x) + sum over the top_k chosen experts of weight * expert(x), for x [B, T, D].
 
-    Scores are sigmoids of a linear router; `balance` f32 [experts] is added for the choice alone, the weights are the
-    plain scores of the chosen experts, normalised to one. Forwards in training mode with gradients enabled add up the
-    tokens of each expert; `rebalance` moves `balance` (a buffer, so a checkpoint keeps it) once an optimiser step: a
-    forward that is run again for activation checkpointing has to route as it did. shared_width 0: no shared expert.
+    Scores are sigmoids of a linear router; `balance` f32 [experts] is added for the choice alone,
+    the weights are the plain scores of the chosen experts, normalised to one. Forwards in training
+    mode with gradients enabled add up the tokens of each expert; `rebalance` moves `balance` (a
+    buffer, so a checkpoint keeps it) once an optimiser step: a forward that is run again for
+    activation checkpointing has to route as it did. shared_width 0: no shared expert.
     """
 
     balance: Tensor
 
-    def __init__(self, hidden_size: int, experts: int, top_k: int, expert_width: int, shared_width: int):
+    def __init__(
+        self, hidden_size: int, experts: int, top_k: int, expert_width: int, shared_width: int
+    ):
         super().__init__()
         self.experts, self.top_k = experts, top_k
         self.router = nn.Linear(hidden_size, experts, bias=False)
@@ -58,7 +62,8 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         chosen_NK, weight_NK = self._route(x_ND)
-        # Sorted by expert, each expert's tokens lie side by side: one small matmul each, no padding, no drop.
+        # Sorted by expert, each expert's tokens lie side by side: one small matmul each, no
+        # padding, no drop.
         expert_M, order_M = chosen_NK.flatten().sort(stable=True)
         token_M = order_M // self.top_k
         load = torch.bincount(expert_M, minlength=self.experts)
@@ -75,12 +80,15 @@ class MoE(nn.Module):
     def _route(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts int64 [N, K] and their weights f32 [N, K]."""
         score_NE = torch.sigmoid(self.router(x_ND).float())
-        chosen_NK = (score_NE.detach() + self.balance).topk(self.top_k, dim=-1, sorted=False).indices
+        chosen_NK = (
+            (score_NE.detach() + self.balance).topk(self.top_k, dim=-1, sorted=False).indices
+        )
         weight_NK = score_NE.gather(1, chosen_NK)
         return chosen_NK, weight_NK / weight_NK.sum(-1, keepdim=True).clamp_min(1e-20)
 
     def rebalance(self) -> None:
-        """Move `balance` by the load error of the forwards since the last call, and leave their tokens in `load`."""
+        """Move `balance` by the load error of the forwards since the last call, and leave their
+        tokens in `load`."""
         if self._counted is None:
             return
         self.load, self._counted = self._counted, None
@@ -95,11 +103,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def grouped_matmul(x_MK: Tensor, weight_EKN: Tensor, sizes: list[int]) -> Tensor:
-    """Rows of x in consecutive groups of `sizes`, group e times weight[e]: [M, N]. Groups may be empty.
+    """Rows of x in consecutive groups of `sizes`, group e times weight[e]: [M, N]. Groups may be
+    empty.
 
-    One autograd node over a loop of matmuls. On one core it took 13 ms where padding to the longest group for bmm took
-    20, a loop that autograd records 26 and torch's own grouped_mm (which older releases lack for float32) 12: 4,096
-    rows, 32 experts, both layers of an expert, forward and backward.
+    One autograd node over a loop of matmuls. On one core it took 13 ms where padding to the longest
+    group for bmm took 20, a loop that autograd records 26 and torch's own grouped_mm (which older
+    releases lack for float32) 12: 4,096 rows, 32 experts, both layers of an expert, forward and
+    backward.
     """
     return _GroupedMatmul.apply(x_MK, weight_EKN, sizes)  # type: ignore[no-any-return]
 
@@ -118,8 +128,14 @@ class _GroupedMatmul(torch.autograd.Function):
     def backward(ctx, grad_MN: Tensor):  # type: ignore[override]
         x_MK, weight_EKN = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x_MK), torch.empty_like(weight_EKN)
-        groups = zip(x_MK.split(ctx.sizes), weight_EKN, grad_MN.split(ctx.sizes), grad_x.split(ctx.sizes), grad_weight,
-                     strict=True)
+        groups = zip(
+            x_MK.split(ctx.sizes),
+            weight_EKN,
+            grad_MN.split(ctx.sizes),
+            grad_x.split(ctx.sizes),
+            grad_weight,
+            strict=True,
+        )
         for x, weight, grad, to_x, to_weight in groups:
             torch.mm(grad, weight.t(), out=to_x)
             torch.mm(x.t(), grad, out=to_weight)  # an empty group has a zero gradient

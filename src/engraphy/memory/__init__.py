@@ -1,4 +1,5 @@
-"""The memory of a model: addresses, rows and fusion together, and the state of the sequences it reads."""
+"""The memory of a model: addresses, rows and fusion together, and the state of the sequences it
+reads."""
 
 from .grads import RowGrad
 from .lookup import Lookup, Trace

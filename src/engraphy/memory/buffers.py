@@ -15,7 +15,8 @@ _LEAST = 1024  # values
 class BufferPool:
     """Keeps up to `limit` bytes that nothing refers to. pinned: page-locked, for copies to a GPU.
 
-    Not safe for several threads at once: its owner holds a lock. What comes back may come at any time.
+    Not safe for several threads at once: its owner holds a lock. What comes back may come at any
+    time.
     """
 
     def __init__(self, limit: int, pinned: bool = False) -> None:
@@ -27,8 +28,9 @@ class BufferPool:
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         """float32 of this shape, filled with anything.
 
-        The life of this very array is watched, not that of views of it: a tensor made from it (`torch.from_numpy`)
-        keeps it, and whatever is made from the tensor keeps the tensor's memory.
+        The life of this very array is watched, not that of views of it: a tensor made from it
+        (`torch.from_numpy`) keeps it, and whatever is made from the tensor keeps the tensor's
+        memory.
         """
         while self._returned:
             memory = self._returned.popleft()
@@ -50,7 +52,11 @@ class BufferPool:
         return memory
 
     def _new(self, size: int) -> np.ndarray:
-        return torch.empty(size, pin_memory=True).numpy() if self._pinned else np.empty(size, np.float32)
+        return (
+            torch.empty(size, pin_memory=True).numpy()
+            if self._pinned
+            else np.empty(size, np.float32)
+        )
 
 
 def _give_back(pool: weakref.ref[BufferPool], memory: np.ndarray) -> None:

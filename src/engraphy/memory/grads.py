@@ -26,14 +26,16 @@ class RowGrad(NamedTuple):
 
 
 class SummedGrad(NamedTuple):
-    """Gradient of one layer's rows: ids int64 [U], ascending and distinct; grad f32 [U, d], duplicates summed."""
+    """Gradient of one layer's rows: ids int64 [U], ascending and distinct; grad f32 [U, d],
+    duplicates summed."""
 
     ids: np.ndarray
     grad: np.ndarray
 
 
 def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
-    """Sort row gradients by id and sum duplicates, per layer. The order of the sum is that of the batch: repeatable."""
+    """Sort row gradients by id and sum duplicates, per layer. The order of the sum is that of the
+    batch: repeatable."""
     by_layer: dict[int, list[RowGrad]] = {}
     for entry in row_grads:
         by_layer.setdefault(entry.layer, []).append(entry)
@@ -43,7 +45,11 @@ def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
         grad_Nd = np.concatenate([entry.grad for entry in entries])
         order = np.argsort(ids_N, kind="stable")
         ids_N = ids_N[order]
-        firsts = np.flatnonzero(np.concatenate([[True], ids_N[1:] != ids_N[:-1]])) if len(ids_N) else order
+        firsts = (
+            np.flatnonzero(np.concatenate([[True], ids_N[1:] != ids_N[:-1]]))
+            if len(ids_N)
+            else order
+        )
         grad_Ud = grad_Nd
         if len(ids_N):
             with np.errstate(invalid="ignore"):  # inf - inf: whoever steps says which row it is
@@ -55,9 +61,9 @@ def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
 class Waiting:
     """Looks after row gradients that wait to be drained: sums them, and warns if nobody drains.
 
-    Those of a layer are summed by row once more rows wait than twice what the last sum has left, and
-    than the table has (or 16,384). The order of the sum stays, but numpy adds long runs in parts: the
-    result equals one sum at the end up to rounding.
+    Those of a layer are summed by row once more rows wait than twice what the last sum has left,
+    and than the table has (or 16,384). The order of the sum stays, but numpy adds long runs in
+    parts: the result equals one sum at the end up to rounding.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Lookup: the rows of one chunk, on their way from `EngramMemory.lookup` to the blocks; and Trace, what was let in."""
+"""Lookup: the rows of one chunk, on their way from `EngramMemory.lookup` to the blocks; and Trace,
+what was let in."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from .state import SequenceState
 
 @dataclass
 class Trace:
-    """What a forward did, for looking inside: filled by `lookup` and `apply` when handed to `lookup`.
+    """What a forward did, for looking inside: filled by `lookup` and `apply` when handed to
+    `lookup`.
 
     row_ids: layer -> int64 [B, T, C]. gates: layer -> f32 [B, T, S], 0 at dead positions.
     """
@@ -28,12 +30,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Rows of one chunk for every memory layer. rows: layer -> [B, T, E], leaves that require grad while training; a
-    layer that is still being read is waited for when it is first asked for.
+    """Rows of one chunk for every memory layer. rows: layer -> [B, T, E], leaves that require grad
+    while training; a layer that is still being read is waited for when it is first asked for.
 
-    present: bool [B, T], False = no token of the sequence stands here. order: int64 [B, T], positions in the order in
-    which convs see them, absent ones last; None = as they stand. off: the memory was disabled; there
-    are no rows, and `apply` adds nothing.
+    present: bool [B, T], False = no token of the sequence stands here. order: int64 [B, T],
+    positions in the order in which convs see them, absent ones last; None = as they stand. off: the
+    memory was disabled; there are no rows, and `apply` adds nothing.
     """
 
     rows: Mapping[int, Tensor]
@@ -72,14 +74,23 @@ class Rows(Mapping[int, Tensor]):
 def check_present(present_BT: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The flags as they are. Raises InputError unless they are bool of this shape."""
     if present_BT.dtype != np.bool_ or present_BT.shape != shape:
-        raise InputError(f"present: expected bool {list(shape)}, "
-                         f"found {present_BT.dtype} {list(present_BT.shape)}")
+        raise InputError(
+            f"present: expected bool {list(shape)}, "
+            f"found {present_BT.dtype} {list(present_BT.shape)}"
+        )
     return present_BT
 
 
-def row_ids_of(addresser: Addresser, ids_BT: np.ndarray, state: SequenceState | None, live: np.ndarray | None,
-               starts: np.ndarray | None, present: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Row ids int64 [L, B, T, C] of a chunk that follows `state`, and the order of its positions (`Lookup.order`)."""
+def row_ids_of(
+    addresser: Addresser,
+    ids_BT: np.ndarray,
+    state: SequenceState | None,
+    live: np.ndarray | None,
+    starts: np.ndarray | None,
+    present: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Row ids int64 [L, B, T, C] of a chunk that follows `state`, and the order of its positions
+    (`Lookup.order`)."""
     history = None if state is None else state.history
     if present is None:
         return addresser.all_rows(ids_BT, history, live, starts), None
@@ -88,7 +99,10 @@ def row_ids_of(addresser: Addresser, ids_BT: np.ndarray, state: SequenceState | 
     order = _gap_order(present, first=state is None or state.length == 0)
     if order is None:
         return addresser.all_rows(ids_BT, history, live, starts), None
-    ids_BT, live = np.take_along_axis(ids_BT, order, axis=1), np.take_along_axis(live, order, axis=1)
+    ids_BT, live = (
+        np.take_along_axis(ids_BT, order, axis=1),
+        np.take_along_axis(live, order, axis=1),
+    )
     if starts is not None:
         starts = np.take_along_axis(starts, order, axis=1)
     rows_LBTC = addresser.all_rows(ids_BT, history, live, starts)
@@ -96,9 +110,11 @@ def row_ids_of(addresser: Addresser, ids_BT: np.ndarray, state: SequenceState | 
     return np.take_along_axis(rows_LBTC, back, axis=2), order
 
 
-def alive_in(vocab: VocabMap, ids_BT: np.ndarray, live: np.ndarray | None,
-             present: np.ndarray | None) -> np.ndarray | None:
-    """Which positions are live, present and have a token in the vocabulary map, bool [B, T]; None = all."""
+def alive_in(
+    vocab: VocabMap, ids_BT: np.ndarray, live: np.ndarray | None, present: np.ndarray | None
+) -> np.ndarray | None:
+    """Which positions are live, present and have a token in the vocabulary map, bool [B, T]; None =
+    all."""
     if present is not None:
         live = present if live is None else live & present
     if not vocab.has_dead_ids:
@@ -109,10 +125,12 @@ def alive_in(vocab: VocabMap, ids_BT: np.ndarray, live: np.ndarray | None,
 
 
 def _gap_order(present_BT: np.ndarray, first: bool) -> np.ndarray | None:
-    """int64 [B, T]: the positions of each sequence, those that are present first, both in their order.
+    """int64 [B, T]: the positions of each sequence, those that are present first, both in their
+    order.
 
-    None if they can stay as they are: no token follows an absent position. Nor do absent positions before the first
-    token of all (first: nothing came before this chunk) matter, since nothing is there to look back to.
+    None if they can stay as they are: no token follows an absent position. Nor do absent positions
+    before the first token of all (first: nothing came before this chunk) matter, since nothing is
+    there to look back to.
     """
     seen_BT = present_BT.cumsum(1) > 0 if first else np.ones_like(present_BT)
     followed_BT = present_BT[:, ::-1].cumsum(1)[:, ::-1] > 0

@@ -1,4 +1,5 @@
-"""What stores and the prefetcher have counted, for people (a table) and for Prometheus (its text format)."""
+"""What stores and the prefetcher have counted, for people (a table) and for Prometheus (its text
+format)."""
 
 from __future__ import annotations
 
@@ -10,17 +11,28 @@ from ..store import RowStore, StoreStats
 from ..store.latency import Latency
 from .prefetch import PrefetchStats
 
-_LIMITS = [2.0**power * 1e-9 for power in range(10, 35, 2)]  # 1 us to 17 s: limits of Latency's own buckets
+_LIMITS = [
+    2.0**power * 1e-9 for power in range(10, 35, 2)
+]  # 1 us to 17 s: limits of Latency's own buckets
 _STORE_COUNTERS = {
-    "gathers": "Calls that read rows.", "rows": "Rows read.", "bytes": "Bytes of the rows read.",
-    "reads": "Reads that the system was asked for.", "read_bytes": "Bytes that the system was asked for.",
-    "hits": "Rows that the cache had.", "misses": "Rows that the cache read from the store behind it.",
+    "gathers": "Calls that read rows.",
+    "rows": "Rows read.",
+    "bytes": "Bytes of the rows read.",
+    "reads": "Reads that the system was asked for.",
+    "read_bytes": "Bytes that the system was asked for.",
+    "hits": "Rows that the cache had.",
+    "misses": "Rows that the cache read from the store behind it.",
 }
 _PREFETCH_COUNTERS = {
-    "tickets": "Tickets submitted.", "inline": "Tickets that were read at once.", "cancelled": "Tickets given up.",
+    "tickets": "Tickets submitted.",
+    "inline": "Tickets that were read at once.",
+    "cancelled": "Tickets given up.",
     "rows": "Rows asked for.",
 }
-_PREFETCH_GAUGES = {"waiting": "Tickets that are not read yet.", "bytes_in_flight": "Bytes of rows not read yet."}
+_PREFETCH_GAUGES = {
+    "waiting": "Tickets that are not read yet.",
+    "bytes_in_flight": "Bytes of rows not read yet.",
+}
 
 
 def describe(stores: Mapping[int, RowStore]) -> str:
@@ -28,11 +40,19 @@ def describe(stores: Mapping[int, RowStore]) -> str:
     parts = []
     for layer, store in stores.items():
         names = " over ".join(name for name, _ in _chain(store))
-        parts.append(f"layer {layer}: {names}, {store.info.rows} rows of {store.info.row_bytes} bytes")
+        parts.append(
+            f"layer {layer}: {names}, {store.info.rows} rows of {store.info.row_bytes} bytes"
+        )
     info = next(iter(stores.values())).info
-    fmt = "rows of no known format" if info.format is None else f"rows {info.format.kind}, d = {info.format.d}"
-    return (f"{'; '.join(parts)}; {fmt}; from {info.path or 'memory'}; table_id {info.table_id}; "
-            f"address digest {info.address_digest}")
+    fmt = (
+        "rows of no known format"
+        if info.format is None
+        else f"rows {info.format.kind}, d = {info.format.d}"
+    )
+    return (
+        f"{'; '.join(parts)}; {fmt}; from {info.path or 'memory'}; table_id {info.table_id}; "
+        f"address digest {info.address_digest}"
+    )
 
 
 def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> Table:
@@ -42,34 +62,65 @@ def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None)
         found.add_column(name, justify="right")
     for layer, store in stores.items():
         for name, stats in _chain(store):
-            found.add_row(str(layer), name, f"{stats.gathers:,}", str(stats.under_way), f"{stats.rows:,}",
-                          f"{stats.bytes / 2**20:,.1f}",
-                          "" if stats.hit_rate is None else f"{stats.hit_rate:.1%}",
-                          "" if stats.amplification is None else f"{stats.amplification:.1f}",
-                          *(_duration(stats.latency.quantile(q)) for q in (0.5, 0.99)))
+            found.add_row(
+                str(layer),
+                name,
+                f"{stats.gathers:,}",
+                str(stats.under_way),
+                f"{stats.rows:,}",
+                f"{stats.bytes / 2**20:,.1f}",
+                "" if stats.hit_rate is None else f"{stats.hit_rate:.1%}",
+                "" if stats.amplification is None else f"{stats.amplification:.1f}",
+                *(_duration(stats.latency.quantile(q)) for q in (0.5, 0.99)),
+            )
     return found
 
 
 def prometheus(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> str:
     """The same in Prometheus' text format 0.0.4, ended by a line feed: names begin with engraphy_."""
-    chains = [({"layer": str(layer), "store": name}, stats)
-              for layer, store in stores.items() for name, stats in _chain(store)]
-    lines = _metric("engraphy_store_info", "gauge", "What is served; always 1.",
-                    [(_identity(layer, store), 1) for layer, store in stores.items()])
+    chains = [
+        ({"layer": str(layer), "store": name}, stats)
+        for layer, store in stores.items()
+        for name, stats in _chain(store)
+    ]
+    lines = _metric(
+        "engraphy_store_info",
+        "gauge",
+        "What is served; always 1.",
+        [(_identity(layer, store), 1) for layer, store in stores.items()],
+    )
     for name, text in _STORE_COUNTERS.items():
-        values = [(labels, getattr(stats, name)) for labels, stats in chains if getattr(stats, name) is not None]
+        values = [
+            (labels, getattr(stats, name))
+            for labels, stats in chains
+            if getattr(stats, name) is not None
+        ]
         lines += _metric(f"engraphy_store_{name}_total", "counter", text, values) if values else []
-    lines += _metric("engraphy_store_under_way", "gauge", "Calls that have not returned.",
-                     [(labels, stats.under_way) for labels, stats in chains])
-    lines += _histogram("engraphy_store_gather_seconds", "How long calls took.",
-                        [(labels, stats.latency) for labels, stats in chains])
+    lines += _metric(
+        "engraphy_store_under_way",
+        "gauge",
+        "Calls that have not returned.",
+        [(labels, stats.under_way) for labels, stats in chains],
+    )
+    lines += _histogram(
+        "engraphy_store_gather_seconds",
+        "How long calls took.",
+        [(labels, stats.latency) for labels, stats in chains],
+    )
     if prefetch is not None:
         for name, text in _PREFETCH_COUNTERS.items():
-            lines += _metric(f"engraphy_prefetch_{name}_total", "counter", text, [({}, getattr(prefetch, name))])
+            lines += _metric(
+                f"engraphy_prefetch_{name}_total", "counter", text, [({}, getattr(prefetch, name))]
+            )
         for name, text in _PREFETCH_GAUGES.items():
-            lines += _metric(f"engraphy_prefetch_{name}", "gauge", text, [({}, getattr(prefetch, name))])
-        lines += _histogram("engraphy_prefetch_wait_seconds", "How long the model waited for rows.",
-                            [({}, prefetch.waited)])
+            lines += _metric(
+                f"engraphy_prefetch_{name}", "gauge", text, [({}, getattr(prefetch, name))]
+            )
+        lines += _histogram(
+            "engraphy_prefetch_wait_seconds",
+            "How long the model waited for rows.",
+            [({}, prefetch.waited)],
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -81,20 +132,35 @@ def _chain(store: RowStore | None) -> Iterator[tuple[str, StoreStats]]:
 
 def _identity(layer: int, store: RowStore) -> dict[str, str]:
     info = store.info
-    return {"layer": str(layer), "kind": info.kind, "table_id": str(info.table_id), "path": str(info.path),
-            "address_digest": str(info.address_digest), "format": info.format.kind if info.format else "None"}
+    return {
+        "layer": str(layer),
+        "kind": info.kind,
+        "table_id": str(info.table_id),
+        "path": str(info.path),
+        "address_digest": str(info.address_digest),
+        "format": info.format.kind if info.format else "None",
+    }
 
 
-def _metric(name: str, kind: str, text: str, values: list[tuple[dict[str, str], float]]) -> list[str]:
-    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}",
-            *(f"{name}{_labels(labels)} {value}" for labels, value in values)]
+def _metric(
+    name: str, kind: str, text: str, values: list[tuple[dict[str, str], float]]
+) -> list[str]:
+    return [
+        f"# HELP {name} {text}",
+        f"# TYPE {name} {kind}",
+        *(f"{name}{_labels(labels)} {value}" for labels, value in values),
+    ]
 
 
 def _histogram(name: str, text: str, values: list[tuple[dict[str, str], Latency]]) -> list[str]:
     lines = [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
     for labels, latency in values:
-        buckets = [(f"{limit:.9g}", latency.within(limit)) for limit in _LIMITS] + [("+Inf", latency.calls)]
-        lines += [f"{name}_bucket{_labels(labels | {'le': limit})} {calls}" for limit, calls in buckets]
+        buckets = [(f"{limit:.9g}", latency.within(limit)) for limit in _LIMITS] + [
+            ("+Inf", latency.calls)
+        ]
+        lines += [
+            f"{name}_bucket{_labels(labels | {'le': limit})} {calls}" for limit, calls in buckets
+        ]
         lines.append(f"{name}_sum{_labels(labels)} {latency.seconds:.9g}")
         lines.append(f"{name}_count{_labels(labels)} {latency.calls}")
     return lines
@@ -102,18 +168,27 @@ def _histogram(name: str, text: str, values: list[tuple[dict[str, str], Latency]
 
 def _labels(labels: Mapping[str, str]) -> str:
     escape = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    return "{" + ",".join(f'{name}="{value.translate(escape)}"' for name, value in labels.items()) + "}" \
-        if labels else ""
+    return (
+        "{"
+        + ",".join(f'{name}="{value.translate(escape)}"' for name, value in labels.items())
+        + "}"
+        if labels
+        else ""
+    )
 
 
 def _in_words(prefetch: PrefetchStats) -> str:
     p50, p99 = (_duration(prefetch.waited.quantile(q)) or "-" for q in (0.5, 0.99))
-    return (f"prefetch: {prefetch.tickets:,} tickets, {prefetch.inline:,} read at once, {prefetch.cancelled:,} given "
-            f"up; waiting {prefetch.waiting}, {prefetch.bytes_in_flight / 2**20:,.1f} MiB; waits p50 {p50}, p99 {p99}")
+    return (
+        f"prefetch: {prefetch.tickets:,} tickets, {prefetch.inline:,} read at once, {prefetch.cancelled:,} given "
+        f"up; waiting {prefetch.waiting}, {prefetch.bytes_in_flight / 2**20:,.1f} MiB; waits p50 {p50}, p99 {p99}"
+    )
 
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
-    unit, size = next(((unit, size) for unit, size in (("s", 1.0), ("ms", 1e-3)) if seconds >= size), ("us", 1e-6))
+    unit, size = next(
+        ((unit, size) for unit, size in (("s", 1.0), ("ms", 1e-3)) if seconds >= size), ("us", 1e-6)
+    )
     return f"{seconds / size:.3g} {unit}"

@@ -1,8 +1,10 @@
-"""What a SequenceState keeps: the last ids of each sequence, and of each layer the last inputs of its conv.
+"""What a SequenceState keeps: the last ids of each sequence, and of each layer the last inputs of
+its conv.
 
-Both are buffers of columns, one a position, with room behind what is kept, so that a decoded token is written and
-nothing is moved. A column may be absent in some sequences (a hole in a mask): it stays a column, since tokens are taken
-back by columns, and is passed over by what is read. Columns that are too old to be taken back are kept without holes.
+Both are buffers of columns, one a position, with room behind what is kept, so that a decoded token
+is written and nothing is moved. A column may be absent in some sequences (a hole in a mask): it
+stays a column, since tokens are taken back by columns, and is passed over by what is read. Columns
+that are too old to be taken back are kept without holes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ ABSENT = -2  # the id of a column that is no token of the sequence; a dead token
 
 
 class Past:
-    """The last ids of each sequence and where documents began: the columns before `end` of two buffers."""
+    """The last ids of each sequence and where documents began: the columns before `end` of two
+    buffers."""
 
     def __init__(self, batch: int):
         self.end = 0
@@ -33,9 +36,11 @@ class Past:
         self.holes = False  # whether a column was ever absent
         self.clear = 0  # from this column on no document begins and nothing is absent
 
-    def append(self, ids: np.ndarray, starts: np.ndarray | None, holes: bool, look_back: int, margin: int) -> None:
-        """Add columns. holes: some of `ids` may be ABSENT. look_back: ids that are read; margin: columns that may be
-        taken back."""
+    def append(
+        self, ids: np.ndarray, starts: np.ndarray | None, holes: bool, look_back: int, margin: int
+    ) -> None:
+        """Add columns. holes: some of `ids` may be ABSENT. look_back: ids that are read; margin:
+        columns that may be taken back."""
         self.holes = self.holes or holes
         self.marked = self.marked or starts is not None
         if not self.holes:
@@ -44,16 +49,18 @@ class Past:
         if self.end + count > self.ids.shape[1]:
             ids, starts = self._make_room(ids, starts, look_back, margin)
         first, self.end = self.end, self.end + ids.shape[1]
-        self.ids[:, first:self.end] = ids
+        self.ids[:, first : self.end] = ids
         if self.marked:
-            self.starts[:, first:self.end] = False if starts is None else starts
+            self.starts[:, first : self.end] = False if starts is None else starts
         if starts is not None or holes:
             self.clear = self.end
 
     def columns(self, count: int) -> Columns | None:
         """The `count` before the next id, and where that goes; None where only `append` will do."""
         ids, first = self.ids, self.end - count
-        if first < self.clear or self.end == ids.shape[1] or not ids.flags.writeable:  # a view of what was pickled
+        if (
+            first < self.clear or self.end == ids.shape[1] or not ids.flags.writeable
+        ):  # a view of what was pickled
             return None
         begin = _native.core.address(ids)
         return Columns(begin + first * 8, begin + self.end * 8, ids.shape[1])
@@ -64,17 +71,19 @@ class Past:
             self.starts[:, self.end] = False
         self.end += 1
 
-    def _make_room(self, ids: np.ndarray, starts: np.ndarray | None, look_back: int,
-                   margin: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Move what is kept to new buffers that have room. Returns the columns that are still to be written there."""
+    def _make_room(
+        self, ids: np.ndarray, starts: np.ndarray | None, look_back: int, margin: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Move what is kept to new buffers that have room. Returns the columns that are still to be
+        written there."""
         count, keep = ids.shape[1], look_back + margin
         if not self.holes:
             self._move(min(self.end, keep - count), count + keep)
             return ids, starts
         if starts is None:
             starts = np.zeros(ids.shape, dtype=bool)
-        all_ids = np.concatenate([self.ids[:, :self.end], ids], axis=1)
-        all_starts = np.concatenate([self.starts[:, :self.end], starts], axis=1)
+        all_ids = np.concatenate([self.ids[:, : self.end], ids], axis=1)
+        all_starts = np.concatenate([self.starts[:, : self.end], starts], axis=1)
         index = kept_columns(all_ids != ABSENT, look_back, margin)
         self.end = self.clear = 0
         self.ids = np.zeros((len(ids), index.shape[1] + keep), np.int64)
@@ -87,19 +96,20 @@ class Past:
         buffers = []
         for old in (self.ids, self.starts):
             new = np.zeros((len(old), kept + room), old.dtype)
-            new[:, :kept] = old[:, self.end - kept:self.end]
+            new[:, :kept] = old[:, self.end - kept : self.end]
             buffers.append(new)
         self.ids, self.starts = buffers
         self.clear = max(self.clear - (self.end - kept), 0)
         self.end = kept
 
     def last(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The last columns that are not absent, as many of `count` as there are, or -1 in front of them."""
+        """The last columns that are not absent, as many of `count` as there are, or -1 in front of
+        them."""
         first = max(self.end - count, 0)
-        ids, starts = self.ids[:, first:self.end], self.starts[:, first:self.end]
+        ids, starts = self.ids[:, first : self.end], self.starts[:, first : self.end]
         if not self.holes or not (ids == ABSENT).any():
             return ids, starts
-        index = last_present(self.ids[:, :self.end] != ABSENT, count)
+        index = last_present(self.ids[:, : self.end] != ABSENT, count)
         return taken(self.ids, index, -1), taken(self.starts, index, False)
 
     def take(self, index: np.ndarray) -> None:
@@ -116,14 +126,18 @@ class Past:
         joined = cls(sum(len(past.ids) for past in pasts))
         joined.end = joined.clear = max(past.end for past in pasts)
         joined.holes = joined.marked = True
-        joined.ids = np.concatenate([_padded(past.ids[:, :past.end], joined.end, ABSENT) for past in pasts])
-        joined.starts = np.concatenate([_padded(past.starts[:, :past.end], joined.end, False) for past in pasts])
+        joined.ids = np.concatenate(
+            [_padded(past.ids[:, : past.end], joined.end, ABSENT) for past in pasts]
+        )
+        joined.starts = np.concatenate(
+            [_padded(past.starts[:, : past.end], joined.end, False) for past in pasts]
+        )
         return joined
 
 
 class _Place(NamedTuple):
-    """What a buffer of conv inputs is: sequences, values of one column of all of them, bytes between columns; asking it
-    takes longer."""
+    """What a buffer of conv inputs is: sequences, values of one column of all of them, bytes
+    between columns; asking it takes longer."""
 
     batch: int
     values: int
@@ -136,14 +150,18 @@ class _Place(NamedTuple):
 
 
 class Window:
-    """The last conv inputs of one layer: the columns before `end` of a buffer, in front of them `size` zeros.
+    """The last conv inputs of one layer: the columns before `end` of a buffer, in front of them
+    `size` zeros.
 
-    A decoding step writes one column; where the buffer is full, what is kept moves to a new one with room behind it.
+    A decoding step writes one column; where the buffer is full, what is kept moves to a new one
+    with room behind it.
     """
 
     def __init__(self, size: int, margin: int):
         self.size, self.margin, self.keep = size, margin, size + margin
-        self.ahead: list[int] = []  # lengths of the chunks whose ids are known and whose inputs are still to come
+        self.ahead: list[
+            int
+        ] = []  # lengths of the chunks whose ids are known and whose inputs are still to come
         self.end = size
         self.inputs: Tensor | None = None  # [B, columns, S, D]
         self.place: _Place | None = None  # of inputs
@@ -162,7 +180,7 @@ class Window:
         self.ahead.pop(0)
         self.holes = self.holes or absent is not None
         if not self.holes:
-            inputs, starts = inputs[:, -self.keep:], _last(starts, self.keep)
+            inputs, starts = inputs[:, -self.keep :], _last(starts, self.keep)
         end = self.end + inputs.shape[1]
         if self.inputs is None or end > self.inputs.shape[1] or self._foreign(inputs):
             if self.holes:
@@ -172,8 +190,8 @@ class Window:
             end = self.end + inputs.shape[1]
         assert self.inputs is not None
         self.inputs.narrow(1, self.end, inputs.shape[1]).copy_(inputs)
-        self.starts[:, self.end:end] = False if starts is None else starts
-        self.absent[:, self.end:end] = False if absent is None else absent
+        self.starts[:, self.end : end] = False if starts is None else starts
+        self.absent[:, self.end : end] = False if absent is None else absent
         self.end = end
         if starts is not None and starts.any() or absent is not None:
             self.clear = end
@@ -181,14 +199,32 @@ class Window:
     def columns(self, x: Tensor) -> Columns | None:
         first = self.end - self.size
         buffer = self.inputs
-        if buffer is not None and (self.place is None or self.place.address != buffer.data_ptr()):  # deepcopy
-            self.place = _Place(len(buffer), buffer[:, 0].numel(), buffer.dtype, buffer.is_cpu, buffer.is_inference(),
-                                buffer.data_ptr(), buffer.stride(1) * buffer.itemsize, buffer.stride(0))
+        if buffer is not None and (
+            self.place is None or self.place.address != buffer.data_ptr()
+        ):  # deepcopy
+            self.place = _Place(
+                len(buffer),
+                buffer[:, 0].numel(),
+                buffer.dtype,
+                buffer.is_cpu,
+                buffer.is_inference(),
+                buffer.data_ptr(),
+                buffer.stride(1) * buffer.itemsize,
+                buffer.stride(0),
+            )
         at = self.place
-        if (at is None or len(x) != at.batch or x.numel() != at.values or not at.cpu
-                or torch.promote_types(x.dtype, torch.float32) is not at.dtype or self.ahead[:1] != [1]
-                or self.end == self.starts.shape[1] or first < self.clear
-                or at.inference and not torch.is_inference_mode_enabled()):
+        if (
+            at is None
+            or len(x) != at.batch
+            or x.numel() != at.values
+            or not at.cpu
+            or torch.promote_types(x.dtype, torch.float32) is not at.dtype
+            or self.ahead[:1] != [1]
+            or self.end == self.starts.shape[1]
+            or first < self.clear
+            or at.inference
+            and not torch.is_inference_mode_enabled()
+        ):
             return None
         return Columns(at.address + first * at.column, at.address + self.end * at.column, at.stride)
 
@@ -199,9 +235,14 @@ class Window:
         self.end += 1
 
     def _foreign(self, inputs: Tensor) -> bool:
-        """Whether the buffer cannot be written to as it is: another dtype, or made in inference mode and used after."""
+        """Whether the buffer cannot be written to as it is: another dtype, or made in inference
+        mode and used after."""
         assert self.inputs is not None
-        return inputs.dtype != self.inputs.dtype or self.inputs.is_inference() and not torch.is_inference_mode_enabled()
+        return (
+            inputs.dtype != self.inputs.dtype
+            or self.inputs.is_inference()
+            and not torch.is_inference_mode_enabled()
+        )
 
     def _move(self, inputs: Tensor) -> None:
         """To a new buffer that has room for these inputs."""
@@ -209,19 +250,22 @@ class Window:
         columns = kept + inputs.shape[1] + self.keep // 4 + 1
         buffer, starts, absent = self._new(inputs, columns)
         if self.inputs is not None:
-            buffer[:, :kept] = self.inputs[:, self.end - kept:self.end]
-            starts[:, :kept] = self.starts[:, self.end - kept:self.end]
+            buffer[:, :kept] = self.inputs[:, self.end - kept : self.end]
+            starts[:, :kept] = self.starts[:, self.end - kept : self.end]
         self.inputs, self.place, self.starts, self.absent = buffer, None, starts, absent
         self.clear = max(self.clear - (self.end - kept), 0)
         self.end = kept
 
-    def _compact(self, inputs: Tensor, starts: np.ndarray | None, absent: np.ndarray | None) -> None:
-        """To a new buffer that ends with these inputs, what is too old to be taken back without its holes."""
+    def _compact(
+        self, inputs: Tensor, starts: np.ndarray | None, absent: np.ndarray | None
+    ) -> None:
+        """To a new buffer that ends with these inputs, what is too old to be taken back without its
+        holes."""
         nothing = np.zeros(tuple(inputs.shape[:2]), dtype=bool)
         old, old_starts, old_absent = self._new(inputs, self.end)
         if self.inputs is not None:
-            old[:] = self.inputs[:, :self.end]
-            old_starts[:], old_absent[:] = self.starts[:, :self.end], self.absent[:, :self.end]
+            old[:] = self.inputs[:, : self.end]
+            old_starts[:], old_absent[:] = self.starts[:, : self.end], self.absent[:, : self.end]
         all_starts = np.concatenate([old_starts, nothing if starts is None else starts], axis=1)
         all_absent = np.concatenate([old_absent, nothing if absent is None else absent], axis=1)
         index = kept_columns(~all_absent, self.size, self.margin)
@@ -234,17 +278,25 @@ class Window:
 
     def _new(self, inputs: Tensor, columns: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Zeros: a buffer of `columns` for inputs like these, starts and absences of its columns."""
-        dtype = inputs.dtype if self.inputs is None else torch.promote_types(inputs.dtype, self.inputs.dtype)
+        dtype = (
+            inputs.dtype
+            if self.inputs is None
+            else torch.promote_types(inputs.dtype, self.inputs.dtype)
+        )
         buffer = inputs.new_zeros(len(inputs), columns, *inputs.shape[2:], dtype=dtype)
-        return buffer, np.zeros((len(inputs), columns), dtype=bool), np.zeros((len(inputs), columns), dtype=bool)
+        return (
+            buffer,
+            np.zeros((len(inputs), columns), dtype=bool),
+            np.zeros((len(inputs), columns), dtype=bool),
+        )
 
     def read(self) -> Tensor | None:
         if self.inputs is None:
             return None
         first = self.end - self.size
-        window, starts = self.inputs.narrow(1, first, self.size), self.starts[:, first:self.end]
-        if self.holes and self.absent[:, first:self.end].any():
-            index = last_present(~self.absent[:, :self.end], self.size)
+        window, starts = self.inputs.narrow(1, first, self.size), self.starts[:, first : self.end]
+        if self.holes and self.absent[:, first : self.end].any():
+            index = last_present(~self.absent[:, : self.end], self.size)
             window, starts = _taken_inputs(self.inputs, index), taken(self.starts, index, False)
         if not starts.any():
             return window
@@ -263,7 +315,9 @@ class Window:
     def take(self, index: np.ndarray) -> None:
         if self.inputs is not None:
             self.place = None
-            self.inputs = self.inputs.index_select(0, torch.from_numpy(index).to(self.inputs.device))
+            self.inputs = self.inputs.index_select(
+                0, torch.from_numpy(index).to(self.inputs.device)
+            )
             self.starts, self.absent = self.starts[index], self.absent[index]
 
     def to(self, device: torch.device | str) -> None:
@@ -272,7 +326,11 @@ class Window:
 
     def clone(self) -> Window:
         other = copy.copy(self)
-        other.ahead, other.starts, other.absent = list(self.ahead), self.starts.copy(), self.absent.copy()
+        other.ahead, other.starts, other.absent = (
+            list(self.ahead),
+            self.starts.copy(),
+            self.absent.copy(),
+        )
         other.inputs, other.place = None if self.inputs is None else self.inputs.clone(), None
         return other
 
@@ -294,16 +352,19 @@ class Window:
         for window, batch in zip(windows, batches, strict=True):
             part = slice(first, first + batch), slice(end - window.end, end)
             if window.inputs is not None:
-                joined.inputs[part] = window.inputs[:, :window.end].to(joined.inputs.device)
-                joined.starts[part], joined.absent[part] = (window.starts[:, :window.end],
-                                                            window.absent[:, :window.end])
+                joined.inputs[part] = window.inputs[:, : window.end].to(joined.inputs.device)
+                joined.starts[part], joined.absent[part] = (
+                    window.starts[:, : window.end],
+                    window.absent[:, : window.end],
+                )
             first += batch
         return joined
 
 
 def kept_columns(present_Bn: np.ndarray, look_back: int, margin: int) -> np.ndarray:
-    """int64 [B, columns]: the columns to keep. The last `margin` are kept as they are, since they may be taken back;
-    before them the last `look_back` that are present, -1 where there are fewer."""
+    """int64 [B, columns]: the columns to keep. The last `margin` are kept as they are, since they
+    may be taken back; before them the last `look_back` that are present, -1 where there are fewer.
+    """
     batch, count = present_Bn.shape
     recent = max(count - margin, 0)
     older = last_present(present_Bn[:, :recent], look_back)
@@ -311,7 +372,8 @@ def kept_columns(present_Bn: np.ndarray, look_back: int, margin: int) -> np.ndar
 
 
 def last_present(present_Bn: np.ndarray, count: int) -> np.ndarray:
-    """int64 [B, count]: the last columns that are present, in order; -1 in front where there are fewer."""
+    """int64 [B, count]: the last columns that are present, in order; -1 in front where there are
+    fewer."""
     order = np.argsort(present_Bn, axis=1, kind="stable")  # absent ones first
     order = np.where(np.take_along_axis(present_Bn, order, axis=1), order, -1)
     missing = max(count - order.shape[1], 0)
@@ -349,4 +411,4 @@ def _last(values_Bn: np.ndarray, count: int) -> np.ndarray: ...
 @overload
 def _last(values_Bn: None, count: int) -> None: ...
 def _last(values_Bn: np.ndarray | None, count: int) -> np.ndarray | None:
-    return None if values_Bn is None else values_Bn[:, max(values_Bn.shape[1] - count, 0):]
+    return None if values_Bn is None else values_Bn[:, max(values_Bn.shape[1] - count, 0) :]

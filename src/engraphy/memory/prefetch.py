@@ -3,8 +3,9 @@
     ticket = prefetcher.submit({1: ids_BTC, 14: ids_BTC})     # as soon as the tokens are known
     rows = ticket.wait()                                      # {1: rows_BTE, 14: rows_BTE}, when layer 1 needs them
 
-One thread reads, first in first out; whatever goes on in parallel goes on inside a store. A few rows of memory are read
-at once, by the caller: handing them over would take longer. Knows neither tokens nor models.
+One thread reads, first in first out; whatever goes on in parallel goes on inside a store. A few
+rows of memory are read at once, by the caller: handing them over would take longer. Knows neither
+tokens nor models.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ from ..store.latency import BUCKETS, Latency, bucket_of, latency_of
 from .buffers import BufferPool
 
 LIMIT = 1 << 30
-FEW_ROWS = 1024  # read from memory in about the time that it takes to hand them to another thread and back
+FEW_ROWS = (
+    1024  # read from memory in about the time that it takes to hand them to another thread and back
+)
 
 
 @dataclass(frozen=True)
 class PrefetchStats:
-    """What has been submitted. inline: what was read at once, by whoever asked. waiting, bytes_in_flight: tickets that
-    are not read yet, and the bytes of their rows, now. waited: how long `wait` took for the others, the first time."""
+    """What has been submitted. inline: what was read at once, by whoever asked. waiting,
+    bytes_in_flight: tickets that are not read yet, and the bytes of their rows, now. waited: how
+    long `wait` took for the others, the first time."""
 
     tickets: int
     inline: int
@@ -50,23 +54,31 @@ class PrefetchStats:
 
 
 class Prefetcher:
-    """Reads rows of several layers ahead of their use. sources: layer -> (store, format of its rows).
+    """Reads rows of several layers ahead of their use. sources: layer -> (store, format of its
+    rows).
 
-    limit: bytes of rows in flight, submitted and not read yet; `submit` waits while there are more, but a ticket larger
-    than that is taken when nothing else is under way. Buffers that are no longer used are kept for the next ticket, up
-    to `limit` bytes. device: where rows go; for CUDA through pinned memory on a stream of its own (written for it, run
-    on no GPU yet). Safe for many threads. Closing waits for what was submitted; the stores stay open.
-    Raises ConfigError for a limit below 1, InputError where a store's rows are of another format.
+    limit: bytes of rows in flight, submitted and not read yet; `submit` waits while there are more,
+    but a ticket larger than that is taken when nothing else is under way. Buffers that are no
+    longer used are kept for the next ticket, up to `limit` bytes. device: where rows go; for CUDA
+    through pinned memory on a stream of its own (written for it, run on no GPU yet). Safe for many
+    threads. Closing waits for what was submitted; the stores stay open. Raises ConfigError for a
+    limit below 1, InputError where a store's rows are of another format.
     """
 
-    def __init__(self, sources: Mapping[int, tuple[RowStore, RowFormat]], limit: int = LIMIT,
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        sources: Mapping[int, tuple[RowStore, RowFormat]],
+        limit: int = LIMIT,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ConfigError(f"prefetch, limit: expected bytes from 1 on, found {limit!r}")
         for layer, (store, fmt) in sources.items():
             if store.info.row_bytes != fmt.row_bytes or store.info.format not in (None, fmt):
-                raise InputError(f"prefetch, layer {layer}: expected rows of {fmt}, {fmt.row_bytes} bytes each, found "
-                                 f"{store.info.format} of {store.info.row_bytes} bytes")
+                raise InputError(
+                    f"prefetch, layer {layer}: expected rows of {fmt}, {fmt.row_bytes} bytes each, found "
+                    f"{store.info.format} of {store.info.row_bytes} bytes"
+                )
         self._sources, self._device = dict(sources), torch.device(device)
         self._queue = _Queue(limit, self._device)
         self._end = weakref.finalize(self, self._queue.end)
@@ -75,15 +87,24 @@ class Prefetcher:
     def submit(self, ids: Mapping[int, np.ndarray]) -> Ticket:
         """Ask for rows: layer -> int64 [B, T, C]. The ids are the caller's again when this returns.
 
-        Raises ConfigError for a layer that is not in the sources, InputError for other arrays, StoreError once closed.
-        What goes wrong with reading is raised by `wait`, ids out of range included.
+        Raises ConfigError for a layer that is not in the sources, InputError for other arrays,
+        StoreError once closed. What goes wrong with reading is raised by `wait`, ids out of range
+        included.
         """
         for layer, ids_BTC in ids.items():
             if layer not in self._sources:
-                raise ConfigError(f"prefetch: expected layers of {sorted(self._sources)}, found {layer!r}")
-            if not isinstance(ids_BTC, np.ndarray) or ids_BTC.dtype != np.int64 or ids_BTC.ndim != 3:
-                raise InputError(f"prefetch, layer {layer}: expected row ids int64 [B, T, C], found "
-                                 f"{getattr(ids_BTC, 'dtype', type(ids_BTC).__name__)} {np.shape(ids_BTC)}")
+                raise ConfigError(
+                    f"prefetch: expected layers of {sorted(self._sources)}, found {layer!r}"
+                )
+            if (
+                not isinstance(ids_BTC, np.ndarray)
+                or ids_BTC.dtype != np.int64
+                or ids_BTC.ndim != 3
+            ):
+                raise InputError(
+                    f"prefetch, layer {layer}: expected row ids int64 [B, T, C], found "
+                    f"{getattr(ids_BTC, 'dtype', type(ids_BTC).__name__)} {np.shape(ids_BTC)}"
+                )
         rows = sum([ids_BTC.size for ids_BTC in ids.values()])
         asked = [_Asked(layer, *self._sources[layer], ids_BTC) for layer, ids_BTC in ids.items()]
         if rows <= FEW_ROWS and all([each.store.in_memory for each in asked]):
@@ -93,7 +114,8 @@ class Prefetcher:
         return ticket
 
     def count_inline(self, rows: int) -> None:
-        """Put rows to the counters that the caller has read without a ticket. Raises StoreError once closed."""
+        """Put rows to the counters that the caller has read without a ticket. Raises StoreError
+        once closed."""
         self._queue.count_inline(rows)
 
     @property
@@ -127,8 +149,9 @@ class Ticket:
     def wait(self) -> dict[int, Tensor]:
         """layer -> f32 [B, T, E], E = C*d, when all of them are read. The same tensors each time.
 
-        Nothing else ever writes to them: a buffer is used again when the last tensor or array over it is gone, this
-        ticket's own included. Raises what reading raised, each time; StoreError after `cancel`.
+        Nothing else ever writes to them: a buffer is used again when the last tensor or array over
+        it is gone, this ticket's own included. Raises what reading raised, each time; StoreError
+        after `cancel`.
         """
         self._queue.wait_for(self)
         rows = self._rows  # before the error is looked at: another thread may cancel
@@ -137,7 +160,8 @@ class Ticket:
         return self._queue.handed_out(rows)
 
     def cancel(self) -> None:
-        """Give up the rows: what is not read yet will not be, and `wait` raises. Tensors that `wait` gave stay."""
+        """Give up the rows: what is not read yet will not be, and `wait` raises. Tensors that
+        `wait` gave stay."""
         self._queue.cancel(self)
 
     def read(self) -> None:
@@ -146,7 +170,9 @@ class Ticket:
         error = None
         try:
             buffer = self._queue.buffer
-            rows = self._queue.to_device({each.layer: each.read(buffer(each.shape)) for each in self._asked})
+            rows = self._queue.to_device(
+                {each.layer: each.read(buffer(each.shape)) for each in self._asked}
+            )
         except BaseException as caught:  # the waiter's to raise, in its own thread
             error = caught
             traceback.clear_frames(caught.__traceback__)  # they hold buffers
@@ -172,13 +198,15 @@ class _Asked(NamedTuple):
 
 
 class _Queue:
-    """What prefetcher, tickets and thread share. One lock; nothing here refers to the Prefetcher, so that its end is
-    noticed."""
+    """What prefetcher, tickets and thread share. One lock; nothing here refers to the Prefetcher,
+    so that its end is noticed."""
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self._limit, self._device = limit, device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._changed = threading.Condition()  # reentrant: the garbage collector may call `end` at any time
+        self._changed = (
+            threading.Condition()
+        )  # reentrant: the garbage collector may call `end` at any time
         self._waiting: deque[Ticket] = deque()
         self._reading: Ticket | None = None
         self._bytes = 0
@@ -195,7 +223,9 @@ class _Queue:
         ticket = Ticket(self, [])
         ticket.counted, ticket.state = True, "done"
         try:
-            ticket._rows = self.to_device({each.layer: each.read(np.empty(each.shape, np.float32)) for each in asked})
+            ticket._rows = self.to_device(
+                {each.layer: each.read(np.empty(each.shape, np.float32)) for each in asked}
+            )
         except BaseException as caught:  # the waiter's to raise
             ticket._error, ticket.state = caught, "failed"
         return ticket
@@ -289,8 +319,15 @@ class _Queue:
     def stats(self) -> PrefetchStats:
         with self._changed:
             waiting = len(self._waiting) + (self._reading is not None)
-            return PrefetchStats(self._tickets, self._inline, self._cancelled, self._rows, waiting, self._bytes,
-                                 latency_of(self._buckets, self._nanoseconds))
+            return PrefetchStats(
+                self._tickets,
+                self._inline,
+                self._cancelled,
+                self._rows,
+                waiting,
+                self._bytes,
+                latency_of(self._buckets, self._nanoseconds),
+            )
 
     def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
         with self._changed:
@@ -301,24 +338,32 @@ class _Queue:
         if self._stream is None:
             return rows
         with torch.cuda.stream(self._stream):
-            copies = {layer: each.to(self._device, non_blocking=True) for layer, each in rows.items()}
+            copies = {
+                layer: each.to(self._device, non_blocking=True) for layer, each in rows.items()
+            }
         self._stream.synchronize()
         return copies
 
     def handed_out(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
         if self._stream is not None:
-            for each in rows.values():  # their memory belongs to the other stream, which must not reuse it too early
+            for each in (
+                rows.values()
+            ):  # their memory belongs to the other stream, which must not reuse it too early
                 each.record_stream(torch.cuda.current_stream(self._device))
         return dict(rows)
 
     def _start(self) -> None:
         if self._thread is None and self._waiting:
-            thread = threading.Thread(target=_work, args=(self,), name="engraphy-prefetch", daemon=True)
+            thread = threading.Thread(
+                target=_work, args=(self,), name="engraphy-prefetch", daemon=True
+            )
             try:
                 thread.start()
             except RuntimeError as error:
-                raise StoreError(f"prefetch: expected a thread to read ahead, the system starts none ({error}): raise "
-                                 "the limit of threads or of address space") from error
+                raise StoreError(
+                    f"prefetch: expected a thread to read ahead, the system starts none ({error}): raise "
+                    "the limit of threads or of address space"
+                ) from error
             self._thread = thread
 
     def _next(self) -> Ticket | None:
@@ -348,7 +393,9 @@ def _after_fork() -> None:
         queue._after_fork()
 
 
-def _at_exit() -> None:  # Python stops threads that are left in the midst of native code, which aborts the process
+def _at_exit() -> (
+    None
+):  # Python stops threads that are left in the midst of native code, which aborts the process
     for queue in list(_ALL):
         queue.abandon()
 

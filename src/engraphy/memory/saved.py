@@ -1,4 +1,5 @@
-"""A memory as a directory: memory.json, vocab.json, memory.safetensors (dense weights) and, where copied, the table.
+"""A memory as a directory: memory.json, vocab.json, memory.safetensors (dense weights) and, where
+copied, the table.
 
 Dense weights and table belong together by table_id, both and the config by the address digest.
 """
@@ -41,10 +42,14 @@ def check_choice(memory: EngramMemory, table: str) -> None:
     info = next(iter(memory.stores.values())).info
     if table != "copy" and (info.table_id is None or info.writable):
         found = "one open for writing" if info.table_id else f"a {info.kind} store"
-        raise ConfigError(f'table="{table}": expected stores over a sealed table on disk, found {found}')
+        raise ConfigError(
+            f'table="{table}": expected stores over a sealed table on disk, found {found}'
+        )
     if table == "link" and info.kind != "file":
-        raise ConfigError(f'table="link": expected file: stores, found a {info.kind} store; table="skip" leaves the '
-                          "table out, and load takes its URL")
+        raise ConfigError(
+            f'table="link": expected file: stores, found a {info.kind} store; table="skip" leaves the '
+            "table out, and load takes its URL"
+        )
 
 
 def bytes_of(memory: EngramMemory, table: str) -> int:
@@ -54,21 +59,34 @@ def bytes_of(memory: EngramMemory, table: str) -> int:
 
 
 def write(memory: EngramMemory, path: Path, table: str) -> str:
-    """Write the parts into a folder of the caller's, who makes it appear whole. Returns the table_id of the rows."""
+    """Write the parts into a folder of the caller's, who makes it appear whole. Returns the
+    table_id of the rows."""
     info = next(iter(memory.stores.values())).info
     where = {"copy": "table", "link": str(info.path), "skip": None}[table]
-    table_id = memory.write_table(path / "table", parent=info.table_id) if table == "copy" else info.table_id
+    table_id = (
+        memory.write_table(path / "table", parent=info.table_id)
+        if table == "copy"
+        else info.table_id
+    )
     memory.vocab.save(path / "vocab.json")
     tensors = {name: value.contiguous() for name, value in memory.blocks.state_dict().items()}
     identity = {"table_id": str(table_id), "address_digest": memory.address_digest}
     save_file(tensors, path / "memory.safetensors", metadata=identity)
-    body = {"format": _FORMAT, "config": memory.config.to_json(), "made_for": memory.made_for, "table": where,
-            "rows": row_names(memory), **identity}
+    body = {
+        "format": _FORMAT,
+        "config": memory.config.to_json(),
+        "made_for": memory.made_for,
+        "table": where,
+        "rows": row_names(memory),
+        **identity,
+    }
     (path / "memory.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
     return str(table_id)
 
 
-def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | os.PathLike[str] | None) -> EngramMemory:
+def load(
+    kind: type[EngramMemory], path: str | os.PathLike[str], store: str | os.PathLike[str] | None
+) -> EngramMemory:
     """`EngramMemory.load`."""
     path = Path(path)
     body, config = _read_json(path)
@@ -102,10 +120,12 @@ def load(kind: type[EngramMemory], path: str | os.PathLike[str], store: str | os
 
 
 def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
-    """Read what `save` wrote into a memory that exists: dense weights, and the rows where they were copied.
+    """Read what `save` wrote into a memory that exists: dense weights, and the rows where they were
+    copied.
 
-    Returns the table_id of the saved rows. Raises ConfigError for what is no memory or has other sizes, DigestMismatch
-    for other addresses, and where neither `path` nor the memory's stores have the rows of the dense weights.
+    Returns the table_id of the saved rows. Raises ConfigError for what is no memory or has other
+    sizes, DigestMismatch for other addresses, and where neither `path` nor the memory's stores have
+    the rows of the dense weights.
     """
     path = Path(path)
     body, _ = _read_json(path)
@@ -117,8 +137,10 @@ def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
     else:
         found = next(iter(memory.stores.values())).info.table_id
         if found != body["table_id"]:
-            raise DigestMismatch(f"{path}: the dense weights belong to table {body['table_id']}, "
-                                 f"the stores serve {found}")
+            raise DigestMismatch(
+                f"{path}: the dense weights belong to table {body['table_id']}, "
+                f"the stores serve {found}"
+            )
     add_row_names(memory, body["rows"])
     memory.blocks.load_state_dict(tensors)
     return body["table_id"]
@@ -137,8 +159,12 @@ def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
         if body["format"] != _FORMAT:
             raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {body['format']!r}")
         fields = {name: body[name] for name in ("table", "table_id", "address_digest")}
-        fields["rows"] = {str(int(layer)): list(map(str, names)) for layer, names in body.get("rows", {}).items()}
-        fields["made_for"] = body.get("made_for")  # memories that were saved before it was kept have none
+        fields["rows"] = {
+            str(int(layer)): list(map(str, names)) for layer, names in body.get("rows", {}).items()
+        }
+        fields["made_for"] = body.get(
+            "made_for"
+        )  # memories that were saved before it was kept have none
         return fields, EngramConfig.from_json(body["config"])
     except EngraphyError:
         raise
@@ -146,15 +172,19 @@ def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
         refuse_pointer(path / "memory.json", ConfigError)
         inside = path / "engraphy"  # where hf.save_pretrained has it
         hint = f"; load {inside}, or the whole model" if (inside / "memory.json").exists() else ""
-        raise ConfigError(f"{path}: expected memory.json of a saved memory ({_FORMAT}), "
-                          f"found {type(error).__name__}: {error}{hint}") from None
+        raise ConfigError(
+            f"{path}: expected memory.json of a saved memory ({_FORMAT}), "
+            f"found {type(error).__name__}: {error}{hint}"
+        ) from None
 
 
 def _read_vocab(path: Path) -> VocabMap:
     try:
         return VocabMap.load(path / "vocab.json")
     except OSError as error:
-        raise ConfigError(f"{path}: expected the vocabulary map vocab.json, found {error}") from None
+        raise ConfigError(
+            f"{path}: expected the vocabulary map vocab.json, found {error}"
+        ) from None
 
 
 def _read_dense(path: Path, expected: dict[str, str]) -> dict[str, Tensor]:
@@ -164,7 +194,9 @@ def _read_dense(path: Path, expected: dict[str, str]) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         refuse_pointer(path, ConfigError)
-        raise ConfigError(f"{path}: expected dense weights, found {type(error).__name__}: {error}") from None
+        raise ConfigError(
+            f"{path}: expected dense weights, found {type(error).__name__}: {error}"
+        ) from None
     found = {key: metadata.get(key) for key in expected}
     if found != expected:
         raise DigestMismatch(f"{path}: expected {expected}, found {found}")

@@ -1,1 +1,2 @@
-"""Recipes: functions that drive models, training and analysis together. Only the command line imports them."""
+"""Recipes: functions that drive models, training and analysis together. Only the command line
+imports them."""

@@ -1,7 +1,9 @@
-"""`engraphy demo`: three arms on the same text, a table that survives the disk bit for bit, and a report to look at.
+"""`engraphy demo`: three arms on the same text, a table that survives the disk bit for bit, and a
+report to look at.
 
-Dense, a mixture of experts, and the same mixture with part of its routed experts' parameters moved into a memory:
-activated parameters are equal in all three, totals in the last two (paper, section 3).
+Dense, a mixture of experts, and the same mixture with part of its routed experts' parameters moved
+into a memory: activated parameters are equal in all three, totals in the last two (paper, section
+3).
 """
 
 from __future__ import annotations
@@ -44,14 +46,19 @@ SENTENCES = (
     "Albert Einstein was awarded the Nobel Prize in Physics for the photoelectric effect.",
     "The Second World War ended in 1945 with the surrender of Germany and Japan.",
 )
-PROMPTS = ("Alexander the Great was", "The capital city of", "In the field of mathematics,", "The Roman Empire")
+PROMPTS = (
+    "Alexander the Great was",
+    "The capital city of",
+    "In the field of mathematics,",
+    "The Roman Empire",
+)
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Sizes of a demo. tokens: of training, for each arm. dtype: as `choose_dtype` takes it.
-    resume: continue the runs that `folder` holds, in the dtype that they have. threads: of each arm; None = an equal
-    share of the CPUs."""
+    resume: continue the runs that `folder` holds, in the dtype that they have. threads: of each
+    arm; None = an equal share of the CPUs."""
 
     folder: Path
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -83,16 +90,18 @@ class DemoConfig:
             return choose_dtype(self.dtype)
         name = described(saved)["config"]["dtype"]
         if self.dtype not in (AUTO, name):
-            raise ConfigError(f"{saved}: this run computes in {name}, found dtype {self.dtype!r}; "
-                              "resume it without a dtype, or choose another folder")
+            raise ConfigError(
+                f"{saved}: this run computes in {name}, found dtype {self.dtype!r}; "
+                "resume it without a dtype, or choose another folder"
+            )
         return DtypeChoice(name, "of the run that is resumed")
 
 
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Run the demo and write `folder`/report.json and report.html. Returns the report.
 
-    Raises ConfigError where `folder` holds another run, DataUnavailable for text that cannot be had, EngraphyError
-    where an arm fails.
+    Raises ConfigError where `folder` holds another run, DataUnavailable for text that cannot be
+    had, EngraphyError where an arm fails.
     """
     dtype = config.chosen_dtype()
     corpus_folder, arm_config = config.folder / "corpus", config.arms(dtype)
@@ -100,16 +109,28 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     with console.status(f"Preparing {config.corpus.data}: tokenizer, vocabulary map, token ids"):
         corpus = _corpus(corpus_folder, config.corpus)
     trained = sum(len(ids) for ids in corpus.training)
-    console.print(f"{escape(corpus.name)}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
-                  f"{len(corpus.heldout):,} held out. Licence: {corpus.licence}")
+    console.print(
+        f"{escape(corpus.name)}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
+        f"{len(corpus.heldout):,} held out. Licence: {corpus.licence}"
+    )
     with ArmProgress(console, LABELS) as progress:
-        train_arms(ARMS, corpus_folder, arm_config, config.folder, config.resume, progress.step, config.threads)
+        train_arms(
+            ARMS,
+            corpus_folder,
+            arm_config,
+            config.folder,
+            config.resume,
+            progress.step,
+            config.threads,
+        )
     with console.status("Measuring: losses, gates, the table on disk"):
         loaded = {name: load(name, corpus, arm_config, config.folder) for name in ARMS}
         models = {name: model for name, (model, _) in loaded.items()}
         trained_arms = {name: curves(config.folder / name) for name in ARMS}
         report = _header(config, arm_config, corpus, len(trained_arms["memory"]["curve"]))
-        report |= _measure(models, {name: arm for name, (_, arm) in loaded.items()}, corpus, arm_config)
+        report |= _measure(
+            models, {name: arm for name, (_, arm) in loaded.items()}, corpus, arm_config
+        )
         report |= _table_on_disk(models["memory"], corpus, config.folder / "engram")
         for told in report["arms"]:
             told |= trained_arms[told["name"]]
@@ -123,24 +144,44 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
 def summary(report: dict[str, Any]) -> RichTable:
     """The comparison as a table for the terminal."""
     names = [told["label"] for told in report["arms"]]
-    table = RichTable(title="One text, the same tokens in the same order", title_justify="left",
-                      caption="tokens/s: whole steps, while the arms share the machine", caption_justify="left")
+    table = RichTable(
+        title="One text, the same tokens in the same order",
+        title_justify="left",
+        caption="tokens/s: whole steps, while the arms share the machine",
+        caption_justify="left",
+    )
     table.add_column("", no_wrap=True)
     for name in [*names, "MoE - Dense", "Memory - MoE"]:
         table.add_column(name, justify="right")
-    for label, key in (("parameters", "total"), ("activated a token", "activated"), ("in the table", "table")):
+    for label, key in (
+        ("parameters", "total"),
+        ("activated a token", "activated"),
+        ("in the table", "table"),
+    ):
         table.add_row(label, *(f"{told['parameters'][key]:,}" for told in report["arms"]), "", "")
     for label, key in (("table rows", "rows"), ("table bytes", "bytes")):
-        table.add_row(label, *(f"{told['table'][key]:,}" if told["table"] else "" for told in report["arms"]), "", "")
-    table.add_row("tokens/s", *(f"{told['tokens_per_second']:,.0f}" for told in report["arms"]), "", "")
+        table.add_row(
+            label,
+            *(f"{told['table'][key]:,}" if told["table"] else "" for told in report["arms"]),
+            "",
+            "",
+        )
+    table.add_row(
+        "tokens/s", *(f"{told['tokens_per_second']:,.0f}" for told in report["arms"]), "", ""
+    )
     gaps = [report["differences"][name] for name in ("moe - dense", "memory - moe")]
-    table.add_row("validation loss", *(f"{told['validation_loss']:.4f}" for told in report["arms"]),
-                  *(f"{gap['all']:+.4f}" for gap in gaps))
+    table.add_row(
+        "validation loss",
+        *(f"{told['validation_loss']:.4f}" for told in report["arms"]),
+        *(f"{gap['all']:+.4f}" for gap in gaps),
+    )
     for row in report["frequency"]:
         bucket = row["bucket"]
-        table.add_row(f"  {bucket if row['low'] is None else f'trigram {bucket}'} ({row['share']:.1%})",
-                      *(f"{told['loss_by_frequency'][bucket]:.4f}" for told in report["arms"]),
-                      *(f"{gap[bucket]:+.4f}" for gap in gaps))
+        table.add_row(
+            f"  {bucket if row['low'] is None else f'trigram {bucket}'} ({row['share']:.1%})",
+            *(f"{told['loss_by_frequency'][bucket]:.4f}" for told in report["arms"]),
+            *(f"{gap[bucket]:+.4f}" for gap in gaps),
+        )
     return table
 
 
@@ -148,10 +189,15 @@ def headline(report: dict[str, Any]) -> str:
     """What came out, in two lines."""
     gap = report["differences"]["memory - moe"]
     equal = "equal bit for bit" if report["logits_equal"] else "DIFFERENT"
-    error = (f"standard error over documents {gap['all_stderr']:.4f}" if "all_stderr" in gap
-             else "one document, so no standard error")
-    return (f"Memory - MoE: {gap['all']:+.4f} nats a token on held-out text ({error}, one seed).\n"
-            f"Table written to disk and reopened: logits {equal}.")
+    error = (
+        f"standard error over documents {gap['all_stderr']:.4f}"
+        if "all_stderr" in gap
+        else "one document, so no standard error"
+    )
+    return (
+        f"Memory - MoE: {gap['all']:+.4f} nats a token on held-out text ({error}, one seed).\n"
+        f"Table written to disk and reopened: logits {equal}."
+    )
 
 
 def _corpus(folder: Path, config: CorpusConfig) -> Corpus:
@@ -164,55 +210,98 @@ def _corpus(folder: Path, config: CorpusConfig) -> Corpus:
 
 def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus, steps: int) -> dict[str, Any]:
     train, commit = arms.train, provenance.commit()
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+    versions = {
+        name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")
+    }
     return {
         "format": "engraphy-report-1",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": config.seed,
-        "versions": {"engraphy": __version__, **({"commit": commit} if commit else {}),
-                     "python": platform.python_version(), **versions},
-        "machine": {"cpu": cpu.name(), "cores": len(os.sched_getaffinity(0)),
-                    "isa": _native.level(), "native": _native.core is not None},
-        "settings": {"tokens": train.tokens, "steps": steps, "batch": corpus.config.batch,
-                     "length": corpus.config.length, "vocabulary": corpus.vocab_size,
-                     "hashed_ids": len(corpus.vocab), "learning_rate": train.lr,
-                     "row_rate_scale": train.row_rate_scale, "weight_decay": train.weight_decay,
-                     "row_std": arms.row_std, "rho": arms.rho, "dtype": train.dtype,
-                     "tokenizer": corpus.config.tokenizer or "BPE trained on the text",
-                     "heldout_share": corpus.config.heldout},
-        "data": {"name": corpus.name, "licence": corpus.licence, "train_documents": len(corpus.training),
-                 "heldout_documents": len(corpus.heldout), "train_tokens": sum(map(len, corpus.training)),
-                 "heldout_tokens": sum(map(len, corpus.heldout))},
+        "versions": {
+            "engraphy": __version__,
+            **({"commit": commit} if commit else {}),
+            "python": platform.python_version(),
+            **versions,
+        },
+        "machine": {
+            "cpu": cpu.name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "isa": _native.level(),
+            "native": _native.core is not None,
+        },
+        "settings": {
+            "tokens": train.tokens,
+            "steps": steps,
+            "batch": corpus.config.batch,
+            "length": corpus.config.length,
+            "vocabulary": corpus.vocab_size,
+            "hashed_ids": len(corpus.vocab),
+            "learning_rate": train.lr,
+            "row_rate_scale": train.row_rate_scale,
+            "weight_decay": train.weight_decay,
+            "row_std": arms.row_std,
+            "rho": arms.rho,
+            "dtype": train.dtype,
+            "tokenizer": corpus.config.tokenizer or "BPE trained on the text",
+            "heldout_share": corpus.config.heldout,
+        },
+        "data": {
+            "name": corpus.name,
+            "licence": corpus.licence,
+            "train_documents": len(corpus.training),
+            "heldout_documents": len(corpus.heldout),
+            "train_tokens": sum(map(len, corpus.training)),
+            "heldout_tokens": sum(map(len, corpus.heldout)),
+        },
     }
 
 
-def _measure(models: dict[str, LM], arms: dict[str, Arm], corpus: Corpus, config: ArmConfig) -> dict[str, Any]:
+def _measure(
+    models: dict[str, LM], arms: dict[str, Arm], corpus: Corpus, config: ArmConfig
+) -> dict[str, Any]:
     batches = corpus.heldout_batches()
     # Counts are of the training text; a run of less or more than one epoch saw less or more of it.
     counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
-    losses = {name: measure.Losses(model, batches, counts, config.train.dtype) for name, model in models.items()}
+    losses = {
+        name: measure.Losses(model, batches, counts, config.train.dtype)
+        for name, model in models.items()
+    }
     told = []
     for name, model in models.items():
-        told.append({
-            "name": name, "label": LABELS[name], "parameters": asdict(arms[name].parameters),
-            "table": _table_size(model.memory), **losses[name].mean(),
-            "loss_by_frequency": losses[name].by_bucket(), "continuations": _continuations(model, corpus)})
+        told.append(
+            {
+                "name": name,
+                "label": LABELS[name],
+                "parameters": asdict(arms[name].parameters),
+                "table": _table_size(model.memory),
+                **losses[name].mean(),
+                "loss_by_frequency": losses[name].by_bucket(),
+                "continuations": _continuations(model, corpus),
+            }
+        )
     return {
         "arms": told,
         "frequency": measure.frequency_table(losses["memory"]),
-        "differences": {"moe - dense": measure.difference(losses["moe"], losses["dense"]),
-                        "memory - moe": measure.difference(losses["memory"], losses["moe"])},
-        "gates": {"layer": arms["memory"].memory.hash.layer_ids[0] if arms["memory"].memory else None,
-                  "sentences": gates_of_sentences(models["memory"], corpus, SENTENCES),
-                  "by_frequency": gates_by_bucket(models["memory"], batches, counts)},
+        "differences": {
+            "moe - dense": measure.difference(losses["moe"], losses["dense"]),
+            "memory - moe": measure.difference(losses["memory"], losses["moe"]),
+        },
+        "gates": {
+            "layer": arms["memory"].memory.hash.layer_ids[0] if arms["memory"].memory else None,
+            "sentences": gates_of_sentences(models["memory"], corpus, SENTENCES),
+            "by_frequency": gates_by_bucket(models["memory"], batches, counts),
+        },
     }
 
 
 def _table_size(memory: EngramMemory | None) -> dict[str, int] | None:
     if memory is None:
         return None
-    return {"rows": memory.config.row_count(), "bytes": memory.config.table_bytes(memory.format.row_bytes)}
+    return {
+        "rows": memory.config.row_count(),
+        "bytes": memory.config.table_bytes(memory.format.row_bytes),
+    }
 
 
 def _continuations(model: LM, corpus: Corpus) -> list[dict[str, str]]:
@@ -239,7 +328,13 @@ def _table_on_disk(model: LM, corpus: Corpus, folder: Path) -> dict[str, Any]:
     after = model(ids_BT, starts_BT)
     served = next(iter(model.memory.stores.values())).info
     model.memory = memory
-    return {"logits_equal": torch.equal(before, after),
-            "table": {"table_id": served.table_id, "address_digest": served.address_digest,
-                      "rows": memory.config.row_count(), "bytes": memory.config.table_bytes(served.row_bytes),
-                      "format": memory.format.kind}}
+    return {
+        "logits_equal": torch.equal(before, after),
+        "table": {
+            "table_id": served.table_id,
+            "address_digest": served.address_digest,
+            "rows": memory.config.row_count(),
+            "bytes": memory.config.table_bytes(served.row_bytes),
+            "format": memory.format.kind,
+        },
+    }

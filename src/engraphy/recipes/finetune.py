@@ -1,7 +1,8 @@
-"""`engraphy finetune`: a memory for a model that exists, trained on one's own text while the model stays frozen.
+"""`engraphy finetune`: a memory for a model that exists, trained on one's own text while the model
+stays frozen.
 
-The loss on held-out text is measured before and after, on the same tokens. Documents are packed into rows; position
-ids begin anew at each, so no document sees another.
+The loss on held-out text is measured before and after, on the same tokens. Documents are packed
+into rows; position ids begin anew at each, so no document sees another.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ _HELDOUT_TOKENS = 100_000  # measured twice; more would not be surer, only longe
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """model: folder or hub name. data: a text file or a folder of them (form feeds divide documents), a .jsonl file
-    with "text" in each line, or what `lm.load_documents` takes. out: a new folder for the memory.
+    """model: folder or hub name. data: a text file or a folder of them (form feeds divide
+    documents), a .jsonl file with "text" in each line, or what `lm.load_documents` takes. out: a
+    new folder for the memory.
 
-    tokens: of training, by default each of the text once. lr: of the dense layers; the rows learn five times as fast.
-    The default did best in docs/results.md, "A memory beside LoRA". layers: 0-based, rows_per_head: as
-    `EngramConfig.for_model` chooses where None, but no more rows than the text has tokens, since it has no more
-    n-grams. batch, length: of a step. heldout: share of the documents not trained on. lora: rank of LoRA adapters that
-    are trained together with the memory, at a tenth of its rate, and saved in `out`/adapter; None = the memory alone.
-    dtype: of the frozen model, as `choose_dtype` takes it; the memory is float32 while it trains.
+    tokens: of training, by default each of the text once. lr: of the dense layers; the rows learn
+    five times as fast. The default did best in docs/results.md, "A memory beside LoRA". layers:
+    0-based, rows_per_head: as `EngramConfig.for_model` chooses where None, but no more rows than
+    the text has tokens, since it has no more n-grams. batch, length: of a step. heldout: share of
+    the documents not trained on. lora: rank of LoRA adapters that are trained together with the
+    memory, at a tenth of its rate, and saved in `out`/adapter; None = the memory alone. dtype: of
+    the frozen model, as `choose_dtype` takes it; the memory is float32 while it trains.
     """
 
     model: str
@@ -87,8 +90,9 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """Nats a token on held-out text: of the bare model, with the memory, and the standard error of the difference over
-    documents (None with one document). tokens, documents: that were measured. lora: whether adapters are with it."""
+    """Nats a token on held-out text: of the bare model, with the memory, and the standard error of
+    the difference over documents (None with one document). tokens, documents: that were measured.
+    lora: whether adapters are with it."""
 
     without: float
     with_memory: float
@@ -99,20 +103,25 @@ class Measured:
 
     def __str__(self) -> str:
         error = f", standard error {self.stderr:.4f}" if self.stderr is not None else ""
-        without, with_it = ("bare", "with memory and LoRA") if self.lora else ("without the memory", "with it")
-        return (f"{self.without:.4f} nats a token {without}, {self.with_memory:.4f} {with_it} "
-                f"({self.with_memory - self.without:+.4f}{error}, over {self.tokens:,} tokens of "
-                f"{_counted(self.documents)})")
+        without, with_it = (
+            ("bare", "with memory and LoRA") if self.lora else ("without the memory", "with it")
+        )
+        return (
+            f"{self.without:.4f} nats a token {without}, {self.with_memory:.4f} {with_it} "
+            f"({self.with_memory - self.without:+.4f}{error}, over {self.tokens:,} tokens of "
+            f"{_counted(self.documents)})"
+        )
 
 
 def finetune(config: FinetuneConfig, console: Console) -> Measured:
     """Train a memory and save it to `config.out` with a model card. Returns the held-out losses.
 
-    Ctrl-C or SIGTERM ends the training early: the step is finished, what has been learned by then is saved, and
-    KeyboardInterrupt raised (`signals.Terminated` for SIGTERM); a second one stops at once.
-    Raises DataUnavailable for a model, tokenizer, text or package that is not there, InputError for too little text,
-    ConfigError for settings that the model does not allow or that do not fit into the RAM, WriteFailed where
-    `config.out` cannot be written or its disk has too little space.
+    Ctrl-C or SIGTERM ends the training early: the step is finished, what has been learned by then
+    is saved, and KeyboardInterrupt raised (`signals.Terminated` for SIGTERM); a second one stops at
+    once. Raises DataUnavailable for a model, tokenizer, text or package that is not there,
+    InputError for too little text, ConfigError for settings that the model does not allow or that
+    do not fit into the RAM, WriteFailed where `config.out` cannot be written or its disk has too
+    little space.
     """
     with terminable():
         return _finetune(config, console)
@@ -127,11 +136,16 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
     batches = Batches(training, start, batch=config.batch, tokens=config.length, seed=config.seed)
     unseen = Batches(heldout, start, batch=config.batch, tokens=config.length, seed=None)
     tokens = sum(map(len, training))
-    _say(console, f"{config.data}: {_documents_of(training)} to train on, {_documents_of(heldout)} held out")
+    _say(
+        console,
+        f"{config.data}: {_documents_of(training)} to train on, {_documents_of(heldout)} held out",
+    )
     model, dtype = load_model(config.model, config.dtype)
     model.requires_grad_(False)
     if hasattr(model, "engraphy"):
-        raise ConfigError(f"{config.model}: expected a model without a memory, found one saved with its memory")
+        raise ConfigError(
+            f"{config.model}: expected a model without a memory, found one saved with its memory"
+        )
     vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.get_text_config().vocab_size)
     memory_config = _memory_config(config, model, tokenizer, vocab, tokens)
     _tell(model, dtype, memory_config, config.out, console)
@@ -152,8 +166,14 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
         _save(model, memory, config, console, f"Trained on {name}; interrupted, not measured.")
         raise
     _, error = mean_with_error(after - before, owners)
-    found = Measured(float(before.mean()), float(after.mean()), error, len(before), len(np.unique(owners)),
-                     config.lora is not None)
+    found = Measured(
+        float(before.mean()),
+        float(after.mean()),
+        error,
+        len(before),
+        len(np.unique(owners)),
+        config.lora is not None,
+    )
     _say(console, f"held-out loss: {found}")
     note = f"Trained on {name} with the base model frozen. On held-out text of it: {found}."
     with stopping() as stop:  # what an hour went into is saved first
@@ -164,18 +184,22 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
 
 
 def load_texts(source: str) -> tuple[str, ...]:
-    """The documents of FinetuneConfig.data, none of them empty. Raises DataUnavailable or InputError."""
+    """The documents of FinetuneConfig.data, none of them empty. Raises DataUnavailable or
+    InputError."""
     path = Path(source)
     if path.suffix != ".jsonl":
         return load_documents(source).texts
     try:
-        # Line feeds alone divide: JSON strings may hold U+2028, U+0085 and others that splitlines cuts at.
+        # Line feeds alone divide: JSON strings may hold U+2028, U+0085 and others that splitlines
+        # cuts at.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataUnavailable(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, found {error}") from None
-    texts = [_text(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    texts = [
+        _text(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
     if not any(text.strip() for text in texts):
         raise DataUnavailable(f"{path}: expected documents, found no text")
     return tuple(text for text in texts if text.strip())
@@ -185,10 +209,14 @@ def _text(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{path}, line {number}: expected a JSON object with "text", '
-                         f"found {type(error).__name__}: {error}") from None
+        raise InputError(
+            f'{path}, line {number}: expected a JSON object with "text", '
+            f"found {type(error).__name__}: {error}"
+        ) from None
     if not isinstance(text, str):
-        raise InputError(f'{path}, line {number}: expected a string as "text", found {type(text).__name__}')
+        raise InputError(
+            f'{path}, line {number}: expected a string as "text", found {type(text).__name__}'
+        )
     return text
 
 
@@ -196,22 +224,30 @@ def _documents(config: FinetuneConfig, tokenizer: Any) -> tuple[list[np.ndarray]
     """Ids of the documents to train on and of those held out; of a single document, its end."""
     texts = load_texts(config.data)
     if len(set(texts)) > 1:
-        training, heldout = (_encode(tokenizer, part) for part in split_documents(texts, config.heldout, config.seed))
+        training, heldout = (
+            _encode(tokenizer, part) for part in split_documents(texts, config.heldout, config.seed)
+        )
     else:
         ids = np.concatenate([np.empty(0, np.int32), *_encode(tokenizer, texts[:1])])
         cut = len(ids) - max(1, round(config.heldout * len(ids)))
         training, heldout = [ids[:cut]], [ids[cut:][:_HELDOUT_TOKENS]]
     total, needed = sum(len(ids) + 1 for ids in training), config.batch * config.length
     if total < needed or not sum(map(len, heldout)):
-        raise InputError(f"{config.data}: expected at least {needed:,} tokens to train on, a step of {config.batch} "
-                         f"rows of {config.length}, and some to hold out, found {total:,}; give more text, or a "
-                         "smaller batch or length")
+        raise InputError(
+            f"{config.data}: expected at least {needed:,} tokens to train on, a step of {config.batch} "
+            f"rows of {config.length}, and some to hold out, found {total:,}; give more text, or a "
+            "smaller batch or length"
+        )
     before = np.cumsum([0, *map(len, heldout)])[:-1]
-    return training, [ids for ids, begin in zip(heldout, before, strict=True) if begin < _HELDOUT_TOKENS]
+    return training, [
+        ids for ids, begin in zip(heldout, before, strict=True) if begin < _HELDOUT_TOKENS
+    ]
 
 
 def _encode(tokenizer: Any, texts: Any) -> list[np.ndarray]:
-    found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    found = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
     return [np.array(ids, dtype=np.int32) for ids in found if len(ids)]
 
 
@@ -220,18 +256,27 @@ def _start_id(tokenizer: Any) -> int:
     for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if found is not None:
             return found
-    raise ConfigError("tokenizer: expected a BOS or EOS token to begin documents with, found neither")
+    raise ConfigError(
+        "tokenizer: expected a BOS or EOS token to begin documents with, found neither"
+    )
 
 
-def _memory_config(config: FinetuneConfig, model: Any, tokenizer: Any, vocab: VocabMap, tokens: int) -> EngramConfig:
+def _memory_config(
+    config: FinetuneConfig, model: Any, tokenizer: Any, vocab: VocabMap, tokens: int
+) -> EngramConfig:
     inner = model.config.get_text_config()
-    rows = min(5 * inner.vocab_size, tokens) if config.rows_per_head is None else config.rows_per_head
+    rows = (
+        min(5 * inner.vocab_size, tokens) if config.rows_per_head is None else config.rows_per_head
+    )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return EngramConfig.for_model(inner, config.layers, rows_per_head=rows, vocab_size=len(vocab), pad_id=pad)
+    return EngramConfig.for_model(
+        inner, config.layers, rows_per_head=rows, vocab_size=len(vocab), pad_id=pad
+    )
 
 
-def _tell(model: Any, dtype: DtypeChoice, config: EngramConfig, out: Path,
-          console: Console) -> None:
+def _tell(
+    model: Any, dtype: DtypeChoice, config: EngramConfig, out: Path, console: Console
+) -> None:
     """Say what the model is and what the memory takes. Raises ConfigError if it does not fit while
     it trains, WriteFailed if not on disk."""
     takes, free = cost(config), free_memory()
@@ -239,12 +284,17 @@ def _tell(model: Any, dtype: DtypeChoice, config: EngramConfig, out: Path,
     parameters = f"{model.num_parameters():,} parameters"
     _say(console, f"{type(model).__name__}: {parameters}, frozen, on {model.device}")
     _say(console, str(dtype))
-    _say(console, f"memory in layers {list(config.hash.layer_ids)}: {takes}; {moments / 1e6:,.1f} MB more while it "
-                  "trains")
+    _say(
+        console,
+        f"memory in layers {list(config.hash.layer_ids)}: {takes}; {moments / 1e6:,.1f} MB more while it "
+        "trains",
+    )
     if free is not None and takes.table_bytes + moments > free:
-        raise ConfigError(f"training the memory takes {(takes.table_bytes + moments) / 1e6:,.1f} MB of RAM, "
-                          f"{free / 1e6:,.1f} MB are free: give fewer rows_per_head or layers; {VARIABLE} says "
-                          "otherwise")
+        raise ConfigError(
+            f"training the memory takes {(takes.table_bytes + moments) / 1e6:,.1f} MB of RAM, "
+            f"{free / 1e6:,.1f} MB are free: give fewer rows_per_head or layers; {VARIABLE} says "
+            "otherwise"
+        )
     check_folder(out, takes.table_bytes + takes.dense_bytes)
 
 
@@ -254,7 +304,10 @@ def _adapted(model: Any, config: FinetuneConfig, console: Console) -> Any:
     torch.manual_seed(config.seed)
     adapted = with_lora(model, config.lora)
     count = sum(parameter.numel() for parameter in _adapter_parameters(adapted))
-    _say(console, f"LoRA of rank {config.lora}: {count:,} parameters, trained together with the memory")
+    _say(
+        console,
+        f"LoRA of rank {config.lora}: {count:,} parameters, trained together with the memory",
+    )
     return adapted
 
 
@@ -262,9 +315,15 @@ def _adapter_parameters(model: Any) -> list[Tensor]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def _train(model: Any, memory: EngramMemory, batches: Batches, config: FinetuneConfig,
-           report: Callable[[StepReport], None]) -> None:
-    """The backbone stays in eval mode: no dropout beside a memory that is to fit the model as it is served."""
+def _train(
+    model: Any,
+    memory: EngramMemory,
+    batches: Batches,
+    config: FinetuneConfig,
+    report: Callable[[StepReport], None],
+) -> None:
+    """The backbone stays in eval mode: no dropout beside a memory that is to fit the model as it is
+    served."""
     model.eval()
     memory.train()
     groups: list[dict[str, Any]] = [{"params": list(memory.parameters())}]
@@ -281,7 +340,16 @@ def _train(model: Any, memory: EngramMemory, batches: Batches, config: FinetuneC
             loss = losses_M.mean()
             loss.backward()
             norm = pair.step(step / steps)
-            report(StepReport(step, steps, step * size, loss.item(), norm, size / (time.perf_counter() - began)))
+            report(
+                StepReport(
+                    step,
+                    steps,
+                    step * size,
+                    loss.item(),
+                    norm,
+                    size / (time.perf_counter() - began),
+                )
+            )
             if stop:
                 raise stop.error(f"stopped at step {step} of {steps}")
     model.eval()
@@ -301,8 +369,8 @@ def _losses(model: Any, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _token_losses(model: Any, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
-    """Nats of each target, f32 [M], and which positions have one, bool [B, T]: all but those before a document's start,
-    which is a mark of the packing and not text."""
+    """Nats of each target, f32 [M], and which positions have one, bool [B, T]: all but those before
+    a document's start, which is a mark of the packing and not text."""
     ids_BT, targets_BT, starts_BT = batch
     kept_BT = (targets_BT != start) & (targets_BT != IGNORED)
     at_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
@@ -310,18 +378,25 @@ def _token_losses(model: Any, batch: Batch, start: int) -> tuple[Tensor, Tensor]
     ids_BT, positions_BT = ids_BT.to(model.device), positions_BT.to(model.device)
     logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
     targets_BT = targets_BT.where(kept_BT, IGNORED).to(logits_BTV.device)
-    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
+    losses_N = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
+    )
     return losses_N[kept_BT.flatten().to(losses_N.device)], kept_BT
 
 
-def _save(model: Any, memory: EngramMemory, config: FinetuneConfig, console: Console, note: str) -> None:
+def _save(
+    model: Any, memory: EngramMemory, config: FinetuneConfig, console: Console, note: str
+) -> None:
     with publish_folder(config.out, last="memory.json") as folder:
         saved.write(memory, folder, "copy")
         if config.lora is not None:  # neither is right without the other
             model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     write_card(config.out, memory, config.model, note=note)
-    _say(console, f"saved: {config.out}\n"
-                  f'try it: engraphy generate {config.model} {config.out} "..." --show-gates')
+    _say(
+        console,
+        f"saved: {config.out}\n"
+        f'try it: engraphy generate {config.model} {config.out} "..." --show-gates',
+    )
 
 
 def _say(console: Console, line: str) -> None:

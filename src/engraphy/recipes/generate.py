@@ -1,4 +1,5 @@
-"""`engraphy generate`: text from a model with its memory, and how far each token opened the memory's gates."""
+"""`engraphy generate`: text from a model with its memory, and how far each token opened the
+memory's gates."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ _FAINT, _FULL = (237, 243, 251), (8, 69, 148)  # the ends of a layer's colour sc
 
 @dataclass(frozen=True)
 class Token:
-    """gates: layer -> one value from 0 to 1 for each residual stream, how much of what the memory holds for the n-gram
-    that ends here is let in."""
+    """gates: layer -> one value from 0 to 1 for each residual stream, how much of what the memory
+    holds for the n-gram that ends here is let in."""
 
     id: int
     text: str
@@ -48,7 +49,11 @@ class Generation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "layers": list(self.layers), "tokens": [asdict(token) for token in self.tokens]}
+        return {
+            **asdict(self),
+            "layers": list(self.layers),
+            "tokens": [asdict(token) for token in self.tokens],
+        }
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,9 @@ class GenerateConfig:
 def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: None) -> Generation:
     """Generate, then read the gates off one forward over prompt and text together.
 
-    say: is given the dtype that was chosen and why, as one line.
-    Raises DataUnavailable for a model or tokenizer that is not there, DigestMismatch for a memory of another tokenizer,
-    InputError for a prompt without tokens.
+    say: is given the dtype that was chosen and why, as one line. Raises DataUnavailable for a model
+    or tokenizer that is not there, DigestMismatch for a memory of another tokenizer, InputError for
+    a prompt without tokens.
     """
     tokenizer = load_tokenizer(config.model)
     model, dtype = load_model(config.model, config.dtype)
@@ -89,25 +94,43 @@ def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: N
     if (adapter := adapter_of(folder)) is not None:
         model = load_adapter(model, adapter)
     memory = load(model, folder, tokenizer=tokenizer).eval()
-    prompt_BT = torch.tensor([tokenizer(config.prompt)["input_ids"]], dtype=torch.long, device=model.device)
+    prompt_BT = torch.tensor(
+        [tokenizer(config.prompt)["input_ids"]], dtype=torch.long, device=model.device
+    )
     if not prompt_BT.numel():
         raise InputError(f"prompt: expected at least one token, {config.prompt!r} has none")
     torch.manual_seed(config.seed)
-    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
-    ids_BT = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=config.tokens,
-                            pad_token_id=_pad_id(tokenizer), **sampling)
+    sampling = (
+        {"do_sample": True, "temperature": config.temperature}
+        if config.temperature
+        else {"do_sample": False}
+    )
+    ids_BT = model.generate(
+        prompt_BT,
+        attention_mask=torch.ones_like(prompt_BT),
+        max_new_tokens=config.tokens,
+        pad_token_id=_pad_id(tokenizer),
+        **sampling,
+    )
     trace = Trace()
     model(input_ids=ids_BT, use_cache=False, engraphy_trace=trace)
     ids, given = ids_BT[0].tolist(), prompt_BT.shape[1]
     texts = _pieces(tokenizer, ids)
-    tokens = tuple(Token(ids[t], texts[t], t >= given,
-                         {layer: trace.gates[layer][0, t].tolist() for layer in memory.layers})
-                   for t in range(len(ids)))
+    tokens = tuple(
+        Token(
+            ids[t],
+            texts[t],
+            t >= given,
+            {layer: trace.gates[layer][0, t].tolist() for layer in memory.layers},
+        )
+        for t in range(len(ids))
+    )
     return Generation(config.prompt, "".join(texts[given:]), tuple(memory.layers), tokens)
 
 
 def show(generation: Generation, gates: bool, console: Console) -> None:
-    """Print the text, what was generated in bold; with `gates` once for each layer, coloured by its gate.
+    """Print the text, what was generated in bold; with `gates` once for each layer, coloured by its
+    gate.
 
     A terminal without colours gets a table of numbers.
     """
@@ -117,7 +140,9 @@ def show(generation: Generation, gates: bool, console: Console) -> None:
     elif console.color_system is None:
         table = Table("token", *(f"layer {layer}" for layer in generation.layers), box=None)
         for token in generation.tokens:
-            table.add_row(Text(repr(token.text)), *(f"{token.gate(layer):.3f}" for layer in generation.layers))
+            table.add_row(
+                Text(repr(token.text)), *(f"{token.gate(layer):.3f}" for layer in generation.layers)
+            )
         console.print(table)
     else:
         for layer in generation.layers:
@@ -125,11 +150,15 @@ def show(generation: Generation, gates: bool, console: Console) -> None:
 
 
 def _coloured(generation: Generation, layer: int) -> Text:
-    """A line that tells the layer's scale, lowest to highest gate of these tokens, and the text on that scale."""
+    """A line that tells the layer's scale, lowest to highest gate of these tokens, and the text on
+    that scale."""
     values = [token.gate(layer) for token in generation.tokens]
     low, high = min(values), max(values)
-    text = Text.assemble(f"layer {layer}  gate {low:.3f} ", *((" ", _style(step / 9, False)) for step in range(10)),
-                         f" {high:.3f}\n")
+    text = Text.assemble(
+        f"layer {layer}  gate {low:.3f} ",
+        *((" ", _style(step / 9, False)) for step in range(10)),
+        f" {high:.3f}\n",
+    )
     for token, value in zip(generation.tokens, values, strict=True):
         share = (value - low) / (high - low) if high > low else 0.0
         text.append(token.text.replace("\n", "↵\n"), _style(share, token.generated))
@@ -137,8 +166,11 @@ def _coloured(generation: Generation, layer: int) -> Text:
 
 
 def _style(share: float, bold: bool) -> Style:
-    """A background between _FAINT and _FULL, and text that can be read on it, whatever the terminal's own colours."""
-    red, green, blue = (round(low + share * (high - low)) for low, high in zip(_FAINT, _FULL, strict=True))
+    """A background between _FAINT and _FULL, and text that can be read on it, whatever the
+    terminal's own colours."""
+    red, green, blue = (
+        round(low + share * (high - low)) for low, high in zip(_FAINT, _FULL, strict=True)
+    )
     color = "rgb(255,255,255)" if share > 0.5 else "rgb(0,0,0)"
     return Style(color=color, bgcolor=f"rgb({red},{green},{blue})", bold=bold)
 
@@ -149,7 +181,7 @@ def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         whole = end == len(ids) or not text.endswith("\ufffd")
-        texts.append(text[len(shown):] if whole else "")
+        texts.append(text[len(shown) :] if whole else "")
         shown = text if whole else shown
     return texts
 

@@ -1,4 +1,5 @@
-"""Progress of arms that train side by side: bars in a terminal, a line now and then in a log; curves afterwards."""
+"""Progress of arms that train side by side: bars in a terminal, a line now and then in a log;
+curves afterwards."""
 
 from __future__ import annotations
 
@@ -30,9 +31,16 @@ class ArmProgress:
     def __init__(self, console: Console, labels: Mapping[str, str]):
         self.console, self.labels = console, labels
         self._bars = Progress(
-            TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  held-out {task.fields[heldout]}  {task.fields[speed]:>6} tokens/s"),
-            TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+            TextColumn("{task.description:<20}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(
+                "loss {task.fields[loss]}  held-out {task.fields[heldout]}  {task.fields[speed]:>6} tokens/s"
+            ),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._tasks: dict[str, TaskID] = {}
         self._heldout: dict[str, str] = {}
         self._logged: dict[str, float] = {}
@@ -48,31 +56,44 @@ class ArmProgress:
         """Take one step's report of an arm."""
         if told.heldout is not None:
             self._heldout[name] = f"{told.heldout:.3f}"
-        shown: dict[str, Any] = {"loss": f"{told.loss:.3f}", "heldout": self._heldout.get(name, "  -  "),
-                 "speed": f"{told.tokens_per_second:,.0f}"}
+        shown: dict[str, Any] = {
+            "loss": f"{told.loss:.3f}",
+            "heldout": self._heldout.get(name, "  -  "),
+            "speed": f"{told.tokens_per_second:,.0f}",
+        }
         label = self.labels[name]
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(label, total=told.steps, **shown)
         self._bars.update(self._tasks[name], completed=told.step, **shown)
         now = time.monotonic()
-        if not self.console.is_terminal and (told.step == told.steps or now - self._logged.get(name, 0) > _LOG_SECONDS):
+        if not self.console.is_terminal and (
+            told.step == told.steps or now - self._logged.get(name, 0) > _LOG_SECONDS
+        ):
             self._logged[name] = now
-            self.console.print(f"{label:<20} step {told.step}/{told.steps}  loss {shown['loss']}  "
-                               f"held-out {shown['heldout']}  {shown['speed']} tokens/s")
+            self.console.print(
+                f"{label:<20} step {told.step}/{told.steps}  loss {shown['loss']}  "
+                f"held-out {shown['heldout']}  {shown['speed']} tokens/s"
+            )
 
 
 def curves(folder: Path) -> dict[str, Any]:
-    """What the metrics of a run say about it, resumed parts included. folder: where `lm.loop.train` wrote.
+    """What the metrics of a run say about it, resumed parts included. folder: where `lm.loop.train`
+    wrote.
 
-    curve, heldout_curve: [tokens, nats a token] of steps and of held-out text. seconds: spent in steps, held-out losses
-    and checkpoints left out. tokens_per_second: median of whole steps, optimiser included. max_expert_load: highest of
-    the second half, over the mean load of an expert; None without experts.
+    curve, heldout_curve: [tokens, nats a token] of steps and of held-out text. seconds: spent in
+    steps, held-out losses and checkpoints left out. tokens_per_second: median of whole steps,
+    optimiser included. max_expert_load: highest of the second half, over the mean load of an
+    expert; None without experts.
     """
     with open(folder / "metrics.jsonl") as file:
         steps = [json.loads(line) for line in file]
-    loads = [step["max_load"] for step in steps[len(steps) // 2:] if step["max_load"] is not None]
-    return {"curve": [[step["tokens"], step["loss"]] for step in steps],
-            "heldout_curve": [[step["tokens"], step["heldout"]] for step in steps if step["heldout"] is not None],
-            "max_expert_load": max(loads, default=None),
-            "seconds": sum(step["tokens"] / step["step"] / step["tokens_per_second"] for step in steps),
-            "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps)}
+    loads = [step["max_load"] for step in steps[len(steps) // 2 :] if step["max_load"] is not None]
+    return {
+        "curve": [[step["tokens"], step["loss"]] for step in steps],
+        "heldout_curve": [
+            [step["tokens"], step["heldout"]] for step in steps if step["heldout"] is not None
+        ],
+        "max_expert_load": max(loads, default=None),
+        "seconds": sum(step["tokens"] / step["step"] / step["tokens_per_second"] for step in steps),
+        "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps),
+    }

@@ -1,7 +1,8 @@
-"""A released checkpoint's n-gram tables: which tensors hold them, what those must be, and their rows as records.
+"""A released checkpoint's n-gram tables: which tensors hold them, what those must be, and their
+rows as records.
 
-Tensors of the table of layer L, after any prefix; `.shard_I` may stand or be missing in both releases, and parts have
-equal rows but the last:
+Tensors of the table of layer L, after any prefix; `.shard_I` may stand or be missing in both
+releases, and parts have equal rows but the last:
 
     DeepSeek-V4.1   layers.L.engram.embed.weight                                    F8_E4M3 [rows, d]
                     layers.L.engram.embed.scale                                     F8_E8M0 or U8 [rows, d/32]
@@ -9,8 +10,8 @@ equal rows but the last:
                     layers.L.ple.ple_embedding.ngram_embedding.weight_scale         BF16 or F32 [1], with F8_E4M3 only
                     layers.L.ple.ple_embedding.{layer_multipliers, ngram_heads_vocab_sizes, ngram_heads_offsets}  I64
 
-Sources: public listings of the safetensors headers of DeepSeek-V4.1-Flash and of Qwen3.8-Flash-Next and its FP8
-release; `qwen4_exp` in transformers 5.23 (conversion_mapping.py, split_ngram_parts).
+Sources: public listings of the safetensors headers of DeepSeek-V4.1-Flash and of Qwen3.8-Flash-Next
+and its FP8 release; `qwen4_exp` in transformers 5.23 (conversion_mapping.py, split_ngram_parts).
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ _SAMPLED_ROWS = 64
 class Checkpoint:
     """The tables of a released checkpoint; made by `open`.
 
-    weights, scales: by layer, in row order; scales are empty where they do not stand in tensors beside the rows.
-    raw_vocab: size of the model's vocabulary. source_id: 32 hex digits of config, headers and a sample of the rows.
+    weights, scales: by layer, in row order; scales are empty where they do not stand in tensors
+    beside the rows. raw_vocab: size of the model's vocabulary. source_id: 32 hex digits of config,
+    headers and a sample of the rows.
     """
 
     directory: Path
@@ -69,23 +71,28 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
-        """Look at config.json, the index and the headers of the files that hold tables; read a few rows.
+        """Look at config.json, the index and the headers of the files that hold tables; read a few
+        rows.
 
-        Raises ConfigError (config.json), TableError naming the tensor and the number that differs, or a tensor under a
-        table's name that is not known, DigestMismatch (stored multipliers or primes are not those of the config),
-        ShardMissing, ShardTruncated, ShardCorrupt.
+        Raises ConfigError (config.json), TableError naming the tensor and the number that differs,
+        or a tensor under a table's name that is not known, DigestMismatch (stored multipliers or
+        primes are not those of the config), ShardMissing, ShardTruncated, ShardCorrupt.
         """
         directory = Path(os.path.abspath(directory))
         data = _read_config(directory)
         config = EngramConfig.from_hf(data)
         if config.hash.dialect not in _TABLES:
-            raise ConfigError(f"{directory}: expected a release of {' or '.join(_TABLES)}, found {config.hash.dialect}")
+            raise ConfigError(
+                f"{directory}: expected a release of {' or '.join(_TABLES)}, found {config.hash.dialect}"
+            )
         tensors = _Tensors(directory, weight_files(directory))
         tables = {layer: _table(tensors, config, layer) for layer in config.hash.layer_ids}
         tensors.check_all_found(_TABLES[config.hash.dialect])
         formats = {fmt for fmt, _, _ in tables.values()}
         if len(formats) > 1:
-            raise TableError(f"{directory}: expected rows of one format in all layers, found {formats}")
+            raise TableError(
+                f"{directory}: expected rows of one format in all layers, found {formats}"
+            )
         fields = config_fields(data)
         raw_vocab = fields.get("vocab_size", config.hash.vocab_size)
         weights = {layer: weights for layer, (_, weights, _) in tables.items()}
@@ -108,28 +115,35 @@ class Checkpoint:
     def vocab(self, saved: str | os.PathLike[str] | None = None) -> VocabMap:
         """The vocabulary map that the rows were trained with: none for Qwen, else the tokenizer's.
 
-        saved: a file that `VocabMap.save` wrote, by default the map of tokenizer.json in the checkpoint's folder.
-        Raises ConfigError where neither is there, DigestMismatch where the map is not the checkpoint's.
+        saved: a file that `VocabMap.save` wrote, by default the map of tokenizer.json in the
+        checkpoint's folder. Raises ConfigError where neither is there, DigestMismatch where the map
+        is not the checkpoint's.
         """
         size = self.config.hash.vocab_size
         vocab = load_map(saved) if saved is not None else None
         if self.config.hash.dialect == "qwen4":
             identity = VocabMap.identity(size)
             if vocab is not None and vocab.digest != identity.digest:
-                raise DigestMismatch(f"{saved}: expected the identity map of {size} ids, which Qwen4-Exp hashes, "
-                                     f"found another map of {len(vocab)}")
+                raise DigestMismatch(
+                    f"{saved}: expected the identity map of {size} ids, which Qwen4-Exp hashes, "
+                    f"found another map of {len(vocab)}"
+                )
             return identity
         if vocab is None:
             vocab = self._tokenizer_map()
         if len(vocab) != size:
-            raise DigestMismatch(f"{saved or self.directory}: vocabulary map: expected {size} compressed ids, as "
-                                 f"config.json says, found {len(vocab)}")
+            raise DigestMismatch(
+                f"{saved or self.directory}: vocabulary map: expected {size} compressed ids, as "
+                f"config.json says, found {len(vocab)}"
+            )
         return vocab
 
     def _tokenizer_map(self) -> VocabMap:
         path = self.directory / "tokenizer.json"
         if not path.exists():
-            raise ConfigError(f"{path}: expected the tokenizer, found no file; give a saved vocabulary map instead")
+            raise ConfigError(
+                f"{path}: expected the tokenizer, found no file; give a saved vocabulary map instead"
+            )
         return _map_of(str(path), path.stat().st_mtime_ns, self.raw_vocab)
 
 
@@ -172,31 +186,39 @@ class _Tensors:
     def find(self, name: str) -> StoredTensor:
         """Raises TableError where there is none, and what `read_header` raises."""
         if name not in self._files:
-            raise TableError(f"{self.directory}: expected the tensor {name}, found none of this name"
-                             f"{self.left_out(re.compile(re.escape(name)))}")
+            raise TableError(
+                f"{self.directory}: expected the tensor {name}, found none of this name"
+                f"{self.left_out(re.compile(re.escape(name)))}"
+            )
         path = self._files[name]
         if path not in self._headers:
             self._headers[path] = read_header(path)
         if name not in self._headers[path]:
-            raise TableError(f"{path}: expected the tensor {name}, which the index puts here, found none")
+            raise TableError(
+                f"{path}: expected the tensor {name}, which the index puts here, found none"
+            )
         self._found.add(name)
         return self._headers[path][name]
 
     def check_all_found(self, table: str) -> None:
-        """Raise TableError for a tensor under a table's name that was not asked for, listed by the index or not: rows
-        would be read without what it means. `table`: what follows the layer's number in names."""
+        """Raise TableError for a tensor under a table's name that was not asked for, listed by the
+        index or not: rows would be read without what it means. `table`: what follows the layer's
+        number in names."""
         pattern = re.compile(rf"((?:.*\.)?)layers\.\d+\.{re.escape(table)}(?:[._].*)?")
         names = {*self._files, *(name for path in self._headers for name in tensor_names(path))}
         under = {name: match[1] for name in names if (match := pattern.fullmatch(name))}
         prefixes = {under[name] for name in self._found if name in under}
         for name in sorted(under.keys() - self._found):
             if under[name] in prefixes:
-                raise TableError(f"{self.directory}: {name}: expected nothing under the name of a table but the "
-                                 "tensors that its rows are made of, in the layers that config.json names, found one "
-                                 "more, and what it means for the rows is not known; a newer Engraphy may know it")
+                raise TableError(
+                    f"{self.directory}: {name}: expected nothing under the name of a table but the "
+                    "tensors that its rows are made of, in the layers that config.json names, found one "
+                    "more, and what it means for the rows is not known; a newer Engraphy may know it"
+                )
 
     def left_out(self, pattern: re.Pattern[str]) -> str:
-        """For the end of a message: the files of the folder with such tensors that the index does not list."""
+        """For the end of a message: the files of the folder with such tensors that the index does
+        not list."""
         holding = []
         for path in sorted(self.directory.glob("*.safetensors")):
             with contextlib.suppress(TableError):
@@ -205,12 +227,15 @@ class _Tensors:
                     holding.append(path.name)
         if not holding:
             return ""
-        return (f"; the folder has it in {', '.join(holding)}, which {INDEX_NAME} does not say: take the index of the "
-                "same release, or add these tensors to its weight_map")
+        return (
+            f"; the folder has it in {', '.join(holding)}, which {INDEX_NAME} does not say: take the index of the "
+            "same release, or add these tensors to its weight_map"
+        )
 
 
-def _table(tensors: _Tensors, config: EngramConfig, layer: int) \
-        -> tuple[RowFormat, tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
+def _table(
+    tensors: _Tensors, config: EngramConfig, layer: int
+) -> tuple[RowFormat, tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
     """Row format, weights and scales of one layer, checked against the config."""
     stem, names = _names(tensors, _TABLES[config.hash.dialect], layer)
     weights = [tensors.find(name) for name in names]
@@ -224,10 +249,16 @@ def _table(tensors: _Tensors, config: EngramConfig, layer: int) \
     _check_hash(tensors, stem.rpartition(".")[0], config, layer)
     scale_name = f"{stem}.weight_scale"
     if (dtype == "F8_E4M3") != (scale_name in tensors) or dtype not in (*_PLAIN_KINDS, "F8_E4M3"):
-        raise TableError(f"{where}: dtype: expected {', '.join(_PLAIN_KINDS)}, or F8_E4M3 with {scale_name}, found "
-                         f"{dtype} {'with' if scale_name in tensors else 'without'} it")
+        raise TableError(
+            f"{where}: dtype: expected {', '.join(_PLAIN_KINDS)}, or F8_E4M3 with {scale_name}, found "
+            f"{dtype} {'with' if scale_name in tensors else 'without'} it"
+        )
     if dtype == "F8_E4M3":
-        return RowFormat("fp8_scaled", config.dim, _table_scale(tensors.find(scale_name))), tuple(weights), ()
+        return (
+            RowFormat("fp8_scaled", config.dim, _table_scale(tensors.find(scale_name))),
+            tuple(weights),
+            (),
+        )
     return RowFormat(_PLAIN_KINDS[dtype], config.dim), tuple(weights), ()
 
 
@@ -242,31 +273,47 @@ def _names(tensors: _Tensors, table: str, layer: int) -> tuple[str, list[str]]:
     stems = sorted({match[1] for match in found})
     if len(stems) != 1:
         near = sorted(name for name in tensors if table in name)[:3]
-        raise TableError(f"{tensors.directory}: expected one table layers.{layer}.{table}.weight, found {len(stems)} "
-                         f"among {len(tensors)} tensors: {stems or near}{'' if stems else tensors.left_out(pattern)}")
+        raise TableError(
+            f"{tensors.directory}: expected one table layers.{layer}.{table}.weight, found {len(stems)} "
+            f"among {len(tensors)} tensors: {stems or near}{'' if stems else tensors.left_out(pattern)}"
+        )
     numbered = {-1 if match[2] is None else int(match[2]): name for match, name in found.items()}
     expected = [-1] if -1 in numbered else list(range(len(numbered)))
     if len(numbered) != len(found) or sorted(numbered) != expected:
-        raise TableError(f"{tensors.directory}: {stems[0]}: expected one tensor, or shard_0 to shard_{max(numbered)}, "
-                         f"found {sorted(found.values())}{tensors.left_out(pattern)}")
+        raise TableError(
+            f"{tensors.directory}: {stems[0]}: expected one tensor, or shard_0 to shard_{max(numbered)}, "
+            f"found {sorted(found.values())}{tensors.left_out(pattern)}"
+        )
     return stems[0], [numbered[number] for number in expected]
 
 
-def _check_rows(weights: list[StoredTensor], config: EngramConfig, layer: int, left_out: Callable[[], str]) -> None:
+def _check_rows(
+    weights: list[StoredTensor], config: EngramConfig, layer: int, left_out: Callable[[], str]
+) -> None:
     first = weights[0]
     for weight in weights:
         where = f"{weight.path}: {weight.name}"
         if len(weight.shape) != 2 or weight.shape[1] != config.dim:
-            raise TableError(f"{where}: row width: expected [rows, {config.dim}], as config.json says, "
-                             f"found {list(weight.shape)}")
+            raise TableError(
+                f"{where}: row width: expected [rows, {config.dim}], as config.json says, "
+                f"found {list(weight.shape)}"
+            )
         if weight.dtype != first.dtype:
-            raise TableError(f"{where}: dtype: expected {first.dtype} as in {first.name}, found {weight.dtype}")
-        if not (weight.rows == first.rows or weight is weights[-1] and 0 < weight.rows < first.rows):
-            raise TableError(f"{where}: rows: expected {first.rows} as in {first.name}, found {weight.rows}")
+            raise TableError(
+                f"{where}: dtype: expected {first.dtype} as in {first.name}, found {weight.dtype}"
+            )
+        if not (
+            weight.rows == first.rows or weight is weights[-1] and 0 < weight.rows < first.rows
+        ):
+            raise TableError(
+                f"{where}: rows: expected {first.rows} as in {first.name}, found {weight.rows}"
+            )
     expected, found = config.hash.row_count(layer), sum(weight.rows for weight in weights)
     if found != expected:
-        raise TableError(f"{first.path.parent}: rows of layer {layer}: expected {expected}, which follow from "
-                         f"config.json, found {found} in {len(weights)} tensors ({first.name}){left_out()}")
+        raise TableError(
+            f"{first.path.parent}: rows of layer {layer}: expected {expected}, which follow from "
+            f"config.json, found {found} in {len(weights)} tensors ({first.name}){left_out()}"
+        )
 
 
 def _scale(tensors: _Tensors, weight: StoredTensor, d: int) -> StoredTensor:
@@ -275,49 +322,69 @@ def _scale(tensors: _Tensors, weight: StoredTensor, d: int) -> StoredTensor:
     if scale.dtype not in ("F8_E8M0", "U8"):
         raise TableError(f"{where}: dtype: expected F8_E8M0 or U8, found {scale.dtype}")
     if scale.shape != (weight.rows, d // BLOCK):
-        raise TableError(f"{where}: shape of the scales: expected {[weight.rows, d // BLOCK]}, one for {BLOCK} values, "
-                         f"found {list(scale.shape)}")
+        raise TableError(
+            f"{where}: shape of the scales: expected {[weight.rows, d // BLOCK]}, one for {BLOCK} values, "
+            f"found {list(scale.shape)}"
+        )
     return scale
 
 
 def _table_scale(tensor: StoredTensor) -> float:
     if tensor.dtype not in _PLAIN_KINDS or tensor.shape not in ((), (1,)):
-        raise TableError(f"{tensor.path}: {tensor.name}: expected one BF16, F16 or F32 scale, found {tensor.dtype} "
-                         f"{list(tensor.shape)}")
+        raise TableError(
+            f"{tensor.path}: {tensor.name}: expected one BF16, F16 or F32 scale, found {tensor.dtype} "
+            f"{list(tensor.shape)}"
+        )
     raw_NR = np.empty((1, tensor.size), np.uint8)
-    StoredTensor(tensor.path, tensor.name, "U8", raw_NR.shape, tensor.offset, tensor.size).read(0, raw_NR)
+    StoredTensor(tensor.path, tensor.name, "U8", raw_NR.shape, tensor.offset, tensor.size).read(
+        0, raw_NR
+    )
     return float(RowFormat(_PLAIN_KINDS[tensor.dtype], 1).decode(raw_NR)[0, 0])
 
 
 def _check_hash(tensors: _Tensors, base: str, config: EngramConfig, layer: int) -> None:
     """Qwen4-Exp keeps its multipliers, primes and offsets among the weights: they have to be ours."""
     spec = config.hash
-    ours = {"layer_multipliers": spec.multipliers(layer), "ngram_heads_vocab_sizes": spec.primes(layer),
-            "ngram_heads_offsets": spec.offsets(layer)}
+    ours = {
+        "layer_multipliers": spec.multipliers(layer),
+        "ngram_heads_vocab_sizes": spec.primes(layer),
+        "ngram_heads_offsets": spec.offsets(layer),
+    }
     for name, expected in ours.items():
         if f"{base}.{name}" not in tensors:
             continue
         tensor = tensors.find(f"{base}.{name}")
         if (tensor.dtype, tensor.shape) != ("I64", (len(expected),)):
-            raise TableError(f"{tensor.path}: {tensor.name}: expected I64 [{len(expected)}], found {tensor.dtype} "
-                             f"{list(tensor.shape)}")
+            raise TableError(
+                f"{tensor.path}: {tensor.name}: expected I64 [{len(expected)}], found {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
         found = np.empty(len(expected), np.int64)
         tensor.read(0, found.view(np.uint8).reshape(-1, 8))
         if tuple(found.tolist()) != expected:
-            raise DigestMismatch(f"{tensor.path}: {tensor.name}: expected {list(expected)}, which follow from "
-                                 f"config.json, found {found.tolist()}")
+            raise DigestMismatch(
+                f"{tensor.path}: {tensor.name}: expected {list(expected)}, which follow from "
+                f"config.json, found {found.tolist()}"
+            )
 
 
 def _source_id(checkpoint: Checkpoint) -> str:
-    """Headers alone would not tell a checkpoint from one trained on, so rows spread over each layer are part of it."""
+    """Headers alone would not tell a checkpoint from one trained on, so rows spread over each layer
+    are part of it."""
     config = checkpoint.config
-    digest = hashlib.sha256(json.dumps([config.to_json(), checkpoint.fmt.to_json()], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([config.to_json(), checkpoint.fmt.to_json()], sort_keys=True).encode()
+    )
     row_1R = np.empty((1, checkpoint.fmt.row_bytes), np.uint8)
     for layer, weights in sorted(checkpoint.weights.items()):
         for tensor in (*weights, *checkpoint.scales[layer]):
             entry = [tensor.path.name, tensor.name, tensor.dtype, tensor.shape, tensor.offset]
             digest.update(json.dumps(entry).encode())
-        for row in np.linspace(0, config.hash.row_count(layer) - 1, _SAMPLED_ROWS).astype(np.int64).tolist():
+        for row in (
+            np.linspace(0, config.hash.row_count(layer) - 1, _SAMPLED_ROWS)
+            .astype(np.int64)
+            .tolist()
+        ):
             checkpoint.read_rows(layer, row, row_1R)
             digest.update(row_1R.tobytes())
     return digest.hexdigest()[:32]

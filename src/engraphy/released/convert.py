@@ -1,9 +1,12 @@
-"""Released checkpoints become tables: the same bytes, as records of a sealed table, in bounded memory.
+"""Released checkpoints become tables: the same bytes, as records of a sealed table, in bounded
+memory.
 
-    journal at row 0  ->  table created, "open"  ->  rows, synced, journal  ->  ...  ->  sealed  ->  journal removed
+    journal at row 0  ->  table created, "open"  ->  rows, synced, journal  ->  ...  ->  sealed  ->
+    journal removed
 
-The journal stands beside the table and says how many rows are on disk for good, so a conversion that was killed goes on
-there. The checkpoint's source_id stands in the journal and, as `parent`, in the table: another source is refused.
+The journal stands beside the table and says how many rows are on disk for good, so a conversion
+that was killed goes on there. The checkpoint's source_id stands in the journal and, as `parent`, in
+the table: another source is refused.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ _FORMAT = "engraphy-conversion-1"
 CHUNK_BYTES = 8 << 20  # read and written at a time
 SYNC_BYTES = 256 << 20  # what a kill can cost
 
+
 @dataclass(frozen=True)
 class Converted:
-    """A conversion that is done. source_id: the checkpoint, which is the table's parent. resumed_at: the row (counted
-    through all layers) where this run took up an earlier one, 0 if it did not."""
+    """A conversion that is done. source_id: the checkpoint, which is the table's parent.
+    resumed_at: the row (counted through all layers) where this run took up an earlier one, 0 if it
+    did not."""
 
     path: str
     table_id: str
@@ -43,13 +48,20 @@ class Converted:
     resumed_at: int
 
 
-def convert(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *,
-            vocab_file: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> Converted:
-    """Make a sealed table of a released checkpoint's rows, byte for byte; goes on where an earlier call was killed.
+def convert(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    vocab_file: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Converted:
+    """Make a sealed table of a released checkpoint's rows, byte for byte; goes on where an earlier
+    call was killed.
 
-    vocab_file: a saved vocabulary map, by default that of the checkpoint's tokenizer. Takes some MB of memory whatever
-    the size. Raises what `Checkpoint.open` and `.vocab` raise, and TableError: `out` is taken, is being converted from
-    another source, does not fit the disk, or cannot be written (then the same call continues).
+    vocab_file: a saved vocabulary map, by default that of the checkpoint's tokenizer. Takes some MB
+    of memory whatever the size. Raises what `Checkpoint.open` and `.vocab` raise, and TableError:
+    `out` is taken, is being converted from another source, does not fit the disk, or cannot be
+    written (then the same call continues).
     """
     out = Path(os.path.abspath(out))
     report = progress or (lambda stage, done, total: None)
@@ -69,15 +81,26 @@ def convert(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *,
         finally:
             table.close()
     except OSError as error:
-        raise TableError(f"{out}: the conversion stopped ({error}); the same command continues it") from error
+        raise TableError(
+            f"{out}: the conversion stopped ({error}); the same command continues it"
+        ) from error
     rows = source.config.row_count()
-    return Converted(str(out), table.table_id, source.source_id, source.fmt.kind, rows, rows * source.fmt.row_bytes,
-                     done)
+    return Converted(
+        str(out),
+        table.table_id,
+        source.source_id,
+        source.fmt.kind,
+        rows,
+        rows * source.fmt.row_bytes,
+        done,
+    )
 
 
-def _open_table(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal) -> tuple[Table, int]:
-    """The table, and how many of its rows are written: a new one, an unfinished one open for writing, or the finished
-    one of an earlier conversion that only left its journal behind."""
+def _open_table(
+    source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal
+) -> tuple[Table, int]:
+    """The table, and how many of its rows are written: a new one, an unfinished one open for
+    writing, or the finished one of an earlier conversion that only left its journal behind."""
     found = journal.read()
     if found is None or not (out / FILE_NAME).exists():
         return _create(source, vocab, out, journal), 0
@@ -86,8 +109,10 @@ def _open_table(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journa
     expected = (source.source_id, source.config.address_digest(vocab.digest), source.fmt)
     possible = table_id in (manifest.table_id, None) and done <= source.config.row_count()
     if (manifest.parent, manifest.address_digest, manifest.fmt) != expected or not possible:
-        raise TableError(f"{out}: expected the unfinished conversion of {source.directory} that {journal.path} tells "
-                         f"of, found table {manifest.table_id} of parent {manifest.parent}, rows of {manifest.fmt}")
+        raise TableError(
+            f"{out}: expected the unfinished conversion of {source.directory} that {journal.path} tells "
+            f"of, found table {manifest.table_id} of parent {manifest.parent}, rows of {manifest.fmt}"
+        )
     if manifest.next_id is None:
         return Table.open(out), source.config.row_count()
     table = Table.open(out, "w")
@@ -109,8 +134,11 @@ def _create(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal) -
         raise
 
 
-def _copy(source: Checkpoint, table: Table, journal: _Journal, done: int, progress: Progress) -> None:
-    """Write the rows from the `done`-th on, layers in order; every SYNC_BYTES they are synced and journalled."""
+def _copy(
+    source: Checkpoint, table: Table, journal: _Journal, done: int, progress: Progress
+) -> None:
+    """Write the rows from the `done`-th on, layers in order; every SYNC_BYTES they are synced and
+    journalled."""
     width = table.row_bytes
     step, span = max(1, CHUNK_BYTES // width), max(1, SYNC_BYTES // width)
     buffer_nR = np.empty((step, width), np.uint8)
@@ -122,11 +150,11 @@ def _copy(source: Checkpoint, table: Table, journal: _Journal, done: int, progre
         for begin in range(min(max(done - before, 0), rows), rows, span):
             end = min(begin + span, rows)
             for first in range(begin, end, step):
-                chunk_nR = buffer_nR[:min(step, end - first)]
+                chunk_nR = buffer_nR[: min(step, end - first)]
                 source.read_rows(layer, first, chunk_nR)
                 table.write_rows(layer, first, chunk_nR)
                 progress("converting", (before + first + len(chunk_nR)) * width, total * width)
-            for shard in shards[begin // table.shard_rows:-(-end // table.shard_rows)]:
+            for shard in shards[begin // table.shard_rows : -(-end // table.shard_rows)]:
                 shard.sync()
             journal.write(table.table_id, before + end)
         before += rows
@@ -139,11 +167,14 @@ def _check_space(out: Path, source: Checkpoint) -> None:
     needed = max(0, rows * width + headers - sum(shard.stat().st_blocks * 512 for shard in shards))
     free = free_disk(out)
     if free < needed:
-        raise TableError(f"{out}: expected {needed} bytes of free disk for {rows} rows of {width}, found {free}")
+        raise TableError(
+            f"{out}: expected {needed} bytes of free disk for {rows} rows of {width}, found {free}"
+        )
 
 
 class _Journal:
-    """How many rows (through all layers, in order) of a conversion are on disk for good: one small file."""
+    """How many rows (through all layers, in order) of a conversion are on disk for good: one small
+    file."""
 
     def __init__(self, path: Path, source_id: str) -> None:
         self.path, self.source_id = path, source_id
@@ -155,17 +186,28 @@ class _Journal:
         """
         try:
             data = json.loads(self.path.read_bytes())
-            kind, source, table_id, rows = data["format"], data["source_id"], data["table_id"], data["rows"]
+            kind, source, table_id, rows = (
+                data["format"],
+                data["source_id"],
+                data["table_id"],
+                data["rows"],
+            )
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:
-            raise TableError(f"{self.path}: expected the journal of a conversion, found something else "
-                             f"({type(error).__name__}: {error})") from None
+            raise TableError(
+                f"{self.path}: expected the journal of a conversion, found something else "
+                f"({type(error).__name__}: {error})"
+            ) from None
         if kind != _FORMAT or type(rows) is not int or rows < 0 or table_id is None and rows:
-            raise TableError(f"{self.path}: expected a journal {_FORMAT} with rows done, found {data}")
+            raise TableError(
+                f"{self.path}: expected a journal {_FORMAT} with rows done, found {data}"
+            )
         if source != self.source_id:
-            raise TableError(f"{self.path}: expected the journal of source {self.source_id}, found one of {source}: "
-                             "another checkpoint; give another name, or delete this file and its unfinished table")
+            raise TableError(
+                f"{self.path}: expected the journal of source {self.source_id}, found one of {source}: "
+                "another checkpoint; give another name, or delete this file and its unfinished table"
+            )
         return table_id, rows
 
     def write(self, table_id: str | None, rows: int) -> None:

@@ -1,4 +1,5 @@
-"""Small pieces of HTML for the report pages: escaping, numbers, tables, tokens made visible. Knows no report."""
+"""Small pieces of HTML for the report pages: escaping, numbers, tables, tokens made visible. Knows
+no report."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}
 
 
 def esc(value: object) -> str:
-    """`value` as text for HTML content and quoted attributes; characters that HTML and XML forbid become U+FFFD."""
+    """`value` as text for HTML content and quoted attributes; characters that HTML and XML forbid
+    become U+FFFD."""
     return html.escape(_UNPRINTABLE.sub("\ufffd", str(value)), quote=True)
 
 
@@ -71,10 +73,12 @@ def joined(words: Sequence[str]) -> str:
 
 
 def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already. The first column heads its row. Wider than the page, it scrolls inside its box."""
+    """Cells are HTML already. The first column heads its row. Wider than the page, it scrolls
+    inside its box."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
+        for row in rows
     )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{esc(label)}">'
@@ -90,8 +94,8 @@ def pairs(items: Iterable[tuple[str, str]]) -> str:
 def visible(token: str) -> tuple[str, bool, bool]:
     """A token as HTML that can be seen, and whether a single space stood before and after it.
 
-    Single outer spaces become gaps between tokens; other white space, control and format characters become signs
-    or code points, and a lone combining mark gets a carrier.
+    Single outer spaces become gaps between tokens; other white space, control and format characters
+    become signs or code points, and a lone combining mark gets a carrier.
     """
     before = len(token) > 1 and token[0] == " " and token[1] != " "
     token = token[1:] if before else token
@@ -117,7 +121,8 @@ def plus_minus(value: float | None) -> str:
 
 
 def section(title: str, note: str, content: str, kind: str = "") -> str:
-    """A section of the page; `note` and `content` are HTML. kind "full": the note above the content, not beside it."""
+    """A section of the page; `note` and `content` are HTML. kind "full": the note above the
+    content, not beside it."""
     rail = f'<div class="rail"><h2>{esc(title)}</h2>{note}</div>'
     return f'<section class="{kind}">{rail}<div class="main">{content}</div></section>'
 

@@ -1,10 +1,12 @@
-"""How the bytes of a row are made and read, kind by kind: plain numpy, and the specification of the native kernels.
+"""How the bytes of a row are made and read, kind by kind: plain numpy, and the specification of the
+native kernels.
 
-`CODECS` is the list of kinds. Encoders take float32 [N, d], C-contiguous, which `RowFormat` has checked; decoders
-write float32 and are exact. Both may overflow and underflow on purpose. Numbers are little-endian; numpy has no
-bfloat16: its bits are uint16.
+`CODECS` is the list of kinds. Encoders take float32 [N, d], C-contiguous, which `RowFormat` has
+checked; decoders write float32 and are exact. Both may overflow and underflow on purpose. Numbers
+are little-endian; numpy has no bfloat16: its bits are uint16.
 
-Sources: OCP 8-bit floating point (E4M3) and microscaling (E8M0) formats; record layouts in docs/table-format.md.
+Sources: OCP 8-bit floating point (E4M3) and microscaling (E8M0) formats; record layouts in
+docs/table-format.md.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ BLOCK = 32  # values under one ue8m0 scale
 class Codec(NamedTuple):
     """One kind of row.
 
-    row_bytes: of d. encode: (values_Nd, scale) -> u8 [N, row_bytes]. decode: (raw_NR, out_Nd, scale). limit: the
-    largest size of a finite value that can be encoded, times the scale. keeps_nan: NaN and infinities can be encoded
-    too. multiple: d has to be one of this. `scale` is the table's one scale, 1 in all kinds but fp8_scaled.
+    row_bytes: of d. encode: (values_Nd, scale) -> u8 [N, row_bytes]. decode: (raw_NR, out_Nd,
+    scale). limit: the largest size of a finite value that can be encoded, times the scale.
+    keeps_nan: NaN and infinities can be encoded too. multiple: d has to be one of this. `scale` is
+    the table's one scale, 1 in all kinds but fp8_scaled.
     """
 
     row_bytes: Callable[[int], int]
@@ -34,12 +37,15 @@ class Codec(NamedTuple):
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """float32 -> bf16 bits (uint16) of the same shape, to nearest even; a NaN stays one and keeps its sign."""
+    """float32 -> bf16 bits (uint16) of the same shape, to nearest even; a NaN stays one and keeps
+    its sign."""
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     nan = np.isnan(values)
     if nan.any():
-        rounded = np.where(nan, (bits >> 16) | 0x40, rounded)  # quiet, as hardware does: else it could become infinity
+        rounded = np.where(
+            nan, (bits >> 16) | 0x40, rounded
+        )  # quiet, as hardware does: else it could become infinity
     return rounded.astype(np.uint16)
 
 
@@ -86,11 +92,13 @@ _UE8M0 = _ue8m0_values()
 
 
 def _to_e4m3(values: np.ndarray) -> np.ndarray:
-    """Codes of float32 values within 464, to nearest even: 464, the tie below the NaN code, still goes to 448."""
+    """Codes of float32 values within 464, to nearest even: 464, the tie below the NaN code, still
+    goes to 448."""
     size = np.abs(values)
     bits = size.view(np.uint32)
     normal = (bits - np.uint32(120 << 23) + np.uint32(0x7FFFF) + ((bits >> 20) & 1)) >> 20
-    # float32 from 2**14 on have a spacing of 2**-9, which is the step of e4m3 below 2**-6: the addition rounds.
+    # float32 from 2**14 on have a spacing of 2**-9, which is the step of e4m3 below 2**-6: the
+    # addition rounds.
     small = (size + np.float32(2**14)).view(np.uint32) - np.float32(2**14).view(np.uint32)
     sign = np.signbit(values).astype(np.uint8) << 7
     return np.where(size < 2.0**-6, small, normal).astype(np.uint8) | sign
@@ -113,7 +121,9 @@ def _decode_fp8(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
     scales = _UE8M0[raw_NR[:, d:]]
     unknown = np.isnan(scales)
     blocks *= np.where(unknown, np.float32(1), scales)[..., None]
-    if unknown.any():  # of a product of two NaNs each version of numpy keeps another: the code's is kept here
+    if (
+        unknown.any()
+    ):  # of a product of two NaNs each version of numpy keeps another: the code's is kept here
         blocks[unknown] = np.where(np.isnan(blocks[unknown]), blocks[unknown], np.float32(np.nan))
 
 
@@ -143,11 +153,15 @@ def _encode_int8(values_Nd: np.ndarray, scale: float) -> np.ndarray:
 
 def _decode_int8(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
     d = out_Nd.shape[1]
-    np.multiply(raw_NR[:, :d].view(np.int8), raw_NR[:, d:].view(np.float16), out=out_Nd, dtype=np.float32)
+    np.multiply(
+        raw_NR[:, :d].view(np.int8), raw_NR[:, d:].view(np.float16), out=out_Nd, dtype=np.float32
+    )
 
 
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1)
-_INT4_PAIRS = np.where(_NIBBLES < 8, _NIBBLES, _NIBBLES - 16).astype(np.float32)  # [256, 2]: low nibble, high nibble
+_INT4_PAIRS = np.where(_NIBBLES < 8, _NIBBLES, _NIBBLES - 16).astype(
+    np.float32
+)  # [256, 2]: low nibble, high nibble
 
 
 def _encode_int4(values_Nd: np.ndarray, scale: float) -> np.ndarray:
@@ -158,13 +172,19 @@ def _encode_int4(values_Nd: np.ndarray, scale: float) -> np.ndarray:
 
 def _decode_int4(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
     count, d = out_Nd.shape
-    np.take(_INT4_PAIRS, raw_NR[:, :d // 2], axis=0, out=out_Nd.reshape(count, d // 2, 2), mode="clip")
-    out_Nd *= raw_NR[:, d // 2:].view(np.float16).astype(np.float32)
+    np.take(
+        _INT4_PAIRS, raw_NR[:, : d // 2], axis=0, out=out_Nd.reshape(count, d // 2, 2), mode="clip"
+    )
+    out_Nd *= raw_NR[:, d // 2 :].view(np.float16).astype(np.float32)
 
 
 _F32_MAX = float(np.finfo(np.float32).max)
-_F16_LIMIT = float(np.nextafter(np.float32(65520), np.float32(0)))  # 65520 is the tie between 65504 and infinity
-_BF16_LIMIT = float(np.uint32(0x7F7F7FFF).view(np.float32))  # below the tie between the last bf16 and infinity
+_F16_LIMIT = float(
+    np.nextafter(np.float32(65520), np.float32(0))
+)  # 65520 is the tie between 65504 and infinity
+_BF16_LIMIT = float(
+    np.uint32(0x7F7F7FFF).view(np.float32)
+)  # below the tie between the last bf16 and infinity
 
 CODECS = {
     "f32": Codec(lambda d: 4 * d, _encode_f32, _decode_f32, _F32_MAX, keeps_nan=True),

@@ -1,4 +1,5 @@
-"""Initial rows: each value a pure function of (seed, layer, row, column), whatever the chunk, shard or rank."""
+"""Initial rows: each value a pure function of (seed, layer, row, column), whatever the chunk, shard
+or rank."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 def normal_rows(seed: int, layer: int, ids_N: np.ndarray, dim: int, std: float) -> np.ndarray:
     """Rows `ids_N` of a table ~ N(0, std**2): f32 [N, dim].
 
-    The classic sum of twelve uniforms (16 bits each, from splitmix64 over the counter): integer arithmetic and one
-    multiplication, so the bits are the same on every machine. Values end at six standard deviations.
+    The classic sum of twelve uniforms (16 bits each, from splitmix64 over the counter): integer
+    arithmetic and one multiplication, so the bits are the same on every machine. Values end at six
+    standard deviations.
     """
     key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(layer))
     counter = ids_N.astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)

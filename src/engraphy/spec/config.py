@@ -17,7 +17,8 @@ from .model_config import config_fields, first, layer_arguments, need
 class EngramConfig:
     """A whole memory: addresses, the layer that fuses rows, and the row width d.
 
-    Raises ConfigError where the three do not fit each other (layer.width must be hash.columns * dim).
+    Raises ConfigError where the three do not fit each other (layer.width must be hash.columns *
+    dim).
     """
 
     hash: HashSpec
@@ -27,29 +28,47 @@ class EngramConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dim", as_int("dim", self.dim, 1))
         if self.layer.width != self.hash.columns * self.dim:
-            raise ConfigError(f"layer.width: expected columns * dim = {self.hash.columns} * {self.dim} = "
-                              f"{self.hash.columns * self.dim}, found {self.layer.width}")
+            raise ConfigError(
+                f"layer.width: expected columns * dim = {self.hash.columns} * {self.dim} = "
+                f"{self.hash.columns * self.dim}, found {self.layer.width}"
+            )
         if self.layer.order != self.hash.order:
-            raise ConfigError(f"layer.order: expected the largest n-gram order {self.hash.order}, "
-                              f"found {self.layer.order}")
+            raise ConfigError(
+                f"layer.order: expected the largest n-gram order {self.hash.order}, "
+                f"found {self.layer.order}"
+            )
 
     @classmethod
-    def for_model(cls, model_config: Any, layers: Sequence[int] | None = None, orders: Sequence[int] = (2, 3),
-                  heads: int = 8, rows_per_head: int | Sequence[int] | None = None, dim: int | None = None, *,
-                  vocab_size: int | None = None, pad_id: int | None = None, streams: int | None = None,
-                  kernel: int = 4, seed: int = 0) -> EngramConfig:
-        """Sound defaults for a transformers model config: the demo dialect, unbiased projections, a short conv.
+    def for_model(
+        cls,
+        model_config: Any,
+        layers: Sequence[int] | None = None,
+        orders: Sequence[int] = (2, 3),
+        heads: int = 8,
+        rows_per_head: int | Sequence[int] | None = None,
+        dim: int | None = None,
+        *,
+        vocab_size: int | None = None,
+        pad_id: int | None = None,
+        streams: int | None = None,
+        kernel: int = 4,
+        seed: int = 0,
+    ) -> EngramConfig:
+        """Sound defaults for a transformers model config: the demo dialect, unbiased projections, a
+        short conv.
 
-        layers default to the second block and the middle one (1 and 14 of 30; the paper counts them 2 and 15);
-        rows_per_head to five times the vocabulary (the public demo's ratio); dim so that E is about D/2 (the paper's
-        1280 of 2560). vocab_size: len(vocab) where a VocabMap is used, else the model's.
-        pad_id: raw id of the filler, by default the model's pad token, else its EOS. streams: residual streams, by
-        default the config's hc_mult (hyper-connections), else 1.
+        layers default to the second block and the middle one (1 and 14 of 30; the paper counts them
+        2 and 15); rows_per_head to five times the vocabulary (the public demo's ratio); dim so that
+        E is about D/2 (the paper's 1280 of 2560). vocab_size: len(vocab) where a VocabMap is used,
+        else the model's. pad_id: raw id of the filler, by default the model's pad token, else its
+        EOS. streams: residual streams, by default the config's hc_mult (hyper-connections), else 1.
         Raises ConfigError for a layer that the model does not have.
         """
         fields = config_fields(model_config)
-        depth, hidden, model_vocab = (as_int(name, need(fields, name), 1)
-                                      for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+        depth, hidden, model_vocab = (
+            as_int(name, need(fields, name), 1)
+            for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+        )
         defaults = sorted({min(1, depth - 1), (depth - 1) // 2})
         layers = as_ints("layers", defaults if layers is None else layers)
         for layer in layers:
@@ -60,7 +79,9 @@ class EngramConfig:
             found = [first(fields.get(name)) for name in ("pad_token_id", "eos_token_id")]
             pad_id = next((value for value in found if isinstance(value, int) and value >= 0), None)
         if pad_id is None:
-            raise ConfigError("the model's config has neither a pad_token_id nor an eos_token_id; give pad_id=")
+            raise ConfigError(
+                "the model's config has neither a pad_token_id nor an eos_token_id; give pad_id="
+            )
         vocab_size = model_vocab if vocab_size is None else vocab_size
         spec = HashSpec.demo(layers, orders, heads, rows_per_head, vocab_size, pad_id, seed)
         dim = max(8, hidden // 2 // spec.columns // 8 * 8) if dim is None else as_int("dim", dim, 1)
@@ -70,10 +91,11 @@ class EngramConfig:
 
     @classmethod
     def from_hf(cls, config: Any) -> EngramConfig:
-        """The memory that a released checkpoint's config describes: `HashSpec.from_hf`, the layer's sizes, and d.
+        """The memory that a released checkpoint's config describes: `HashSpec.from_hf`, the layer's
+        sizes, and d.
 
-        d is `engram_head_dim` of DeepSeek-V4.1, `ple_embed_dim` (by default hidden_size) over the columns of Qwen.
-        Raises ConfigError like `HashSpec.from_hf`.
+        d is `engram_head_dim` of DeepSeek-V4.1, `ple_embed_dim` (by default hidden_size) over the
+        columns of Qwen. Raises ConfigError like `HashSpec.from_hf`.
         """
         spec, fields = HashSpec.from_hf(config), config_fields(config)
         dim, sizes = layer_arguments(fields, spec.columns)
@@ -101,7 +123,8 @@ class EngramConfig:
         return len(self.hash.layer_ids) * (projections + norms)
 
     def address_digest(self, vocab_digest: str) -> str:
-        """Identity of the addresses: hash spec, vocabulary map and row width. Equal digests: rows mean the same."""
+        """Identity of the addresses: hash spec, vocabulary map and row width. Equal digests: rows
+        mean the same."""
         return sha256_of({"hash": self.hash.to_json(), "vocab": vocab_digest, "dim": self.dim})
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What the published dialects differ in: how multipliers are drawn and which primes the heads take.
 
-demo: the paper's public demo (arXiv 2601.07372). deepseek_v41: the same rules with one size for all orders.
-qwen4: `qwen4_exp` in transformers 5.23, where the layer's index is its position among the memory layers.
+demo: the paper's public demo (arXiv 2601.07372). deepseek_v41: the same rules with one size for all
+orders. qwen4: `qwen4_exp` in transformers 5.23, where the layer's index is its position among the
+memory layers.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def _primes_above(start: int) -> Iterator[int]:
 
 
 def _primes_by_layer(spec: HashSpec) -> tuple[tuple[int, ...], ...]:
-    """Layers in list order, then orders, then heads: the next prime above the last one that nobody has taken."""
+    """Layers in list order, then orders, then heads: the next prime above the last one that nobody
+    has taken."""
     taken: set[int] = set()
     layers = []
     for _ in spec.layer_ids:
@@ -90,7 +92,9 @@ def _primes_by_head(spec: HashSpec) -> tuple[tuple[int, ...], ...]:
 def _multipliers_numpy(spec: HashSpec, index: int) -> tuple[int, ...]:
     bound = max(1, _INT64_MAX // spec.vocab_size // 2)
     rng = np.random.default_rng(spec.seed + _LAYER_PRIME * spec.layer_ids[index])
-    return tuple(int(value) * 2 + 1 for value in rng.integers(0, bound, size=spec.order, dtype=np.int64))
+    return tuple(
+        int(value) * 2 + 1 for value in rng.integers(0, bound, size=spec.order, dtype=np.int64)
+    )
 
 
 def _multipliers_splitmix(spec: HashSpec, index: int) -> tuple[int, ...]:
@@ -105,6 +109,10 @@ def _multipliers_splitmix(spec: HashSpec, index: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-_MULTIPLIERS = {"demo": _multipliers_numpy, "deepseek_v41": _multipliers_numpy, "qwen4": _multipliers_splitmix}
+_MULTIPLIERS = {
+    "demo": _multipliers_numpy,
+    "deepseek_v41": _multipliers_numpy,
+    "qwen4": _multipliers_splitmix,
+}
 _PRIMES = {"demo": _primes_by_layer, "deepseek_v41": _primes_by_layer, "qwen4": _primes_by_head}
 DIALECTS = tuple(_PRIMES)

@@ -1,10 +1,11 @@
-"""What a memory is, as frozen values: which n-grams are hashed how, and the sizes of the layer that reads their rows.
+"""What a memory is, as frozen values: which n-grams are hashed how, and the sizes of the layer that
+reads their rows.
 
-Knows no tokenizer, no store and no tensor. A new dialect is an entry in dialects.py, a constructor here, and golden
-vectors in the tests.
+Knows no tokenizer, no store and no tensor. A new dialect is an entry in dialects.py, a constructor
+here, and golden vectors in the tests.
 
-Sources: "Conditional Memory via Scalable Lookup" (arXiv 2601.07372, section 2) and its public demo; the
-DeepSeek-V4.1-Flash release; `qwen4_exp` in transformers 5.23.
+Sources: "Conditional Memory via Scalable Lookup" (arXiv 2601.07372, section 2) and its public demo;
+the DeepSeek-V4.1-Flash release; `qwen4_exp` in transformers 5.23.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _MOST_COLUMNS = 4096  # each takes the search for a prime
 class HashSpec:
     """How token ids become row ids, for all layers of one memory.
 
-    dialect: one of DIALECTS. layer_ids: the model's layers, 0-based, in the order the dialect counts them.
-    orders: n-gram orders, ascending. heads: rows read per order. rows_per_head: least rows of a head, per order.
-    vocab_size: number of ids that are hashed (compressed where a map is used); the multipliers depend on it.
-    filler_id: raw id that stands where look-back finds nothing (pad for demo and V4.1, EOS for Qwen).
-    seed: of the multipliers. pad_to: the layer's row count is a multiple of it.
-    Raises ConfigError for anything that cannot be meant. Frozen, hashable; `to_json` / `from_json` round trip.
+    dialect: one of DIALECTS. layer_ids: the model's layers, 0-based, in the order the dialect
+    counts them. orders: n-gram orders, ascending. heads: rows read per order. rows_per_head: least
+    rows of a head, per order. vocab_size: number of ids that are hashed (compressed where a map is
+    used); the multipliers depend on it. filler_id: raw id that stands where look-back finds nothing
+    (pad for demo and V4.1, EOS for Qwen). seed: of the multipliers. pad_to: the layer's row count
+    is a multiple of it. Raises ConfigError for anything that cannot be meant. Frozen, hashable;
+    `to_json` / `from_json` round trip.
     """
 
     dialect: str
@@ -58,39 +60,79 @@ class HashSpec:
         _check_hash_spec(self)
 
     @classmethod
-    def demo(cls, layer_ids: Sequence[int], orders: Sequence[int], heads: int, rows_per_head: int | Sequence[int],
-             vocab_size: int, pad_id: int, seed: int = 0) -> HashSpec:
-        """The paper's dialect as its public demo computes it. rows_per_head: one int, or one per order."""
+    def demo(
+        cls,
+        layer_ids: Sequence[int],
+        orders: Sequence[int],
+        heads: int,
+        rows_per_head: int | Sequence[int],
+        vocab_size: int,
+        pad_id: int,
+        seed: int = 0,
+    ) -> HashSpec:
+        """The paper's dialect as its public demo computes it. rows_per_head: one int, or one per
+        order."""
         return cls("demo", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id, seed)  # type: ignore[arg-type]
 
     @classmethod
-    def deepseek_v41(cls, layer_ids: Sequence[int] = (1, 14), orders: Sequence[int] = (2, 3, 4), heads: int = 8,
-                     rows_per_head: int = 16_000_000, vocab_size: int = 99_092, pad_id: int = 2) -> HashSpec:
-        """DeepSeek-V4.1-Flash as released: look-back stops at dead tokens; one rows_per_head for all orders."""
+    def deepseek_v41(
+        cls,
+        layer_ids: Sequence[int] = (1, 14),
+        orders: Sequence[int] = (2, 3, 4),
+        heads: int = 8,
+        rows_per_head: int = 16_000_000,
+        vocab_size: int = 99_092,
+        pad_id: int = 2,
+    ) -> HashSpec:
+        """DeepSeek-V4.1-Flash as released: look-back stops at dead tokens; one rows_per_head for
+        all orders."""
         return cls("deepseek_v41", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id)  # type: ignore[arg-type]
 
     @classmethod
-    def qwen4(cls, layer_ids: Sequence[int], orders: Sequence[int], heads: int, rows_per_head: int,
-              vocab_size: int, eos_id: int, seed: int = 1234, pad_to: int = 128) -> HashSpec:
-        """Qwen4-Exp's per-layer embedding (PLE): raw ids, look-back stops at EOS, rows padded to `pad_to`."""
-        return cls("qwen4", layer_ids, orders, heads, rows_per_head, vocab_size,  # type: ignore[arg-type]
-                   eos_id, seed, pad_to)
+    def qwen4(
+        cls,
+        layer_ids: Sequence[int],
+        orders: Sequence[int],
+        heads: int,
+        rows_per_head: int,
+        vocab_size: int,
+        eos_id: int,
+        seed: int = 1234,
+        pad_to: int = 128,
+    ) -> HashSpec:
+        """Qwen4-Exp's per-layer embedding (PLE): raw ids, look-back stops at EOS, rows padded to
+        `pad_to`."""
+        return cls(
+            "qwen4",
+            layer_ids,
+            orders,
+            heads,
+            rows_per_head,
+            vocab_size,  # type: ignore[arg-type]
+            eos_id,
+            seed,
+            pad_to,
+        )
 
     @classmethod
     def from_hf(cls, config: Any) -> HashSpec:
-        """The spec that a released checkpoint's config (object or dict, or one with a `text_config`) describes.
+        """The spec that a released checkpoint's config (object or dict, or one with a
+        `text_config`) describes.
 
-        Reads Qwen's `ple_*` / `ngram_*` fields and DeepSeek-V4.1's `engram_*` fields, as its config.json or its
-        inference/config.json names them. Raises ConfigError naming the field that is missing or contradicts others:
-        layers beyond the model's, row counts (`engram_num_embeddings`) that are not those computed here.
+        Reads Qwen's `ple_*` / `ngram_*` fields and DeepSeek-V4.1's `engram_*` fields, as its
+        config.json or its inference/config.json names them. Raises ConfigError naming the field
+        that is missing or contradicts others: layers beyond the model's, row counts
+        (`engram_num_embeddings`) that are not those computed here.
         """
         fields = config_fields(config)
         spec = cls(**hash_arguments(fields))
         told = fields.get("engram_num_embeddings") if spec.dialect == "deepseek_v41" else None
         found = tuple(spec.row_count(layer) for layer in spec.layer_ids)
         if told is not None and as_ints("engram_num_embeddings", told) != found:
-            raise ConfigError(f"engram_num_embeddings: the config says {list(told)}, its other fields give "
-                              f"{list(found)}")
+            raise ConfigError(
+                f"engram_num_embeddings: the config says {list(told)}, its other fields give "
+                f"{list(found)}"
+            )
         return spec
 
     @property
@@ -126,7 +168,10 @@ class HashSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, one per field."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields_of(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in fields_of(self).items()
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HashSpec:
@@ -136,32 +181,63 @@ class HashSpec:
     def layer_index(self, layer: int) -> int:
         """Position of a layer in `layer_ids`. Raises ConfigError for a layer without memory."""
         if as_int("layer", layer) not in self.layer_ids:
-            raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layer_ids)}")
+            raise ConfigError(
+                f"layer {layer!r} has no memory; expected one of {list(self.layer_ids)}"
+            )
         return self.layer_ids.index(layer)
 
 
 def _check_hash_spec(spec: HashSpec) -> None:
     if spec.dialect not in DIALECTS:
         raise ConfigError(f"dialect: expected one of {DIALECTS}, found {spec.dialect!r}")
-    if not spec.layer_ids or len(set(spec.layer_ids)) != len(spec.layer_ids) or min(spec.layer_ids) < 0:
-        raise ConfigError(f"layer_ids: expected distinct layers counted from 0, found {list(spec.layer_ids)}")
+    if (
+        not spec.layer_ids
+        or len(set(spec.layer_ids)) != len(spec.layer_ids)
+        or min(spec.layer_ids) < 0
+    ):
+        raise ConfigError(
+            f"layer_ids: expected distinct layers counted from 0, found {list(spec.layer_ids)}"
+        )
     # 32 is what the native kernel has room for.
-    if not spec.orders or spec.orders[0] < 1 or spec.orders[-1] > 32 or list(spec.orders) != sorted(set(spec.orders)):
-        raise ConfigError(f"orders: expected ascending n-gram orders from 1 to 32, found {list(spec.orders)}")
+    if (
+        not spec.orders
+        or spec.orders[0] < 1
+        or spec.orders[-1] > 32
+        or list(spec.orders) != sorted(set(spec.orders))
+    ):
+        raise ConfigError(
+            f"orders: expected ascending n-gram orders from 1 to 32, found {list(spec.orders)}"
+        )
     if len(spec.rows_per_head) != len(spec.orders) or min(spec.rows_per_head) < 1:
-        raise ConfigError(f"rows_per_head: expected one positive int, or one per order ({len(spec.orders)}), "
-                          f"found {list(spec.rows_per_head)}")
+        raise ConfigError(
+            f"rows_per_head: expected one positive int, or one per order ({len(spec.orders)}), "
+            f"found {list(spec.rows_per_head)}"
+        )
     if spec.dialect != "demo" and len(set(spec.rows_per_head)) != 1:
-        raise ConfigError(f"rows_per_head: dialect {spec.dialect} has one size for all orders, "
-                          f"found {list(spec.rows_per_head)}")
-    for name, least in (("heads", 1), ("vocab_size", 1), ("filler_id", 0), ("seed", 0), ("pad_to", 1)):
+        raise ConfigError(
+            f"rows_per_head: dialect {spec.dialect} has one size for all orders, "
+            f"found {list(spec.rows_per_head)}"
+        )
+    for name, least in (
+        ("heads", 1),
+        ("vocab_size", 1),
+        ("filler_id", 0),
+        ("seed", 0),
+        ("pad_to", 1),
+    ):
         as_int(name, getattr(spec, name), least)
     if spec.columns > _MOST_COLUMNS or spec.vocab_size > MOST_IDS:
-        raise ConfigError(f"heads, vocab_size: expected at most {_MOST_COLUMNS} heads of all orders together and "
-                          f"{MOST_IDS} ids, found {spec.columns}, {spec.vocab_size}")
+        raise ConfigError(
+            f"heads, vocab_size: expected at most {_MOST_COLUMNS} heads of all orders together and "
+            f"{MOST_IDS} ids, found {spec.columns}, {spec.vocab_size}"
+        )
     if max(spec.rows_per_head) * spec.columns >= 2**62:
-        raise ConfigError(f"rows_per_head: {max(spec.rows_per_head)} rows a head do not fit int64 row ids")
+        raise ConfigError(
+            f"rows_per_head: {max(spec.rows_per_head)} rows a head do not fit int64 row ids"
+        )
 
 
 def sha256_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

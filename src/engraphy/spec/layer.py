@@ -11,12 +11,14 @@ from ..system.checks import as_int
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Sizes and variants of one Engram layer (paper section 2.3; the released variants differ in details).
+    """Sizes and variants of one Engram layer (paper section 2.3; the released variants differ in
+    details).
 
-    hidden_size: D. width: E = columns * row width. streams: S residual streams. order: N, which is the conv's dilation.
-    kernel: taps of the short conv, 0 = no conv. bias: key and value projections have one.
-    eps: of the query and key norms, None = the dtype's machine epsilon (torch's default). conv_eps: of the conv's norm.
-    unit_offset: norms scale by (1 + weight) with weights that start at zero, instead of by weights that start at one.
+    hidden_size: D. width: E = columns * row width. streams: S residual streams. order: N, which is
+    the conv's dilation. kernel: taps of the short conv, 0 = no conv. bias: key and value
+    projections have one. eps: of the query and key norms, None = the dtype's machine epsilon
+    (torch's default). conv_eps: of the conv's norm. unit_offset: norms scale by (1 + weight) with
+    weights that start at zero, instead of by weights that start at one.
     """
 
     hidden_size: int
@@ -30,12 +32,21 @@ class LayerSpec:
     unit_offset: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("hidden_size", 1), ("width", 1), ("streams", 1), ("order", 1), ("kernel", 0)):
+        for name, least in (
+            ("hidden_size", 1),
+            ("width", 1),
+            ("streams", 1),
+            ("order", 1),
+            ("kernel", 0),
+        ):
             object.__setattr__(self, name, as_int(name, getattr(self, name), least))
         for name in ("bias", "unit_offset"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected a bool, found {getattr(self, name)!r}")
-        for name, eps in (("eps", 1.0 if self.eps is None else self.eps), ("conv_eps", self.conv_eps)):
+        for name, eps in (
+            ("eps", 1.0 if self.eps is None else self.eps),
+            ("conv_eps", self.conv_eps),
+        ):
             if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
                 raise ConfigError(f"{name}: expected a positive number, found {eps!r}")
 
@@ -50,13 +61,23 @@ class LayerSpec:
         return cls(hidden_size, width, streams, order, bias=True, eps=None, conv_eps=1e-5)
 
     @classmethod
-    def deepseek_v41(cls, hidden_size: int, width: int, streams: int = 4, order: int = 4,
-                     eps: float = 1e-20) -> LayerSpec:
+    def deepseek_v41(
+        cls, hidden_size: int, width: int, streams: int = 4, order: int = 4, eps: float = 1e-20
+    ) -> LayerSpec:
         """DeepSeek-V4.1: no bias, no conv, the model's eps (rms_norm_eps of the release is 1e-20)."""
         return cls(hidden_size, width, streams, order, kernel=0, eps=eps, conv_eps=eps)
 
     @classmethod
-    def qwen4(cls, hidden_size: int, width: int, streams: int = 4, order: int = 3, eps: float = 1e-6,
-              kernel: int = 4) -> LayerSpec:
+    def qwen4(
+        cls,
+        hidden_size: int,
+        width: int,
+        streams: int = 4,
+        order: int = 3,
+        eps: float = 1e-6,
+        kernel: int = 4,
+    ) -> LayerSpec:
         """Qwen4-Exp: no bias, (1 + weight) norms, conv, the model's eps."""
-        return cls(hidden_size, width, streams, order, kernel, eps=eps, conv_eps=eps, unit_offset=True)
+        return cls(
+            hidden_size, width, streams, order, kernel, eps=eps, conv_eps=eps, unit_offset=True
+        )

@@ -1,7 +1,8 @@
 """What a store is: rows of bytes by row id, whatever holds them. No tokens, no numbers, no model.
 
-`RowStore` checks and counts; a store fills in `_gather` and `_scatter`. `MappedStore` is the one for memory that can be
-addressed, and wrappers (caches, overlays) are stores around a store. `Reading` is the scope of one read of memory.
+`RowStore` checks and counts; a store fills in `_gather` and `_scatter`. `MappedStore` is the one
+for memory that can be addressed, and wrappers (caches, overlays) are stores around a store.
+`Reading` is the scope of one read of memory.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from .names import RowNames, name_copy
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What a store holds. kind: its URL scheme. The rest is None where a store does not know it: the identities of the
-    table behind it, its row format, layer and path; reads: in words, how it gets at rows, where it had a choice."""
+    """What a store holds. kind: its URL scheme. The rest is None where a store does not know it:
+    the identities of the table behind it, its row format, layer and path; reads: in words, how it
+    gets at rows, where it had a choice."""
 
     kind: str
     rows: int
@@ -48,9 +50,20 @@ class StoreInfo:
 
     @classmethod
     def of_layer(cls, kind: str, table: Table, layer: int, reads: str) -> StoreInfo:
-        """Of a store over one layer of a table. Raises ConfigError for a layer that the table does not have."""
-        return cls(kind, table.rows(layer), table.row_bytes, table.mode == "w", table.table_id, layer, str(table.path),
-                   table.fmt, table.address_digest, reads)
+        """Of a store over one layer of a table. Raises ConfigError for a layer that the table does
+        not have."""
+        return cls(
+            kind,
+            table.rows(layer),
+            table.row_bytes,
+            table.mode == "w",
+            table.table_id,
+            layer,
+            str(table.path),
+            table.fmt,
+            table.address_digest,
+            reads,
+        )
 
     def as_of_now(self, table: Table) -> StoreInfo:
         """The same after a seal, which ends writing and may change the table_id."""
@@ -67,11 +80,12 @@ class StoreInfo:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What has been read since the store was opened: calls, rows, bytes. And what the system was asked for, by stores
-    that read files instead of mapping them: reads, and their bytes, which divided by `bytes` is the amplification.
+    """What has been read since the store was opened: calls, rows, bytes. And what the system was
+    asked for, by stores that read files instead of mapping them: reads, and their bytes, which
+    divided by `bytes` is the amplification.
 
-    hits, misses: of a cache, rows that it had, and rows that it read from the store behind it. under_way: calls of
-    `gather` that have not returned, now. latency: of the calls.
+    hits, misses: of a cache, rows that it had, and rows that it read from the store behind it.
+    under_way: calls of `gather` that have not returned, now. latency: of the calls.
     """
 
     gathers: int
@@ -91,17 +105,19 @@ class StoreStats:
 
     @property
     def amplification(self) -> float | None:
-        """Bytes that the system was asked for, for each byte of rows; None where files are not read but mapped."""
+        """Bytes that the system was asked for, for each byte of rows; None where files are not read
+        but mapped."""
         return self.read_bytes / self.bytes if self.read_bytes and self.bytes else None
 
 
 class RowStore(ABC):
-    """Rows of one layer. Reading is safe from many threads; writing beside reading may show half-written rows.
+    """Rows of one layer. Reading is safe from many threads; writing beside reading may show
+    half-written rows.
 
     inner: of a wrapper, the store behind it. names: of the rows, where somebody follows them
-    (names.py). in_memory: reading never waits for a disk or a network, so that a few rows
-    are read faster here than by another thread. tells_residency: of mapped memory of which mincore tells whether a row
-    is there now.
+    (names.py). in_memory: reading never waits for a disk or a network, so that a few rows are read
+    faster here than by another thread. tells_residency: of mapped memory of which mincore tells
+    whether a row is there now.
     """
 
     inner: RowStore | None = None
@@ -112,7 +128,9 @@ class RowStore(ABC):
     def __init__(self) -> None:
         self._closed = False
         self._count_lock = threading.Lock()
-        self._gathers = self._rows_read = self._reads = self._read_bytes = self._nanoseconds = self._under_way = 0
+        self._gathers = self._rows_read = self._reads = self._read_bytes = self._nanoseconds = (
+            self._under_way
+        ) = 0
         self._buckets = [0] * BUCKETS
         _ALL.add(self)
 
@@ -122,20 +140,26 @@ class RowStore(ABC):
         """What the store holds; answers on a closed store too."""
 
     def reading(self, rows: int = 0) -> AbstractContextManager[Sequence[np.ndarray] | None]:
-        """`with store.reading(rows) as shards:`, the scope of one read of `rows` rows straight from mapped memory.
+        """`with store.reading(rows) as shards:`, the scope of one read of `rows` rows straight from
+        mapped memory.
 
-        shards: read-only uint8 [n, row_bytes], equal sizes but the last; None if rows are not mapped, and then nothing
-        is counted. The memory stays mapped within the scope, whatever is closed or reloaded meanwhile. Leaving it
-        checks that this memory was whole, and counts a call of `rows` rows; after an exception it does neither.
-        Raises StoreError on entering a closed store, ShardTruncated or StoreError on leaving damaged memory.
+        shards: read-only uint8 [n, row_bytes], equal sizes but the last; None if rows are not
+        mapped, and then nothing is counted. The memory stays mapped within the scope, whatever is
+        closed or reloaded meanwhile. Leaving it checks that this memory was whole, and counts a
+        call of `rows` rows; after an exception it does neither. Raises StoreError on entering a
+        closed store, ShardTruncated or StoreError on leaving damaged memory.
         """
         return Reading(self, rows)
 
     @property
     def shards(self) -> Sequence[np.ndarray] | None:
         """Deprecated: `reading()`, which also tells whether the memory was whole while it was read."""
-        warnings.warn("store.shards is deprecated: use `with store.reading(rows) as shards:`, which keeps the memory "
-                      "mapped and checks it for damage", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            "store.shards is deprecated: use `with store.reading(rows) as shards:`, which keeps the memory "
+            "mapped and checks it for damage",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         shards, pin = self._begin_read()
         self._end_read(pin, None, 0)
         return shards
@@ -144,14 +168,22 @@ class RowStore(ABC):
     def stats(self) -> StoreStats:
         """Counters so far."""
         with self._count_lock:
-            return StoreStats(self._gathers, self._rows_read, self._rows_read * self.info.row_bytes, self._reads,
-                              self._read_bytes, under_way=self._under_way,
-                              latency=latency_of(self._buckets, self._nanoseconds))
+            return StoreStats(
+                self._gathers,
+                self._rows_read,
+                self._rows_read * self.info.row_bytes,
+                self._reads,
+                self._read_bytes,
+                under_way=self._under_way,
+                latency=latency_of(self._buckets, self._nanoseconds),
+            )
 
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows `ids_N` (int64 [N]) as uint8 [N, row_bytes], in `out` (C-contiguous) where it is given.
+        """Rows `ids_N` (int64 [N]) as uint8 [N, row_bytes], in `out` (C-contiguous) where it is
+        given.
 
-        Raises RowOutOfRange, InputError (dtype, shape) or StoreError (closed) before anything is written.
+        Raises RowOutOfRange, InputError (dtype, shape) or StoreError (closed) before anything is
+        written.
         """
         begun = time.perf_counter_ns()
         self._check_open()
@@ -171,15 +203,19 @@ class RowStore(ABC):
         return out
 
     def scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        """Write uint8 [N, row_bytes] to rows `ids_N` (int64 [N]). Of an id given twice the last row stays.
+        """Write uint8 [N, row_bytes] to rows `ids_N` (int64 [N]). Of an id given twice the last row
+        stays.
 
-        Raises RowOutOfRange, InputError (dtype, shape) or StoreError (closed, read-only) before anything is written.
+        Raises RowOutOfRange, InputError (dtype, shape) or StoreError (closed, read-only) before
+        anything is written.
         """
         self._check_open()
         info = self.info
         if not info.writable:
-            raise StoreError(f"{info.kind} store of {info.path or 'rows'}: expected one opened for writing, "
-                             "found it read-only")
+            raise StoreError(
+                f"{info.kind} store of {info.path or 'rows'}: expected one opened for writing, "
+                "found it read-only"
+            )
         _check_flat_ids(ids_N, info.rows)
         check_array("rows", rows_NR, (len(ids_N), info.row_bytes), (np.uint8,))
         if self.names is None or not len(ids_N):
@@ -202,20 +238,26 @@ class RowStore(ABC):
             self._buckets[bucket] += 1
 
     def _begin_read(self) -> tuple[Sequence[np.ndarray] | None, Any]:
-        """What `reading` gives on entering, and what `_end_read` has to be given. Raises StoreError if closed."""
+        """What `reading` gives on entering, and what `_end_read` has to be given. Raises StoreError
+        if closed."""
         self._check_open()
         return None, None
 
     def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
-        """Leave what `_begin_read` began, while its memory is still held. rows: None if nothing came of it."""
+        """Leave what `_begin_read` began, while its memory is still held. rows: None if nothing
+        came of it."""
         return  # nothing is mapped
 
     def __repr__(self) -> str:
         info = self.info
         layer = "" if info.layer is None else f", layer {info.layer}"
-        details = "".join(f", {text}" for text in (info.reads, "writable" if info.writable else None) if text)
-        return f"<{info.kind} store{' of ' + info.path if info.path else ''}{layer}: {info.rows} rows of " \
-               f"{info.row_bytes} bytes{details}>"
+        details = "".join(
+            f", {text}" for text in (info.reads, "writable" if info.writable else None) if text
+        )
+        return (
+            f"<{info.kind} store{' of ' + info.path if info.path else ''}{layer}: {info.rows} rows of "
+            f"{info.row_bytes} bytes{details}>"
+        )
 
     def close(self) -> None:
         """Let go of files and memory; every later use raises StoreError. May be called again."""
@@ -239,8 +281,8 @@ class RowStore(ABC):
 
 
 class MappedStore(RowStore):
-    """A store whose rows can be addressed: uint8 [n, row_bytes] arrays, equal sizes but the last. watch: of the files
-    that the memory is of, asked before and after each read."""
+    """A store whose rows can be addressed: uint8 [n, row_bytes] arrays, equal sizes but the last.
+    watch: of the files that the memory is of, asked before and after each read."""
 
     def __init__(self, memory: Sequence[np.ndarray], watch: Watch | None = None) -> None:
         super().__init__()
@@ -251,7 +293,9 @@ class MappedStore(RowStore):
             shard.flags.writeable = False
 
     def _begin_read(self) -> tuple[Sequence[np.ndarray], None]:
-        shards = self._readonly  # before the check: closing marks the store first, and then lets go of the memory
+        shards = (
+            self._readonly
+        )  # before the check: closing marks the store first, and then lets go of the memory
         if self._closed:
             self._check_open()
         if self._watch is not None:
@@ -266,7 +310,8 @@ class MappedStore(RowStore):
 
     def close(self) -> None:
         super().close()
-        # Memory is unmapped when the last array over it dies, so a reader in another thread finishes in peace.
+        # Memory is unmapped when the last array over it dies, so a reader in another thread
+        # finishes in peace.
         self._memory = self._readonly = ()
 
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
@@ -281,7 +326,8 @@ class MappedStore(RowStore):
 
 
 class Reading:
-    """The scope that `RowStore.reading` gives. An object, since a generator takes longer than reading a few rows."""
+    """The scope that `RowStore.reading` gives. An object, since a generator takes longer than
+    reading a few rows."""
 
     __slots__ = ("_begun", "_pin", "_rows", "_shards", "_store")
 
@@ -299,8 +345,8 @@ class Reading:
 
 
 class ReadingAll:
-    """The scopes of several stores as one, which gives a list of what each gives. For the few rows of a token: it makes
-    no object for a store, and one time is counted for all."""
+    """The scopes of several stores as one, which gives a list of what each gives. For the few rows
+    of a token: it makes no object for a store, and one time is counted for all."""
 
     __slots__ = ("_begun", "_entered", "_rows", "_shards", "_stores")
 
@@ -333,21 +379,26 @@ class ReadingAll:
 
 
 def copy_rows(source: RowStore, target: RowStore, chunk: int = 65_536) -> None:
-    """Copy all rows of a store into another of the same size, `chunk` rows at a time, in bounded memory.
+    """Copy all rows of a store into another of the same size, `chunk` rows at a time, in bounded
+    memory.
 
-    Raises InputError where rows, row_bytes or (if both stores know it) the row format differ, StoreError where the
-    target is read-only.
+    Raises InputError where rows, row_bytes or (if both stores know it) the row format differ,
+    StoreError where the target is read-only.
     """
     ours, theirs = source.info, target.info
     if (ours.rows, ours.row_bytes) != (theirs.rows, theirs.row_bytes):
-        raise InputError(f"copy_rows: the source has {ours.rows} rows of {ours.row_bytes} bytes, "
-                         f"the target {theirs.rows} of {theirs.row_bytes}")
+        raise InputError(
+            f"copy_rows: the source has {ours.rows} rows of {ours.row_bytes} bytes, "
+            f"the target {theirs.rows} of {theirs.row_bytes}"
+        )
     if None not in (ours.format, theirs.format) and ours.format != theirs.format:
-        raise InputError(f"copy_rows: the source has rows of {ours.format}, the target of {theirs.format}")
+        raise InputError(
+            f"copy_rows: the source has rows of {ours.format}, the target of {theirs.format}"
+        )
     buffer_nR = np.empty((min(chunk, ours.rows), ours.row_bytes), np.uint8)
     for first in range(0, ours.rows, chunk):
         ids_n = np.arange(first, min(first + chunk, ours.rows), dtype=np.int64)
-        target.scatter(ids_n, source.gather(ids_n, out=buffer_nR[:len(ids_n)]))
+        target.scatter(ids_n, source.gather(ids_n, out=buffer_nR[: len(ids_n)]))
     name_copy(source, target)
 
 

@@ -1,4 +1,5 @@
-"""A bounded cache of rows in front of any store: exact, and what is read once does not push out what is read often."""
+"""A bounded cache of rows in front of any store: exact, and what is read once does not push out
+what is read often."""
 
 from __future__ import annotations
 
@@ -16,26 +17,33 @@ from .sets import MOST_ROWS, WAYS, NativeSets, Sets, set_bytes
 
 
 class CacheStore(RowStore):
-    """The rows of `store`, those asked for often kept in at most `budget` bytes, bookkeeping included.
+    """The rows of `store`, those asked for often kept in at most `budget` bytes, bookkeeping
+    included.
 
-    Owns the store: closing closes both. Scattered rows go to the store, and to the cache where they are in it. Writing
-    to the store behind its back is not seen, and neither is another process that writes the same table.
-    A call reads each missing row once. `stats`: misses are rows read from the store, hits all others.
-    Raises ConfigError for a budget below one set of 16 rows and for a store of more than 2**31 - 2 rows, StoreError
-    where the system refuses the memory.
+    Owns the store: closing closes both. Scattered rows go to the store, and to the cache where they
+    are in it. Writing to the store behind its back is not seen, and neither is another process that
+    writes the same table. A call reads each missing row once. `stats`: misses are rows read from
+    the store, hits all others. Raises ConfigError for a budget below one set of 16 rows and for a
+    store of more than 2**31 - 2 rows, StoreError where the system refuses the memory.
     """
 
     def __init__(self, store: RowStore, budget: int) -> None:
         super().__init__()
         if isinstance(store, ReloadableStore):
-            raise ConfigError("cache: expected a store whose rows stay; put a cache around each table that is loaded")
+            raise ConfigError(
+                "cache: expected a store whose rows stay; put a cache around each table that is loaded"
+            )
         row_bytes = store.info.row_bytes
         if store.info.rows > MOST_ROWS:
-            raise ConfigError(f"cache: expected a store of at most {MOST_ROWS} rows, found {store.info.rows}")
+            raise ConfigError(
+                f"cache: expected a store of at most {MOST_ROWS} rows, found {store.info.rows}"
+            )
         least = set_bytes(row_bytes)
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < least:
-            raise ConfigError(f"cache: expected a budget of {least} bytes or more, {WAYS} rows of {row_bytes} bytes "
-                              f"and what is noted of them, found {budget!r}")
+            raise ConfigError(
+                f"cache: expected a budget of {least} bytes or more, {WAYS} rows of {row_bytes} bytes "
+                f"and what is noted of them, found {budget!r}"
+            )
         self.inner: RowStore = store
         self._count = int(budget) // least
         self._writer = threading.Lock()
@@ -45,7 +53,11 @@ class CacheStore(RowStore):
 
     def _make(self) -> None:
         core, row_bytes = _native.core, self.info.row_bytes
-        self._sets = Sets(self._count, row_bytes) if core is None else NativeSets(core, self._count, row_bytes)
+        self._sets = (
+            Sets(self._count, row_bytes)
+            if core is None
+            else NativeSets(core, self._count, row_bytes)
+        )
 
     @property
     def info(self) -> StoreInfo:
@@ -63,7 +75,8 @@ class CacheStore(RowStore):
         return self._count * WAYS
 
     def kept(self) -> np.ndarray:
-        """Ids of the rows in the cache now, int64 [N]: the main queues' first, and of these the most read first."""
+        """Ids of the rows in the cache now, int64 [N]: the main queues' first, and of these the
+        most read first."""
         return self._opened().kept()
 
     def close(self) -> None:
@@ -91,11 +104,18 @@ class CacheStore(RowStore):
             self._hits += len(ids_N) - misses
             self._misses += misses
 
-    def _read(self, sets: Sets, ids_N: np.ndarray, missing_M: np.ndarray, version_M: np.ndarray,
-              out_NR: np.ndarray) -> int:
+    def _read(
+        self,
+        sets: Sets,
+        ids_N: np.ndarray,
+        missing_M: np.ndarray,
+        version_M: np.ndarray,
+        out_NR: np.ndarray,
+    ) -> int:
         """Rows at positions `missing_M` from the store, each once. Returns how many that were."""
-        ids_n, first_n, back_M, reads_n = np.unique(ids_N[missing_M], return_index=True, return_inverse=True,
-                                                    return_counts=True)
+        ids_n, first_n, back_M, reads_n = np.unique(
+            ids_N[missing_M], return_index=True, return_inverse=True, return_counts=True
+        )
         rows_nR = self.inner.gather(ids_n)
         out_NR[missing_M] = rows_nR[back_M]
         sets.keep(ids_n, version_M[first_n], reads_n, rows_nR)
@@ -113,8 +133,8 @@ class CacheStore(RowStore):
 
 
 def _is_free(lock: threading.Lock) -> bool:
-    """Whether nobody holds a lock, found by taking it: `locked()` still says no where a thread that waited for the lock
-    has got it and not yet the interpreter's."""
+    """Whether nobody holds a lock, found by taking it: `locked()` still says no where a thread that
+    waited for the lock has got it and not yet the interpreter's."""
     if not lock.acquire(blocking=False):
         return False
     lock.release()
@@ -122,9 +142,12 @@ def _is_free(lock: threading.Lock) -> bool:
 
 
 def parse_size(url: str, text: str) -> int:
-    """"2GiB" in bytes; KiB, MiB, GiB, or none of them for bytes. Raises ConfigError for anything else."""
+    """ "2GiB" in bytes; KiB, MiB, GiB, or none of them for bytes. Raises ConfigError for anything
+    else."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(|KiB|MiB|GiB)", text, re.ASCII)
     if found is None:
-        raise ConfigError(f"store {url!r}, cache: expected a size such as 2GiB, 512MiB or 1000000, found {text!r}")
+        raise ConfigError(
+            f"store {url!r}, cache: expected a size such as 2GiB, 512MiB or 1000000, found {text!r}"
+        )
     number, unit = found.groups()
     return int(float(number) * 1024 ** ("", "KiB", "MiB", "GiB").index(unit))

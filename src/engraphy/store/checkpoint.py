@@ -1,7 +1,9 @@
-"""One layer of a released checkpoint, served from its own shards in place: nothing is copied, nothing written.
+"""One layer of a released checkpoint, served from its own shards in place: nothing is copied,
+nothing written.
 
-Where a tensor holds whole records (Qwen4-Exp) its parts are mapped memory like a table's shards. DeepSeek-V4.1 keeps
-the scales in a tensor of their own: a gather reads both and joins them to the records that a converted table has.
+Where a tensor holds whole records (Qwen4-Exp) its parts are mapped memory like a table's shards.
+DeepSeek-V4.1 keeps the scales in a tensor of their own: a gather reads both and joins them to the
+records that a converted table has.
 """
 
 from __future__ import annotations
@@ -66,9 +68,11 @@ class InterleavedCheckpoint(RowStore):
         raise StoreError(f"{self._info.path}: a checkpoint is read-only")
 
 
-def open_checkpoint(path: str | os.PathLike[str], layer: int,
-                    vocab: str | os.PathLike[str] | None = None) -> RowStore:
-    """The store of `layer` of the checkpoint in the folder `path`; vocab: the file of a saved vocabulary map.
+def open_checkpoint(
+    path: str | os.PathLike[str], layer: int, vocab: str | os.PathLike[str] | None = None
+) -> RowStore:
+    """The store of `layer` of the checkpoint in the folder `path`; vocab: the file of a saved
+    vocabulary map.
 
     Raises ConfigError for a layer without memory, and what `Checkpoint.open` and `.vocab` raise.
     """
@@ -79,9 +83,18 @@ def open_checkpoint(path: str | os.PathLike[str], layer: int,
 
 
 def _info(checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> StoreInfo:
-    return StoreInfo("checkpoint", checkpoint.config.hash.row_count(layer), checkpoint.fmt.row_bytes, False,
-                     checkpoint.source_id, layer, str(checkpoint.directory), checkpoint.fmt,
-                     checkpoint.config.address_digest(vocab.digest), "mmap")
+    return StoreInfo(
+        "checkpoint",
+        checkpoint.config.hash.row_count(layer),
+        checkpoint.fmt.row_bytes,
+        False,
+        checkpoint.source_id,
+        layer,
+        str(checkpoint.directory),
+        checkpoint.fmt,
+        checkpoint.config.address_digest(vocab.digest),
+        "mmap",
+    )
 
 
 def _map_files(tensors: Sequence[StoredTensor]) -> dict[Path, MappedFile]:
@@ -91,7 +104,9 @@ def _map_files(tensors: Sequence[StoredTensor]) -> dict[Path, MappedFile]:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise ShardMissing(f"{path}: expected a shard of the checkpoint, found no file") from None
+            raise ShardMissing(
+                f"{path}: expected a shard of the checkpoint, found no file"
+            ) from None
         try:
             files[path] = MappedFile(fd, str(path), os.fstat(fd).st_size)
         finally:
@@ -100,4 +115,7 @@ def _map_files(tensors: Sequence[StoredTensor]) -> dict[Path, MappedFile]:
 
 
 def _map(files: dict[Path, MappedFile], tensors: Sequence[StoredTensor]) -> list[np.ndarray]:
-    return [files[tensor.path].records(tensor.offset, tensor.rows, tensor.row_bytes) for tensor in tensors]
+    return [
+        files[tensor.path].records(tensor.offset, tensor.rows, tensor.row_bytes)
+        for tensor in tensors
+    ]

@@ -17,23 +17,32 @@ from .pread import PreadStore
 
 
 class FileStore(MappedStore):
-    """Rows of `layer` of an open table; writable while the table is open for writing, until it is sealed or closed.
+    """Rows of `layer` of an open table; writable while the table is open for writing, until it is
+    sealed or closed.
 
-    A table has one writer: for several layers open it once and make a store of each. close_table: close the table
-    with the store. populate: bring all rows into memory now, and read them as what is there.
-    Shards are sparse and take space as rows are written: a full disk is a StoreError, before any row is written. A
-    shard that is truncated while it is served is ShardTruncated at the next read (see mapping.py); one that another
-    file is renamed over stays mapped as it was.
-    Raises ConfigError for a layer that the table does not have, and what `Table.open` raises for damaged shards.
+    A table has one writer: for several layers open it once and make a store of each. close_table:
+    close the table with the store. populate: bring all rows into memory now, and read them as what
+    is there. Shards are sparse and take space as rows are written: a full disk is a StoreError,
+    before any row is written. A shard that is truncated while it is served is ShardTruncated at the
+    next read (see mapping.py); one that another file is renamed over stays mapped as it was. Raises
+    ConfigError for a layer that the table does not have, and what `Table.open` raises for damaged
+    shards.
     """
 
     kind = "file"
 
-    def __init__(self, table: Table, layer: int, close_table: bool = False, populate: bool = False) -> None:
+    def __init__(
+        self, table: Table, layer: int, close_table: bool = False, populate: bool = False
+    ) -> None:
         shards = table.shards(layer)
         files = [_map(table, shard) for shard in shards]
-        super().__init__([file.records(HEADER_BYTES, shard.rows, shard.row_bytes)
-                          for shard, file in zip(shards, files, strict=True)], Watch(files))
+        super().__init__(
+            [
+                file.records(HEADER_BYTES, shard.rows, shard.row_bytes)
+                for shard, file in zip(shards, files, strict=True)
+            ],
+            Watch(files),
+        )
         self.table, self._layer, self._close_table = table, layer, close_table
         self._reserved = Reserved(files) if table.mode == "w" else None
         self.in_memory = self.in_memory or populate
@@ -77,14 +86,21 @@ def open_layer(table: Table, layer: int, options: FileOptions) -> RowStore:
 def write_layer(source: RowStore, table: Table, layer: int, chunk: int = 65_536) -> None:
     """Copy all rows of a store into `layer` of a table that is open for writing, in bounded memory.
 
-    Through write calls, not the mapping: a full disk is an OSError. Raises InputError where rows or row_bytes differ.
+    Through write calls, not the mapping: a full disk is an OSError. Raises InputError where rows or
+    row_bytes differ.
     """
     info = source.info
     if (info.rows, info.row_bytes) != (table.rows(layer), table.row_bytes):
-        raise InputError(f"write_layer: the source has {info.rows} rows of {info.row_bytes} bytes, "
-                         f"layer {layer} of the table {table.rows(layer)} of {table.row_bytes}")
+        raise InputError(
+            f"write_layer: the source has {info.rows} rows of {info.row_bytes} bytes, "
+            f"layer {layer} of the table {table.rows(layer)} of {table.row_bytes}"
+        )
     for first in range(0, info.rows, chunk):
-        table.write_rows(layer, first, source.gather(np.arange(first, min(first + chunk, info.rows), dtype=np.int64)))
+        table.write_rows(
+            layer,
+            first,
+            source.gather(np.arange(first, min(first + chunk, info.rows), dtype=np.int64)),
+        )
 
 
 def _map(table: Table, shard: Shard) -> MappedFile:

@@ -1,4 +1,5 @@
-"""The stores of one memory, opened and checked together: every layer's rows, of one table, as the config says."""
+"""The stores of one memory, opened and checked together: every layer's rows, of one table, as the
+config says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How long calls took: counted in fixed buckets, four to a doubling, since counting must cost next to nothing."""
+"""How long calls took: counted in fixed buckets, four to a doubling, since counting must cost next
+to nothing."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class Latency:
         return sum(self.counts)
 
     def quantile(self, q: float) -> float | None:
-        """Seconds that a share `q` of the calls did not exceed, up to a quarter too high; None before the first call.
-        """
+        """Seconds that a share `q` of the calls did not exceed, up to a quarter too high; None
+        before the first call."""
         rank, seen = q * self.calls, 0
         for bucket, count in enumerate(self.counts):
             seen += count
@@ -32,9 +33,11 @@ class Latency:
         return None
 
     def within(self, seconds: float) -> int:
-        """Calls known to have taken at most `seconds`: exact where that is a limit of buckets, as powers of two of a
-        nanosecond are."""
-        return sum(count for bucket, count in enumerate(self.counts) if count and limit(bucket) <= seconds)
+        """Calls known to have taken at most `seconds`: exact where that is a limit of buckets, as
+        powers of two of a nanosecond are."""
+        return sum(
+            count for bucket, count in enumerate(self.counts) if count and limit(bucket) <= seconds
+        )
 
 
 def bucket_of(nanoseconds: int) -> int:

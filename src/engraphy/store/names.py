@@ -1,7 +1,7 @@
 """Names of rows: what belongs to the rows of a store can tell by them that they are others now.
 
-The rows of a sealed table are named by its table_id. A write takes away all names; rows that have none
-get a random one when they are asked for it, so a write costs nothing.
+The rows of a sealed table are named by its table_id. A write takes away all names; rows that have
+none get a random one when they are asked for it, so a write costs nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class RowNames:
 def follow(store: RowStore, first: str | None = None) -> RowNames:
     """The names that the rows of `store` have been given, followed from now on.
 
-    first: the name of rows that are known. A sealed table has its table_id beside them (`names_of`).
+    first: the name of rows that are known. A sealed table has its table_id beside them
+    (`names_of`).
     """
     store = _innermost(store)
     if store.names is None:

@@ -13,11 +13,11 @@ from .base import MappedStore, StoreInfo
 
 
 class RamStore(MappedStore):
-    """`rows` rows of `row_bytes` bytes, zero at first, in private anonymous memory, on huge pages if
-    the kernel has any and ENGRAPHY_HUGE_PAGES is not "off".
+    """`rows` rows of `row_bytes` bytes, zero at first, in private anonymous memory, on huge pages
+    if the kernel has any and ENGRAPHY_HUGE_PAGES is not "off".
 
-    layer: only a label in `info`. Memory is taken as rows are touched. Raises ConfigError for sizes that cannot be
-    meant, StoreError where the system refuses the mapping.
+    layer: only a label in `info`. Memory is taken as rows are touched. Raises ConfigError for sizes
+    that cannot be meant, StoreError where the system refuses the mapping.
     """
 
     in_memory = True
@@ -25,7 +25,9 @@ class RamStore(MappedStore):
     def __init__(self, rows: int, row_bytes: int, layer: int | None = None) -> None:
         for name, value in (("rows", rows), ("row_bytes", row_bytes)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ConfigError(f"ram store, {name}: expected a positive integer, found {value!r}")
+                raise ConfigError(
+                    f"ram store, {name}: expected a positive integer, found {value!r}"
+                )
         self._info = StoreInfo("ram", int(rows), int(row_bytes), writable=True, layer=layer)
         super().__init__([zeros(self._info.rows, self._info.row_bytes)])
 
@@ -35,14 +37,15 @@ class RamStore(MappedStore):
 
 
 def zeros(rows: int, row_bytes: int) -> np.ndarray:
-    """uint8 [rows, row_bytes] in memory of this process, taken as it is touched. Raises StoreError where the system
-    refuses."""
+    """uint8 [rows, row_bytes] in memory of this process, taken as it is touched. Raises StoreError
+    where the system refuses."""
     size = rows * row_bytes
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise StoreError(f"the system refuses to map {rows} rows of {row_bytes} bytes = {size} bytes "
-                         f"({error})") from error
+        raise StoreError(
+            f"the system refuses to map {rows} rows of {row_bytes} bytes = {size} bytes ({error})"
+        ) from error
     advice = mmap.MADV_HUGEPAGE if switch(HUGE_PAGES) == "on" else mmap.MADV_NOHUGEPAGE
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
         memory.madvise(advice)

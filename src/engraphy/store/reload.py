@@ -16,7 +16,8 @@ _SAME = ("rows", "row_bytes", "format", "layer")
 
 
 class ReloadableStore(RowStore):
-    """The rows of `store`, until `reload` puts another in its place. Owns the store that is served: closing closes it.
+    """The rows of `store`, until `reload` puts another in its place. Owns the store that is served:
+    closing closes it.
 
     A cache belongs inside, around each table: `ReloadableStore(CacheStore(...))`.
     """
@@ -36,32 +37,45 @@ class ReloadableStore(RowStore):
         return self.inner.info
 
     def check(self, new: RowStore) -> None:
-        """Raise DigestMismatch unless `new` is addressed like the store that is served, ConfigError unless it has as
-        many rows, of the same size and format, of the same layer, and is another one."""
+        """Raise DigestMismatch unless `new` is addressed like the store that is served, ConfigError
+        unless it has as many rows, of the same size and format, of the same layer, and is another
+        one."""
         ours, theirs = self.info, new.info
         if ours.address_digest != theirs.address_digest:
-            raise DigestMismatch(f"reload: expected address digest {ours.address_digest}, {theirs.path or theirs.kind} "
-                                 f"has {theirs.address_digest}")
+            raise DigestMismatch(
+                f"reload: expected address digest {ours.address_digest}, {theirs.path or theirs.kind} "
+                f"has {theirs.address_digest}"
+            )
         for name in _SAME:
             if getattr(ours, name) != getattr(theirs, name):
-                raise ConfigError(f"reload, {name}: expected {getattr(ours, name)}, "
-                                  f"{theirs.path or theirs.kind} has {getattr(theirs, name)}")
+                raise ConfigError(
+                    f"reload, {name}: expected {getattr(ours, name)}, "
+                    f"{theirs.path or theirs.kind} has {getattr(theirs, name)}"
+                )
         if new is self or new is self.inner:
-            raise ConfigError(f"reload: expected another store, found the one that is served, {new!r}")
+            raise ConfigError(
+                f"reload: expected another store, found the one that is served, {new!r}"
+            )
 
     def reload(self, new: RowStore) -> None:
-        """Serve `new` from now on. The old store is closed when the last call that reads it is done.
+        """Serve `new` from now on. The old store is closed when the last call that reads it is
+        done.
 
-        For the layers of one memory use `reload_layers`. Raises what `check` raises, StoreError once closed: the old
-        store stays then, and `new` is the caller's to close.
+        For the layers of one memory use `reload_layers`. Raises what `check` raises, StoreError
+        once closed: the old store stays then, and `new` is the caller's to close.
         """
         self.check(new)
         with self._switch:
             self._check_open()
             old = self._readers
             self._serve(new)
-        logging.getLogger("engraphy").info("layer %s: table %s instead of %s, %r", new.info.layer, new.info.table_id,
-                                           old.store.info.table_id, new)
+        logging.getLogger("engraphy").info(
+            "layer %s: table %s instead of %s, %r",
+            new.info.layer,
+            new.info.table_id,
+            old.store.info.table_id,
+            new,
+        )
         old.retire()
 
     def close(self) -> None:
@@ -75,7 +89,8 @@ class ReloadableStore(RowStore):
         self._readers = _Readers(self.inner)
 
     def _pinned(self) -> _Readers:
-        """The store that is served, which is not closed until the scope of what is returned is left."""
+        """The store that is served, which is not closed until the scope of what is returned is
+        left."""
         with self._switch:
             self._check_open()
             self._readers.begin()
@@ -109,16 +124,18 @@ class ReloadableStore(RowStore):
 
 
 def reload_layers(stores: Mapping[int, ReloadableStore], new: Mapping[int, RowStore]) -> None:
-    """Exchange the stores of all layers, or of none: everything is checked first. A batch that is being read meanwhile
-    may see both tables.
+    """Exchange the stores of all layers, or of none: everything is checked first. A batch that is
+    being read meanwhile may see both tables.
 
-    Raises what `ReloadableStore.check` raises; ConfigError where layers are missing, DigestMismatch where the new
-    stores are not of one table.
+    Raises what `ReloadableStore.check` raises; ConfigError where layers are missing, DigestMismatch
+    where the new stores are not of one table.
     """
     if set(stores) != set(new):
         raise ConfigError(f"reload: expected layers {sorted(stores)}, found {sorted(new)}")
     if len(tables := {store.info.table_id for store in new.values()}) > 1:
-        raise DigestMismatch(f"reload: expected rows of one table, found {sorted(map(str, tables))}")
+        raise DigestMismatch(
+            f"reload: expected rows of one table, found {sorted(map(str, tables))}"
+        )
     for layer, store in stores.items():
         store.check(new[layer])
     for layer, store in stores.items():

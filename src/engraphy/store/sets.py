@@ -1,8 +1,10 @@
-"""The rows that a cache keeps, in sets of 16, each with a policy of its own: the plain version and the native calls.
+"""The rows that a cache keeps, in sets of 16, each with a policy of its own: the plain version and
+the native calls.
 
-A row's set follows from its id. Each set keeps S3-FIFO (Yang et al., SOSP 2023) for itself: what is new waits in a
-small queue, at least 4 long, what was read there joins the main queue, and 12 ghosts, fingerprints of rows that left
-unread, let those that come back join it too. bench/cache_policy.py says why this and not another.
+A row's set follows from its id. Each set keeps S3-FIFO (Yang et al., SOSP 2023) for itself: what is
+new waits in a small queue, at least 4 long, what was read there joins the main queue, and 12
+ghosts, fingerprints of rows that left unread, let those that come back join it too.
+bench/cache_policy.py says why this and not another.
 """
 
 from __future__ import annotations
@@ -19,12 +21,23 @@ _MOST_READS = 3  # as far as reads of a row are counted
 _EMPTY = 0
 _MAIN = 16  # added to the order of what is in the main queue
 
-# version: changes whenever rows of the set do, odd meanwhile. ghost_next: the ghost that is forgotten next. taken: rows
-# that the call under way keeps here, 16 while rows of the set are being written. order: 0 to 15, in which rows came to
-# the end of their queue. reads: of each row since then. ghosts, tags: 0 = none. tags: row id + 1, negative: held.
-# Two cache lines. The rows follow at once, so that a row and what is noted of it mostly lie in one page.
-SET = np.dtype([("version", "<u4"), ("ghost_next", "u1"), ("taken", "u1"), ("_", "u1", 2), ("order", "u1", WAYS),
-                ("reads", "u1", WAYS), ("ghosts", "<u2", GHOSTS), ("tags", "<i4", WAYS)])
+# version: changes whenever rows of the set do, odd meanwhile. ghost_next: the ghost that is
+# forgotten next. taken: rows that the call under way keeps here, 16 while rows of the set are being
+# written. order: 0 to 15, in which rows came to the end of their queue. reads: of each row since
+# then. ghosts, tags: 0 = none. tags: row id + 1, negative: held. Two cache lines. The rows follow
+# at once, so that a row and what is noted of it mostly lie in one page.
+SET = np.dtype(
+    [
+        ("version", "<u4"),
+        ("ghost_next", "u1"),
+        ("taken", "u1"),
+        ("_", "u1", 2),
+        ("order", "u1", WAYS),
+        ("reads", "u1", WAYS),
+        ("ghosts", "<u2", GHOSTS),
+        ("tags", "<i4", WAYS),
+    ]
+)
 MOST_ROWS = 2**31 - 2  # of a store: its ids have to fit the tags
 _LINE = 64
 
@@ -35,31 +48,39 @@ def set_bytes(row_bytes: int) -> int:
 
 
 class Sets:
-    """`count` sets of 16 rows. Many threads may use them at once: whoever changes rows holds `lock`, and the native
-    `look` takes none. It looks at `version` before and after, and adds to `reads`, which is for hints alone.
+    """`count` sets of 16 rows. Many threads may use them at once: whoever changes rows holds
+    `lock`, and the native `look` takes none. It looks at `version` before and after, and adds to
+    `reads`, which is for hints alone.
 
-    memory: uint8 [count, set_bytes(row_bytes)], taken as it is used; records: SET [count], and rows: uint8
-    [count, 16, row_bytes], are views of it. The methods are the plain version, which is the native one's specification.
+    memory: uint8 [count, set_bytes(row_bytes)], taken as it is used; records: SET [count], and
+    rows: uint8 [count, 16, row_bytes], are views of it. The methods are the plain version, which is
+    the native one's specification.
     """
 
     def __init__(self, count: int, row_bytes: int) -> None:
         self.lock = threading.Lock()
         self.memory = zeros(count, set_bytes(row_bytes))
-        self.records = self.memory[:, :SET.itemsize].view(SET)[:, 0]
-        rows = self.memory[:, SET.itemsize:SET.itemsize + WAYS * row_bytes]
-        self.rows = np.lib.stride_tricks.as_strided(rows, (count, WAYS, row_bytes), (*rows.strides[:1], row_bytes, 1))
+        self.records = self.memory[:, : SET.itemsize].view(SET)[:, 0]
+        rows = self.memory[:, SET.itemsize : SET.itemsize + WAYS * row_bytes]
+        self.rows = np.lib.stride_tricks.as_strided(
+            rows, (count, WAYS, row_bytes), (*rows.strides[:1], row_bytes, 1)
+        )
 
     def kept(self) -> np.ndarray:
         """Ids, int64 [N]: the main queues' first, and of these the most read first."""
         with self.lock:
             set_N, way_N = np.nonzero(self.records["tags"] > _EMPTY)
-            worth_N = self.records["order"][set_N, way_N] // _MAIN * WAYS + self.records["reads"][set_N, way_N]
+            worth_N = (
+                self.records["order"][set_N, way_N] // _MAIN * WAYS
+                + self.records["reads"][set_N, way_N]
+            )
             tag_N = self.records["tags"][set_N, way_N].astype(np.int64)
             return tag_N[np.argsort(-worth_N.astype(np.int64), kind="stable")] - 1
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copy the rows that are here to their places in out_NR. Returns the positions of the others, int64 [M],
-        ascending, and the versions of their sets, int64 [M], by which `keep` knows whether they changed."""
+        """Copy the rows that are here to their places in out_NR. Returns the positions of the
+        others, int64 [M], ascending, and the versions of their sets, int64 [M], by which `keep`
+        knows whether they changed."""
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
             hit_N, slot_N = self._find(ids_N, set_N, held=False)
@@ -71,11 +92,14 @@ class Sets:
             missing_M = np.flatnonzero(~hit_N)
             return missing_M, self.records["version"][set_N[missing_M]].astype(np.int64)
 
-    def keep(self, ids_M: np.ndarray, version_M: np.ndarray, reads_M: np.ndarray, rows_MR: np.ndarray) -> None:
+    def keep(
+        self, ids_M: np.ndarray, version_M: np.ndarray, reads_M: np.ndarray, rows_MR: np.ndarray
+    ) -> None:
         """Keep distinct rows that a `look` missed: of each set the first 16, one after the other.
 
-        Where a set has changed since, what was read may be old, or be here already: it is not kept, and neither are
-        rows of a set that are being written. reads_M: int64, how often each row was asked for.
+        Where a set has changed since, what was read may be old, or be here already: it is not kept,
+        and neither are rows of a set that are being written. reads_M: int64, how often each row was
+        asked for.
         """
         here = place(ids_M, len(self.records))
         with self.lock:
@@ -89,8 +113,9 @@ class Sets:
                 self._insert(ids_M[now], here.take(now), reads_M[now], rows_MR[now])
 
     def hold(self, ids_N: np.ndarray) -> None:
-        """Rows are going to be written: until they are `look` misses them, and nothing new of their sets is kept. So a
-        row never becomes older between two calls, whether the store or the cache has the new one first."""
+        """Rows are going to be written: until they are `look` misses them, and nothing new of their
+        sets is kept. So a row never becomes older between two calls, whether the store or the cache
+        has the new one first."""
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
             self.records["version"][set_N] += 2
@@ -99,25 +124,33 @@ class Sets:
             self.records["tags"][np.divmod(slot_N[hit_N], WAYS)] = -(ids_N[hit_N] + 1)
 
     def write(self, ids_N: np.ndarray, rows_NR: np.ndarray | None) -> None:
-        """Rows that `hold` was told of have been written: give those that are here the bytes `rows_NR`, of an id given
-        twice the last ones; None: nobody knows what was written, so forget them."""
+        """Rows that `hold` was told of have been written: give those that are here the bytes
+        `rows_NR`, of an id given twice the last ones; None: nobody knows what was written, so
+        forget them."""
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
             self.records["version"][set_N] += 2  # what is being read now is not kept
             self.records["taken"][set_N] = 0
             hit_N, slot_N = self._find(ids_N, set_N)
-            self.records["tags"][np.divmod(slot_N[hit_N], WAYS)] = _EMPTY if rows_NR is None else ids_N[hit_N] + 1
+            self.records["tags"][np.divmod(slot_N[hit_N], WAYS)] = (
+                _EMPTY if rows_NR is None else ids_N[hit_N] + 1
+            )
             if rows_NR is not None:
                 self.rows[np.divmod(slot_N[hit_N], WAYS)] = rows_NR[hit_N]
 
-    def _find(self, ids_N: np.ndarray, set_N: np.ndarray, held: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def _find(
+        self, ids_N: np.ndarray, set_N: np.ndarray, held: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Which rows are here, bool [N], and in which slot: set * 16 + way. held: count those too."""
         tags_NW = self.records["tags"][set_N]
         same_NW = (np.abs(tags_NW) if held else tags_NW) == (ids_N + 1)[:, None]
         return same_NW.any(axis=1), set_N * WAYS + same_NW.argmax(axis=1)
 
-    def _insert(self, ids_N: np.ndarray, here: _Place, reads_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        """Rows of distinct sets: to the main queue where a ghost remembers them, else to the small one."""
+    def _insert(
+        self, ids_N: np.ndarray, here: _Place, reads_N: np.ndarray, rows_NR: np.ndarray
+    ) -> None:
+        """Rows of distinct sets: to the main queue where a ghost remembers them, else to the small
+        one."""
         records, set_N = self.records, here.set_N
         records["version"][set_N] += 2
         same_NG = records["ghosts"][set_N] == here.print_N[:, None]
@@ -158,12 +191,14 @@ class Sets:
 
     def _leave_ghost(self, set_N: np.ndarray, way_N: np.ndarray) -> None:
         records, next_N = self.records, self.records["ghost_next"][set_N]
-        records["ghosts"][set_N, next_N] = place(records["tags"][set_N, way_N] - 1, len(records)).print_N
+        records["ghosts"][set_N, next_N] = place(
+            records["tags"][set_N, way_N] - 1, len(records)
+        ).print_N
         records["ghost_next"][set_N] = (next_N + 1) % GHOSTS
 
     def _least_read(self, set_N: np.ndarray) -> np.ndarray:
-        """The way that leaves the main queue of each set, int64 [N]: the first that is not read any more while the
-        oldest, each time, goes to the end with one read less."""
+        """The way that leaves the main queue of each set, int64 [N]: the first that is not read any
+        more while the oldest, each time, goes to the end with one read less."""
         records = self.records
         order_NW, reads_NW = records["order"][set_N], records["reads"][set_N].astype(np.int64)
         main_NW = order_NW >= _MAIN
@@ -182,28 +217,37 @@ class Sets:
 
 
 class NativeSets(Sets):
-    """The same by native kernels. Reading rows that are here waits for nobody but who is just changing their set.
+    """The same by native kernels. Reading rows that are here waits for nobody but who is just
+    changing their set.
 
-    changes: uint64 [1], a version of all sets together, odd while a call changes some. A reader that finds it as it was
-    need not look at the version of each set again.
+    changes: uint64 [1], a version of all sets together, odd while a call changes some. A reader
+    that finds it as it was need not look at the version of each set again.
     """
 
     def __init__(self, core: Any, count: int, row_bytes: int) -> None:
         super().__init__(count, row_bytes)
         self._core = core
-        self.changes = np.zeros(2 * _LINE // 8, np.uint64)[7:8]  # amid two lines, so that its own is nobody else's
+        self.changes = np.zeros(2 * _LINE // 8, np.uint64)[
+            7:8
+        ]  # amid two lines, so that its own is nobody else's
         self._place = core.address(self.memory), core.address(self.changes), count, row_bytes
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         at, ids_N = self._core.address, np.ascontiguousarray(ids_N)
         missing_2N = np.empty((2, len(ids_N)), np.int64)
-        count = self._core.cache_look(*self._place, at(ids_N), len(ids_N), at(out_NR), at(missing_2N))
+        count = self._core.cache_look(
+            *self._place, at(ids_N), len(ids_N), at(out_NR), at(missing_2N)
+        )
         return missing_2N[0, :count], missing_2N[1, :count]
 
-    def keep(self, ids_M: np.ndarray, version_M: np.ndarray, reads_M: np.ndarray, rows_MR: np.ndarray) -> None:
+    def keep(
+        self, ids_M: np.ndarray, version_M: np.ndarray, reads_M: np.ndarray, rows_MR: np.ndarray
+    ) -> None:
         at = self._core.address
         with self.lock:
-            self._core.cache_keep(*self._place, at(ids_M), at(version_M), at(reads_M), at(rows_MR), len(ids_M))
+            self._core.cache_keep(
+                *self._place, at(ids_M), at(version_M), at(reads_M), at(rows_MR), len(ids_M)
+            )
 
     def hold(self, ids_N: np.ndarray) -> None:
         ids_N = np.ascontiguousarray(ids_N)
@@ -219,7 +263,8 @@ class NativeSets(Sets):
 
 
 class _Place(NamedTuple):
-    """Where rows may be: their sets, int64 [N], and the fingerprints that ghosts have of them, uint16 [N], never 0."""
+    """Where rows may be: their sets, int64 [N], and the fingerprints that ghosts have of them,
+    uint16 [N], never 0."""
 
     set_N: np.ndarray
     print_N: np.ndarray

@@ -1,4 +1,5 @@
-"""Reading rows before anybody waits for them, so that caches and page tables are full when the first request comes."""
+"""Reading rows before anybody waits for them, so that caches and page tables are full when the
+first request comes."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ _KEPT = 0.8  # sets fill unevenly: as many rows as a cache has places leave a te
 
 @dataclass(frozen=True)
 class Warmed:
-    """rows, bytes: what was read. kept: how many of these rows the cache keeps; None where there is no cache.
-    ready: all of it was read, and the cache keeps at least 80 % of what it has places for."""
+    """rows, bytes: what was read. kept: how many of these rows the cache keeps; None where there is
+    no cache. ready: all of it was read, and the cache keeps at least 80 % of what it has places
+    for."""
 
     rows: int
     bytes: int
@@ -28,20 +30,26 @@ class Warmed:
     ready: bool
 
 
-def warm(store: RowStore, what: np.ndarray | float, progress: Callable[[int, int], None] | None = None) -> Warmed:
-    """Read rows and drop them. what: row ids, int64 [N], those that matter most first (`CacheStore.kept` of an earlier
-    run, say), or a share of all rows, from the first on.
+def warm(
+    store: RowStore, what: np.ndarray | float, progress: Callable[[int, int], None] | None = None
+) -> Warmed:
+    """Read rows and drop them. what: row ids, int64 [N], those that matter most first
+    (`CacheStore.kept` of an earlier run, say), or a share of all rows, from the first on.
 
-    progress: called with rows read and rows to be read. Raises ConfigError for a share outside 0..1, and what `gather`
-    raises.
+    progress: called with rows read and rows to be read. Raises ConfigError for a share outside
+    0..1, and what `gather` raises.
     """
     total = len(what) if isinstance(what, np.ndarray) else _rows(store, what)
     begun, row_bytes = time.monotonic(), store.info.row_bytes
     buffer_nR = np.empty((min(_CHUNK, total), row_bytes), np.uint8)
     for first in range(0, total, _CHUNK):
         last = min(first + _CHUNK, total)
-        ids_n = what[first:last] if isinstance(what, np.ndarray) else np.arange(first, last, dtype=np.int64)
-        store.gather(ids_n, out=buffer_nR[:last - first])
+        ids_n = (
+            what[first:last]
+            if isinstance(what, np.ndarray)
+            else np.arange(first, last, dtype=np.int64)
+        )
+        store.gather(ids_n, out=buffer_nR[: last - first])
         if progress is not None:
             progress(last, total)
     seconds = time.monotonic() - begun
@@ -50,7 +58,9 @@ def warm(store: RowStore, what: np.ndarray | float, progress: Callable[[int, int
         return Warmed(total, total * row_bytes, seconds, None, True)
     distinct = np.unique(what) if isinstance(what, np.ndarray) else np.arange(total)
     kept = int(np.isin(cache.kept(), distinct, assume_unique=True).sum())
-    return Warmed(total, total * row_bytes, seconds, kept, kept >= _KEPT * min(len(distinct), cache.capacity))
+    return Warmed(
+        total, total * row_bytes, seconds, kept, kept >= _KEPT * min(len(distinct), cache.capacity)
+    )
 
 
 def _rows(store: RowStore, share: float) -> int:

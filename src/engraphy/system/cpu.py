@@ -29,7 +29,13 @@ def facts(cpuinfo: dict[str, str] | None = None) -> dict[str, Any]:
     cpuinfo = _cpuinfo() if cpuinfo is None else cpuinfo
     flags = _flags(cpuinfo)
     if not flags:
-        return {"model": platform.processor() or None, "avx2": None, "avx512": None, "amx": None, "bf16": None}
+        return {
+            "model": platform.processor() or None,
+            "avx2": None,
+            "avx512": None,
+            "amx": None,
+            "bf16": None,
+        }
     return {
         "model": cpuinfo.get("model name") or platform.machine(),
         "avx2": "avx2" in flags,
@@ -57,6 +63,8 @@ def name() -> str:
     """Name of the processor, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

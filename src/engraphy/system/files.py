@@ -1,11 +1,13 @@
 """Files and folders that appear whole or not at all, and what stands in their way by name.
 
-    beside its place, under a temporary name  ->  written  ->  synced  ->  renamed  ->  the parent synced
+    beside its place, under a temporary name  ->  written  ->  synced  ->  renamed  ->  the parent
+    synced
 
-An error leaves neither a part of what was written nor a folder that was made for it, and what stood there before stays.
-A kill may leave the temporary; whoever writes beside it next removes it, which a lock tells from one in use. A link is
-followed: what it points to is written. A mount point cannot be renamed over, so an empty one is filled from within.
-Files have mode 0666 and folders 0777 less the umask, whoever made them.
+An error leaves neither a part of what was written nor a folder that was made for it, and what stood
+there before stays. A kill may leave the temporary; whoever writes beside it next removes it, which
+a lock tells from one in use. A link is followed: what it points to is written. A mount point cannot
+be renamed over, so an empty one is filled from within. Files have mode 0666 and folders 0777 less
+the umask, whoever made them.
 """
 
 from __future__ import annotations
@@ -37,14 +39,19 @@ Kind = type[EngraphyError]
 
 @contextmanager
 def publish_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write, which is at `path` when the block ends; one that was there is replaced in one step.
+    """A file to write, which is at `path` when the block ends; one that was there is replaced in
+    one step.
 
-    Raises WriteFailed for whatever the system refuses and where `path` is no regular file; nothing has changed then.
+    Raises WriteFailed for whatever the system refuses and where `path` is no regular file; nothing
+    has changed then.
     """
     target = resolved(path)
     with write_errors(target):
         _refuse_special(target)
-        with _new_parents(target.parent), _temporary(target.parent, target.name, folder=False) as (fd, temporary):
+        with (
+            _new_parents(target.parent),
+            _temporary(target.parent, target.name, folder=False) as (fd, temporary),
+        ):
             with os.fdopen(os.dup(fd), "wb") as file:
                 yield file
                 file.flush()
@@ -60,18 +67,28 @@ def write_file(path: str | os.PathLike[str], data: str | bytes) -> None:
 
 
 @contextmanager
-def publish_folder(path: str | os.PathLike[str], *, replace: bool = False, needed: int = 0, last: str = "",
-                   taken: Kind = ConfigError) -> Iterator[Path]:
+def publish_folder(
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    needed: int = 0,
+    last: str = "",
+    taken: Kind = ConfigError,
+) -> Iterator[Path]:
     """An empty folder to write into, which is at `path` when the block ends.
 
-    replace: a folder that was there makes way; else it has to be new or empty. needed: bytes of free disk. last: the
-    file that tells a reader that all is there; it is moved last where a mount point has to be filled.
-    Raises `taken` for a path that is taken, WriteFailed for what the system refuses; nothing has changed then.
+    replace: a folder that was there makes way; else it has to be new or empty. needed: bytes of
+    free disk. last: the file that tells a reader that all is there; it is moved last where a mount
+    point has to be filled. Raises `taken` for a path that is taken, WriteFailed for what the system
+    refuses; nothing has changed then.
     """
     target = resolved(path)
     check_folder(target, needed, replace=replace, taken=taken)
     with write_errors(target):
-        with _new_parents(target.parent), _temporary(_place(target), target.name, folder=True) as (_, temporary):
+        with (
+            _new_parents(target.parent),
+            _temporary(_place(target), target.name, folder=True) as (_, temporary),
+        ):
             yield temporary
             settle_modes(temporary)
             sync_tree(temporary)
@@ -80,8 +97,8 @@ def publish_folder(path: str | os.PathLike[str], *, replace: bool = False, neede
 
 
 def put_folder(source: Path, target: Path) -> None:
-    """Give a finished folder its name; one that was there makes way. Both lie on one file system. Raises WriteFailed,
-    and `source` stays then."""
+    """Give a finished folder its name; one that was there makes way. Both lie on one file system.
+    Raises WriteFailed, and `source` stays then."""
     with write_errors(target, f"it is whole in {source}"):
         if target.exists():
             _exchange(source, target)
@@ -98,12 +115,18 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def check_folder(path: str | os.PathLike[str], needed: int = 0, *, replace: bool = False,
-                 taken: Kind = ConfigError) -> None:
+def check_folder(
+    path: str | os.PathLike[str],
+    needed: int = 0,
+    *,
+    replace: bool = False,
+    taken: Kind = ConfigError,
+) -> None:
     """Judge a place for a new folder before anything is computed for it. Changes nothing.
 
-    needed: bytes that are going to be written. Raises `taken` for what is neither new nor an empty directory (or with
-    `replace` no directory at all), and WriteFailed where nothing can be made there, or `needed` bytes are not free.
+    needed: bytes that are going to be written. Raises `taken` for what is neither new nor an empty
+    directory (or with `replace` no directory at all), and WriteFailed where nothing can be made
+    there, or `needed` bytes are not free.
     """
     target = resolved(path)
     with write_errors(target, "nothing has been written"):
@@ -119,13 +142,15 @@ def check_folder(path: str | os.PathLike[str], needed: int = 0, *, replace: bool
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that this user can still write to the file system of `path`, or of its nearest parent that exists."""
+    """Bytes that this user can still write to the file system of `path`, or of its nearest parent
+    that exists."""
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(existing).free
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
-    """The absolute path, links followed; a link that leads nowhere stays, and is refused by whoever writes.
+    """The absolute path, links followed; a link that leads nowhere stays, and is refused by whoever
+    writes.
 
     Raises ConfigError for what no path can be.
     """
@@ -138,7 +163,8 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def write_errors(path: Path, left: str = "nothing is left of it") -> Iterator[None]:
-    """What goes wrong with writing below `path` becomes a WriteFailed that names it. left: what is there now.
+    """What goes wrong with writing below `path` becomes a WriteFailed that names it. left: what is
+    there now.
 
     Within another such block the outer path is named: the inner one may be a temporary.
     """
@@ -149,13 +175,16 @@ def write_errors(path: Path, left: str = "nothing is left of it") -> Iterator[No
         if reason is None:
             raise
         number = _number(reason)
-        failed = WriteFailed(f"{path}: it cannot be written ({reason}); {left}{_space_left(path, number)}")
+        failed = WriteFailed(
+            f"{path}: it cannot be written ({reason}); {left}{_space_left(path, number)}"
+        )
         failed.errno = number
         raise failed from reason
 
 
 def still_named(path: Path, fd: int) -> bool:
-    """Whether the open file is what has that name: a lock on one that was removed or replaced protects nothing."""
+    """Whether the open file is what has that name: a lock on one that was removed or replaced
+    protects nothing."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
@@ -163,9 +192,11 @@ def still_named(path: Path, fd: int) -> bool:
 
 
 def settle_modes(folder: Path, others: Collection[int] = ()) -> None:
-    """Give files below a folder the mode of a file that is made in it (some libraries make them private).
+    """Give files below a folder the mode of a file that is made in it (some libraries make them
+    private).
 
-    Files that their owner cannot write were made so on purpose, and stay so. others: inodes that are none of ours.
+    Files that their owner cannot write were made so on purpose, and stay so. others: inodes that
+    are none of ours.
     """
     with _temporary(folder, "mode", folder=False) as (fd, _):
         mode = stat.S_IMODE(os.fstat(fd).st_mode)
@@ -214,21 +245,27 @@ def _refuse_special(target: Path) -> None:
 
 def _refuse_taken(target: Path, replace: bool, taken: Kind) -> None:
     if target.is_symlink():
-        raise taken(f"{target}: expected a new or empty directory, found it taken by a link that "
-                    "leads nowhere")
+        raise taken(
+            f"{target}: expected a new or empty directory, found it taken by a link that "
+            "leads nowhere"
+        )
     if target.exists() and not target.is_dir():
         raise taken(f"{target}: expected a new or empty directory, found it taken by a file")
     if not target.exists() or (replace and not _is_mount(target)):
         return
     unused = ("lost+found",) if _is_mount(target) else ()
-    held = [name for name in os.listdir(target) if name not in unused and not _TEMPORARY.fullmatch(name)]
+    held = [
+        name for name in os.listdir(target) if name not in unused and not _TEMPORARY.fullmatch(name)
+    ]
     if held:
-        raise taken(f"{target}: expected a new or empty directory, found it taken: it holds {min(held)}")
+        raise taken(
+            f"{target}: expected a new or empty directory, found it taken: it holds {min(held)}"
+        )
 
 
 def _place(target: Path) -> Path:
-    """Where the temporary is made: beside the target, or in it where it cannot be renamed over, or is a temporary that
-    appears whole later (replaced, it would lose its lock)."""
+    """Where the temporary is made: beside the target, or in it where it cannot be renamed over, or
+    is a temporary that appears whole later (replaced, it would lose its lock)."""
     if not target.is_dir():
         return target.parent
     fixed = _is_mount(target) or _TEMPORARY.fullmatch(target.name) is not None
@@ -276,7 +313,10 @@ def _exchange(temporary: Path, target: Path) -> None:
     """In one step where the file system can; else what was there is removed first."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     names = (os.fsencode(temporary), os.fsencode(target))
-    if renameat2 is not None and renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE) == 0:
+    if (
+        renameat2 is not None
+        and renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE) == 0
+    ):
         return  # the temporary is now what was there
     shutil.rmtree(target)
     os.rename(temporary, target)
@@ -284,7 +324,8 @@ def _exchange(temporary: Path, target: Path) -> None:
 
 @contextmanager
 def _new_parents(parent: Path) -> Iterator[None]:
-    """Make a folder and its parents; those that were made go again on an error, where nothing else came into them."""
+    """Make a folder and its parents; those that were made go again on an error, where nothing else
+    came into them."""
     missing = [place for place in (parent, *parent.parents) if not place.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +339,8 @@ def _new_parents(parent: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary(parent: Path, name: str, folder: bool) -> Iterator[tuple[int, Path]]:
-    """A new file or folder in `parent`, open and locked; afterwards it is gone if it still has that name."""
+    """A new file or folder in `parent`, open and locked; afterwards it is gone if it still has that
+    name."""
     _sweep(parent)
     fd, path = None, parent
     while fd is None:
@@ -335,7 +377,8 @@ def _lock(path: Path, flags: int) -> int | None:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what writers that died have left in a folder. Nothing is said where that cannot be: it is their litter."""
+    """Remove what writers that died have left in a folder. Nothing is said where that cannot be: it
+    is their litter."""
     names: list[str] = []
     with suppress(OSError):
         names = os.listdir(parent)
@@ -361,7 +404,8 @@ def _remove(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> BaseException | None:
-    """What could not be written, as the system or a library says it; None if an error is about something else."""
+    """What could not be written, as the system or a library says it; None if an error is about
+    something else."""
     if isinstance(error, WriteFailed):
         return error.__cause__
     if isinstance(error, EngraphyError):

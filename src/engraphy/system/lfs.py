@@ -21,5 +21,7 @@ def is_pointer(path: str | os.PathLike[str]) -> bool:
 def refuse_pointer(path: str | os.PathLike[str], error: type[EngraphyError]) -> None:
     """Raise `error` if a file is a pointer. For whoever found that a file is not what it should be."""
     if is_pointer(path):
-        raise error(f"{os.fspath(path)}: expected the file itself, found a Git LFS pointer to it: run `git lfs pull` "
-                    "in its folder")
+        raise error(
+            f"{os.fspath(path)}: expected the file itself, found a Git LFS pointer to it: run `git lfs pull` "
+            "in its folder"
+        )

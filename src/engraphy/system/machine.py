@@ -1,7 +1,9 @@
-"""Memory that this process can still get: what the machine has, and what its control groups leave of it.
+"""Memory that this process can still get: what the machine has, and what its control groups leave
+of it.
 
-A container's limit stands in a group of /proc/self/cgroup or in any group above it, so all of them are asked. Version 2
-and the memory controller of version 1 may stand side by side. `root` is "/" but in tests, which make up such a tree.
+A container's limit stands in a group of /proc/self/cgroup or in any group above it, so all of them
+are asked. Version 2 and the memory controller of version 1 may stand side by side. `root` is "/"
+but in tests, which make up such a tree.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ VARIABLE = "ENGRAPHY_FREE_MEMORY"
 
 
 class _Kind(NamedTuple):
-    """Names of one version of control groups. kept: lines of memory.stat that no reclaim gives back."""
+    """Names of one version of control groups. kept: lines of memory.stat that no reclaim gives
+    back."""
 
     limit: str
     usage: str
@@ -27,30 +30,43 @@ class _Kind(NamedTuple):
     usual: str
 
 
-_V2 = _Kind("memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable"), "sys/fs/cgroup")
-_V1 = _Kind("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"),
-            "sys/fs/cgroup/memory")
+_V2 = _Kind(
+    "memory.max",
+    "memory.current",
+    ("inactive_file", "active_file", "slab_reclaimable"),
+    "sys/fs/cgroup",
+)
+_V1 = _Kind(
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+    "sys/fs/cgroup/memory",
+)
 
 
 def free_memory(root: str | os.PathLike[str] = "/") -> int | None:
     """Bytes of memory that this process can still get; None where the system does not say.
 
-    The least of MemAvailable of /proc/meminfo (the page cache counts as available) and of what each control group on
-    the way up leaves: its limit less its usage, without page cache that can be given back.
-    ENGRAPHY_FREE_MEMORY in the environment, in bytes, is the answer whatever the system says. Raises ConfigError for a
-    value of it that is no number of bytes.
+    The least of MemAvailable of /proc/meminfo (the page cache counts as available) and of what each
+    control group on the way up leaves: its limit less its usage, without page cache that can be
+    given back. ENGRAPHY_FREE_MEMORY in the environment, in bytes, is the answer whatever the system
+    says. Raises ConfigError for a value of it that is no number of bytes.
     """
     given = os.environ.get(VARIABLE, "")
     if given:
         if not (given.isascii() and given.isdigit()):
             raise ConfigError(f"{VARIABLE}: expected a number of bytes, found {given!r}")
         return int(given)
-    found = [_meminfo(Path(root), "MemAvailable"), *(_left(folder, kind) for folder, kind in _groups(Path(root)))]
+    found = [
+        _meminfo(Path(root), "MemAvailable"),
+        *(_left(folder, kind) for folder, kind in _groups(Path(root))),
+    ]
     return min((size for size in found if size is not None), default=None)
 
 
 def total_memory(root: str | os.PathLike[str] = "/") -> int | None:
-    """Bytes of memory that this process could have were it alone: MemTotal or the least limit of its control groups.
+    """Bytes of memory that this process could have were it alone: MemTotal or the least limit of
+    its control groups.
 
     None where the system does not say.
     """
@@ -74,13 +90,16 @@ def _groups(root: Path) -> Iterator[tuple[Path, _Kind]]:
             continue
         for mount, top in _mounts(root, kind):
             inside = PurePosixPath(os.path.relpath(path, top))
-            if ".." in inside.parts:  # a group that this mount does not show: its own top is all that can be seen
+            if (
+                ".." in inside.parts
+            ):  # a group that this mount does not show: its own top is all that can be seen
                 inside = PurePosixPath()
             yield from ((mount / place, kind) for place in (inside, *inside.parents))
 
 
 def _mounts(root: Path, kind: _Kind) -> list[tuple[Path, str]]:
-    """Where a version is mounted, and which group is the top of the mount; the usual place if that is not said."""
+    """Where a version is mounted, and which group is the top of the mount; the usual place if that
+    is not said."""
     found = []
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -103,7 +122,9 @@ def _left(folder: Path, kind: _Kind) -> int | None:
     if limit is None:
         return None
     counts = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
-    given_back = sum(int(counts[name]) for name in kind.reclaimable if counts.get(name, "").isdigit())
+    given_back = sum(
+        int(counts[name]) for name in kind.reclaimable if counts.get(name, "").isdigit()
+    )
     used = max(0, (_number(folder / kind.usage) or 0) - given_back)
     return max(0, limit - used)
 

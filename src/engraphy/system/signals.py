@@ -1,9 +1,9 @@
 """SIGTERM is taken as Ctrl-C is: what a long run has done is saved first.
 
-`terminable` makes SIGTERM an exception, a KeyboardInterrupt of its own kind, so that whatever cleans up or saves on
-Ctrl-C does so then. `stopping` is for loops: the first signal lets the step end, a second one ends it at once. In a
-worker process no second one counts, since Ctrl-C, a service manager and the parent may all tell it the same: the parent
-kills it if need be.
+`terminable` makes SIGTERM an exception, a KeyboardInterrupt of its own kind, so that whatever
+cleans up or saves on Ctrl-C does so then. `stopping` is for loops: the first signal lets the step
+end, a second one ends it at once. In a worker process no second one counts, since Ctrl-C, a service
+manager and the parent may all tell it the same: the parent kills it if need be.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Stop:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated within, as SIGINT raises KeyboardInterrupt. Only in the main thread."""
+    """SIGTERM raises Terminated within, as SIGINT raises KeyboardInterrupt. Only in the main
+    thread."""
 
     def end(number: int, frame: Any) -> None:
         raise Terminated
@@ -47,8 +48,9 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set the Stop that is handed out, so that no step is cut in half; a second one raises
-    KeyboardInterrupt or Terminated at once, but in a worker process. Only in the main thread."""
+    """SIGINT and SIGTERM set the Stop that is handed out, so that no step is cut in half; a second
+    one raises KeyboardInterrupt or Terminated at once, but in a worker process. Only in the main
+    thread."""
     stop = Stop()
 
     def note(number: int, frame: Any) -> None:
@@ -61,7 +63,8 @@ def stopping() -> Iterator[Stop]:
 
 
 def end_workers(workers: Iterable[Any]) -> None:
-    """Ask processes (of `multiprocessing`) to end, and wait until they have saved; interrupted meanwhile, kill them."""
+    """Ask processes (of `multiprocessing`) to end, and wait until they have saved; interrupted
+    meanwhile, kill them."""
     workers = list(workers)
     try:
         for worker in workers:

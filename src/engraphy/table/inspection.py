@@ -1,4 +1,5 @@
-"""What is in a table: statistics of its rows, and whether it is what it says. Knows neither tokens nor models.
+"""What is in a table: statistics of its rows, and whether it is what it says. Knows neither tokens
+nor models.
 
 Rows are looked at all, or a sample of each layer that depends on the seed alone.
 """
@@ -25,9 +26,10 @@ _STEP = 65_536
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer. disk_bytes: what its shards take, which is less than `bytes` while rows were never written. scanned:
-    rows looked at. zero: those of them whose bytes are all zero: never written, or trained to nothing. norms: quantile
-    -> Euclidean norm of the other rows; empty where there are none."""
+    """One layer. disk_bytes: what its shards take, which is less than `bytes` while rows were never
+    written. scanned: rows looked at. zero: those of them whose bytes are all zero: never written,
+    or trained to nothing. norms: quantile -> Euclidean norm of the other rows; empty where there
+    are none."""
 
     layer: int
     rows: int
@@ -40,8 +42,8 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class LayerChecked:
-    """One layer that has been verified. primes: smallest and largest of `columns`. decoded: rows looked at.
-    not_finite: those of them that hold NaN or infinities, the first ten."""
+    """One layer that has been verified. primes: smallest and largest of `columns`. decoded: rows
+    looked at. not_finite: those of them that hold NaN or infinities, the first ten."""
 
     layer: int
     rows: int
@@ -67,8 +69,13 @@ class Verification:
         return not any(layer.not_finite for layer in self.layers)
 
 
-def statistics(path: str | os.PathLike[str], sample: int | None = 100_000, seed: int = 0, *,
-               progress: Progress | None = None) -> list[LayerStatistics]:
+def statistics(
+    path: str | os.PathLike[str],
+    sample: int | None = 100_000,
+    seed: int = 0,
+    *,
+    progress: Progress | None = None,
+) -> list[LayerStatistics]:
     """Look at `sample` rows of each layer of a sealed table, None = at all of them.
 
     Raises what `Table.open` raises, ConfigError for a sample below 1.
@@ -82,24 +89,41 @@ def statistics(path: str | os.PathLike[str], sample: int | None = 100_000, seed:
             kept_nR = raw_nR[raw_nR.any(axis=1)]
             scanned, zero = scanned + len(raw_nR), zero + len(raw_nR) - len(kept_nR)
             values_nd = table.fmt.decode(kept_nR)
-            norms.append(np.sqrt(np.einsum("nd,nd->n", values_nd, values_nd, dtype=np.float64)).astype(np.float32))
+            norms.append(
+                np.sqrt(np.einsum("nd,nd->n", values_nd, values_nd, dtype=np.float64)).astype(
+                    np.float32
+                )
+            )
             if progress:
                 progress(f"layer {layer}", scanned * width, min(rows, sample or rows) * width)
         norms_n = np.concatenate(norms)
         disk = sum(shard.path.stat().st_blocks * 512 for shard in table.shards(layer))
-        found.append(LayerStatistics(
-            layer, rows, rows * width, disk, scanned, zero,
-            dict(zip(QUANTILES, np.quantile(norms_n, QUANTILES).tolist(), strict=True)) if len(norms_n) else {}))
+        found.append(
+            LayerStatistics(
+                layer,
+                rows,
+                rows * width,
+                disk,
+                scanned,
+                zero,
+                dict(zip(QUANTILES, np.quantile(norms_n, QUANTILES).tolist(), strict=True))
+                if len(norms_n)
+                else {},
+            )
+        )
     return found
 
 
-def verify(path: str | os.PathLike[str], shards: int | None = None, decode: int = 65_536,
-           seed: int = 0) -> Verification:
-    """Look whether a sealed table is what it says: shards and headers, counts from the primes, digests, numbers.
+def verify(
+    path: str | os.PathLike[str], shards: int | None = None, decode: int = 65_536, seed: int = 0
+) -> Verification:
+    """Look whether a sealed table is what it says: shards and headers, counts from the primes,
+    digests, numbers.
 
-    shards: how many to hash, drawn at random; None = all. decode: rows of each layer to decode. engram.json is compared
-    with what follows from its own config, shard headers with engram.json, and the rows that the headers tell of with
-    the sum of primes, each of which is tried. Raises what `Table.open` and `Table.verify` raise, TableError for counts.
+    shards: how many to hash, drawn at random; None = all. decode: rows of each layer to decode.
+    engram.json is compared with what follows from its own config, shard headers with engram.json,
+    and the rows that the headers tell of with the sum of primes, each of which is tried. Raises
+    what `Table.open` and `Table.verify` raise, TableError for counts.
     """
     table = Table.open(path)
     checked = table.verify(shards)
@@ -111,8 +135,16 @@ def verify(path: str | os.PathLike[str], shards: int | None = None, decode: int 
             finite_n = np.isfinite(table.fmt.decode(raw_nR)).all(axis=1)
             bad += ids_n[~finite_n].tolist()
             decoded += len(raw_nR)
-        layers.append(LayerChecked(layer, table.rows(layer), len(primes), (min(primes), max(primes)), decoded,
-                                   tuple(bad[:10])))
+        layers.append(
+            LayerChecked(
+                layer,
+                table.rows(layer),
+                len(primes),
+                (min(primes), max(primes)),
+                decoded,
+                tuple(bad[:10]),
+            )
+        )
     return Verification(table.table_id, checked.shards, checked.of, checked.bytes, tuple(layers))
 
 
@@ -120,16 +152,24 @@ def _check_counts(table: Table, layer: int) -> tuple[int, ...]:
     spec = table.config.hash
     primes = spec.primes(layer)
     least = np.repeat(spec.rows_per_head, spec.heads).tolist()
-    wrong = [prime for prime, low in zip(primes, least, strict=True) if prime < low or not is_prime(prime)]
+    wrong = [
+        prime
+        for prime, low in zip(primes, least, strict=True)
+        if prime < low or not is_prime(prime)
+    ]
     expected = math.ceil(sum(primes) / spec.pad_to) * spec.pad_to
     found = sum(read_header(shard.path)["rows"].rows for shard in table.shards(layer))
     if wrong or len(set(primes)) != len(primes) or found != expected:
-        raise TableError(f"{table.path}: layer {layer}: expected {expected} rows from {len(primes)} distinct primes, "
-                         f"found {found} rows, numbers that cannot be meant: {wrong}")
+        raise TableError(
+            f"{table.path}: layer {layer}: expected {expected} rows from {len(primes)} distinct primes, "
+            f"found {found} rows, numbers that cannot be meant: {wrong}"
+        )
     return primes
 
 
-def _looked_at(table: Table, layer: int, sample: int | None, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _looked_at(
+    table: Table, layer: int, sample: int | None, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Row ids int64 [n] and rows uint8 [n, row_bytes], a chunk at a time."""
     rows = table.rows(layer)
     if sample is not None and sample < 1:
@@ -138,11 +178,15 @@ def _looked_at(table: Table, layer: int, sample: int | None, seed: int) -> Itera
         for first, raw_nR in row_chunks(table, layer):
             yield np.arange(first, first + len(raw_nR)), raw_nR
         return
-    bounds = np.arange(sample + 1) * rows // sample  # one row of each part: as many rows as asked for, in order
-    ids_N = bounds[:-1] + (np.random.default_rng((seed, layer)).random(sample) * np.diff(bounds)).astype(np.int64)
+    bounds = (
+        np.arange(sample + 1) * rows // sample
+    )  # one row of each part: as many rows as asked for, in order
+    ids_N = bounds[:-1] + (
+        np.random.default_rng((seed, layer)).random(sample) * np.diff(bounds)
+    ).astype(np.int64)
     shards = table.shard_arrays(layer)
     for first in range(0, sample, _STEP):
-        ids_n = ids_N[first:first + _STEP]
+        ids_n = ids_N[first : first + _STEP]
         raw_nR = np.empty((len(ids_n), table.row_bytes), np.uint8)
         take(shards, ids_n, raw_nR)
         yield ids_n, raw_nR

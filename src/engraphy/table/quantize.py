@@ -1,7 +1,8 @@
-"""Tables of the same addresses in other row formats: made (`quantize`), and compared row by row (`compare`).
+"""Tables of the same addresses in other row formats: made (`quantize`), and compared row by row
+(`compare`).
 
-What a format costs a model is its loss on text, which needs the model; what it costs the rows is measured here, while
-they are written.
+What a format costs a model is its loss on text, which needs the model; what it costs the rows is
+measured here, while they are written.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from .table import Table
 class Difference:
     """How rows differ from the reference they were made from.
 
-    different: rows of which any value differs. not_finite: rows with NaN or infinities on either side (or a difference
-    beyond float32), which are left out of what follows. max_abs, mean_abs: of the differences of values. relative_rms:
-    root of the sum of their squares over that of the reference's values. mean_cosine, min_cosine: of each row with its
-    reference, over rows whose reference is not zero. The last three are None where the reference is zero everywhere.
+    different: rows of which any value differs. not_finite: rows with NaN or infinities on either
+    side (or a difference beyond float32), which are left out of what follows. max_abs, mean_abs: of
+    the differences of values. relative_rms: root of the sum of their squares over that of the
+    reference's values. mean_cosine, min_cosine: of each row with its reference, over rows whose
+    reference is not zero. The last three are None where the reference is zero everywhere.
     """
 
     rows: int
@@ -57,8 +59,8 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two tables. difference: of the second's rows to the first's, by layer; None where addresses differ, since then
-    rows of one id mean different n-grams."""
+    """Two tables. difference: of the second's rows to the first's, by layer; None where addresses
+    differ, since then rows of one id mean different n-grams."""
 
     table_ids: tuple[str, str]
     parents: tuple[str | None, str | None]
@@ -69,16 +71,25 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """Whether both have the same rows at the same addresses, as numbers."""
-        return self.difference is not None and not any(layer.different for layer in self.difference.values())
+        return self.difference is not None and not any(
+            layer.different for layer in self.difference.values()
+        )
 
 
-def quantize(path: str | os.PathLike[str], out: str | os.PathLike[str], kind: str, *,
-             progress: Progress | None = None) -> Quantized:
-    """Write the rows of a sealed table to a new one of rows of `kind`, with the old one as `parent`.
+def quantize(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    kind: str,
+    *,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Write the rows of a sealed table to a new one of rows of `kind`, with the old one as
+    `parent`.
 
-    Memory stays at some MB. An unfinished table is removed on an error, and after a kill says "open": it never reads as
-    sealed. Raises ConfigError for a kind that the rows cannot have (fp8_scaled has a scale that only a release knows),
-    InputError naming the rows where a value does not fit, TableError where `out` is taken or cannot be written.
+    Memory stays at some MB. An unfinished table is removed on an error, and after a kill says
+    "open": it never reads as sealed. Raises ConfigError for a kind that the rows cannot have
+    (fp8_scaled has a scale that only a release knows), InputError naming the rows where a value
+    does not fit, TableError where `out` is taken or cannot be written.
     """
     source, out = Table.open(path), Path(os.path.abspath(out))
     fmt = RowFormat(kind, source.fmt.d)
@@ -97,7 +108,11 @@ def quantize(path: str | os.PathLike[str], out: str | os.PathLike[str], kind: st
                     table.write_rows(layer, first, written_nR)
                     counter.add(values_nd, fmt.decode(written_nR))
                     if progress:
-                        progress("quantising", (before + first + len(raw_nR)) * fmt.row_bytes, total * fmt.row_bytes)
+                        progress(
+                            "quantising",
+                            (before + first + len(raw_nR)) * fmt.row_bytes,
+                            total * fmt.row_bytes,
+                        )
                 differences[layer], before = counter.result(), before + source.rows(layer)
             if progress:
                 progress("sealing", 0, 0)
@@ -108,13 +123,25 @@ def quantize(path: str | os.PathLike[str], out: str | os.PathLike[str], kind: st
             raise
     except OSError as error:
         raise TableError(f"{out}: the table cannot be written ({error})") from error
-    return Quantized(str(out), table.table_id, source.table_id, kind, total * fmt.row_bytes, total * source.row_bytes,
-                     differences)
+    return Quantized(
+        str(out),
+        table.table_id,
+        source.table_id,
+        kind,
+        total * fmt.row_bytes,
+        total * source.row_bytes,
+        differences,
+    )
 
 
-def compare(first: str | os.PathLike[str], second: str | os.PathLike[str], *,
-            progress: Progress | None = None) -> Comparison:
-    """Identities of two sealed tables and, where their addresses are the same, how their rows differ as numbers.
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Identities of two sealed tables and, where their addresses are the same, how their rows
+    differ as numbers.
 
     Raises what `Table.open` raises.
     """
@@ -124,13 +151,20 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str], *,
         differences, before, total = {}, 0, a.config.row_count() * a.row_bytes
         for layer in a.layers:
             counter = _Counter()
-            for (row, raw_nR), (_, other_nR) in zip(row_chunks(a, layer), row_chunks(b, layer), strict=True):
+            for (row, raw_nR), (_, other_nR) in zip(
+                row_chunks(a, layer), row_chunks(b, layer), strict=True
+            ):
                 counter.add(a.fmt.decode(raw_nR), b.fmt.decode(other_nR))
                 if progress:
                     progress("comparing", before + (row + len(raw_nR)) * a.row_bytes, total)
             differences[layer], before = counter.result(), before + a.rows(layer) * a.row_bytes
-    return Comparison((a.table_id, b.table_id), (a.parent, b.parent), (a.address_digest, b.address_digest),
-                      (a.fmt.kind, b.fmt.kind), differences)
+    return Comparison(
+        (a.table_id, b.table_id),
+        (a.parent, b.parent),
+        (a.address_digest, b.address_digest),
+        (a.fmt.kind, b.fmt.kind),
+        differences,
+    )
 
 
 @dataclass(frozen=True)
@@ -168,20 +202,26 @@ class _Counter:
         with np.errstate(over="ignore", invalid="ignore"):
             error_nd = np.abs(new_nd - old_nd)
         largest_n = error_nd.max(axis=1)
-        finite_n = np.isfinite(largest_n)  # NaN and infinities on either side come through both steps
+        finite_n = np.isfinite(
+            largest_n
+        )  # NaN and infinities on either side come through both steps
         self.rows += len(old_nd)
         if not finite_n.all():
             old_md, new_md = old_nd[~finite_n], new_nd[~finite_n]
             same_md = (old_md == new_md) | (np.isnan(old_md) & np.isnan(new_md))
             self.different += int((~same_md.all(axis=1)).sum())
             self.not_finite += len(old_md)
-            old_nd, new_nd, error_nd, largest_n = (x[finite_n] for x in (old_nd, new_nd, error_nd, largest_n))
+            old_nd, new_nd, error_nd, largest_n = (
+                x[finite_n] for x in (old_nd, new_nd, error_nd, largest_n)
+            )
         self.different += int((largest_n > 0).sum())
         self.values += error_nd.size
         self.max_abs = max(self.max_abs, float(largest_n.max(initial=0.0)))
         self.sum_abs += float(error_nd.sum(dtype=np.float64))
         pairs = ((error_nd, error_nd), (old_nd, new_nd), (old_nd, old_nd), (new_nd, new_nd))
-        error_n, dot_n, old_n, new_n = (np.einsum("nd,nd->n", a, b, dtype=np.float64) for a, b in pairs)
+        error_n, dot_n, old_n, new_n = (
+            np.einsum("nd,nd->n", a, b, dtype=np.float64) for a, b in pairs
+        )
         self.squares += float(error_n.sum())
         self.reference += float(old_n.sum())
         kept_n = old_n > 0
@@ -195,6 +235,12 @@ class _Counter:
         """What has been added."""
         some = self.directions > 0
         return Difference(
-            self.rows, self.different, self.not_finite, self.max_abs, self.sum_abs / max(1, self.values),
+            self.rows,
+            self.different,
+            self.not_finite,
+            self.max_abs,
+            self.sum_abs / max(1, self.values),
             math.sqrt(self.squares / self.reference) if self.reference else None,
-            self.cosines / self.directions if some else None, self.min_cosine if some else None)
+            self.cosines / self.directions if some else None,
+            self.min_cosine if some else None,
+        )

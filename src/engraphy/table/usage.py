@@ -1,6 +1,8 @@
-"""What a text does with a table: rows that it touches, n-grams that share one, rows that are asked for most.
+"""What a text does with a table: rows that it touches, n-grams that share one, rows that are asked
+for most.
 
-The text is one sequence of token ids; documents in it are not told apart, as released models do not.
+The text is one sequence of token ids; documents in it are not told apart, as released models do
+not.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ _GIANT = 2**56
 
 @dataclass(frozen=True)
 class HeadUsage:
-    """One head of one n-gram order. ngrams: distinct ones in the text. rows, used: rows that the head has, and those
-    touched. sharing: distinct n-grams whose row is also that of another one."""
+    """One head of one n-gram order. ngrams: distinct ones in the text. rows, used: rows that the
+    head has, and those touched. sharing: distinct n-grams whose row is also that of another one."""
 
     order: int
     head: int
@@ -63,9 +65,9 @@ class LayerUsage:
 def usage(table: Table, vocab: VocabMap, ids_T: np.ndarray, hottest: int = 5) -> list[LayerUsage]:
     """Count what the raw ids of a text (integers [T], one sequence) touch in each layer.
 
-    Takes about 100 bytes a token. n-grams are told apart by 64 bits that the table's own rules of look-back give, so
-    two of U are taken for one with a chance of U**2 / 2**65. Raises DigestMismatch unless the map is the table's,
-    InputError for ids that it does not have.
+    Takes about 100 bytes a token. n-grams are told apart by 64 bits that the table's own rules of
+    look-back give, so two of U are taken for one with a chance of U**2 / 2**65. Raises
+    DigestMismatch unless the map is the table's, InputError for ids that it does not have.
     """
     table.check_address(table.config.address_digest(vocab.digest))
     if ids_T.ndim != 1 or not len(ids_T):
@@ -82,14 +84,34 @@ def usage(table: Table, vocab: VocabMap, ids_T: np.ndarray, hottest: int = 5) ->
             heads, hot = found[layer]
             for head in range(spec.heads):
                 column = index * spec.heads + head
-                _count(rows_UK[:, head], reads_U, order, head, spec.primes(layer)[column], hottest, heads, hot)
-    return [LayerUsage(layer, len(ids_T), table.rows(layer), sum(head.used for head in heads), tuple(heads),
-                       tuple(sorted(hot, key=lambda row: (-row.reads, row.row))[:hottest]))
-            for layer, (heads, hot) in found.items()]
+                _count(
+                    rows_UK[:, head],
+                    reads_U,
+                    order,
+                    head,
+                    spec.primes(layer)[column],
+                    hottest,
+                    heads,
+                    hot,
+                )
+    return [
+        LayerUsage(
+            layer,
+            len(ids_T),
+            table.rows(layer),
+            sum(head.used for head in heads),
+            tuple(heads),
+            tuple(sorted(hot, key=lambda row: (-row.reads, row.row))[:hottest]),
+        )
+        for layer, (heads, hot) in found.items()
+    ]
 
 
-def find_vocab(table: Table, saved: str | os.PathLike[str] | None, tokenizer: Tokenizer | None) -> VocabMap:
-    """The table's vocabulary map: a saved one, else that of a tokenizer, else none at all (Qwen4-Exp).
+def find_vocab(
+    table: Table, saved: str | os.PathLike[str] | None, tokenizer: Tokenizer | None
+) -> VocabMap:
+    """The table's vocabulary map: a saved one, else that of a tokenizer, else none at all
+    (Qwen4-Exp).
 
     Raises DigestMismatch where that is not the table's.
     """
@@ -106,23 +128,33 @@ def find_vocab(table: Table, saved: str | os.PathLike[str] | None, tokenizer: To
 
 
 def _ngram_names(spec: HashSpec, vocab: VocabMap, ids_T: np.ndarray) -> np.ndarray:
-    """uint64 [T, orders]: what tells n-grams apart. Two rows each of a table too large to fit anywhere."""
-    giant = dataclasses.replace(spec, layer_ids=(0, 1), heads=1, rows_per_head=(_GIANT,) * len(spec.orders), pad_to=1)
-    addresser, names_TO = Addresser(giant, vocab), np.empty((len(ids_T), len(spec.orders)), np.uint64)
+    """uint64 [T, orders]: what tells n-grams apart. Two rows each of a table too large to fit
+    anywhere."""
+    giant = dataclasses.replace(
+        spec, layer_ids=(0, 1), heads=1, rows_per_head=(_GIANT,) * len(spec.orders), pad_to=1
+    )
+    addresser, names_TO = (
+        Addresser(giant, vocab),
+        np.empty((len(ids_T), len(spec.orders)), np.uint64),
+    )
     for first in range(0, len(ids_T), _STEP):
-        pair_LnO = _addresses(addresser, ids_T, first, min(first + _STEP, len(ids_T))).view(np.uint64)
-        names_TO[first:first + _STEP] = pair_LnO[0] * np.uint64(0x9E3779B97F4A7C15) + pair_LnO[1]
+        pair_LnO = _addresses(addresser, ids_T, first, min(first + _STEP, len(ids_T))).view(
+            np.uint64
+        )
+        names_TO[first : first + _STEP] = pair_LnO[0] * np.uint64(0x9E3779B97F4A7C15) + pair_LnO[1]
     return names_TO
 
 
-def _rows_at(addresser: Addresser, layer: int, ids_T: np.ndarray, wanted_U: np.ndarray, columns: slice) -> np.ndarray:
+def _rows_at(
+    addresser: Addresser, layer: int, ids_T: np.ndarray, wanted_U: np.ndarray, columns: slice
+) -> np.ndarray:
     """int64 [U, K]: the rows that some columns of a layer read at positions `wanted_U`."""
     order_U = np.argsort(wanted_U)
     rows_UK = np.empty((len(wanted_U), columns.stop - columns.start), np.int64)
     bounds = np.searchsorted(wanted_U[order_U], np.arange(0, len(ids_T) + _STEP, _STEP))
     index = addresser.spec.layer_index(layer)
     for number, first in enumerate(range(0, len(ids_T), _STEP)):
-        chosen_u = order_U[bounds[number]:bounds[number + 1]]
+        chosen_u = order_U[bounds[number] : bounds[number + 1]]
         rows_nC = _addresses(addresser, ids_T, first, min(first + _STEP, len(ids_T)))[index]
         rows_UK[chosen_u] = rows_nC[wanted_U[chosen_u] - first, columns]
     return rows_UK
@@ -132,16 +164,35 @@ def _addresses(addresser: Addresser, ids_T: np.ndarray, first: int, last: int) -
     """int64 [L, n, C] of positions first..last-1, with the tokens before them."""
     past = addresser.spec.order - 1
     history_1P = np.full((1, past), -1, np.int64)
-    before = ids_T[max(0, first - past):first]
-    history_1P[0, past - len(before):] = before
+    before = ids_T[max(0, first - past) : first]
+    history_1P[0, past - len(before) :] = before
     return addresser.all_rows(ids_T[None, first:last], history_1P)[:, 0]
 
 
-def _count(rows_U: np.ndarray, reads_U: np.ndarray, order: int, head: int, size: int, hottest: int,
-           heads: list[HeadUsage], hot: list[HotRow]) -> None:
+def _count(
+    rows_U: np.ndarray,
+    reads_U: np.ndarray,
+    order: int,
+    head: int,
+    size: int,
+    hottest: int,
+    heads: list[HeadUsage],
+    hot: list[HotRow],
+) -> None:
     used, where_U, ngrams = np.unique(rows_U, return_inverse=True, return_counts=True)
-    heads.append(HeadUsage(order, head, len(rows_U), size, len(used), int(ngrams[ngrams > 1].sum())))
+    heads.append(
+        HeadUsage(order, head, len(rows_U), size, len(used), int(ngrams[ngrams > 1].sum()))
+    )
     reads = np.bincount(where_U, reads_U).astype(np.int64)
     top = np.argsort(-reads, kind="stable")[:hottest]
-    hot += [HotRow(*values) for values in zip(used[top].tolist(), [order] * len(top), [head] * len(top),
-                                              reads[top].tolist(), ngrams[top].tolist(), strict=True)]
+    hot += [
+        HotRow(*values)
+        for values in zip(
+            used[top].tolist(),
+            [order] * len(top),
+            [head] * len(top),
+            reads[top].tolist(),
+            ngrams[top].tolist(),
+            strict=True,
+        )
+    ]

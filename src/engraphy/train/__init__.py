@@ -7,5 +7,17 @@ from .optimizer import RowOptimizer
 from .pair import OptimizerPair, clip_together, gradient_norm, warmup_cosine, weight_decay_groups
 from .replicated import drain_mean, replica_group
 
-__all__ = ["OptimizerPair", "RowAdagrad", "RowAdam", "RowOptimizer", "SummedGrad", "clip_together", "coalesce",
-           "drain_mean", "gradient_norm", "replica_group", "warmup_cosine", "weight_decay_groups"]
+__all__ = [
+    "OptimizerPair",
+    "RowAdagrad",
+    "RowAdam",
+    "RowOptimizer",
+    "SummedGrad",
+    "clip_together",
+    "coalesce",
+    "drain_mean",
+    "gradient_norm",
+    "replica_group",
+    "warmup_cosine",
+    "weight_decay_groups",
+]

@@ -14,12 +14,15 @@ from .optimizer import RowOptimizer
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: one accumulator a row, the mean of the squared gradient over its d values.
 
-    The form that recommenders use for embedding tables: adds 1/d to the memory of f32 rows, where Adam adds 2.
+    The form that recommenders use for embedding tables: adds 1/d to the memory of f32 rows, where
+    Adam adds 2.
     """
 
     name = "row_adagrad"
 
-    def __init__(self, memory: EngramMemory, lr: float = 2e-2, eps: float = 1e-8, moments: str = "ram:"):
+    def __init__(
+        self, memory: EngramMemory, lr: float = 2e-2, eps: float = 1e-8, moments: str = "ram:"
+    ):
         if not (lr >= 0 and eps > 0):
             raise ConfigError(f"RowAdagrad: expected lr >= 0 and eps > 0, found {lr}, {eps}")
         self.eps = eps

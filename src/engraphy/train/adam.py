@@ -14,16 +14,25 @@ from .optimizer import RowOptimizer
 class RowAdam(RowOptimizer):
     """Adam on rows, lazily: moments of rows that a step does not touch rest.
 
-    Equal to torch.optim.SparseAdam (bias correction by the common step count), and to dense Adam where every row is
-    touched in every step. Keeps 2d f32 values a row. Raises ConfigError for settings outside their range.
+    Equal to torch.optim.SparseAdam (bias correction by the common step count), and to dense Adam
+    where every row is touched in every step. Keeps 2d f32 values a row. Raises ConfigError for
+    settings outside their range.
     """
 
     name = "row_adam"
 
-    def __init__(self, memory: EngramMemory, lr: float = 2e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, moments: str = "ram:"):
+    def __init__(
+        self,
+        memory: EngramMemory,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        moments: str = "ram:",
+    ):
         if not (lr >= 0 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
-            raise ConfigError(f"RowAdam: expected lr >= 0, betas in [0, 1), eps > 0, found {lr}, {betas}, {eps}")
+            raise ConfigError(
+                f"RowAdam: expected lr >= 0, betas in [0, 1), eps > 0, found {lr}, {betas}, {eps}"
+            )
         self.betas, self.eps = betas, eps
         super().__init__(memory, lr, moments)
 

@@ -1,7 +1,8 @@
 """Row optimisers: update the rows that a step has read, and nothing else.
 
-The cost of a step depends on the rows of the batch, not on the table. Moments lie in sibling stores of the same row
-count, one per layer. These are the plain versions: sort by row id, sum duplicates in a fixed order, one update a row.
+The cost of a step depends on the rows of the batch, not on the table. Moments lie in sibling stores
+of the same row count, one per layer. These are the plain versions: sort by row id, sum duplicates
+in a fixed order, one update a row.
 """
 
 from __future__ import annotations
@@ -27,22 +28,28 @@ _TRAINABLE = ("f32", "bf16")
 
 
 class RowOptimizer:
-    """Base of the row optimisers: drains `memory.row_grads`, reads rows and moments, writes both back.
+    """Base of the row optimisers: drains `memory.row_grads`, reads rows and moments, writes both
+    back.
 
-    A subclass gives `moment_width(d)` (f32 values kept per row) and `update(rows_Ud, grad_Ud, moments_Um) -> None`, in
-    place. Rows are f32, or bf16 and then rounded to nearest after each step: updates below half a unit in the last
-    place are lost. moments: "ram:", or "file:DIR" for a new table at DIR, for moments that do not fit in memory.
-    Raises ConfigError for a table whose row format cannot be trained or that is not writable.
+    A subclass gives `moment_width(d)` (f32 values kept per row) and `update(rows_Ud, grad_Ud,
+    moments_Um) -> None`, in place. Rows are f32, or bf16 and then rounded to nearest after each
+    step: updates below half a unit in the last place are lost. moments: "ram:", or "file:DIR" for a
+    new table at DIR, for moments that do not fit in memory. Raises ConfigError for a table whose
+    row format cannot be trained or that is not writable.
     """
 
     name: str
 
     def __init__(self, memory: EngramMemory, lr: float, moments: str = "ram:"):
         if memory.format.kind not in _TRAINABLE:
-            raise ConfigError(f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}")
+            raise ConfigError(
+                f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}"
+            )
         for layer, store in memory.stores.items():
             if not store.info.writable:
-                raise ConfigError(f"layer {layer}: expected a writable store, found {store.info.kind} opened to read")
+                raise ConfigError(
+                    f"layer {layer}: expected a writable store, found {store.info.kind} opened to read"
+                )
         self.memory, self.lr, self.steps = memory, lr, 0
         self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
         self.moments: dict[int, RowStore]
@@ -50,8 +57,12 @@ class RowOptimizer:
             table = self._new_table(Path(moments.removeprefix("file:")))
             self.moments = {layer: FileStore(table, layer) for layer in memory.layers}
         else:
-            self.moments = {layer: open_store(moments, rows=store.info.rows, row_bytes=self._moment_format.row_bytes)
-                            for layer, store in memory.stores.items()}
+            self.moments = {
+                layer: open_store(
+                    moments, rows=store.info.rows, row_bytes=self._moment_format.row_bytes
+                )
+                for layer, store in memory.stores.items()
+            }
 
     def moment_width(self, dim: int) -> int:
         raise NotImplementedError
@@ -64,9 +75,11 @@ class RowOptimizer:
         raise NotImplementedError
 
     def step(self, summed: dict[int, SummedGrad] | None = None) -> None:
-        """One update from `summed` (as `coalesce` gives, perhaps scaled), or from the memory's pending gradients.
+        """One update from `summed` (as `coalesce` gives, perhaps scaled), or from the memory's
+        pending gradients.
 
-        Raises InputError where pending gradients are not finite: they are dropped, and nothing is updated.
+        Raises InputError where pending gradients are not finite: they are dropped, and nothing is
+        updated.
         """
         if summed is None:
             summed = coalesce(self.memory.drain_row_grads())
@@ -99,7 +112,8 @@ class RowOptimizer:
         return sum(store.info.rows * store.info.row_bytes for store in self.moments.values())
 
     def save(self, path: str | Path, table_id: str) -> None:
-        """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they belong to.
+        """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they
+        belong to.
 
         It appears whole. Raises ConfigError if `path` is taken, WriteFailed if the system refuses.
         """
@@ -121,14 +135,16 @@ class RowOptimizer:
         return Table.create(path, config, self._moment_format, self.memory.vocab)
 
     def load(self, path: str | Path, table_id: str) -> None:
-        """Read what `save` wrote. Raises ConfigError where nothing of the kind is there or the optimiser is another,
-        DigestMismatch where the moments belong to another table."""
+        """Read what `save` wrote. Raises ConfigError where nothing of the kind is there or the
+        optimiser is another, DigestMismatch where the moments belong to another table."""
         try:
             state = json.loads((Path(path) / "optimizer.json").read_text())
         except (OSError, ValueError) as error:
             refuse_pointer(Path(path) / "optimizer.json", ConfigError)
-            raise ConfigError(f"{path}: expected the moments of a row optimiser, "
-                              f"found {type(error).__name__}: {error}") from None
+            raise ConfigError(
+                f"{path}: expected the moments of a row optimiser, "
+                f"found {type(error).__name__}: {error}"
+            ) from None
         if state.pop("rows", None) != table_id:
             raise DigestMismatch(f"{path}: the moments belong to another table than {table_id}")
         self.load_state_dict(state)
@@ -146,4 +162,6 @@ def check_finite(summed: dict[int, SummedGrad]) -> None:
     for layer, (ids_U, grad_Ud) in summed.items():
         wrong = ~np.isfinite(grad_Ud).all(axis=1)
         if wrong.any():
-            raise InputError(f"layer {layer}, row {int(ids_U[wrong][0])}: the gradient is not finite")
+            raise InputError(
+                f"layer {layer}, row {int(ids_U[wrong][0])}: the gradient is not finite"
+            )

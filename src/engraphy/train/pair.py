@@ -20,9 +20,12 @@ Schedule = Callable[[float], float]
 
 
 def warmup_cosine(warmup: float = 0.03, final: float = 0.1) -> Schedule:
-    """Share of the base learning rate at progress 0..1: linear warm-up, then a cosine down to `final`."""
+    """Share of the base learning rate at progress 0..1: linear warm-up, then a cosine down to
+    `final`."""
     if not (0 <= warmup < 1 and 0 <= final <= 1):
-        raise ConfigError(f"warmup_cosine: expected warmup in [0, 1) and final in [0, 1], found {warmup}, {final}")
+        raise ConfigError(
+            f"warmup_cosine: expected warmup in [0, 1) and final in [0, 1], found {warmup}, {final}"
+        )
 
     def share(progress: float) -> float:
         if progress < warmup:
@@ -34,25 +37,39 @@ def warmup_cosine(warmup: float = 0.03, final: float = 0.1) -> Schedule:
 
 
 class OptimizerPair:
-    """Dense step first, then the rows, both at base rate x schedule(progress), clipped by their common norm.
+    """Dense step first, then the rows, both at base rate x schedule(progress), clipped by their
+    common norm.
 
-    dense: any torch optimiser over `parameters()`. rows: a RowOptimizer, or None for a model without memory.
-    clip: largest allowed norm over dense and summed row gradients together; None = no clipping. replicas: the group of
-    `replica_group`, where several processes train copies of the table together; the dense parameters are then those of
-    a DistributedDataParallel model.
+    dense: any torch optimiser over `parameters()`. rows: a RowOptimizer, or None for a model
+    without memory. clip: largest allowed norm over dense and summed row gradients together; None =
+    no clipping. replicas: the group of `replica_group`, where several processes train copies of the
+    table together; the dense parameters are then those of a DistributedDataParallel model.
     """
 
-    def __init__(self, dense: torch.optim.Optimizer, rows: RowOptimizer | None, schedule: Schedule, clip: float | None,
-                 replicas: dist.ProcessGroup | None = None):
-        self.dense, self.rows, self.schedule, self.clip, self.replicas = dense, rows, schedule, clip, replicas
+    def __init__(
+        self,
+        dense: torch.optim.Optimizer,
+        rows: RowOptimizer | None,
+        schedule: Schedule,
+        clip: float | None,
+        replicas: dist.ProcessGroup | None = None,
+    ):
+        self.dense, self.rows, self.schedule, self.clip, self.replicas = (
+            dense,
+            rows,
+            schedule,
+            clip,
+            replicas,
+        )
         self._dense_rates = [group["lr"] for group in dense.param_groups]
         self._row_rate = rows.lr if rows is not None else 0.0
 
     def step(self, progress: float) -> float:
-        """One update from the gradients accumulated since the last; clears them. Returns their norm before clipping.
+        """One update from the gradients accumulated since the last; clears them. Returns their norm
+        before clipping.
 
-        progress: 0..1, share of the run that is done. Raises InputError where a gradient is not finite: nothing is
-        updated then, and all gradients of the step are dropped.
+        progress: 0..1, share of the run that is done. Raises InputError where a gradient is not
+        finite: nothing is updated then, and all gradients of the step are dropped.
         """
         parameters = [p for group in self.dense.param_groups for p in group["params"]]
         summed = {} if self.rows is None else drain_mean(self.rows.memory, self.replicas)
@@ -68,11 +85,14 @@ class OptimizerPair:
         return norm
 
 
-def clip_together(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad],
-                  clip: float | None) -> tuple[float, dict[int, SummedGrad]]:
-    """(common norm before clipping, row gradients to step with); dense gradients are scaled in place.
+def clip_together(
+    parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad], clip: float | None
+) -> tuple[float, dict[int, SummedGrad]]:
+    """(common norm before clipping, row gradients to step with); dense gradients are scaled in
+    place.
 
-    clip: largest allowed norm, None = none. Raises InputError where a gradient is not finite; dense ones are dropped.
+    clip: largest allowed norm, None = none. Raises InputError where a gradient is not finite; dense
+    ones are dropped.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = gradient_norm(parameters, summed)
@@ -86,7 +106,10 @@ def clip_together(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGr
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.mul_(clip / norm)
-    return norm, {layer: SummedGrad(ids, grad * np.float32(clip / norm)) for layer, (ids, grad) in summed.items()}
+    return norm, {
+        layer: SummedGrad(ids, grad * np.float32(clip / norm))
+        for layer, (ids, grad) in summed.items()
+    }
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad]) -> float:
@@ -104,4 +127,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and "norm" not in name and "conv" not in name
             (decayed if is_matrix else kept).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]

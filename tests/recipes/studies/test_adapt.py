@@ -1,4 +1,5 @@
-"""The adaptation study: arms of the sizes they claim, stages that are never done twice, tables that add up."""
+"""The adaptation study: arms of the sizes they claim, stages that are never done twice, tables that
+add up."""
 
 from __future__ import annotations
 
@@ -30,14 +31,28 @@ from engraphy.recipes.studies.adapt_arms import LABELS, adapt, ladder, memory_co
 from engraphy.recipes.studies.adapt_tables import tables
 
 VOCAB = 61
-BEST = {"memory": 3e-3, "one-row": 1e-2, "frozen-rows": 1e-3, "lora-dense": 1e-3, "lora-total": 3e-4}
+BEST = {
+    "memory": 3e-3,
+    "one-row": 1e-2,
+    "frozen-rows": 1e-3,
+    "lora-dense": 1e-3,
+    "lora-total": 3e-4,
+}
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -54,14 +69,32 @@ def config(tmp_path):
 
 def made_up(job: Job) -> dict:
     """Each arm gains 0.5 at its rate of BEST and less elsewhere; the memory gains seed / 100 more."""
-    gain = 0.0 if job.arm == BASE else 0.5 - abs(job.lr - BEST[job.arm]) + (job.seed / 100) * (job.arm == "memory")
+    gain = (
+        0.0
+        if job.arm == BASE
+        else 0.5 - abs(job.lr - BEST[job.arm]) + (job.seed / 100) * (job.arm == "memory")
+    )
     score = {"accuracy": 0.5 + gain / 10, "accuracy_stderr": 0.05}
-    domain = {"loss": 4 - gain, "stderr": 0.01, "tokens": 100,
-              "by_frequency": {"never": {"loss": 5 - gain, "tokens": 75}, "31+": {"loss": 1 - gain, "tokens": 25}}}
-    return {"job": asdict(job), "domain": domain, "general": {"loss": 3 + gain / 10, "stderr": 0.01, "tokens": 9},
-            "items": {"general": score}, "commit": "abc1234", "machine": "a CPU", "minutes": 2.0,
-            "sizes": {"dense": 1_000_000, "table": 0, "bytes": 4_000_000, "table_updated": 10},
-            "text": {"source": "ICD", "tokens": {"training": 9, "heldout": 5, "general": 7}}}
+    domain = {
+        "loss": 4 - gain,
+        "stderr": 0.01,
+        "tokens": 100,
+        "by_frequency": {
+            "never": {"loss": 5 - gain, "tokens": 75},
+            "31+": {"loss": 1 - gain, "tokens": 25},
+        },
+    }
+    return {
+        "job": asdict(job),
+        "domain": domain,
+        "general": {"loss": 3 + gain / 10, "stderr": 0.01, "tokens": 9},
+        "items": {"general": score},
+        "commit": "abc1234",
+        "machine": "a CPU",
+        "minutes": 2.0,
+        "sizes": {"dense": 1_000_000, "table": 0, "bytes": 4_000_000, "table_updated": 10},
+        "text": {"source": "ICD", "tokens": {"training": 9, "heldout": 5, "general": 7}},
+    }
 
 
 @pytest.fixture
@@ -80,12 +113,19 @@ def queued(monkeypatch):
 def test_the_rates_are_chosen_on_the_first_seed_and_nothing_runs_twice(config, queued, tmp_path):
     adapt_study(config, tmp_path / "out", 2, print)
     assert list(dict.fromkeys(job.arm for job in queued)) == [BASE, *LABELS]
-    tried = {arm: sorted(job.lr for job in queued if job.arm == arm and job.seed == 0) for arm in LABELS}
-    assert tried == {"memory": [1e-3, 3e-3, 1e-2], "lora-dense": [3e-4, 1e-3, 3e-3],
-                     "lora-total": [1e-4, 3e-4, 1e-3, 3e-3], "one-row": [1e-3, 3e-3, 1e-2, 3e-2],
-                     "frozen-rows": [3e-4, 1e-3, 3e-3, 1e-2]}
-    assert {(job.arm, job.seed, job.lr) for job in queued if job.seed} == {(a, s, lr) for a, lr in BEST.items()
-                                                                           for s in (1, 2)}
+    tried = {
+        arm: sorted(job.lr for job in queued if job.arm == arm and job.seed == 0) for arm in LABELS
+    }
+    assert tried == {
+        "memory": [1e-3, 3e-3, 1e-2],
+        "lora-dense": [3e-4, 1e-3, 3e-3],
+        "lora-total": [1e-4, 3e-4, 1e-3, 3e-3],
+        "one-row": [1e-3, 3e-3, 1e-2, 3e-2],
+        "frozen-rows": [3e-4, 1e-3, 3e-3, 1e-2],
+    }
+    assert {(job.arm, job.seed, job.lr) for job in queued if job.seed} == {
+        (a, s, lr) for a, lr in BEST.items() for s in (1, 2)
+    }
     assert len(set(queued)) == len(queued) == 1 + 18 + 10
     adapt_study(config, tmp_path / "out", 2, print)
     assert len(queued) == 29
@@ -95,7 +135,11 @@ def test_an_arm_goes_on_beyond_its_best_rate_twice_at_most():
     assert ladder("memory") == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     losses = {3e-3: 3.0, 1e-3: 4.0}
     assert rates_to_try("memory", losses) == [3e-3, 1e-3, 1e-2]
-    for loss, lr, following in ((2.0, 1e-2, [3e-2]), (1.0, 3e-2, [3e-2, 1e-1]), (0.5, 1e-1, [3e-2, 1e-1])):
+    for loss, lr, following in (
+        (2.0, 1e-2, [3e-2]),
+        (1.0, 3e-2, [3e-2, 1e-1]),
+        (0.5, 1e-1, [3e-2, 1e-1]),
+    ):
         losses[lr] = loss
         assert rates_to_try("memory", losses) == [3e-3, 1e-3, 1e-2, *following]
     assert rates_to_try("memory", losses | {1e-1: 1.5}) == [3e-3, 1e-3, 1e-2, 3e-2, 1e-1]
@@ -120,19 +164,41 @@ def test_rates_that_are_given_are_not_searched(config, queued, tmp_path):
     assert "| the model as it is |" in tables(given, tmp_path)  # nothing has run yet
     adapt_study(given, tmp_path, 2, print)
     assert [(job.seed, job.arm, job.lr) for job in queued] == [
-        (seed, arm, lr) for seed in range(3) for arm, lr in (("memory", 2e-3), ("lora-dense", 1e-4))]
+        (seed, arm, lr) for seed in range(3) for arm, lr in (("memory", 2e-3), ("lora-dense", 1e-4))
+    ]
     text = tables(given, tmp_path)
-    assert "Missing: nothing." in text and "| memory | 0.002 | 3 |" in text and "seed 0 | lr" not in text
+    assert (
+        "Missing: nothing." in text
+        and "| memory | 0.002 | 3 |" in text
+        and "seed 0 | lr" not in text
+    )
 
 
 def test_the_verb_runs_the_arms_that_it_is_given(queued, tmp_path):
-    command = ["adapt-study", "model", "general.txt", "--out", str(tmp_path), "--tokens", "5000", "--seeds", "2",
-               "--workers", "1", "--rate"]
+    command = [
+        "adapt-study",
+        "model",
+        "general.txt",
+        "--out",
+        str(tmp_path),
+        "--tokens",
+        "5000",
+        "--seeds",
+        "2",
+        "--workers",
+        "1",
+        "--rate",
+    ]
     told = CliRunner().invoke(app, [*command, "memory=0.01", "--rate", "lora-dense=3e-3"])
     assert told.exit_code == 0 and "Missing: nothing." in told.output
     assert {path.name for path in tmp_path.iterdir()} == {
-        "base.json", *(f"{run}.json" for seed in (0, 1)
-                       for run in (f"memory-seed{seed}-lr0.01", f"lora-dense-seed{seed}-lr0.003"))}
+        "base.json",
+        *(
+            f"{run}.json"
+            for seed in (0, 1)
+            for run in (f"memory-seed{seed}-lr0.01", f"lora-dense-seed{seed}-lr0.003")
+        ),
+    }
     for wrong in ("memory", "memory=fast"):
         told = CliRunner().invoke(app, [*command, wrong])
         assert told.exit_code == 1 and f"expected ARM=RATE, found '{wrong}'" in told.output
@@ -143,7 +209,10 @@ def test_the_verb_runs_the_arms_that_it_is_given(queued, tmp_path):
 def test_results_of_other_settings_are_refused(config, queued, tmp_path):
     adapt_study(config, tmp_path / "out", 2, print)
     other = AdaptConfig(config.model, config.general, tokens=6000)
-    for call in (lambda: adapt_study(other, tmp_path / "out", 2, print), lambda: tables(other, tmp_path / "out")):
+    for call in (
+        lambda: adapt_study(other, tmp_path / "out", 2, print),
+        lambda: tables(other, tmp_path / "out"),
+    ):
         with pytest.raises(ConfigError, match="'tokens'"):
             call()
     with pytest.raises(ConfigError, match="found none"):
@@ -161,18 +230,26 @@ def test_the_base_of_another_model_is_refused_before_anything_runs(config, queue
 def test_a_result_at_a_rate_that_is_not_tried_chooses_nothing(config):
     jobs = [config.job("memory", 0, lr) for lr in (1e-3, 3e-3, 1e-2)]
     stray = config.job("memory", 0, 1e-4)
-    found = {job: made_up(job) for job in jobs} | {stray: made_up(stray) | {"domain": {"loss": 0.0}}}
+    found = {job: made_up(job) for job in jobs} | {
+        stray: made_up(stray) | {"domain": {"loss": 0.0}}
+    }
     assert chosen_rates(config, found) == {"memory": 3e-3}
 
 
 def test_a_rate_at_which_training_diverges_is_a_result(model, texts, config, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, torch.inf])
-    monkeypatch.setattr(recipe, "mean_cross_entropy",
-                        lambda x, head, target: (x.sum() * 0 + next(losses)).requires_grad_())
+    monkeypatch.setattr(
+        recipe,
+        "mean_cross_entropy",
+        lambda x, head, target: (x.sum() * 0 + next(losses)).requires_grad_(),
+    )
     adapted = adapt(model, VocabMap.identity(VOCAB), "memory", rows_per_head=50, seed=1)
     told = train(adapted, texts, Job("memory", 1, 3e-3, 2048, 50, "tiny"))
     assert told["diverged_at"] == 2 and told["training_curve"] == [1.0, 2.0]
-    found = {config.job("memory", 0, lr): made_up(config.job("memory", 0, lr)) for lr in (1e-3, 3e-3, 1e-2)}
+    found = {
+        config.job("memory", 0, lr): made_up(config.job("memory", 0, lr))
+        for lr in (1e-3, 3e-3, 1e-2)
+    }
     found[config.job("memory", 0, 1e-2)]["domain"]["loss"] = float("inf")
     recipe.write_result(found[config.job("memory", 0, 1e-2)], tmp_path / "memory-seed0-lr0.01.json")
     again = recipe.read_results([config.job("memory", 0, 1e-2)], tmp_path)
@@ -180,15 +257,28 @@ def test_a_rate_at_which_training_diverges_is_a_result(model, texts, config, tmp
 
 
 def test_an_arm_without_all_of_its_rates_has_no_choice_yet(config):
-    jobs = [config.job(arm, 0, lr) for arm in LABELS for lr in ladder(arm) if (arm, lr) != ("memory", 1e-3)]
-    assert chosen_rates(config, {job: made_up(job) for job in jobs}) == {a: lr for a, lr in BEST.items()
-                                                                        if a != "memory"}
+    jobs = [
+        config.job(arm, 0, lr)
+        for arm in LABELS
+        for lr in ladder(arm)
+        if (arm, lr) != ("memory", 1e-3)
+    ]
+    assert chosen_rates(config, {job: made_up(job) for job in jobs}) == {
+        a: lr for a, lr in BEST.items() if a != "memory"
+    }
 
 
-@pytest.mark.parametrize("settings, match", [(dict(seeds=()), "seeds"), (dict(seeds=(1, 1)), "seeds"),
-                                             (dict(tokens=10), "tokens"), (dict(rates=(("lora", 1e-3),)), "arm"),
-                                             (dict(rates=(("memory", 0.0),)), "positive"),
-                                             (dict(rates=(("memory", 1e-2), ("memory", 1e-3))), "one an arm")])
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        (dict(seeds=()), "seeds"),
+        (dict(seeds=(1, 1)), "seeds"),
+        (dict(tokens=10), "tokens"),
+        (dict(rates=(("lora", 1e-3),)), "arm"),
+        (dict(rates=(("memory", 0.0),)), "positive"),
+        (dict(rates=(("memory", 1e-2), ("memory", 1e-3))), "one an arm"),
+    ],
+)
 def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, match):
     with pytest.raises(ConfigError, match=match):
         AdaptConfig(tmp_path, tmp_path, **settings)
@@ -201,21 +291,32 @@ def test_only_what_an_arm_says_is_trained(model, texts, arm):
     vocab = VocabMap.identity(VOCAB)
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
     adapted = adapt(model, vocab, arm, rows_per_head=50, seed=1)
-    rows = {layer: store.gather(np.arange(store.info.rows)) for layer, store in adapted.memory.stores.items()} \
-        if adapted.memory is not None else {}
+    rows = (
+        {
+            layer: store.gather(np.arange(store.info.rows))
+            for layer, store in adapted.memory.stores.items()
+        }
+        if adapted.memory is not None
+        else {}
+    )
     told = train(adapted, texts, Job(arm, 1, 3e-3, 2048, 50, "tiny"))
     for name, value in adapted.model.state_dict().items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if plain in frozen:
             assert torch.equal(value, frozen[plain]), name
     assert told["steps"] == 8 and len(told["training_curve"]) == 8
-    learnt = any((adapted.memory.stores[layer].gather(np.arange(len(raw))) != raw).any() for layer, raw in rows.items())
+    learnt = any(
+        (adapted.memory.stores[layer].gather(np.arange(len(raw))) != raw).any()
+        for layer, raw in rows.items()
+    )
     assert learnt == (arm in ("memory", "one-row"))
     assert (told["sizes"]["table_updated"] > 0) == learnt
     if arm == "one-row":
         assert told["sizes"]["table_updated"] == told["sizes"]["table"]
-        assert all(len(np.unique(part)) == 16 for part in
-                   adapted.memory.addresser.all_rows(np.arange(1, 50)[None]).reshape(2, -1))
+        assert all(
+            len(np.unique(part)) == 16
+            for part in adapted.memory.addresser.all_rows(np.arange(1, 50)[None]).reshape(2, -1)
+        )
 
 
 def test_lora_has_the_sizes_that_it_is_compared_at(model):
@@ -225,7 +326,10 @@ def test_lora_has_the_sizes_that_it_is_compared_at(model):
     assert abs(per_rank.dense - wanted.dense_parameters()) <= per_rank.dense / per_rank.rank / 2
     fresh = AutoModelForCausalLM.from_config(model.config)
     total = adapt(fresh, vocab, "lora-total", 50, 0).sizes
-    assert abs(total.dense - wanted.dense_parameters() - wanted.table_parameters()) <= total.dense / total.rank / 2
+    assert (
+        abs(total.dense - wanted.dense_parameters() - wanted.table_parameters())
+        <= total.dense / total.rank / 2
+    )
 
 
 def test_packed_documents_do_not_see_each_other(model):

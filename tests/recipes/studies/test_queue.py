@@ -35,7 +35,9 @@ def test_results_bring_new_runs_and_none_runs_twice(tmp_path):
     told: list[str] = []
     run_missing(plan, tmp_path, 2, partial(work, out=tmp_path, seconds=0.2), told.append)
     assert sorted(told) == ["a", "b", "c", "d", "e"]
-    assert told.index("a") < min(told.index("c"), told.index("d")) and told.index("d") < told.index("e")
+    assert told.index("a") < min(told.index("c"), told.index("d")) and told.index("d") < told.index(
+        "e"
+    )
     run_missing(plan, tmp_path, 2, partial(work, out=tmp_path), told.append)
     assert len(told) == 5
 

@@ -1,9 +1,11 @@
-"""`engraphy adapt-study`: what a memory adds to a frozen model on a domain, what it forgets, and LoRA beside it.
+"""`engraphy adapt-study`: what a memory adds to a frozen model on a domain, what it forgets, and
+LoRA beside it.
 
-Every arm trains on the same tokens of the domain in the same order; measured are text of the domain held out, general
-text never seen, and multiple-choice items. Each arm runs at each of its rates on the first seed, and beyond the best
-one where that is the lowest or highest tried; then on the other seeds at the rate of the lowest held-out loss. Given
-rates are not searched. A resumable queue, one small JSON file a run.
+Every arm trains on the same tokens of the domain in the same order; measured are text of the domain
+held out, general text never seen, and multiple-choice items. Each arm runs at each of its rates on
+the first seed, and beyond the best one where that is the lowest or highest tried; then on the other
+seeds at the rate of the lowest held-out loss. Given rates are not searched. A resumable queue, one
+small JSON file a run.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One run. arm: of LABELS, or BASE: the model as it is. tokens: of training. model: its folder's name."""
+    """One run. arm: of LABELS, or BASE: the model as it is. tokens: of training. model: its
+    folder's name."""
 
     arm: str
     seed: int
@@ -56,13 +59,16 @@ class Job:
     @property
     def name(self) -> str:
         """Name of its result file."""
-        return f"{BASE}.json" if self.arm == BASE else f"{self.arm}-seed{self.seed}-lr{self.lr:g}.json"
+        return (
+            f"{BASE}.json" if self.arm == BASE else f"{self.arm}-seed{self.seed}-lr{self.lr:g}.json"
+        )
 
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """model: a folder of a transformers model. general: text that it never saw. seeds: the first one chooses rates.
-    rates: (arm, learning rate) of the arms that run, none other and no search; () = all arms, each searches its own."""
+    """model: a folder of a transformers model. general: text that it never saw. seeds: the first
+    one chooses rates. rates: (arm, learning rate) of the arms that run, none other and no search;
+    () = all arms, each searches its own."""
 
     model: Path
     general: Path
@@ -73,9 +79,13 @@ class AdaptConfig:
 
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds: expected one or more, all different and none negative, found {self.seeds}")
+            raise ConfigError(
+                f"seeds: expected one or more, all different and none negative, found {self.seeds}"
+            )
         if self.tokens < BATCH * CONTEXT:
-            raise ConfigError(f"tokens: expected at least a step of {BATCH * CONTEXT}, found {self.tokens}")
+            raise ConfigError(
+                f"tokens: expected at least a step of {BATCH * CONTEXT}, found {self.tokens}"
+            )
         for arm, lr in self.rates:
             ladder(arm)
             if not 0 < lr < math.inf:
@@ -96,34 +106,50 @@ class AdaptConfig:
         return {lr: found[job]["domain"]["loss"] for lr, job in jobs.items() if job in found}
 
 
-def adapt_study(config: AdaptConfig, out: Path, workers: int, report: Callable[[str], None]) -> None:
-    """Run what is missing, `workers` at a time. Raises ConfigError for results of other settings in `out`."""
+def adapt_study(
+    config: AdaptConfig, out: Path, workers: int, report: Callable[[str], None]
+) -> None:
+    """Run what is missing, `workers` at a time. Raises ConfigError for results of other settings in
+    `out`."""
     if workers < 1:
         raise ConfigError(f"workers: expected 1 or more, found {workers}")
     make_folder(out)
     read_results([config.base_job()], out)
-    run_missing(lambda: [config.base_job(), *all_jobs(config, out)], out, workers,
-                partial(run_job, config=config, out=out), report)
+    run_missing(
+        lambda: [config.base_job(), *all_jobs(config, out)],
+        out,
+        workers,
+        partial(run_job, config=config, out=out),
+        report,
+    )
 
 
 def all_jobs(config: AdaptConfig, out: Path) -> list[Job]:
-    """All runs that the results in `out` ask for, arm by arm; of given rates seed by seed. Raises as `read_results`."""
+    """All runs that the results in `out` ask for, arm by arm; of given rates seed by seed. Raises
+    as `read_results`."""
     if config.rates:
         given = [config.job(arm, seed, lr) for seed in config.seeds for arm, lr in config.rates]
         read_results(given, out)
         return given
-    found = read_results([config.job(arm, config.seeds[0], lr) for arm in LABELS for lr in ladder(arm)], out)
+    found = read_results(
+        [config.job(arm, config.seeds[0], lr) for arm in LABELS for lr in ladder(arm)], out
+    )
     chosen = chosen_rates(config, found)
-    jobs = [config.job(arm, seed, lr) for arm in LABELS
-            for seed, lr in [*((config.seeds[0], lr) for lr in rates_to_try(arm, config.ran(arm, found))),
-                             *((seed, chosen[arm]) for seed in config.seeds[1:] if arm in chosen)]]
+    jobs = [
+        config.job(arm, seed, lr)
+        for arm in LABELS
+        for seed, lr in [
+            *((config.seeds[0], lr) for lr in rates_to_try(arm, config.ran(arm, found))),
+            *((seed, chosen[arm]) for seed in config.seeds[1:] if arm in chosen),
+        ]
+    ]
     read_results(jobs, out)
     return jobs
 
 
 def chosen_rates(config: AdaptConfig, found: Mapping[Job, Result]) -> dict[str, float]:
-    """The rate of the lowest held-out loss on the first seed, of each arm that has run at all rates that it tries; or
-    the rates that are given."""
+    """The rate of the lowest held-out loss on the first seed, of each arm that has run at all rates
+    that it tries; or the rates that are given."""
     chosen = dict(config.rates)
     if chosen:
         return chosen
@@ -136,8 +162,11 @@ def chosen_rates(config: AdaptConfig, found: Mapping[Job, Result]) -> dict[str, 
 
 
 def read_results(jobs: Sequence[Job], out: Path) -> dict[Job, Result]:
-    """The results that are there. Raises ConfigError for a damaged file and for one of other settings."""
-    return {job: read_json(out / job.name, asdict(job)) for job in jobs if (out / job.name).exists()}
+    """The results that are there. Raises ConfigError for a damaged file and for one of other
+    settings."""
+    return {
+        job: read_json(out / job.name, asdict(job)) for job in jobs if (out / job.name).exists()
+    }
 
 
 @dataclass(frozen=True)
@@ -156,13 +185,23 @@ def load_texts(general: Path, tokenizer: Any) -> Texts:
     """The medical domain, general text and the items; the same for every seed and arm."""
     domain, seen = domains.medical(), domains.general(general, GENERAL_CHARACTERS)
     kept, unseen = domains.medical_categories()
-    items = {"domain, trained": choices.medical_items(kept), "domain, held out": choices.medical_items(unseen),
-             "general": choices.geography_items() + choices.wikipedia_items()}
-    training, heldout, other = ([np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-                                for texts in (domain.training, domain.heldout, seen))
-    about = {**domain.about, "general": domains.describe(seen),
-             "tokens": {name: sum(map(len, part)) for name, part in
-                        (("training", training), ("heldout", heldout), ("general", other))}}
+    items = {
+        "domain, trained": choices.medical_items(kept),
+        "domain, held out": choices.medical_items(unseen),
+        "general": choices.geography_items() + choices.wikipedia_items(),
+    }
+    training, heldout, other = (
+        [np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        for texts in (domain.training, domain.heldout, seen)
+    )
+    about = {
+        **domain.about,
+        "general": domains.describe(seen),
+        "tokens": {
+            name: sum(map(len, part))
+            for name, part in (("training", training), ("heldout", heldout), ("general", other))
+        },
+    }
     # What divides documents where a model was pre-trained; the EOS of a chat model ends a turn.
     end_id = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     return Texts(training, heldout, other, items, end_id, about)
@@ -187,16 +226,22 @@ def run_job(job: Job, config: AdaptConfig, out: Path) -> str:
     result |= measure(adapted.model if adapted else model, tokenizer, texts)
     if "diverged_at" in result:
         result["domain"]["loss"] = result["general"]["loss"] = math.inf
-    result |= {"version": __version__, "commit": commit,
-               "machine": f"{cpu.name()}, {_native.level()}, one thread, float32"}
+    result |= {
+        "version": __version__,
+        "commit": commit,
+        "machine": f"{cpu.name()}, {_native.level()}, one thread, float32",
+    }
     write_result(result, out / job.name)
-    return (f"{job.name}: domain {result['domain']['loss']:.4f}, general {result['general']['loss']:.4f}, "
-            f"{result.get('minutes', 0)} minutes")
+    return (
+        f"{job.name}: domain {result['domain']['loss']:.4f}, general {result['general']['loss']:.4f}, "
+        f"{result.get('minutes', 0)} minutes"
+    )
 
 
 def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
-    """Train on `job.tokens` tokens of the domain, shuffled by the seed, up to the first step whose loss is not finite.
-    Returns sizes, rows used, curve, the minutes of processor time, and that step where there was one."""
+    """Train on `job.tokens` tokens of the domain, shuffled by the seed, up to the first step whose
+    loss is not finite. Returns sizes, rows used, curve, the minutes of processor time, and that
+    step where there was one."""
     batches = Batches(texts.training, texts.end_id, batch=BATCH, tokens=CONTEXT, seed=job.seed)
     steps, losses, used = job.tokens // batches.tokens_per_step, [], dict[int, set[int]]()
     diverged: dict[str, int] = {}
@@ -218,11 +263,21 @@ def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
         losses.append(float(loss.detach()))
     tenth = max(1, steps // 10)
     dim = adapted.memory.config.dim if adapted.memory is not None else 0
-    return {"sizes": {**asdict(adapted.sizes), "bytes": adapted.sizes.bytes,
-                      "table_updated": sum(map(len, used.values())) * dim},
-            "epochs": round(steps / len(batches), 3), "steps": steps, "step_tokens": batches.tokens_per_step,
-            "training_curve": [round(float(np.mean(losses[i:i + tenth])), 4) for i in range(0, len(losses), tenth)],
-            "minutes": round((time.process_time() - began) / 60, 2), **diverged}
+    return {
+        "sizes": {
+            **asdict(adapted.sizes),
+            "bytes": adapted.sizes.bytes,
+            "table_updated": sum(map(len, used.values())) * dim,
+        },
+        "epochs": round(steps / len(batches), 3),
+        "steps": steps,
+        "step_tokens": batches.tokens_per_step,
+        "training_curve": [
+            round(float(np.mean(losses[i : i + tenth])), 4) for i in range(0, len(losses), tenth)
+        ],
+        "minutes": round((time.process_time() - began) / 60, 2),
+        **diverged,
+    }
 
 
 def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:
@@ -234,34 +289,55 @@ def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:
         losses, owners, found = _token_losses(model, documents, texts.end_id, counts)
         mean, error = mean_with_error(losses, owners)
         bands = loss_by_band(losses, found)
-        told[name] = {"loss": mean, "stderr": error, "tokens": len(losses),
-                      "by_frequency": {band: {"loss": part.loss, "tokens": part.targets}
-                                       for band, part in bands.items() if part.targets}}
+        told[name] = {
+            "loss": mean,
+            "stderr": error,
+            "tokens": len(losses),
+            "by_frequency": {
+                band: {"loss": part.loss, "tokens": part.targets}
+                for band, part in bands.items()
+                if part.targets
+            },
+        }
     scores = {name: choices.score(model, tokenizer, items) for name, items in texts.items.items()}
-    told["items"] = {name: {key: value for key, value in score.items() if key != "each"}
-                     for name, score in scores.items()}
+    told["items"] = {
+        name: {key: value for key, value in score.items() if key != "each"}
+        for name, score in scores.items()
+    }
     return told
 
 
 @torch.no_grad()
-def _token_losses(model: Any, documents: Sequence[np.ndarray], end_id: int,
-                  counts: NgramCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _token_losses(
+    model: Any, documents: Sequence[np.ndarray], end_id: int, counts: NgramCounts
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts, seen = [], 0
-    for ids_BT, targets_BT, starts_BT in Batches(documents, end_id, batch=4, tokens=CONTEXT, seed=None):
+    for ids_BT, targets_BT, starts_BT in Batches(
+        documents, end_id, batch=4, tokens=CONTEXT, seed=None
+    ):
         x_BTD, head = hidden(model, ids_BT, starts_BT)
-        loss_BT = token_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten()).view_as(targets_BT)
+        loss_BT = token_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten()).view_as(
+            targets_BT
+        )
         kept = (targets_BT >= 0).numpy()
         owner = seen + (ids_BT.numpy() == end_id).ravel().cumsum().reshape(ids_BT.shape)
         seen = int(owner.max())
-        parts.append((loss_BT.double().numpy()[kept], owner[kept],
-                      counts.count(ids_BT, targets_BT, starts_BT)[kept]))
+        parts.append(
+            (
+                loss_BT.double().numpy()[kept],
+                owner[kept],
+                counts.count(ids_BT, targets_BT, starts_BT)[kept],
+            )
+        )
     losses, owners, found = (np.concatenate(part) for part in zip(*parts, strict=True))
     return losses, owners, found
 
 
-def hidden(model: Any, ids_BT: torch.Tensor, starts_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head takes, [B, T, D], and the head's weight. Positions begin anew at each start: packed documents do
-    not see each other."""
+def hidden(
+    model: Any, ids_BT: torch.Tensor, starts_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head takes, [B, T, D], and the head's weight. Positions begin anew at each start:
+    packed documents do not see each other."""
     at = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     positions = at - torch.where(starts_BT, at, 0).cummax(1).values
     inner: Any = unwrapped(model)

@@ -1,7 +1,9 @@
-"""Ways to adapt a frozen language model to a domain, at sizes that can be compared: a memory, its controls, LoRA.
+"""Ways to adapt a frozen language model to a domain, at sizes that can be compared: a memory, its
+controls, LoRA.
 
-Counted as trainable: every value that training may change. Of a memory these are its dense layers and its whole table;
-an optimiser over `parameters()` sees the dense layers alone, which is why LoRA is compared at two sizes.
+Counted as trainable: every value that training may change. Of a memory these are its dense layers
+and its whole table; an optimiser over `parameters()` sees the dense layers alone, which is why LoRA
+is compared at two sizes.
 """
 
 from __future__ import annotations
@@ -61,33 +63,40 @@ class Adapted:
     memory: EngramMemory | None
 
     def optimizers(self, lr: float) -> OptimizerPair:
-        """AdamW without decay, RowAdam at ROW_RATE times its rate; warm-up, then a cosine down to a tenth."""
+        """AdamW without decay, RowAdam at ROW_RATE times its rate; warm-up, then a cosine down to a
+        tenth."""
         trained = [p for group in weight_decay_groups(self.model, 0.0) for p in group["params"]]
         rows = None
         if self.memory is not None and self.memory.rows_require_grad is None:
             rows = RowAdam(self.memory, lr * ROW_RATE)
-        return OptimizerPair(torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), rows, warmup_cosine(), clip=1.0)
+        return OptimizerPair(
+            torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), rows, warmup_cosine(), clip=1.0
+        )
 
 
 def ladder(arm: str) -> tuple[float, ...]:
-    """The learning rates that an arm may try, ascending. Raises ConfigError for what is none of LABELS."""
+    """The learning rates that an arm may try, ascending. Raises ConfigError for what is none of
+    LABELS."""
     if arm not in LABELS:
         raise ConfigError(f"arm: expected one of {list(LABELS)}, found {arm!r}")
     middle = RATES.index(MIDDLE["lora" if arm.startswith("lora") else "memory"])
-    return RATES[middle - 1 - BEYOND:middle + 2 + BEYOND]
+    return RATES[middle - 1 - BEYOND : middle + 2 + BEYOND]
 
 
 def rates_to_try(arm: str, losses: Mapping[float, float]) -> list[float]:
-    """The rates that an arm tries, as far as they are known. losses: by rate, of those that have run.
+    """The rates that an arm tries, as far as they are known. losses: by rate, of those that have
+    run.
 
-    Its middle rate, the one below, the one above; and while the best so far is the lowest or the highest that has run,
-    the next one on that side.
+    Its middle rate, the one below, the one above; and while the best so far is the lowest or the
+    highest that has run, the next one on that side.
     """
     steps, at = ladder(arm), BEYOND + 1
     wanted = [steps[at], steps[at - 1], steps[at + 1]]
     while all(lr in losses for lr in wanted):
         best = steps.index(min(wanted, key=lambda lr: losses[lr]))
-        beyond = {steps.index(min(wanted)): best - 1, steps.index(max(wanted)): best + 1}.get(best, -1)
+        beyond = {steps.index(min(wanted)): best - 1, steps.index(max(wanted)): best + 1}.get(
+            best, -1
+        )
         if not 0 <= beyond < len(steps):
             break
         wanted.append(steps[beyond])
@@ -100,13 +109,16 @@ def memory_config(model_config: Any, vocab: VocabMap, rows_per_head: int) -> Eng
 
 
 def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) -> Adapted:
-    """Freeze `model` and give it what `arm` trains, drawn from `seed`. Raises ConfigError for an unknown arm."""
+    """Freeze `model` and give it what `arm` trains, drawn from `seed`. Raises ConfigError for an
+    unknown arm."""
     ladder(arm)
     model.requires_grad_(False)
     config = memory_config(model.config, vocab, rows_per_head)
     torch.manual_seed(seed)
     if arm.startswith("lora"):
-        wanted = config.dense_parameters() + (config.table_parameters() if arm == "lora-total" else 0)
+        wanted = config.dense_parameters() + (
+            config.table_parameters() if arm == "lora-total" else 0
+        )
         rank = max(1, round(wanted / _per_rank(model)))
         adapted = with_lora(model, rank)
         return Adapted(adapted, Sizes(_trainable(adapted), 0, rank), None)
@@ -114,7 +126,10 @@ def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) 
         vocab = VocabMap(np.zeros(vocab.raw_size, dtype=np.int64))
         config = memory_config(model.config, vocab, rows_per_head)
     memory = attach(model, config, vocab, std=ROW_STD, seed=seed)
-    table = {"memory": config.table_parameters(), "one-row": len(memory.layers) * config.hash.columns * config.dim}
+    table = {
+        "memory": config.table_parameters(),
+        "one-row": len(memory.layers) * config.hash.columns * config.dim,
+    }
     if arm == "frozen-rows":
         memory.rows_require_grad = False
     return Adapted(model, Sizes(_trainable(model), table.get(arm, 0)), memory)
@@ -122,9 +137,14 @@ def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) 
 
 def merged_hash(config: EngramConfig) -> dict[str, Any]:
     """What a result says of the memory's shape."""
-    return {"layers": list(config.hash.layer_ids), "orders": list(config.hash.orders), "heads": config.hash.heads,
-            "rows_per_head": list(config.hash.rows_per_head), "dim": config.dim,
-            **{key: dataclasses.asdict(config.layer)[key] for key in ("width", "kernel")}}
+    return {
+        "layers": list(config.hash.layer_ids),
+        "orders": list(config.hash.orders),
+        "heads": config.hash.heads,
+        "rows_per_head": list(config.hash.rows_per_head),
+        "dim": config.dim,
+        **{key: dataclasses.asdict(config.layer)[key] for key in ("width", "kernel")},
+    }
 
 
 def _trainable(model: nn.Module) -> int:
@@ -134,7 +154,11 @@ def _trainable(model: nn.Module) -> int:
 def _per_rank(model: Any) -> int:
     """Parameters that one rank of LoRA adds: a row and a column of every projection."""
     blocks = model.get_decoder()
-    return sum(part.in_features + part.out_features for part in blocks.modules() if isinstance(part, nn.Linear))
+    return sum(
+        part.in_features + part.out_features
+        for part in blocks.modules()
+        if isinstance(part, nn.Linear)
+    )
 
 
 def with_lora(model: Any, rank: int) -> Any:
@@ -143,5 +167,7 @@ def with_lora(model: Any, rank: int) -> Any:
     Raises DataUnavailable without peft.
     """
     peft = require_peft("LoRA adapters")
-    wanted = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    wanted = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return peft.get_peft_model(model, wanted)

@@ -24,17 +24,27 @@ from ...lm.loop import Run, StepReport, TrainConfig, checkpoints, train
 from ...memory.memory import EngramMemory
 from ...system.signals import end_workers
 
-LABELS = {"dense": "Dense", "moe": "MoE", "memory": "MoE + memory", "one-row": "MoE + one-row table"}
-# glibc's malloc gives large buffers back to the system after each use: on a CPU the page faults of a small model's step
-# then cost as much as its arithmetic. These keep them, on huge pages where there are any.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26),
-          "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+LABELS = {
+    "dense": "Dense",
+    "moe": "MoE",
+    "memory": "MoE + memory",
+    "one-row": "MoE + one-row table",
+}
+# glibc's malloc gives large buffers back to the system after each use: on a CPU the page faults of
+# a small model's step then cost as much as its arithmetic. These keep them, on huge pages where
+# there are any.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 @dataclass(frozen=True)
 class ArmConfig:
-    """What all arms of a comparison share. rho: share of the routed experts that the memory arm keeps.
-    row_std: of the table's initial values."""
+    """What all arms of a comparison share. rho: share of the routed experts that the memory arm
+    keeps. row_std: of the table's initial values."""
 
     train: TrainConfig
     seed: int = 0
@@ -53,12 +63,14 @@ class ArmConfig:
 def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
     """A fresh model of an arm, one of LABELS, whose weights depend on the seed and the arm alone.
 
-    "one-row" is the control of "memory": the same model, but every token has the same address, so that each head reads
-    one constant row and what is left of the memory is a gated constant.
+    "one-row" is the control of "memory": the same model, but every token has the same address, so
+    that each head reads one constant row and what is left of the memory is a gated constant.
     """
     if name not in LABELS:
         raise ConfigError(f"arm: expected one of {list(LABELS)}, found {name!r}")
-    vocab = VocabMap(np.zeros(corpus.vocab_size, dtype=np.int64)) if name == "one-row" else corpus.vocab
+    vocab = (
+        VocabMap(np.zeros(corpus.vocab_size, dtype=np.int64)) if name == "one-row" else corpus.vocab
+    )
     arms = three_arms(demo_config(corpus.vocab_size), len(vocab), corpus.end_id, rho=config.rho)
     arm: Arm = getattr(arms, "memory" if name == "one-row" else name)
     torch.manual_seed(config.seed)
@@ -77,7 +89,9 @@ def load(name: str, corpus: Corpus, config: ArmConfig, folder: Path) -> tuple[LM
         raise ConfigError(f"{folder / name}: expected a checkpoint of the arm {name}, found none")
     run.resume(found[-1])
     if not run.done:
-        raise ConfigError(f"{found[-1]}: expected a finished run of {run.steps} steps, found step {run.step_index}")
+        raise ConfigError(
+            f"{found[-1]}: expected a finished run of {run.steps} steps, found step {run.step_index}"
+        )
     return model.eval(), arm
 
 
@@ -93,13 +107,21 @@ def tuned_malloc() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool,
-               report: Callable[[str, StepReport], None], threads: int | None = None) -> None:
-    """Train arms at the same time, in a process each, with `threads` threads; None = an equal share of the CPUs.
+def train_arms(
+    names: Sequence[str],
+    corpus_folder: Path,
+    config: ArmConfig,
+    folder: Path,
+    resume: bool,
+    report: Callable[[str, StepReport], None],
+    threads: int | None = None,
+) -> None:
+    """Train arms at the same time, in a process each, with `threads` threads; None = an equal share
+    of the CPUs.
 
-    Results do not depend on how many run beside each other, save by the number of threads. On Ctrl-C or SIGTERM, and
-    where an arm fails, every arm writes a checkpoint first; on a second signal they are killed.
-    Raises EngraphyError naming the arm where one fails.
+    Results do not depend on how many run beside each other, save by the number of threads. On
+    Ctrl-C or SIGTERM, and where an arm fails, every arm writes a checkpoint first; on a second
+    signal they are killed. Raises EngraphyError naming the arm where one fails.
     """
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
@@ -119,14 +141,19 @@ def train_arms(names: Sequence[str], corpus_folder: Path, config: ArmConfig, fol
 def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepReport], None]) -> None:
     done: set[str] = set()
     while len(done) < len(workers):
-        # Looked up before the queue is read: what a worker said last lies in the queue when it has ended.
-        ended = [name for name, worker in workers.items() if name not in done and not worker.is_alive()]
+        # Looked up before the queue is read: what a worker said last lies in the queue when it has
+        # ended.
+        ended = [
+            name for name, worker in workers.items() if name not in done and not worker.is_alive()
+        ]
         try:
             name, kind, value = told.get(block=not ended, timeout=1.0)
         except queue.Empty:
             for name in ended:
                 code = workers[name].exitcode
-                raise EngraphyError(f"arm {name}: its process ended with exit code {code}") from None
+                raise EngraphyError(
+                    f"arm {name}: its process ended with exit code {code}"
+                ) from None
             continue
         if kind == "step":
             report(name, StepReport(**value))
@@ -136,15 +163,24 @@ def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepRepor
             raise EngraphyError(f"arm {name}: {value}")
 
 
-def _work(name: str, corpus_folder: Path, config: ArmConfig, folder: Path, resume: bool, threads: int,
-          told: Any) -> None:
+def _work(
+    name: str,
+    corpus_folder: Path,
+    config: ArmConfig,
+    folder: Path,
+    resume: bool,
+    threads: int,
+    told: Any,
+) -> None:
     torch.set_num_threads(threads)
 
     def tell(step: StepReport) -> None:
         told.put((name, "step", dataclasses.asdict(step)))
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
-            os.kill(os.getpid(), signal.SIGINT)  # nobody is listening: the loop writes a checkpoint and stops
+            os.kill(
+                os.getpid(), signal.SIGINT
+            )  # nobody is listening: the loop writes a checkpoint and stops
 
     try:
         corpus = Corpus.load(corpus_folder)

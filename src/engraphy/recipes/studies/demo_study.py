@@ -1,9 +1,11 @@
-"""`engraphy study`: the demo's arms and a control over seeds, each at its best learning rate, as a resumable queue.
+"""`engraphy study`: the demo's arms and a control over seeds, each at its best learning rate, as a
+resumable queue.
 
-Every run is a process with one thread and leaves one small JSON file; a run whose file is there is not done again.
-First every arm runs at each of RATES on the first seed; the other seeds then run each arm at the rate that was best.
-Differences are paired by seed: one seed fixes the split, the tokenizer and the order of the text. The weights are drawn
-from the same seed as well, but arms draw different numbers from it: the same seed, not the same weights.
+Every run is a process with one thread and leaves one small JSON file; a run whose file is there is
+not done again. First every arm runs at each of RATES on the first seed; the other seeds then run
+each arm at the rate that was best. Differences are paired by seed: one seed fixes the split, the
+tokenizer and the order of the text. The weights are drawn from the same seed as well, but arms draw
+different numbers from it: the same seed, not the same weights.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Job:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """seeds: the first one chooses the learning rates. tokens: of training, for each run. data: as in Job."""
+    """seeds: the first one chooses the learning rates. tokens: of training, for each run. data: as
+    in Job."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 1_000_000
@@ -60,24 +63,35 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds: expected one or more, all different and none negative, found {self.seeds}")
+            raise ConfigError(
+                f"seeds: expected one or more, all different and none negative, found {self.seeds}"
+            )
         if self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
 
     def rate_jobs(self) -> list[Job]:
         """The first stage: every arm at every rate, on the first seed."""
-        return [Job(arm, self.seeds[0], lr, self.tokens, self.data) for lr in RATES for arm in LABELS]
+        return [
+            Job(arm, self.seeds[0], lr, self.tokens, self.data) for lr in RATES for arm in LABELS
+        ]
 
     def seed_jobs(self, chosen: dict[str, float]) -> list[Job]:
         """The second stage: the other seeds, each arm at its chosen rate."""
-        return [Job(arm, seed, lr, self.tokens, self.data) for seed in self.seeds[1:] for arm, lr in chosen.items()]
+        return [
+            Job(arm, seed, lr, self.tokens, self.data)
+            for seed in self.seeds[1:]
+            for arm, lr in chosen.items()
+        ]
 
 
-def study(config: StudyConfig, out: Path, work: Path, workers: int, report: Callable[[str], None]) -> None:
-    """Run what is missing, `workers` at a time; results go to `out`, corpora and checkpoints to `work`.
+def study(
+    config: StudyConfig, out: Path, work: Path, workers: int, report: Callable[[str], None]
+) -> None:
+    """Run what is missing, `workers` at a time; results go to `out`, corpora and checkpoints to
+    `work`.
 
-    Raises ConfigError where a result in `out` is of other settings, EngraphyError naming the run where one fails; no
-    further run is started then.
+    Raises ConfigError where a result in `out` is of other settings, EngraphyError naming the run
+    where one fails; no further run is started then.
     """
     if workers < 1:
         raise ConfigError(f"workers: expected 1 or more, found {workers}")
@@ -87,7 +101,8 @@ def study(config: StudyConfig, out: Path, work: Path, workers: int, report: Call
 
 
 def chosen_rates(config: StudyConfig, found: dict[Job, Result]) -> dict[str, float]:
-    """The rate of the lowest validation loss on the first seed, of each arm that has run at all of RATES."""
+    """The rate of the lowest validation loss on the first seed, of each arm that has run at all of
+    RATES."""
     chosen = {}
     for arm in LABELS:
         jobs = [job for job in config.rate_jobs() if job.arm == arm]
@@ -105,8 +120,11 @@ def read_result(job: Job, out: Path) -> Result:
     return result
 
 
-def run_queue(queue: Sequence[Job], out: Path, work: Path, workers: int, report: Callable[[str], None]) -> None:
-    """Run what has no result yet. Raises EngraphyError naming the first run that fails; those beside it then finish."""
+def run_queue(
+    queue: Sequence[Job], out: Path, work: Path, workers: int, report: Callable[[str], None]
+) -> None:
+    """Run what has no result yet. Raises EngraphyError naming the first run that fails; those
+    beside it then finish."""
     make_folder(out)
     for job in queue:
         if (out / job.name).exists():
@@ -121,7 +139,8 @@ def run_queue(queue: Sequence[Job], out: Path, work: Path, workers: int, report:
 
 
 def run_job(job: Job, out: Path, work: Path) -> str:
-    """One run: train, measure on the held-out documents, write `out`/NAME.json. Returns a line to print."""
+    """One run: train, measure on the held-out documents, write `out`/NAME.json. Returns a line to
+    print."""
     torch.set_num_threads(1)
     commit = provenance.commit()
     corpus = Corpus.load(work / f"corpus-{job.seed}")
@@ -134,10 +153,17 @@ def run_job(job: Job, out: Path, work: Path) -> str:
     told = curves(folder)
     counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
     losses = measure.Losses(model, corpus.heldout_batches(), counts, config.train.dtype)
-    result = {"job": asdict(job), "parameters": asdict(arm.parameters), **losses.mean(),
-              "loss_by_frequency": losses.by_bucket(), "heldout_curve": told["heldout_curve"],
-              "max_expert_load": told["max_expert_load"], "minutes": round(told["seconds"] / 60, 2),
-              "version": __version__, "commit": commit,
-              "machine": f"{cpu.name()}, {_native.level()}, one thread, {config.train.dtype}"}
+    result = {
+        "job": asdict(job),
+        "parameters": asdict(arm.parameters),
+        **losses.mean(),
+        "loss_by_frequency": losses.by_bucket(),
+        "heldout_curve": told["heldout_curve"],
+        "max_expert_load": told["max_expert_load"],
+        "minutes": round(told["seconds"] / 60, 2),
+        "version": __version__,
+        "commit": commit,
+        "machine": f"{cpu.name()}, {_native.level()}, one thread, {config.train.dtype}",
+    }
     write_result(result, out / job.name)
     return f"{job.name}: validation loss {result['validation_loss']:.4f} in {result['minutes']} minutes"

@@ -22,14 +22,20 @@ class Job(Protocol):
     def name(self) -> str: ...
 
 
-def run_missing(plan: Callable[[], Sequence[Any]], out: Path, workers: int, run: Callable[[Any], str],
-                report: Callable[[str], None]) -> None:
-    """Run what has no result in `out`, `workers` at a time. plan: all jobs, what comes first first; it is asked before
-    each start, since results may bring new ones. run: takes a job, writes its result, returns a line; it has to be
-    picklable.
+def run_missing(
+    plan: Callable[[], Sequence[Any]],
+    out: Path,
+    workers: int,
+    run: Callable[[Any], str],
+    report: Callable[[str], None],
+) -> None:
+    """Run what has no result in `out`, `workers` at a time. plan: all jobs, what comes first first;
+    it is asked before each start, since results may bring new ones. run: takes a job, writes its
+    result, returns a line; it has to be picklable.
 
-    On Ctrl-C or SIGTERM every run is asked to end, and saves what it can; on a second signal it is killed.
-    Raises EngraphyError naming the first run that fails; no other is started then, those beside it finish.
+    On Ctrl-C or SIGTERM every run is asked to end, and saves what it can; on a second signal it is
+    killed. Raises EngraphyError naming the first run that fails; no other is started then, those
+    beside it finish.
     """
     with tuned_malloc():
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -38,7 +44,9 @@ def run_missing(plan: Callable[[], Sequence[Any]], out: Path, workers: int, run:
         except BaseException as error:
             running = list(pool._processes.values())
             pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):  # SIGTERM too, which reaches this process alone
+            if isinstance(
+                error, KeyboardInterrupt
+            ):  # SIGTERM too, which reaches this process alone
                 end_workers(running)
             raise
         pool.shutdown()
@@ -50,19 +58,28 @@ def write_result(result: dict[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The result of a run of these settings. Raises ConfigError for a damaged file and for one of others."""
+    """The result of a run of these settings. Raises ConfigError for a damaged file and for one of
+    others."""
     try:
         result = json.loads(path.read_text())
         found = result["job"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: expected the result of a run, found {type(error).__name__}: {error}") from None
+        raise ConfigError(
+            f"{path}: expected the result of a run, found {type(error).__name__}: {error}"
+        ) from None
     if found != job:
         raise ConfigError(f"{path}: expected a result of {job}, found one of {found}")
     return result
 
 
-def _follow(pool: ProcessPoolExecutor, plan: Callable[[], Sequence[Any]], out: Path, workers: int,
-            run: Callable[[Any], str], report: Callable[[str], None]) -> None:
+def _follow(
+    pool: ProcessPoolExecutor,
+    plan: Callable[[], Sequence[Any]],
+    out: Path,
+    workers: int,
+    run: Callable[[Any], str],
+    report: Callable[[str], None],
+) -> None:
     running = dict[Future[str], Any]()
 
     def start() -> bool:
@@ -74,7 +91,8 @@ def _follow(pool: ProcessPoolExecutor, plan: Callable[[], Sequence[Any]], out: P
         return job is not None
 
     while True:
-        # No more than there are workers: what the pool has fetched ahead would still run after an interrupt.
+        # No more than there are workers: what the pool has fetched ahead would still run after an
+        # interrupt.
         while len(running) < workers and start():
             pass
         if not running:
@@ -87,4 +105,6 @@ def _follow(pool: ProcessPoolExecutor, plan: Callable[[], Sequence[Any]], out: P
                     raise ConfigError(f"expected it to leave {out / job.name}")
             except Exception as error:
                 beside = f" ({len(running)} runs beside it finish first)" if running else ""
-                raise EngraphyError(f"{job.name}: {type(error).__name__}: {error}{beside}") from error
+                raise EngraphyError(
+                    f"{job.name}: {type(error).__name__}: {error}{beside}"
+                ) from error
