@@ -1,8 +1,8 @@
 """Engraphy: conditional memory for Transformers.
 
 Hashed n-gram tables (Engram, arXiv 2601.07372) that a model looks up instead of computing.
-Addresses, rows and stores need numpy alone; the names that need torch, or transformers (attach,
-detach, load), are imported when they are first used.
+`dir(engraphy)` names everything public. Addresses, rows, tables and stores need numpy alone; the
+names that need torch, or transformers (attach, detach, load), are imported at their first use.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._native import set_threads
 from .addresses.addresser import Addresser
 from .addresses.vocab import VocabMap
 from .errors import EngraphyError
+from .released.checkpoint import Checkpoint
 from .rows.format import RowFormat
 from .spec.config import EngramConfig
 from .spec.hash import HashSpec
@@ -24,12 +26,17 @@ from .table.table import Table
 if TYPE_CHECKING:
     from .fusion.layer import EngramLayer
     from .hf import attach, detach, load
-    from .memory.memory import EngramMemory, Lookup, Trace
+    from .memory.lookup import Lookup, Trace
+    from .memory.memory import EngramMemory
+    from .memory.prefetch import Prefetcher
     from .memory.state import SequenceState
+    from .released.convert import convert
+    from .table.quantize import quantize
 
 __version__ = "0.1.0"
 __all__ = [
     "Addresser",
+    "Checkpoint",
     "EngramConfig",
     "EngramLayer",
     "EngramMemory",
@@ -37,6 +44,7 @@ __all__ = [
     "HashSpec",
     "LayerSpec",
     "Lookup",
+    "Prefetcher",
     "RowFormat",
     "RowStore",
     "SequenceState",
@@ -44,25 +52,35 @@ __all__ = [
     "Trace",
     "VocabMap",
     "attach",
+    "convert",
     "detach",
     "load",
     "open_store",
+    "quantize",
+    "set_threads",
 ]
-_WITH_TORCH = {
+_AT_FIRST_USE = {
     "EngramLayer": ".fusion",
     "EngramMemory": ".memory",
     "Lookup": ".memory",
-    "Trace": ".memory",
+    "Prefetcher": ".memory",
     "SequenceState": ".memory",
+    "Trace": ".memory",
     "attach": ".hf",
+    "convert": ".released.convert",
     "detach": ".hf",
     "load": ".hf",
+    "quantize": ".table.quantize",
 }
 
 moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WITH_TORCH:
-        return getattr(importlib.import_module(_WITH_TORCH[name], __name__), name)
+    if name in _AT_FIRST_USE:
+        return getattr(importlib.import_module(_AT_FIRST_USE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

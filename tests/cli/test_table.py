@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from engraphy.addresses.vocab import VocabMap
 from engraphy.cli import terminal
 from engraphy.cli.app import app
+from engraphy.released.sample import RELEASES
 from engraphy.table import Table, inspection
 from engraphy.table.usage import usage
 from tests.tools.paths import ROOT
@@ -135,7 +136,7 @@ def test_verify_says_whether_a_table_is_sound(qwen):
     )
     spoil(qwen)
     bad = run("verify", qwen)
-    assert bad.exit_code == 1 and "no numbers" in bad.stdout
+    assert bad.exit_code == 1 and "not numbers" in bad.stdout
     assert (
         told("verify", qwen)["layers"][0]["not_finite"] == [3] and not told("verify", qwen)["sound"]
     )
@@ -157,7 +158,7 @@ def test_compare_says_where_tables_differ(deepseek, tmp_path):
     assert run("compare", deepseek, tmp_path / "int4", "--json").exit_code == 1
     said("convert", write_qwen(tmp_path / "qc"), tmp_path / "qt")
     other = run("compare", deepseek, tmp_path / "qt")
-    assert other.exit_code == 1 and "other addresses" in other.stdout
+    assert other.exit_code == 1 and "the addresses differ" in other.stdout
     assert told("compare", deepseek, tmp_path / "qt")["difference"] is None
 
 
@@ -275,7 +276,6 @@ def masked(text: str, here: Path) -> str:
 
 def test_the_guide_shows_what_its_commands_print(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
     environment = os.environ | {"PYTHONPATH": str(GUIDE.parent.parent / "src")}
     seen = set()
     for command, printed in examples():
@@ -292,4 +292,28 @@ def test_the_guide_shows_what_its_commands_print(tmp_path, monkeypatch):
         assert result.exit_code == (arguments[1] == "compare"), result.output
         pattern = ".*".join(map(re.escape, masked(printed, tmp_path).split("...\n")))
         assert re.fullmatch(pattern, masked(result.stdout, tmp_path), re.DOTALL), result.stdout
-    assert seen == {"convert", "verify", "stat", "quantize", "compare"}
+    assert seen == {"sample", "convert", "verify", "stat", "quantize", "compare"}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_sample_converts_and_is_sound(release, tmp_path):
+    checkpoint = tmp_path / "sample"
+    assert run("sample", checkpoint, "--release", release, "--rows-per-head", "100").exit_code == 0
+    told("convert", checkpoint, tmp_path / "table")
+    assert told("verify", tmp_path / "table")["sound"]
+    (tmp_path / "ids.txt").write_text("1 2 3 4 5 1 2 3")
+    text = ("--ids", tmp_path / "ids.txt", "--tokenizer", checkpoint / "tokenizer.json")
+    usage = told("stat", tmp_path / "table", *text)["usage"]
+    assert [layer["tokens"] for layer in usage] == [8] * (2 if release == "deepseek_v41" else 1)
+
+
+def test_a_sample_is_refused_for_what_is_no_release_and_where_something_is(tmp_path):
+    (tmp_path / "taken").touch()
+    for arguments, expected in (
+        ((tmp_path / "new", "--release", "x"), "release: expected one of deepseek_v41, qwen4"),
+        ((tmp_path / "new", "--rows-per-head", "0"), "expected"),
+        ((tmp_path / "taken",), "expected a new folder|taken"),
+    ):
+        result = run("sample", *arguments)
+        assert result.exit_code == 1 and re.search(expected, result.output), result.output
+    assert not (tmp_path / "new").exists()

@@ -18,7 +18,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from engraphy.cli.app import _run_folder, app
+from engraphy.cli.app import app
+from engraphy.cli.arguments import run_folder
 from engraphy.data.corpus import Corpus, CorpusConfig, prepare
 from engraphy.errors import ConfigError, EngraphyError
 from engraphy.eval import losses as measure
@@ -348,9 +349,9 @@ def test_errors_are_one_line_for_the_user(tmp_path):
 
 def test_a_demo_without_a_folder_takes_a_free_one_and_resumes_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _run_folder(resume=False) == Path("runs/demo-1") == _run_folder(resume=True)
+    assert run_folder("demo", False) == Path("runs/demo-1") == run_folder("demo", True)
     for name in ("demo-2", "demo-11", "demo-old"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert _run_folder(resume=False) == Path("runs/demo-12") and _run_folder(resume=True) == Path(
+    assert run_folder("demo", False) == Path("runs/demo-12") and run_folder("demo", True) == Path(
         "runs/demo-11"
     )

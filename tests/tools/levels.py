@@ -28,7 +28,7 @@ PARTS = (
     "memory/test_state.py",
     "memory/test_prefetch.py",
     "memory/test_memory.py",
-    "cli/test_doctor.py",
+    "cli/test_machine.py",
     "train/test_dtype.py",
     "system/test_environment.py",
     "recipes/test_finetune.py",

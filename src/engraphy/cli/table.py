@@ -1,6 +1,6 @@
 """The command `engraphy table`: verbs that parse, call one function and print.
 
-They exit with 0 where all is done, sound or equal, else with 1.
+They exit with 0 if all is done, sound or equal, else with 1.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from rich.table import Table as Grid
 from ..addresses.tokenizers import load_tokenizer
 from ..errors import ConfigError
 from ..released.convert import convert as convert_checkpoint
+from ..released.sample import RELEASES, write_sample
 from ..table import inspection
 from ..table import usage as usage_module
-from ..table.quantize import Difference
+from ..table.quantize import Comparison, Difference
 from ..table.quantize import compare as compare_tables
 from ..table.quantize import quantize as quantize_table
 from ..table.table import Table
+from .arguments import JSON
 from .terminal import errors, progress
 
 app = typer.Typer(
@@ -32,7 +34,6 @@ app = typer.Typer(
 )
 
 TABLE = typer.Argument(help="Folder of a sealed table.")
-JSON = typer.Option(False, "--json", help="Print JSON.")
 
 
 @app.command()
@@ -46,15 +47,14 @@ def convert(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Make a table of a released checkpoint's rows, byte for byte. Stopped, the same command
-    continues."""
+    """Make a table from a released checkpoint, byte for byte; it continues if it was stopped."""
     with errors("the same command continues"):
         with progress() as report:
             made = convert_checkpoint(checkpoint, out, vocab_file=vocab, progress=report)
         if as_json:
             _json(made)
             return
-        resumed = f", of which {made.resumed_at:,} were there" if made.resumed_at else ""
+        resumed = f", {made.resumed_at:,} of them from an earlier run" if made.resumed_at else ""
         _facts(
             {
                 "table": escape(made.path),
@@ -73,7 +73,7 @@ def quantize(
     kind: str = typer.Option(..., help="Row format: int8, int4, fp8, bf16, f16 or f32."),
     as_json: bool = JSON,
 ) -> None:
-    """Write a table's rows in another format, and say how much they have changed."""
+    """Write the rows of a table in another format, and show how much they change."""
     with errors("nothing is left of the new table"):
         with progress() as report:
             made = quantize_table(table, out, kind, progress=report)
@@ -99,32 +99,14 @@ def verify(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Is a table what it says? Checksums, counts from recomputed primes, headers, and rows that are
-    numbers."""
+    """Check a table: checksums, row counts, headers, and that all rows are numbers."""
     with errors("nothing was changed"):
-        found = inspection.verify(table, sample)
+        result = inspection.verify(table, sample)
         if as_json:
-            _json(found, sound=found.sound)
+            _json(result, sound=result.sound)
         else:
-            _facts(
-                {
-                    "table_id": found.table_id,
-                    "checksums": f"{found.shards} of {found.of} shards, {_size(found.bytes)}",
-                    "": "sound" if found.sound else "[red]rows that are no numbers[/]",
-                }
-            )
-            _by_layer(
-                {
-                    f"layer {layer.layer}": {
-                        "rows": layer.rows,
-                        "primes": f"{layer.columns} from {layer.primes[0]:,} to {layer.primes[1]:,}",
-                        "decoded": layer.decoded,
-                        "not finite": ", ".join(map(str, layer.not_finite)) or "none",
-                    }
-                    for layer in found.layers
-                }
-            )
-        if not found.sound:
+            _print_verified(result)
+        if not result.sound:
             raise typer.Exit(1)
 
 
@@ -134,33 +116,15 @@ def compare(
     second: Path = typer.Argument(help="Folder of another one."),
     as_json: bool = JSON,
 ) -> None:
-    """Identities of two tables, and how their rows differ as numbers. Exits with 1 where they do."""
+    """Show how two tables differ: identities, and rows as numbers. Exits with 1 if they differ."""
     with errors("nothing was changed"):
         with progress() as report:
-            found = compare_tables(first, second, progress=report)
+            result = compare_tables(first, second, progress=report)
         if as_json:
-            _json(found, equal=found.equal)
+            _json(result, equal=result.equal)
         else:
-            pairs = {
-                "table_id": found.table_ids,
-                "parent": found.parents,
-                "row format": found.kinds,
-                "address digest": tuple(digest[:32] for digest in found.address_digests),
-            }
-            _grid(
-                {
-                    "": list(pairs),
-                    "first": [pair[0] for pair in pairs.values()],
-                    "second": [pair[1] for pair in pairs.values()],
-                }
-            )
-            if found.difference is None:
-                Console().print(
-                    "other addresses: rows of one number mean different n-grams, and are not compared"
-                )
-            else:
-                _differences(found.difference)
-        if not found.equal:
+            _print_comparison(result)
+        if not result.equal:
             raise typer.Exit(1)
 
 
@@ -179,33 +143,79 @@ def stat(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """What is in a table, and with --ids or --text what a text does with it: rows used, n-grams
-    that share one."""
+    """Show what is in a table, and with --ids or --text which rows a text uses and shares."""
     with errors("nothing was changed"):
         ids_T = _token_ids(ids, text, tokenizer)
         with progress() as report:
             layers = inspection.statistics(table, sample or None, seed, progress=report)
-        used = []
-        if ids_T is not None:
-            opened, model = (
-                Table.open(table),
-                None if tokenizer is None else load_tokenizer(tokenizer),
-            )
-            used = usage_module.usage(opened, usage_module.find_vocab(opened, vocab, model), ids_T)
+        used = [] if ids_T is None else _usage(table, ids_T, vocab, tokenizer)
         if as_json:
-            typer.echo(
-                json.dumps(
-                    {
-                        "layers": [dataclasses.asdict(layer) for layer in layers],
-                        "usage": [dataclasses.asdict(layer) for layer in used],
-                    },
-                    indent=2,
-                )
-            )
+            statistics = [dataclasses.asdict(layer) for layer in layers]
+            usage = [dataclasses.asdict(layer) for layer in used]
+            typer.echo(json.dumps({"layers": statistics, "usage": usage}, indent=2))
             return
         _print_statistics(layers)
         for layer in used:
             _print_usage(layer)
+
+
+@app.command()
+def sample(
+    out: Path = typer.Argument(help="New folder of the checkpoint."),
+    release: str = typer.Option("deepseek_v41", help=f"{', '.join(RELEASES)}."),
+    rows_per_head: int = typer.Option(3000, help="Least rows of a head."),
+    seed: int = typer.Option(0, help="Seed of the rows."),
+) -> None:
+    """Write a small made-up checkpoint in the files of a release, to try the other verbs on."""
+    with errors("nothing was written"):
+        typer.echo(write_sample(out, release, rows_per_head, seed))
+
+
+def _usage(
+    path: Path, ids_T: np.ndarray, vocab: Path | None, tokenizer: Path | None
+) -> list[usage_module.LayerUsage]:
+    table = Table.open(path)
+    model_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
+    vocab_map = usage_module.find_vocab(table, vocab, model_tokenizer)
+    return usage_module.usage(table, vocab_map, ids_T)
+
+
+def _print_verified(result: inspection.Verification) -> None:
+    _facts(
+        {
+            "table_id": result.table_id,
+            "checksums": f"{result.shards} of {result.of} shards, {_size(result.bytes)}",
+            "": "sound" if result.sound else "[red]some rows are not numbers[/]",
+        }
+    )
+    facts = {}
+    for layer in result.layers:
+        least, most = layer.primes
+        facts[f"layer {layer.layer}"] = {
+            "rows": layer.rows,
+            "primes": f"{layer.columns} from {least:,} to {most:,}",
+            "decoded": layer.decoded,
+            "not finite": ", ".join(map(str, layer.not_finite)) or "none",
+        }
+    _by_layer(facts)
+
+
+def _print_comparison(result: Comparison) -> None:
+    pairs = {
+        "table_id": result.table_ids,
+        "parent": result.parents,
+        "row format": result.kinds,
+        "address digest": tuple(digest[:32] for digest in result.address_digests),
+    }
+    firsts = [pair[0] for pair in pairs.values()]
+    seconds = [pair[1] for pair in pairs.values()]
+    _grid({"": list(pairs), "first": firsts, "second": seconds})
+    if result.difference is None:
+        Console().print(
+            "not compared: the addresses differ, so a row number means other n-grams in each"
+        )
+    else:
+        _differences(result.difference)
 
 
 def _print_statistics(layers: list[inspection.LayerStatistics]) -> None:
@@ -214,7 +224,7 @@ def _print_statistics(layers: list[inspection.LayerStatistics]) -> None:
             "rows": layer.rows,
             "size": _size(layer.bytes),
             "on disk": _size(layer.disk_bytes),
-            "looked at": layer.scanned,
+            "sampled": layer.scanned,
             "all zero": f"{layer.zero / layer.scanned:.2%}",
             **{f"norm, {quantile:.0%}": f"{norm:.4g}" for quantile, norm in layer.norms.items()},
         }
@@ -256,16 +266,16 @@ def _differences(layers: dict[int, Difference]) -> None:
     _by_layer(
         {
             f"layer {layer}": {
-                "rows": found.rows,
-                "different": found.different,
-                "not finite": found.not_finite,
-                "max abs": f"{found.max_abs:.4g}",
-                "mean abs": f"{found.mean_abs:.4g}",
-                "relative RMS": shown(found.relative_rms, ".4g"),
-                "cosine, mean": shown(found.mean_cosine, ".6f"),
-                "cosine, least": shown(found.min_cosine, ".6f"),
+                "rows": difference.rows,
+                "different": difference.different,
+                "not finite": difference.not_finite,
+                "max abs": f"{difference.max_abs:.4g}",
+                "mean abs": f"{difference.mean_abs:.4g}",
+                "relative RMS": shown(difference.relative_rms, ".4g"),
+                "cosine, mean": shown(difference.mean_cosine, ".6f"),
+                "cosine, least": shown(difference.min_cosine, ".6f"),
             }
-            for layer, found in layers.items()
+            for layer, difference in layers.items()
         }
     )
 
@@ -294,8 +304,8 @@ def _token_ids(ids: Path | None, text: Path | None, tokenizer: Path | None) -> n
         ) from None
 
 
-def _json(found: Any, **more: Any) -> None:
-    typer.echo(json.dumps(dataclasses.asdict(found) | more, indent=2))
+def _json(result: Any, **more: Any) -> None:
+    typer.echo(json.dumps(dataclasses.asdict(result) | more, indent=2))
 
 
 def _facts(facts: dict[str, str]) -> None:
@@ -304,12 +314,12 @@ def _facts(facts: dict[str, str]) -> None:
 
 
 def _by_layer(facts: dict[str, dict[str, Any]]) -> None:
-    """One column a layer, one line a fact; a fact that a layer does not have is a dash."""
+    """Print one column a layer and one line a fact; a fact that a layer lacks is a dash."""
     names = list(dict.fromkeys(name for layer in facts.values() for name in layer))
-    _grid(
-        {"": names}
-        | {layer: [found.get(name, "-") for name in names] for layer, found in facts.items()}
-    )
+    columns: dict[str, list[Any]] = {"": list(names)}
+    for layer, values in facts.items():
+        columns[layer] = [values.get(name, "-") for name in names]
+    _grid(columns)
 
 
 def _grid(columns: dict[str, list[Any]]) -> None:
@@ -318,9 +328,8 @@ def _grid(columns: dict[str, list[Any]]) -> None:
         grid.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         grid.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
-    needed = (
-        Console(width=10_000).measure(grid).maximum
-    )  # where that is too wide lines break, and nothing is cut off
+    # A grid wider than the terminal breaks its lines; nothing is cut off.
+    needed = Console(width=10_000).measure(grid).maximum
     Console(width=max(Console().width, needed)).print(grid)
 
 

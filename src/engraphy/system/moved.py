@@ -27,7 +27,7 @@ _MODULES = {  # before: now, both under engraphy
     "codecs": "rows.codecs",
     "convert": "released.convert",
     "dialects": "spec.dialects",
-    "doctor": "cli.doctor",
+    "doctor": "cli.machine",
     "environment": "system.environment",
     "fields": "spec.model_config",
     "grads": "memory.grads",

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from engraphy import __version__, _native
-from engraphy.cli import doctor
+from engraphy.cli import machine
 from engraphy.cli.app import app
 from engraphy.system import cpu
 
@@ -20,7 +20,7 @@ from engraphy.system import cpu
 def shown(facts) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(doctor.render(facts))
+        console.print(machine.render(facts))
     return capture.get()
 
 
@@ -41,7 +41,7 @@ def test_json_and_table_tell_the_same():
 
 def test_a_native_part_that_is_switched_off_is_said():
     with _native.forced("off"):
-        facts = doctor.report()
+        facts = machine.report()
     expected = {
         "active": False,
         "usable": True,
@@ -102,17 +102,17 @@ def test_an_arm_processor_is_known_by_its_features():
 
 
 def test_the_report_says_bf16_is_fast_where_its_instructions_have_a_name():
-    assert (cpu.bf16_instructions() is not None) == bool(doctor.report()["cpu"]["bf16"])
+    assert (cpu.bf16_instructions() is not None) == bool(machine.report()["cpu"]["bf16"])
 
 
 def test_an_unknown_cpu_is_unknown_and_not_slow():
-    facts = doctor.report() | {"cpu": cpu.facts({})}
+    facts = machine.report() | {"cpu": cpu.facts({})}
     assert facts["cpu"]["bf16"] is None
     assert "bf16 matmul" in shown(facts) and "slow" not in shown(facts)
 
 
 def test_a_package_that_is_missing_is_said():
-    facts = doctor.report()
+    facts = machine.report()
     facts["packages"]["transformers"] = None
     assert "not installed" in shown(facts)
 

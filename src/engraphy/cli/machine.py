@@ -1,27 +1,52 @@
-"""What this installation and this machine have to offer: the facts behind `engraphy doctor`."""
+"""The command `engraphy machine`: what this installation and this machine have to offer."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import typer
+from rich.console import Console
 from rich.table import Table
 
 from .. import __version__, _native
 from ..errors import EngraphyError
 from ..system import cpu
 from ..system.machine import free_memory, total_memory
+from .arguments import JSON
+
+app = typer.Typer(no_args_is_help=True, help="What this machine has to offer.")
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
 
 
-def report() -> dict[str, Any]:
-    """Plain JSON values. Sizes are bytes; None = absent, or not known on this system.
+@app.callback()
+def main() -> None:
+    # Keeps the verb's name on the command line while there is one verb. No docstring: see app.py.
+    pass
 
-    `native.usable` is False only where ENGRAPHY_NATIVE demands what cannot be had.
+
+@app.command()
+def doctor(as_json: bool = JSON) -> None:
+    """Show what is installed and what the CPU has. Exits with 1 if ENGRAPHY_NATIVE is not met."""
+    facts = report()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        Console().print(render(facts))
+    if not facts["native"]["usable"]:
+        raise typer.Exit(1)
+
+
+def report() -> dict[str, Any]:
+    """What `engraphy machine doctor` shows, as plain JSON values.
+
+    Sizes are bytes; None means absent, or unknown on this system. `native.usable` is False only if
+    ENGRAPHY_NATIVE demands a core that this installation or CPU lacks.
     """
     return {
         "engraphy": __version__,
@@ -35,7 +60,7 @@ def report() -> dict[str, Any]:
 
 
 def render(facts: dict[str, Any]) -> Table:
-    """The report as a table for people."""
+    """The report as a table for people to read."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -85,7 +110,7 @@ def _native_facts() -> dict[str, Any]:
 
 
 def _thread_facts() -> dict[str, int]:
-    import torch  # here, since `engraphy --version` should not wait for it
+    import torch  # imported here, so that `engraphy --version` does not wait for it
 
     cpus = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cpus

@@ -1,0 +1,90 @@
+"""The command `engraphy model`: a transformers model and its memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from .arguments import DTYPE, SEED, parse_layers, run_folder
+from .terminal import errors
+
+app = typer.Typer(no_args_is_help=True, help="A transformers model and its memory.")
+
+MODEL = typer.Argument(help="Folder or hub name of a transformers model.")
+
+
+@app.command()
+def finetune(
+    model: str = MODEL,
+    data: str = typer.Option(
+        help="A text file, a folder of them, a .jsonl file with text in each line, or wiki."
+    ),
+    out: Path | None = typer.Option(
+        None, help="New folder of the memory; default: runs/finetune-1, -2, ..."
+    ),
+    tokens: int | None = typer.Option(None, help="Training tokens; default: the whole text once."),
+    lr: float = typer.Option(
+        1e-2, help="Learning rate of the dense layers; rows learn five times as fast."
+    ),
+    layers: str | None = typer.Option(
+        None, help="Layers with a memory, counted from 0: 1,14; default: two."
+    ),
+    rows_per_head: int | None = typer.Option(
+        None, help="Rows of a head; default: as the text and the model need."
+    ),
+    batch: int = typer.Option(4, help="Rows of a step."),
+    length: int = typer.Option(256, help="Tokens of a row."),
+    seed: int = SEED,
+    lora: int | None = typer.Option(
+        None, help="Rank of LoRA adapters to train with the memory; default: none."
+    ),
+    dtype: str = DTYPE,
+) -> None:
+    """Train a memory for a model that exists, on text of your own; the model stays as it is."""
+    with errors("a training that had begun is saved"):
+        from ..recipes import finetune as recipe
+
+        config = recipe.FinetuneConfig(
+            model,
+            data,
+            out or run_folder("finetune"),
+            tokens,
+            lr,
+            parse_layers(layers),
+            rows_per_head,
+            batch,
+            length,
+            seed=seed,
+            lora=lora,
+            dtype=dtype,
+        )
+        recipe.finetune(config, Console())
+
+
+@app.command()
+def generate(
+    model: str = MODEL,
+    memory: str = typer.Argument(help="Folder of its memory."),
+    prompt: str = typer.Argument(help="Text to continue."),
+    show_gates: bool = typer.Option(
+        False, "--show-gates", help="Colour each token by how far it opens the gates."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON: text, tokens and gates."),
+    tokens: int = typer.Option(64, help="Most tokens to generate."),
+    temperature: float = typer.Option(0.0, help="0 takes the likeliest token each time."),
+    seed: int = typer.Option(0, help="Seed of the samples."),
+    dtype: str = DTYPE,
+) -> None:
+    """Generate text from a model with its memory, and show what the memory's gates let in."""
+    with errors("nothing was written"):
+        from ..recipes import generate as recipe
+
+        config = recipe.GenerateConfig(model, memory, prompt, tokens, temperature, seed, dtype)
+        generated = recipe.generate(config, lambda line: typer.echo(line, err=True))
+        if as_json:
+            typer.echo(json.dumps(generated.to_json(), indent=1))
+        else:
+            recipe.show(generated, show_gates, Console())

@@ -1,0 +1,92 @@
+"""The command `engraphy study`: many training runs, compared. Without a name, the demo study."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+from .arguments import DATA, SEEDS, parse_rates
+from .terminal import errors
+
+app = typer.Typer(
+    invoke_without_command=True,
+    help="Many training runs, compared; without a name, the demo study. Each continues if stopped.",
+)
+
+OUT = typer.Option(Path("results/demo"), help="Folder of the result files.")
+ADAPT_OUT = typer.Option(Path("results/adapt"), help="Folder of the result files.")
+WORK = typer.Option(Path("runs/study"), help="Folder of corpora and checkpoints.")
+TOKENS = typer.Option(1_000_000, help="Training tokens of each run.")
+WORKERS = typer.Option(
+    os.cpu_count() or 1, help="Runs at a time, one thread each.", show_default="all CPUs"
+)
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    out: Path = OUT,
+    work: Path = WORK,
+    data: str = DATA,
+    seeds: int = SEEDS,
+    tokens: int = TOKENS,
+    workers: int = WORKERS,
+) -> None:
+    # No docstring: Typer would print it in place of the help above.
+    if context.invoked_subcommand is None:
+        demo(out, work, data, seeds, tokens, workers)
+        return
+    name = context.invoked_subcommand
+    for parameter in context.params:
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"expected --{parameter} after {name}, found it before")
+
+
+@app.command()
+def demo(
+    out: Path = OUT,
+    work: Path = WORK,
+    data: str = DATA,
+    seeds: int = SEEDS,
+    tokens: int = TOKENS,
+    workers: int = WORKERS,
+) -> None:
+    """The arms of the demo and a one-row control, over seeds and learning rates."""
+    from ..recipes.studies import demo_study as recipe
+    from ..recipes.studies.demo_tables import tables
+
+    with errors("the same command continues"):
+        config = recipe.StudyConfig(tuple(range(seeds)), tokens, data)
+        recipe.study(config, out, work, workers, typer.echo)
+        typer.echo(tables(config, out))
+
+
+@app.command()
+def adapt(
+    model: Path = typer.Argument(help="Folder of a transformers model."),  # noqa: B008
+    general: Path = typer.Argument(  # noqa: B008
+        help="Text that neither the model nor the domain holds: a file or a folder."
+    ),
+    out: Path = ADAPT_OUT,
+    seeds: int = SEEDS,
+    tokens: int = typer.Option(100_000, help="Training tokens of each run."),
+    rate: list[str] = typer.Option(  # noqa: B008
+        [],
+        help="ARM=RATE: only this arm, at this learning rate; may be repeated. "
+        "Without it all arms run and search their rates.",
+    ),
+    workers: int = WORKERS,
+) -> None:
+    """A memory, its controls and LoRA adapt a frozen model to medical text."""
+    with errors("the same command continues"):
+        from ..recipes.studies import adapt as recipe
+        from ..recipes.studies.adapt_tables import tables
+
+        config = recipe.AdaptConfig(
+            model, general, tokens, seeds=tuple(range(seeds)), rates=parse_rates(rate)
+        )
+        recipe.adapt_study(config, out, workers, typer.echo)
+        typer.echo(tables(config, out))
