@@ -55,6 +55,8 @@ OPTIONAL = {  # package: the folders that may import it
     "diffusers": {"vision"},
     "lm_eval": {"eval"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},  # the markup type of jinja2, which installs it
     "triton": {"fusion"},
     "typer": {"cli"},
     "rich": {"cli", "memory", "recipes"},

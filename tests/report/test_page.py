@@ -18,8 +18,10 @@ import pytest
 from engraphy.errors import ConfigError
 from engraphy.report import charts
 from engraphy.report import page as report
-from engraphy.report.markup import digits_for, esc, signed, size, visible
+from engraphy.report.markup import digits_for, esc, signed, size
 from engraphy.report.page import FORMAT, render, write
+from engraphy.report.scales import smooth
+from engraphy.report.tokens import visible
 
 START = ("context start", None, None, 0.014)
 BUCKETS = [
@@ -361,7 +363,8 @@ def test_the_same_dict_gives_the_same_page():
 
 
 def test_hostile_text_changes_no_tag_and_no_attribute():
-    hostile = """</title></style></svg><script>x()</script><b onclick="x()" title='x'>&lt;&amp;{style}{0}%s\x00"""
+    hostile = """</title></style></svg><script>x()</script><b onclick="x()" title='x'>&lt;&amp;"""
+    hostile += "{style}{0}{{ 7 * 7 }}{% endif %}%s\x00"
     kept = {
         "format",
         "name",
@@ -392,7 +395,7 @@ def test_hostile_text_changes_no_tag_and_no_attribute():
     page = Page(render(spoilt))
     assert page.tags == Page(render(clean)).tags
     assert page.text.count("<script>x()</script>") > 50
-    assert "<i>unseen</i> & '" in page.text
+    assert "<i>unseen</i> & '" in page.text and "{{ 7 * 7 }}{% endif %}" in page.text
     assert "\x00" not in page.text
     assert all(ET.tostring(svg) for svg in charts_of(render(spoilt)))
 
@@ -698,9 +701,9 @@ def test_labels_at_the_end_of_the_curves_never_meet():
 
 
 def test_smoothing_keeps_a_constant_and_the_last_point_and_does_not_lag():
-    assert charts.smooth([]) == []
-    assert {loss for _, loss in charts.smooth([[step, 2.5] for step in range(1000)])} == {2.5}
-    line = charts.smooth([[step, 3.0 * step] for step in range(1000)])
+    assert smooth([]) == []
+    assert {loss for _, loss in smooth([[step, 2.5] for step in range(1000)])} == {2.5}
+    line = smooth([[step, 3.0 * step] for step in range(1000)])
     assert line[-1][0] == 999 and len(line) <= 500
     assert all(loss == pytest.approx(3.0 * step) for step, loss in line if 15 <= step <= 984)
 
@@ -725,7 +728,9 @@ def test_smoothing_keeps_a_constant_and_the_last_point_and_does_not_lag():
     ],
 )
 def test_every_token_can_be_seen(token: str, shown: tuple[str, bool, bool]):
-    assert visible(token) == shown
+    made = visible(token)
+    text = "".join(f"<i>{one.text}</i>" if one.sign else esc(one.text) for one in made.pieces)
+    assert (text, made.before, made.after) == shown
 
 
 def test_numbers_are_written_with_true_signs_and_enough_digits():

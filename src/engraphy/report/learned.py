@@ -1,88 +1,97 @@
-"""The report's sections on what the memory has learned: loss by n-gram frequency, gates token by
-token."""
+"""The values of the report's sections on what the memory has learned: loss by n-gram frequency,
+and the gate at each token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from . import charts
-from .markup import esc, fixed, joined, mark, number, percent, section, signed, table, visible
+from .markup import fixed, joined, number, percent, signed
+from .sections import CLEAR, ArmName, Cell, Report, Row
+from .tokens import Piece, VisibleToken, visible
 
-CLEAR = 2.0  # standard errors from zero: beyond them a difference counts as one
 _PAIRS = {"moe - dense": ("moe", "dense"), "memory - moe": ("memory", "moe")}
 _SAME = 0.005  # nats: below it, a bucket without a standard error counts as unchanged
 
-Report = Mapping[str, Any]
+Bucket = Mapping[str, Any]
 
 
-def frequency(report: Report) -> str:
-    """Where the differences between the arms come from: chart, words and table. Buckets without
-    tokens are left out."""
+@dataclass(frozen=True)
+class Frequency:
+    """Loss by n-gram frequency.
+
+    Attributes:
+        summary: Where the memory lowers and where it raises the loss against MoE, in words.
+        legend: The differences that the bars show.
+        chart: The bars.
+        arms: Labels of the arms in the table.
+        rows: Losses, and what each bucket contributes to the memory's difference.
+    """
+
+    summary: str
+    legend: Sequence[ArmName]
+    chart: charts.Chart
+    arms: Sequence[str]
+    rows: Sequence[Row]
+
+
+def frequency(report: Report) -> Frequency | None:
+    """Returns where the differences between the arms come from. Buckets without tokens are left
+    out; None if no bucket has a difference."""
     buckets = [bucket for bucket in report.get("frequency") or [] if bucket["tokens"]]
-    gaps = {pair: report["differences"][pair] for pair in _PAIRS if pair in report["differences"]}
-    if not any(bucket["bucket"] in gaps["memory - moe"] for bucket in buckets):
-        return ""
+    differences = report["differences"]
+    gaps = {pair: differences[pair] for pair in _PAIRS if pair in differences}
+    gap = gaps["memory - moe"]
+    if not any(bucket["bucket"] in gap for bucket in buckets):
+        return None
     labels = {arm["name"]: arm["label"] for arm in report["arms"]}
-    titles = {
-        pair: f"{labels[new]} \u2212 {labels[old]}"
-        for pair, (new, old) in _PAIRS.items()
-        if pair in gaps
-    }
+    legend = {}
+    for pair in gaps:
+        new, old = _PAIRS[pair]
+        legend[pair] = ArmName(new, f"{labels[new]} \u2212 {labels[old]}")
+    arms = [arm for arm in report["arms"] if arm.get("loss_by_frequency")]
+    return Frequency(
+        summary=_summary(buckets, gap),
+        legend=list(legend.values()),
+        chart=_difference_bars(buckets, gaps, legend),
+        arms=[arm["label"] for arm in arms],
+        rows=[_bucket_row(bucket, arms, gap) for bucket in buckets],
+    )
+
+
+def _difference_bars(
+    buckets: Sequence[Bucket],
+    gaps: Mapping[str, Mapping[str, float]],
+    legend: Mapping[str, ArmName],
+) -> charts.Chart:
+    """Bars for all tokens and for each bucket, one for each pair of arms."""
 
     def group(label: str, note: str, bucket: str) -> charts.Group:
-        return charts.Group(
-            label,
-            note,
-            [
-                charts.Bar(
-                    _PAIRS[pair][0],
-                    gap[bucket],
-                    gap.get(f"{bucket}_stderr"),
-                    f"{titles[pair]}, {label}: {signed(gap[bucket], 4)} nats",
-                )
-                for pair, gap in gaps.items()
-            ],
-        )
+        bars = []
+        for pair, gap in gaps.items():
+            title = f"{legend[pair].label}, {label}: {signed(gap[bucket], 4)} nats"
+            stderr = gap.get(f"{bucket}_stderr")
+            bars.append(charts.Bar(legend[pair].name, gap[bucket], stderr, title))
+        return charts.Group(label, note, bars)
 
     groups = [group("All tokens", "", "all")]
-    groups += [
-        group(
-            bucket["bucket"],
-            f"{_times(bucket)}, {percent(bucket['share'])} of tokens",
-            bucket["bucket"],
-        )
-        for bucket in buckets
-    ]
+    for bucket in buckets:
+        note = f"{_times(bucket)}, {percent(bucket['share'])} of tokens"
+        groups.append(group(bucket["bucket"], note, bucket["bucket"]))
     spoken = "; ".join(
         f"{one.label}: {', '.join(signed(bar.value) for bar in one.bars)}" for one in groups
     )
-    chart = charts.both(
-        lambda width: charts.bars(
-            groups,
-            width,
-            f"Difference in validation loss by n-gram frequency ({', '.join(titles.values())}): {spoken}",
-            "\u2190 better: difference in loss, nats per token",
-            True,
-        )
-    )
-    legend = "".join(
-        f"<li>{mark(_PAIRS[pair][0])}{esc(title)}</li>" for pair, title in titles.items()
-    )
-    note = (
-        "<p>Held-out tokens by how often the trigram that ends at the predicted token occurs in the training text. "
-        f"{_where(buckets, gaps['memory - moe'])}</p><p>Whiskers: one standard error.</p>"
-    )
-    return section(
-        "By n-gram frequency",
-        note,
-        f'<figure><ul class="legend">{legend}</ul>{chart}</figure>'
-        + _frequency_table(report, buckets, gaps["memory - moe"]),
-    )
+    pairs = ", ".join(arm.label for arm in legend.values())
+    label = f"Difference in validation loss by n-gram frequency ({pairs}): {spoken}"
+    unit = "\u2190 better: difference in loss, nats per token"
+    return charts.both(lambda width: charts.bars(groups, width, label, unit, True))
 
 
-def _times(bucket: Mapping[str, Any]) -> str:
+def _times(bucket: Bucket) -> str:
+    """How often the trigrams of a bucket occur, in words."""
     low, high = bucket["low"], bucket["high"]
     if low is None:
         return "no trigram"
@@ -91,105 +100,133 @@ def _times(bucket: Mapping[str, Any]) -> str:
     return f"{number(low)} times" if low == high else f"{number(low)}–{number(high)} times"
 
 
-def _where(buckets: Sequence[Mapping[str, Any]], gap: Mapping[str, float]) -> str:
+def _summary(buckets: Sequence[Bucket], gap: Mapping[str, float]) -> str:
     """In words, where the memory lowers and where it raises the loss against MoE."""
-    found: dict[str, list[str]] = {"lowers": [], "raises": [], "hardly changes": []}
+    names: dict[str, list[str]] = {"lowers": [], "raises": [], "hardly changes": []}
     for bucket in buckets:
-        name, value = bucket["bucket"], gap[bucket["bucket"]]
-        least = CLEAR * gap.get(f"{name}_stderr", _SAME / CLEAR)
-        way = "hardly changes" if abs(value) <= least else "lowers" if value < 0 else "raises"
-        found[way].append(f"{esc(name)} ({percent(bucket['share'])})")
-    told = [f"{way} the loss on {joined(names)}" for way, names in found.items() if names]
-    return f"Against MoE, the memory {joined(told)}; in brackets, the share of tokens."
+        name = bucket["bucket"]
+        stderr = gap.get(f"{name}_stderr", _SAME / CLEAR)
+        names[_effect(gap[name], CLEAR * stderr)].append(f"{name} ({percent(bucket['share'])})")
+    parts = [f"{effect} the loss on {joined(few)}" for effect, few in names.items() if few]
+    return f"Against MoE, the memory {joined(parts)}; in brackets, the share of tokens."
 
 
-def _frequency_table(
-    report: Report, buckets: Sequence[Mapping[str, Any]], gap: Mapping[str, float]
-) -> str:
-    arms = [arm for arm in report["arms"] if arm.get("loss_by_frequency")]
-    head = ["Trigram", "Tokens", *(esc(arm["label"]) for arm in arms), "Share × difference"]
-    rows = [
-        [
-            esc(f"{bucket['bucket']}, {_times(bucket)}"),
-            number(bucket["tokens"]),
-            *(fixed(arm["loss_by_frequency"][bucket["bucket"]]) for arm in arms),
-            signed(bucket["share"] * gap[bucket["bucket"]]),
-        ]
-        for bucket in buckets
-    ]
-    return (
-        "<details><summary>Losses as numbers, and what each row contributes to the memory's difference</summary>"
-        f"{table('Loss by n-gram frequency', head, rows)}</details>"
-    )
+def _effect(gap: float, least: float) -> str:
+    if abs(gap) <= least:
+        return "hardly changes"
+    return "lowers" if gap < 0 else "raises"
 
 
-def gates(report: Report) -> str:
-    """The gate at each token of some sentences, and its mean by n-gram frequency."""
+def _bucket_row(bucket: Bucket, arms: Sequence[Mapping[str, Any]], gap: Mapping[str, float]) -> Row:
+    name = bucket["bucket"]
+    losses = [fixed(arm["loss_by_frequency"][name]) for arm in arms]
+    contribution = signed(bucket["share"] * gap[name])
+    texts = [number(bucket["tokens"]), *losses, contribution]
+    return Row(f"{name}, {_times(bucket)}", [Cell(text) for text in texts])
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A token of the heat map.
+
+    Attributes:
+        pieces: Its text.
+        space: True if a gap follows.
+        gate: With two decimals.
+        title: With four decimals; what hovering shows.
+        warmth: Place of the gate on the scale, in percent.
+    """
+
+    pieces: Sequence[Piece]
+    space: bool
+    gate: str
+    title: str
+    warmth: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A sentence of the heat map: its text, and its tokens in reading order."""
+
+    text: str
+    chips: Sequence[Chip]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Tokens coloured by gate.
+
+    Attributes:
+        low: The rounded lowest gate of all sentences.
+        high: The rounded highest gate.
+        lines: One for each sentence.
+    """
+
+    low: str
+    high: str
+    lines: Sequence[Line]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gate of the memory: its layer, and the two figures; a missing one is None."""
+
+    layer: str
+    heat_map: HeatMap | None
+    by_frequency: charts.Chart | None
+
+
+def gates(report: Report) -> Gates | None:
+    """Returns the gate at each token of some sentences and its mean by n-gram frequency, or None
+    if the report has neither."""
     part = report.get("gates") or {}
     sentences, by_frequency = part.get("sentences") or [], part.get("by_frequency") or []
     if not sentences and not by_frequency:
-        return ""
-    figures = _heat_map(sentences) if sentences else ""
-    if by_frequency:
-        times = {
-            bucket["bucket"]: f"{_times(bucket)}, " for bucket in report.get("frequency") or []
-        }
-        groups = [
-            charts.Group(
-                one["bucket"],
-                f"{times.get(one['bucket'], '')}{number(one['tokens'])} tokens",
-                [
-                    charts.Bar(
-                        "memory",
-                        one["mean"],
-                        None,
-                        f"{one['bucket']}: mean gate {fixed(one['mean'], 4)}",
-                    )
-                ],
-            )
-            for one in by_frequency
-        ]
-        spoken = "; ".join(f"{one['bucket']} {fixed(one['mean'])}" for one in by_frequency)
-        figures += (
-            "<h3>Mean gate by n-gram frequency</h3><figure>"
-            + charts.both(
-                lambda width: charts.bars(
-                    groups, width, f"Mean gate by n-gram frequency: {spoken}", "mean gate", False
-                )
-            )
-            + "</figure>"
-        )
-    note = (
-        f"<p>The gate of the memory in layer {number(part['layer'])} at each token: near 0 the value from the "
-        "table is ignored, near 1 it is added in full. It belongs to the n-grams that end at the token itself.</p>"
+        return None
+    return Gates(
+        layer=number(part["layer"]),
+        heat_map=_heat_map(sentences) if sentences else None,
+        by_frequency=_gate_bars(report, by_frequency) if by_frequency else None,
     )
-    return section("Where the gate opens", note, figures)
 
 
-def _heat_map(sentences: Sequence[Mapping[str, Any]]) -> str:
-    """Tokens in reading order, coloured by gate between the rounded lowest and highest of all, the
-    value below each."""
+def _gate_bars(report: Report, by_frequency: Sequence[Bucket]) -> charts.Chart:
+    """Bars of the mean gate of each bucket."""
+    times = {bucket["bucket"]: _times(bucket) for bucket in report.get("frequency") or []}
+    groups = []
+    for one in by_frequency:
+        name, mean = one["bucket"], one["mean"]
+        note = f"{number(one['tokens'])} tokens"
+        if name in times:
+            note = f"{times[name]}, {note}"
+        bar = charts.Bar("memory", mean, None, f"{name}: mean gate {fixed(mean, 4)}")
+        groups.append(charts.Group(name, note, [bar]))
+    spoken = "; ".join(f"{one['bucket']} {fixed(one['mean'])}" for one in by_frequency)
+    label = f"Mean gate by n-gram frequency: {spoken}"
+    return charts.both(lambda width: charts.bars(groups, width, label, "mean gate", False))
+
+
+def _heat_map(sentences: Sequence[Mapping[str, Any]]) -> HeatMap:
     values = [gate for sentence in sentences for gate in sentence["gates"]]
-    low, high = math.floor(min(values) * 10) / 10, math.ceil(max(values) * 10) / 10
-    span = max(high - low, 0.1)
+    low = math.floor(min(values) * 10) / 10
+    span = max(math.ceil(max(values) * 10) / 10 - low, 0.1)
     lines = []
     for sentence in sentences:
         tokens = [visible(token) for token in sentence["tokens"]]
-        opens = [before for _, before, _ in tokens[1:]] + [
-            False
-        ]  # a gap stands behind a chip: lines start flush
-        chips = "".join(
-            f'<span class="chip{" space" if after or opens_next else ""}" title="gate {gate:.4f}" '
-            f'style="--g:{100 * (gate - low) / span:.0f}%"><bdi>{text}</bdi><small>{fixed(gate, 2)}</small></span>'
-            for (text, _, after), opens_next, gate in zip(
-                tokens, opens, sentence["gates"], strict=True
-            )
-        )
-        lines.append(
-            f'<div role="group" class="tokens" aria-label="{esc(sentence["text"])}">{chips}</div>'
-        )
-    legend = (
-        f'<p class="scale"><span>gate {fixed(low, 1)}</span><span class="ramp" aria-hidden="true"></span>'
-        f"<span>{fixed(low + span, 1)}</span></p>"
-    )
-    return f'<figure class="heat">{legend}{"".join(lines)}</figure>'
+        gaps = _gaps(tokens)
+        chips = [
+            _chip(token, gap, gate, 100 * (gate - low) / span)
+            for token, gap, gate in zip(tokens, gaps, sentence["gates"], strict=True)
+        ]
+        lines.append(Line(sentence["text"], chips))
+    return HeatMap(fixed(low, 1), fixed(low + span, 1), lines)
+
+
+def _gaps(tokens: Sequence[VisibleToken]) -> list[bool]:
+    """Whether a gap follows each token. It stands behind a chip, so that lines start flush."""
+    opens_next = [token.before for token in tokens[1:]] + [False]
+    return [token.after or opens for token, opens in zip(tokens, opens_next, strict=True)]
+
+
+def _chip(token: VisibleToken, space: bool, gate: float, warmth: float) -> Chip:
+    return Chip(token.pieces, space, fixed(gate, 2), f"gate {gate:.4f}", f"{warmth:.0f}")
