@@ -24,8 +24,9 @@ from engraphy.errors import ConfigError, DataUnavailable, InputError
 from engraphy.eval.losses import mean_with_error
 from engraphy.hf import save_pretrained
 from engraphy.recipes import finetune as recipe
-from engraphy.recipes.finetune import FinetuneConfig, finetune, load_texts
+from engraphy.recipes.finetune import FinetuneConfig, finetune
 from engraphy.recipes.progress import ArmProgress
+from engraphy.recipes.texts import load_texts
 from engraphy.train.dtype import choose_dtype
 from tests.tools.tiny_model import lives, write_model
 

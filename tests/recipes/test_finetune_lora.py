@@ -133,8 +133,7 @@ def test_generate_loads_the_adapters_with_the_memory(trained, base):
 def test_the_losses_that_were_measured_are_those_of_what_was_saved(config, base, trained):
     out, found, _ = trained
     tokenizer = AutoTokenizer.from_pretrained(base)
-    _, heldout = recipe._documents(config, tokenizer)
-    unseen = recipe.Batches(heldout, recipe._start_id(tokenizer), batch=4, tokens=64, seed=None)
+    _, unseen, _ = recipe._read(config, tokenizer, quiet())
     model = peft.PeftModel.from_pretrained(bare(base), out / "adapter").eval()
     engraphy.load(model, out)
     losses, _ = recipe._losses(model, unseen)

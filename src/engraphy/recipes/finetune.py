@@ -1,13 +1,12 @@
-"""`engraphy finetune`: a memory for a model that exists, trained on one's own text while the model
+"""`engraphy finetune`: trains a memory for a model that exists, on your own text, while the model
 stays frozen.
 
 The loss on held-out text is measured before and after, on the same tokens. Documents are packed
-into rows; position ids begin anew at each, so no document sees another.
+into rows. Position ids begin anew at each document, so no document sees another.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -22,9 +21,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ..addresses.vocab import VocabMap
-from ..data.documents import load_documents, split_documents
 from ..data.packing import IGNORED, Batch, Batches
-from ..errors import ConfigError, DataUnavailable, InputError
+from ..errors import ConfigError
 from ..eval.losses import mean_with_error
 from ..hf import attach, cost, write_card
 from ..hf.hub import ADAPTER
@@ -40,27 +38,37 @@ from ..train import OptimizerPair, RowAdam, warmup_cosine
 from ..train.dtype import AUTO, DtypeChoice, check_dtype
 from .progress import ArmProgress
 from .studies.adapt_arms import with_lora
+from .texts import read_documents, start_id
 
 ROW_RATE = 5.0
 """The rows' learning rate over that of the dense layers."""
 LORA_RATE = 0.1
 """LoRA's learning rate over that of the dense layers."""
-_HELDOUT_TOKENS = 100_000  # measured twice; more would not be surer, only longer
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """model: folder or hub name. data: a text file or a folder of them (form feeds divide
-    documents), a .jsonl file with "text" in each line, or what `lm.load_documents` takes. out: a
-    new folder for the memory.
+    """What to train a memory for, on what, and how.
 
-    tokens: of training, by default each of the text once. lr: of the dense layers; the rows learn
-    five times as fast. The default did best in docs/results.md, "A memory beside LoRA". layers:
-    0-based, rows_per_head: as `EngramConfig.for_model` chooses where None, but no more rows than
-    the text has tokens, since it has no more n-grams. batch, length: of a step. heldout: share of
-    the documents not trained on. lora: rank of LoRA adapters that are trained together with the
-    memory, at a tenth of its rate, and saved in `out`/adapter; None = the memory alone. dtype: of
-    the frozen model, as `choose_dtype` takes it; the memory is float32 while it trains.
+    Attributes:
+        model: Folder or hub name of the model.
+        data: A text file or a folder of them (form feeds divide documents), a .jsonl file with
+            "text" in each line, or what `data.documents.load_documents` takes.
+        out: A new folder for the memory.
+        tokens: Tokens of training; None = each token of the text once.
+        lr: Learning rate of the dense layers; the rows learn five times as fast. The default did
+            best in docs/results.md, "A memory beside LoRA".
+        layers: Layers with a memory, 0-based; None = as `EngramConfig.for_model` chooses.
+        rows_per_head: Rows of a head; None = as `EngramConfig.for_model` chooses, but no more than
+            the text has tokens, since it has no more n-grams.
+        batch: Rows of a step.
+        length: Tokens of a row.
+        heldout: Share of the documents that is not trained on.
+        seed: Seed of weights, order and split.
+        lora: Rank of LoRA adapters that are trained together with the memory, at a tenth of its
+            rate, and saved in `out`/adapter; None = the memory alone.
+        dtype: Of the frozen model, as `choose_dtype` takes it. The memory is float32 while it
+            trains.
     """
 
     model: str
@@ -90,9 +98,16 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """Nats a token on held-out text: of the bare model, with the memory, and the standard error of
-    the difference over documents (None with one document). tokens, documents: that were measured.
-    lora: whether adapters are with it."""
+    """Loss on held-out text, before and after.
+
+    Attributes:
+        without: Nats a token of the bare model.
+        with_memory: Nats a token with the memory, and with the adapters if there are any.
+        stderr: Standard error of the difference over documents; None with one document.
+        tokens: Tokens that were measured.
+        documents: Documents that were measured.
+        lora: True if adapters were trained too.
+    """
 
     without: float
     with_memory: float
@@ -102,10 +117,10 @@ class Measured:
     lora: bool = False
 
     def __str__(self) -> str:
-        error = f", standard error {self.stderr:.4f}" if self.stderr is not None else ""
-        without, with_it = (
-            ("bare", "with memory and LoRA") if self.lora else ("without the memory", "with it")
-        )
+        error = "" if self.stderr is None else f", standard error {self.stderr:.4f}"
+        without, with_it = "without the memory", "with it"
+        if self.lora:
+            without, with_it = "bare", "with memory and LoRA"
         return (
             f"{self.without:.4f} nats a token {without}, {self.with_memory:.4f} {with_it} "
             f"({self.with_memory - self.without:+.4f}{error}, over {self.tokens:,} tokens of "
@@ -114,14 +129,24 @@ class Measured:
 
 
 def finetune(config: FinetuneConfig, console: Console) -> Measured:
-    """Train a memory and save it to `config.out` with a model card. Returns the held-out losses.
+    """Trains a memory and saves it to `config.out` with a model card.
 
-    Ctrl-C or SIGTERM ends the training early: the step is finished, what has been learned by then
-    is saved, and KeyboardInterrupt raised (`signals.Terminated` for SIGTERM); a second one stops at
-    once. Raises DataUnavailable for a model, tokenizer, text or package that is not there,
-    InputError for too little text, ConfigError for settings that the model does not allow or that
-    do not fit into the RAM, WriteFailed where `config.out` cannot be written or its disk has too
-    little space.
+    Ctrl-C or SIGTERM ends the training early: the step is finished and what has been learned is
+    saved. A second signal stops at once.
+
+    Args:
+        config: Model, text and settings.
+        console: Where progress is printed.
+
+    Returns:
+        The held-out losses without and with the memory.
+
+    Raises:
+        DataUnavailable: If the model, the tokenizer, the text or a package is not there.
+        InputError: If there is too little text.
+        ConfigError: If the model does not allow the settings, or the memory does not fit into RAM.
+        WriteFailed: If `config.out` cannot be written, or its disk has too little space.
+        KeyboardInterrupt: After Ctrl-C; `signals.Terminated` after SIGTERM.
     """
     with terminable():
         return _finetune(config, console)
@@ -131,15 +156,7 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
     if config.lora is not None:
         require_peft("LoRA adapters")  # before anything takes long
     tokenizer = load_tokenizer(config.model)
-    training, heldout = _documents(config, tokenizer)
-    start = _start_id(tokenizer)
-    batches = Batches(training, start, batch=config.batch, tokens=config.length, seed=config.seed)
-    unseen = Batches(heldout, start, batch=config.batch, tokens=config.length, seed=None)
-    tokens = sum(map(len, training))
-    _say(
-        console,
-        f"{config.data}: {_documents_of(training)} to train on, {_documents_of(heldout)} held out",
-    )
+    batches, unseen, tokens = _read(config, tokenizer, console)
     model, dtype = load_model(config.model, config.dtype)
     model.requires_grad_(False)
     if hasattr(model, "engraphy"):
@@ -148,7 +165,7 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
         )
     vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.get_text_config().vocab_size)
     memory_config = _memory_config(config, model, tokenizer, vocab, tokens)
-    _tell(model, dtype, memory_config, config.out, console)
+    _check_size(model, dtype, memory_config, config.out, console)
     with console.status("Held-out loss without a memory"):
         before, owners = _losses(model, unseen)
     _say(console, f"held-out loss without a memory: {before.mean():.4f} nats a token")
@@ -165,137 +182,88 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
     except KeyboardInterrupt:
         _save(model, memory, config, console, f"Trained on {name}; interrupted, not measured.")
         raise
-    _, error = mean_with_error(after - before, owners)
-    found = Measured(
-        float(before.mean()),
-        float(after.mean()),
-        error,
-        len(before),
-        len(np.unique(owners)),
-        config.lora is not None,
-    )
-    _say(console, f"held-out loss: {found}")
-    note = f"Trained on {name} with the base model frozen. On held-out text of it: {found}."
-    with stopping() as stop:  # what an hour went into is saved first
+    measured = _compared(before, after, owners, config.lora is not None)
+    _say(console, f"held-out loss: {measured}")
+    note = f"Trained on {name} with the base model frozen. On held-out text of it: {measured}."
+    with stopping() as stop:  # a signal waits until the trained memory is saved
         _save(model, memory, config, console, note)
     if stop:
         raise stop.error("all had been saved")
-    return found
+    return measured
 
 
-def load_texts(source: str) -> tuple[str, ...]:
-    """The documents of FinetuneConfig.data, none of them empty. Raises DataUnavailable or
-    InputError."""
-    path = Path(source)
-    if path.suffix != ".jsonl":
-        return load_documents(source).texts
-    try:
-        # Line feeds alone divide: JSON strings may hold U+2028, U+0085 and others that splitlines
-        # cuts at.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataUnavailable(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found {error}") from None
-    texts = [
-        _text(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()
-    ]
-    if not any(text.strip() for text in texts):
-        raise DataUnavailable(f"{path}: expected documents, found no text")
-    return tuple(text for text in texts if text.strip())
+def _read(config: FinetuneConfig, tokenizer: Any, console: Console) -> tuple[Batches, Batches, int]:
+    """The batches to train on, those of held-out text, and how many tokens there are to train
+    on."""
+    training, heldout = read_documents(
+        config.data,
+        tokenizer,
+        heldout=config.heldout,
+        seed=config.seed,
+        batch=config.batch,
+        length=config.length,
+    )
+    start = start_id(tokenizer)
+    batches = Batches(training, start, batch=config.batch, tokens=config.length, seed=config.seed)
+    unseen = Batches(heldout, start, batch=config.batch, tokens=config.length, seed=None)
+    sizes = f"{_documents_of(training)} to train on, {_documents_of(heldout)} held out"
+    _say(console, f"{config.data}: {sizes}")
+    return batches, unseen, sum(map(len, training))
 
 
-def _text(path: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f'{path}, line {number}: expected a JSON object with "text", '
-            f"found {type(error).__name__}: {error}"
-        ) from None
-    if not isinstance(text, str):
-        raise InputError(
-            f'{path}, line {number}: expected a string as "text", found {type(text).__name__}'
-        )
-    return text
-
-
-def _documents(config: FinetuneConfig, tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Ids of the documents to train on and of those held out; of a single document, its end."""
-    texts = load_texts(config.data)
-    if len(set(texts)) > 1:
-        training, heldout = (
-            _encode(tokenizer, part) for part in split_documents(texts, config.heldout, config.seed)
-        )
-    else:
-        ids = np.concatenate([np.empty(0, np.int32), *_encode(tokenizer, texts[:1])])
-        cut = len(ids) - max(1, round(config.heldout * len(ids)))
-        training, heldout = [ids[:cut]], [ids[cut:][:_HELDOUT_TOKENS]]
-    total, needed = sum(len(ids) + 1 for ids in training), config.batch * config.length
-    if total < needed or not sum(map(len, heldout)):
-        raise InputError(
-            f"{config.data}: expected at least {needed:,} tokens to train on, a step of {config.batch} "
-            f"rows of {config.length}, and some to hold out, found {total:,}; give more text, or a "
-            "smaller batch or length"
-        )
-    before = np.cumsum([0, *map(len, heldout)])[:-1]
-    return training, [
-        ids for ids, begin in zip(heldout, before, strict=True) if begin < _HELDOUT_TOKENS
-    ]
-
-
-def _encode(tokenizer: Any, texts: Any) -> list[np.ndarray]:
-    found = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
-    return [np.array(ids, dtype=np.int32) for ids in found if len(ids)]
-
-
-def _start_id(tokenizer: Any) -> int:
-    """The token that a document begins with."""
-    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return found
-    raise ConfigError(
-        "tokenizer: expected a BOS or EOS token to begin documents with, found neither"
+def _compared(before: np.ndarray, after: np.ndarray, owners: np.ndarray, lora: bool) -> Measured:
+    """Losses of the same tokens, f64 [M] each, paired by document."""
+    _, error = mean_with_error(after - before, owners)
+    return Measured(
+        without=float(before.mean()),
+        with_memory=float(after.mean()),
+        stderr=error,
+        tokens=len(before),
+        documents=len(np.unique(owners)),
+        lora=lora,
     )
 
 
 def _memory_config(
     config: FinetuneConfig, model: Any, tokenizer: Any, vocab: VocabMap, tokens: int
 ) -> EngramConfig:
-    inner = model.config.get_text_config()
-    rows = (
-        min(5 * inner.vocab_size, tokens) if config.rows_per_head is None else config.rows_per_head
-    )
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    text_config = model.config.get_text_config()
+    rows = config.rows_per_head
+    if rows is None:
+        rows = min(5 * text_config.vocab_size, tokens)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id
     return EngramConfig.for_model(
-        inner, config.layers, rows_per_head=rows, vocab_size=len(vocab), pad_id=pad
+        text_config, config.layers, rows_per_head=rows, vocab_size=len(vocab), pad_id=pad
     )
 
 
-def _tell(
+def _check_size(
     model: Any, dtype: DtypeChoice, config: EngramConfig, out: Path, console: Console
 ) -> None:
-    """Say what the model is and what the memory takes. Raises ConfigError if it does not fit while
-    it trains, WriteFailed if not on disk."""
-    takes, free = cost(config), free_memory()
+    """Prints what the model is and what the memory takes.
+
+    Raises ConfigError if the memory does not fit into RAM while it trains, WriteFailed if it does
+    not fit on the disk of `out`.
+    """
+    size = cost(config)
     moments = 2 * config.table_parameters() * torch.float32.itemsize
     parameters = f"{model.num_parameters():,} parameters"
     _say(console, f"{type(model).__name__}: {parameters}, frozen, on {model.device}")
     _say(console, str(dtype))
-    _say(
-        console,
-        f"memory in layers {list(config.hash.layer_ids)}: {takes}; {moments / 1e6:,.1f} MB more while it "
-        "trains",
-    )
-    if free is not None and takes.table_bytes + moments > free:
+    layers = list(config.hash.layer_ids)
+    more = f"{moments / 1e6:,.1f} MB more while it trains"
+    _say(console, f"memory in layers {layers}: {size}; {more}")
+    needed = size.table_bytes + moments
+    free = free_memory()
+    if free is not None and needed > free:
         raise ConfigError(
-            f"training the memory takes {(takes.table_bytes + moments) / 1e6:,.1f} MB of RAM, "
+            f"training the memory takes {needed / 1e6:,.1f} MB of RAM, "
             f"{free / 1e6:,.1f} MB are free: give fewer rows_per_head or layers; {VARIABLE} says "
             "otherwise"
         )
-    check_folder(out, takes.table_bytes + takes.dense_bytes)
+    check_folder(out, size.table_bytes + size.dense_bytes)
 
 
 def _adapted(model: Any, config: FinetuneConfig, console: Console) -> Any:
@@ -304,10 +272,8 @@ def _adapted(model: Any, config: FinetuneConfig, console: Console) -> Any:
     torch.manual_seed(config.seed)
     adapted = with_lora(model, config.lora)
     count = sum(parameter.numel() for parameter in _adapter_parameters(adapted))
-    _say(
-        console,
-        f"LoRA of rank {config.lora}: {count:,} parameters, trained together with the memory",
-    )
+    trained = f"{count:,} parameters, trained together with the memory"
+    _say(console, f"LoRA of rank {config.lora}: {trained}")
     return adapted
 
 
@@ -322,15 +288,14 @@ def _train(
     config: FinetuneConfig,
     report: Callable[[StepReport], None],
 ) -> None:
-    """The backbone stays in eval mode: no dropout beside a memory that is to fit the model as it is
-    served."""
+    """Trains the memory, and the adapters if there are any.
+
+    The backbone stays in eval mode: the memory has to fit the model as it is served, without
+    dropout.
+    """
     model.eval()
     memory.train()
-    groups: list[dict[str, Any]] = [{"params": list(memory.parameters())}]
-    if config.lora is not None:
-        groups.append({"params": _adapter_parameters(model), "lr": config.lr * LORA_RATE})
-    dense = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
-    pair = OptimizerPair(dense, RowAdam(memory, config.lr * ROW_RATE), warmup_cosine(), clip=1.0)
+    pair = _optimizers(model, memory, config)
     size = batches.tokens_per_step
     steps = len(batches) if config.tokens is None else math.ceil(config.tokens / size)
     with stopping() as stop:
@@ -340,19 +305,19 @@ def _train(
             loss = losses_M.mean()
             loss.backward()
             norm = pair.step(step / steps)
-            report(
-                StepReport(
-                    step,
-                    steps,
-                    step * size,
-                    loss.item(),
-                    norm,
-                    size / (time.perf_counter() - began),
-                )
-            )
+            speed = size / (time.perf_counter() - began)
+            report(StepReport(step, steps, step * size, loss.item(), norm, speed))
             if stop:
                 raise stop.error(f"stopped at step {step} of {steps}")
     model.eval()
+
+
+def _optimizers(model: Any, memory: EngramMemory, config: FinetuneConfig) -> OptimizerPair:
+    groups: list[dict[str, Any]] = [{"params": list(memory.parameters())}]
+    if config.lora is not None:
+        groups.append({"params": _adapter_parameters(model), "lr": config.lr * LORA_RATE})
+    dense = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
+    return OptimizerPair(dense, RowAdam(memory, config.lr * ROW_RATE), warmup_cosine(), clip=1.0)
 
 
 @torch.no_grad()
@@ -392,11 +357,8 @@ def _save(
         if config.lora is not None:  # neither is right without the other
             model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     write_card(config.out, memory, config.model, note=note)
-    _say(
-        console,
-        f"saved: {config.out}\n"
-        f'try it: engraphy generate {config.model} {config.out} "..." --show-gates',
-    )
+    _say(console, f"saved: {config.out}")
+    _say(console, f'try it: engraphy generate {config.model} {config.out} "..." --show-gates')
 
 
 def _say(console: Console, line: str) -> None:
