@@ -1,12 +1,12 @@
-"""Row addresses: the plain version and the native kernel side by side, and what writing the result
-alone costs.
+"""Row addresses: the plain version and the native kernel side by side, and the cost of writing the
+result alone.
 
     python bench/address.py [--rounds 15]
 
 One thread. The variants take turns, so that noise meets all of them alike; medians over the rounds.
 A turn is one call, which finds the caches as another variant left them, or several calls in a row,
-as in use. The limit is a fill of the same buffer: no address can be faster than the memory that
-takes it.
+as in use. The limit is a fill of the same buffer: addresses cannot be computed faster than they are
+written.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from engraphy.addresses.addresser import Addresser
 from engraphy.addresses.vocab import VocabMap
 from engraphy.spec import HashSpec
 
-BATCH, TOKENS, RAW_IDS, COMPRESSED_IDS = 8, 2048, 129_280, 99_092
+BATCH = 8
+TOKENS = 2048
+RAW_IDS = 129_280
+COMPRESSED_IDS = 99_092
 CALLS = 200  # single tokens in a row, per turn
 IN_A_ROW = 8  # batches in a row, per turn
 
 
 def production_like() -> Addresser:
-    """Two layers, 2- and 3-grams, 8 heads: 16 columns a layer, over a map of the released one's
-    size."""
+    """Two layers, 2- and 3-grams, 8 heads: 16 columns a layer. The vocabulary map is as large as
+    the released one."""
     rng = np.random.default_rng(0)
     table = np.concatenate(
         [np.arange(COMPRESSED_IDS), rng.integers(0, COMPRESSED_IDS, size=RAW_IDS - COMPRESSED_IDS)]
@@ -72,25 +75,21 @@ def main() -> None:
     addresser = production_like()
     ids = np.random.default_rng(1).integers(0, RAW_IDS, size=(BATCH, TOKENS))
     out = np.empty((2, BATCH, TOKENS, addresser.spec.columns), dtype=np.int64)
-    token, history, one = (
-        ids[:1, -1:].copy(),
-        ids[:1, -3:-1].copy(),
-        np.empty((2, 1, 1, 16), dtype=np.int64),
-    )
-    levels = (
-        {"plain": "off"}
-        if _native.core is None
-        else {"plain": "off", _native.level(): _native.level()}
-    )
+    token = ids[:1, -1:].copy()
+    history = ids[:1, -3:-1].copy()
+    one = np.empty((2, 1, 1, 16), dtype=np.int64)
+    levels = {"plain": "off"}
+    if _native.core is not None:
+        levels[_native.level()] = _native.level()
 
     def prefill(times: int) -> dict[str, Callable[[], object]]:
-        found: dict[str, Callable[[], object]] = {
+        calls: dict[str, Callable[[], object]] = {
             "fill of the buffer": at("auto", lambda: out.fill(7), times)
         }
         for name, level in levels.items():
-            found[f"{name}, into out="] = at(level, lambda: addresser.all_rows(ids, out=out), times)
-            found[f"{name}, new array"] = at(level, lambda: addresser.all_rows(ids), times)
-        return found
+            calls[f"{name}, into out="] = at(level, lambda: addresser.all_rows(ids, out=out), times)
+            calls[f"{name}, new array"] = at(level, lambda: addresser.all_rows(ids), times)
+        return calls
 
     decode: dict[str, Callable[[], object]] = {}
     for name, level in levels.items():
@@ -104,11 +103,12 @@ def main() -> None:
     print(f"native: {_native.reason}")
     for times in (1, IN_A_ROW):
         print(
-            f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, {out.nbytes / 2**20:.0f} MiB of row ids, "
-            f"{rounds} rounds, {times} in a row"
+            f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, "
+            f"{out.nbytes / 2**20:.0f} MiB of row ids, {rounds} rounds, {times} in a row"
         )
         seconds = {name: value / times for name, value in medians(prefill(times), rounds).items()}
-        fill, plain = seconds["fill of the buffer"], seconds["plain, into out="]
+        fill = seconds["fill of the buffer"]
+        plain = seconds["plain, into out="]
         print(f"{'':24}{'ms':>10}{'M tokens/s':>12}{'x plain':>10}{'of limit':>10}")
         for name, value in seconds.items():
             print(

@@ -1,5 +1,5 @@
-"""To be imported before torch: its threads then sleep when they have nothing to do. By default they
-spin for some milliseconds after each call, on the cores of whatever is timed next."""
+"""Import this before torch: its threads then sleep when they have nothing to do. By default they
+spin for some milliseconds after each call, on cores that the next variant needs."""
 
 import os
 

@@ -1,6 +1,7 @@
-"""The limits of the machine, probed by probe.c, and what the machine is; for the other benchmarks.
+"""The limits of the machine, probed by probe.c, and a description of the machine; for the other
+benchmarks.
 
-The probe is compiled when it is needed, for this very machine, and shares no code with the library.
+The probe is compiled when it is needed, for this machine, and shares no code with the library.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Probe:
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise SystemExit(
-                "the limits are probed by a C program: expected a compiler (cc, gcc or clang), found none"
+                "the limits are probed by a C program: expected a compiler (cc, gcc or clang), "
+                "found none"
             )
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, "probe.so")
@@ -52,10 +54,10 @@ class Probe:
                     f"{' '.join(command)}: the probe does not compile:\n{built.stderr}"
                 )
             self._library = ctypes.CDLL(str(library))
-        address, long = ctypes.c_void_p, ctypes.c_int64
-        self._library.probe_gather.argtypes = [address, address, long, long, long, address] + [
-            ctypes.c_int
-        ] * 3
+        address = ctypes.c_void_p
+        long = ctypes.c_int64
+        flags = [ctypes.c_int] * 3
+        self._library.probe_gather.argtypes = [address, address, long, long, long, address, *flags]
         self._library.probe_pread.argtypes = [address, address, long, long, ctypes.c_int]
         self._library.probe_resident.argtypes = [ctypes.c_int, long]
         self._library.probe_map.argtypes = [address, long, long, long]
@@ -75,8 +77,8 @@ class Probe:
         stream: bool,
         call_rows: int | None = None,
     ) -> float:
-        """Rows of a table (uint8, contiguous) to `out`; call_rows: each thread writes so many to
-        the same place."""
+        """Copies rows of a table (uint8, contiguous) to `out`. With `call_rows`, each thread writes
+        that many rows at a time to the same place."""
         if (
             ids_N.dtype != np.int64
             or int(ids_N.max()) >= table.nbytes // row_bytes
@@ -98,11 +100,10 @@ class Probe:
         )
 
     def pread(self, files_N: np.ndarray, offsets_N: np.ndarray, depth: int) -> float:
-        """A page at each offset of the file beside it, `depth` reads under way."""
-        files_N, offsets_N = (
-            np.ascontiguousarray(files_N, np.int32),
-            np.ascontiguousarray(offsets_N, np.int64),
-        )
+        """Reads one page at each offset, from the file with the same index, `depth` reads under
+        way."""
+        files_N = np.ascontiguousarray(files_N, np.int32)
+        offsets_N = np.ascontiguousarray(offsets_N, np.int64)
         return _seconds(
             self._library.probe_pread(
                 files_N.ctypes.data, offsets_N.ctypes.data, len(offsets_N), PAGE, depth
@@ -110,21 +111,22 @@ class Probe:
         )
 
     def resident(self, paths: Sequence[Path]) -> float:
-        """Share of the files that lies in the page cache."""
-        found = total = 0
+        """Share of the files that is in the page cache."""
+        cached = total = 0
         for path in paths:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 pages = self._library.probe_resident(file.fileno(), size)
             if pages < 0:
                 raise OSError(-pages, os.strerror(-pages), str(path))
-            found, total = found + pages, total - (-size // PAGE)
-        return found / total
+            cached += pages
+            total += -(-size // PAGE)
+        return cached / total
 
     @contextlib.contextmanager
     def mapped(self, paths: Sequence[Path], offset: int, size: int) -> Iterator[np.ndarray]:
-        """The same part of several files as one array, uint8 [all], each page in the page table.
-        offset, size: whole pages."""
+        """The same part of several files as one array, uint8 [all], with each page in the page
+        table. `offset` and `size` are whole pages."""
         with contextlib.ExitStack() as stack:
             files = np.array(
                 [stack.enter_context(open(path, "rb")).fileno() for path in paths], np.int32
@@ -133,11 +135,10 @@ class Probe:
         if not memory:
             raise OSError("the system refuses to map the files of the table")
         try:
-            found = np.ctypeslib.as_array(
-                (ctypes.c_uint8 * (len(files) * size)).from_address(memory)
-            )
-            found[::PAGE].max()
-            yield found
+            array_type = ctypes.c_uint8 * (len(files) * size)
+            array = np.ctypeslib.as_array(array_type.from_address(memory))
+            array[::PAGE].max()
+            yield array
         finally:
             self._library.probe_unmap(memory, len(files) * size)
 
@@ -149,23 +150,18 @@ def _seconds(answer: float) -> float:
 
 
 def huge(size: int) -> np.ndarray:
-    """uint8 [size], zero, on huge pages where there are any."""
+    """uint8 [size], zero, on huge pages if the system has any."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 
 
 def machine(folder: Path) -> dict[str, Any]:
-    """What figures depend on; folder: the disk in question."""
+    """What figures depend on; `folder` chooses the disk."""
     text = _first("/proc/cpuinfo", "model name") or platform.processor()
-    mount = max(
-        (
-            line.split()
-            for line in Path("/proc/mounts").read_text().splitlines()
-            if folder.resolve().is_relative_to(line.split()[1])
-        ),
-        key=lambda words: len(words[1]),
-    )
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [words for words in mounts if folder.resolve().is_relative_to(words[1])]
+    mount = max(above, key=lambda words: len(words[1]))
     return {
         "cpu": text,
         "cores": len(os.sched_getaffinity(0)),
@@ -181,11 +177,12 @@ def machine(folder: Path) -> dict[str, Any]:
 
 def _disk(folder: Path) -> dict[str, str]:
     number = os.stat(folder).st_dev
-    found = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    if not found.exists():
+    link = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not link.exists():
         return {}
-    device = found.resolve()
-    device = device.parent if (device / "partition").exists() else device
+    device = link.resolve()
+    if (device / "partition").exists():
+        device = device.parent
     return {
         "name": device.name,
         "model": _read(str(device / "device/model")),

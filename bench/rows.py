@@ -1,13 +1,13 @@
-"""Reading rows as numbers: the plain version and the native kernel side by side, and what moving
-the bytes alone costs.
+"""Reading rows as numbers: the plain version and the native kernel side by side, and the cost of
+moving the bytes alone.
 
     python bench/rows.py [--gib 2] [--ids 65536] [--rounds 9]
 
 One thread, random rows of a table in RAM, into a reused buffer. Each round runs every variant once,
 on ids that were not used lately, so that noise and cold rows meet all of them alike; medians over
-the rounds. Two limits are probed in the same run: `take`, which copies the same records unread into
-a reused buffer, and a copy of as many bytes as `out` has, to which the bytes read and written by
-the kernel are put in proportion.
+the rounds. Two limits are probed in the same run. `take` copies the same records, undecoded, into a
+reused buffer. `copy` copies as many bytes as `out` has; the kernel's bytes read and written are
+compared with its speed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from engraphy import _native
 from engraphy.rows import RowFormat, read
 from engraphy.store import RamStore
 
-KINDS, DIMS = ("f32", "bf16", "fp8", "int8", "int4"), (64, 128, 256)
+KINDS = ("f32", "bf16", "fp8", "int8", "int4")
+DIMS = (64, 128, 256)
 OUTPUTS = {"f32": np.float32, "bf16": np.uint16}
-TOKEN_ROWS, CALLS = 48, 200  # rows of one decoded token; such calls in a row, per round
+TOKEN_ROWS = 48  # of one decoded token
+CALLS = 200  # of one decoded token, in a row, per round
 
 
 def filled(fmt: RowFormat, table_bytes: int) -> RamStore:
-    """A store whose every row is one of 4096 encoded ones."""
+    """A store that repeats 4096 encoded rows."""
     rows = max(1, table_bytes // fmt.row_bytes)
     some = fmt.encode(np.random.default_rng(0).standard_normal((4096, fmt.d), dtype=np.float32))
     store = RamStore(rows, fmt.row_bytes)
@@ -42,9 +44,11 @@ def measure(
     store: RamStore, fmt: RowFormat, out: np.ndarray, levels: dict[str, str], rounds: int
 ) -> dict[str, float]:
     """Median seconds of each variant for len(out) rows."""
-    rng, info = np.random.default_rng(1), store.info
+    rng = np.random.default_rng(1)
+    info = store.info
     batches = itertools.cycle([rng.integers(0, info.rows, len(out)) for _ in range(31)])
-    raw, copy = np.zeros((len(out), info.row_bytes), np.uint8), np.zeros_like(out)
+    raw = np.zeros((len(out), info.row_bytes), np.uint8)
+    copy = np.zeros_like(out)
     variants = {
         name: at(level, lambda: read(store, next(batches), fmt, out))
         for name, level in levels.items()
@@ -64,19 +68,19 @@ def main() -> None:
     parser.add_argument("--ids", type=int, default=65_536, help="rows a call")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    levels = (
-        {"plain": "off"} if _native.core is None else {"plain": "off", "native": _native.level()}
-    )
+    levels = {"plain": "off"}
+    if _native.core is not None:
+        levels["native"] = _native.level()
     last = list(levels)[-1]
 
     print(f"native: {_native.reason}")
     print(
-        f"\n{options.ids} rows a call, tables of {options.gib:g} GiB, {options.rounds} rounds; ns a row; "
-        f"of take, of copy: what {last} reaches of that limit"
+        f"\n{options.ids} rows a call, tables of {options.gib:g} GiB, {options.rounds} rounds; "
+        f"ns a row; of take, of copy: what {last} reaches of that limit"
     )
     print(
-        f"{'rows':>5}{'d':>5}{'out':>6}{'plain':>9}{last:>9}{'ratio':>7}{'take':>8}{'of take':>9}{'copy GB/s':>11}"
-        f"{'of copy':>9}"
+        f"{'rows':>5}{'d':>5}{'out':>6}{'plain':>9}{last:>9}{'ratio':>7}"
+        f"{'take':>8}{'of take':>9}{'copy GB/s':>11}{'of copy':>9}"
     )
     for kind, d in itertools.product(KINDS, DIMS):
         fmt = RowFormat(kind, d)
@@ -90,14 +94,15 @@ def main() -> None:
             copied = out.nbytes / seconds["copy"] / 1e9
             moved = (options.ids * fmt.row_bytes + out.nbytes) / 2 / seconds[last] / 1e9
             print(
-                f"{kind:>5}{d:5}{name:>6}{plain:9.1f}{best:9.1f}{plain / best:7.1f}{take:8.1f}{take / best:9.1%}"
-                f"{copied:11.1f}{moved / copied:9.1%}",
+                f"{kind:>5}{d:5}{name:>6}{plain:9.1f}{best:9.1f}{plain / best:7.1f}"
+                f"{take:8.1f}{take / best:9.1%}{copied:11.1f}{moved / copied:9.1%}",
                 flush=True,
             )
         store.close()
 
     fmt = RowFormat("fp8", 256)
-    store, out = filled(fmt, 2**24), np.zeros((TOKEN_ROWS, 256), np.float32)
+    store = filled(fmt, 2**24)
+    out = np.zeros((TOKEN_ROWS, 256), np.float32)
     ids = np.random.default_rng(2).integers(0, store.info.rows, TOKEN_ROWS)
     calls = {
         name: at(level, lambda: read(store, ids, fmt, out), CALLS) for name, level in levels.items()

@@ -1,4 +1,4 @@
-"""Variants that take turns, and tables of what each reached beside a limit; for the other
+"""Variants that take turns, and tables that compare each with a limit; for the other
 benchmarks."""
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to read `rows` rows. run: is given what `prepare` returned, which is not timed; may
-    return seconds of its own."""
+    """One way to read rows.
+
+    Attributes:
+        rows: Rows that one run reads.
+        prepare: Makes the input of `run`; not timed.
+        run: Takes what `prepare` returned. May return the seconds that it clocked itself.
+    """
 
     rows: int
     prepare: Callable[[], Any]
@@ -22,19 +27,20 @@ class Variant:
 
 
 def rows_a_second(variants: Mapping[str, Variant], rounds: int, seed: int) -> dict[str, float]:
-    """Of each variant, the median over the rounds. Each round runs every variant once, in an order
-    of its own; one round before them is not counted."""
+    """Median speed of each variant over the rounds. Each round runs every variant once, in an order
+    of its own. One round before them is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    order, shuffle = list(variants), random.Random(seed).shuffle
+    order = list(variants)
+    shuffle = random.Random(seed).shuffle
     for _ in range(rounds + 1):
         shuffle(order)
         for name in order:
-            given = variants[name].prepare()
+            prepared = variants[name].prepare()
             begun = time.perf_counter()
-            answer = variants[name].run(given)
+            answer = variants[name].run(prepared)
             taken = time.perf_counter() - begun
             seconds[name].append(answer if isinstance(answer, float) else taken)
-            del given, answer
+            del prepared, answer
     return {
         name: variants[name].rows / statistics.median(values[1:])
         for name, values in seconds.items()
@@ -43,8 +49,16 @@ def rows_a_second(variants: Mapping[str, Variant], rounds: int, seed: int) -> di
 
 @dataclass(frozen=True)
 class Result:
-    """Rows a second of paths, in the order in which they are shown. limit: which of them is the
-    limit. asked: of a path, at least so many times another one."""
+    """Speeds of several paths.
+
+    Attributes:
+        title: What was measured.
+        row_bytes: Size of a row.
+        speeds: Rows a second by path, in the order in which they are shown.
+        limit: The path that is the limit.
+        asked: By path, pairs of (least ratio, other path): its speed should be at least that many
+            times the other's.
+    """
 
     title: str
     row_bytes: int
@@ -53,13 +67,18 @@ class Result:
     asked: Mapping[str, Sequence[tuple[float, str]]] = field(default_factory=dict)
 
     def missed(self) -> list[str]:
-        """What was asked for and not reached, in words."""
-        return [
-            f"{self.title}: {path} is {self.speeds[path] / self.speeds[other]:.2f} times {other}, asked: {least:g}"
-            for path, asked in self.asked.items()
-            for least, other in asked
-            if other in self.speeds and self.speeds[path] < least * self.speeds[other]
-        ]
+        """The ratios that were asked for and not reached, in words."""
+        lines = []
+        for path, asked in self.asked.items():
+            for least, other in asked:
+                if other not in self.speeds:
+                    continue
+                ratio = self.speeds[path] / self.speeds[other]
+                if ratio < least:
+                    lines.append(
+                        f"{self.title}: {path} is {ratio:.2f} times {other}, asked: {least:g}"
+                    )
+        return lines
 
     def markdown(self) -> str:
         lines = [
@@ -80,22 +99,24 @@ class Result:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
+        asked = {path: [list(pair) for pair in pairs] for path, pairs in self.asked.items()}
         return {
             "title": self.title,
             "row_bytes": self.row_bytes,
             "limit": self.limit,
             "rows_a_second": {name: round(speed, 1) for name, speed in self.speeds.items()},
-            "asked": {name: [list(each) for each in asked] for name, asked in self.asked.items()},
+            "asked": asked,
         }
 
 
 def best(speeds: Mapping[str, float], prefix: str) -> str:
-    """The fastest of the variants whose names begin so."""
+    """The fastest of the variants whose names begin with `prefix`."""
     return max((name for name in speeds if name.startswith(prefix)), key=lambda name: speeds[name])
 
 
 def best_first(speeds: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """The fastest of these under the name `prefix`, then the others."""
+    """The fastest variant whose name begins with `prefix`, under the name `prefix`, then all
+    variants with other names."""
     others = {name: speed for name, speed in speeds.items() if not name.startswith(prefix)}
     return {prefix: speeds[best(speeds, prefix)], **others}
 

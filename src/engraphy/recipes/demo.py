@@ -1,9 +1,9 @@
-"""`engraphy demo`: three arms on the same text, a table that survives the disk bit for bit, and a
-report to look at.
+"""`engraphy demo`: trains three arms on the same text, saves and reopens the table, and writes a
+report.
 
-Dense, a mixture of experts, and the same mixture with part of its routed experts' parameters moved
-into a memory: activated parameters are equal in all three, totals in the last two (paper, section
-3).
+The arms are dense, a mixture of experts, and the same mixture with part of its routed experts'
+parameters moved into a memory. Activated parameters are equal in all three, totals in the last two
+(paper, section 3). The reopened table has to give the same logits bit for bit.
 """
 
 from __future__ import annotations
@@ -56,9 +56,17 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes of a demo. tokens: of training, for each arm. dtype: as `choose_dtype` takes it.
-    resume: continue the runs that `folder` holds, in the dtype that they have. threads: of each
-    arm; None = an equal share of the CPUs."""
+    """Sizes of a demo.
+
+    Attributes:
+        folder: Where everything is written.
+        corpus: The text, and how it is tokenised and packed.
+        tokens: Tokens of training, for each arm.
+        seed: Seed of the weights and of the order.
+        dtype: As `choose_dtype` takes it.
+        resume: True continues the runs that `folder` holds, in the dtype that they have.
+        threads: Threads of each arm; None = an equal share of the CPUs.
+    """
 
     folder: Path
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -74,18 +82,23 @@ class DemoConfig:
             raise ConfigError(f"threads: expected 1 or more, found {self.threads}")
 
     def arms(self, dtype: DtypeChoice | None = None) -> ArmConfig:
-        """Settings that all arms share. dtype: `chosen_dtype`, where the caller has it."""
+        """Returns the settings that all arms share.
+
+        Args:
+            dtype: What `chosen_dtype` returned; None = it is called.
+        """
         name = (dtype or self.chosen_dtype()).name
         train = TrainConfig(self.tokens, dtype=name, heldout_every=100, checkpoint_every=200)
         return ArmConfig(train, self.seed)
 
     def chosen_dtype(self) -> DtypeChoice:
-        """The dtype that all arms compute in. A run that is resumed keeps its own on any machine.
+        """Returns the dtype that all arms compute in. A resumed run keeps its own on any machine.
 
-        Raises ConfigError if another one is demanded, or if a checkpoint cannot be read.
+        Raises:
+            ConfigError: If the config asks for another dtype than that of the run, or if a
+                checkpoint cannot be read.
         """
-        found = [checkpoints(self.folder / name)[-1:] for name in ARMS] if self.resume else []
-        saved = next((path for paths in found for path in paths), None)
+        saved = self._newest_checkpoint() if self.resume else None
         if saved is None:
             return choose_dtype(self.dtype)
         name = described(saved)["config"]["dtype"]
@@ -96,23 +109,37 @@ class DemoConfig:
             )
         return DtypeChoice(name, "of the run that is resumed")
 
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the first arm that has one."""
+        for name in ARMS:
+            paths = checkpoints(self.folder / name)
+            if paths:
+                return paths[-1]
+        return None
+
 
 def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
-    """Run the demo and write `folder`/report.json and report.html. Returns the report.
+    """Runs the demo and writes report.json and report.html into `config.folder`.
 
-    Raises ConfigError where `folder` holds another run, DataUnavailable for text that cannot be
-    had, EngraphyError where an arm fails.
+    Args:
+        config: Text, sizes and folder.
+        console: Where progress and results are printed.
+
+    Returns:
+        The report, in format "engraphy-report-1".
+
+    Raises:
+        ConfigError: If the folder holds another run.
+        DataUnavailable: If the text is not there and cannot be fetched.
+        EngraphyError: If an arm fails.
     """
     dtype = config.chosen_dtype()
-    corpus_folder, arm_config = config.folder / "corpus", config.arms(dtype)
+    arm_config = config.arms(dtype)
+    corpus_folder = config.folder / "corpus"
     console.print(dtype, soft_wrap=True, markup=False)
     with console.status(f"Preparing {config.corpus.data}: tokenizer, vocabulary map, token ids"):
         corpus = _corpus(corpus_folder, config.corpus)
-    trained = sum(len(ids) for ids in corpus.training)
-    console.print(
-        f"{escape(corpus.name)}: {len(corpus.training):,} documents of {trained:,} tokens to train on, "
-        f"{len(corpus.heldout):,} held out. Licence: {corpus.licence}"
-    )
+    console.print(_described(corpus))
     with ArmProgress(console, LABELS) as progress:
         train_arms(
             ARMS,
@@ -124,26 +151,45 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
             config.threads,
         )
     with console.status("Measuring: losses, gates, the table on disk"):
-        loaded = {name: load(name, corpus, arm_config, config.folder) for name in ARMS}
-        models = {name: model for name, (model, _) in loaded.items()}
-        trained_arms = {name: curves(config.folder / name) for name in ARMS}
-        report = _header(config, arm_config, corpus, len(trained_arms["memory"]["curve"]))
-        report |= _measure(
-            models, {name: arm for name, (_, arm) in loaded.items()}, corpus, arm_config
-        )
-        report |= _table_on_disk(models["memory"], corpus, config.folder / "engram")
-        for told in report["arms"]:
-            told |= trained_arms[told["name"]]
-    written = page.write(report, config.folder)
+        report = _report(config, arm_config, corpus)
+    path = page.write(report, config.folder)
     console.print(summary(report))
     console.print(headline(report))
-    console.print(f"Report: {escape(str(written))}")
+    console.print(f"Report: {escape(str(path))}")
+    return report
+
+
+def _described(corpus: Corpus) -> str:
+    """The size of a corpus, for the terminal."""
+    tokens = sum(len(ids) for ids in corpus.training)
+    return (
+        f"{escape(corpus.name)}: {len(corpus.training):,} documents of {tokens:,} tokens to train "
+        f"on, {len(corpus.heldout):,} held out. Licence: {corpus.licence}"
+    )
+
+
+def _report(config: DemoConfig, arm_config: ArmConfig, corpus: Corpus) -> dict[str, Any]:
+    """Measures the trained arms of `config.folder`; saves and reopens the table."""
+    models, arms = {}, {}
+    for name in ARMS:
+        models[name], arms[name] = load(name, corpus, arm_config, config.folder)
+    training = {name: curves(config.folder / name) for name in ARMS}
+    report = _header(config, arm_config, corpus, len(training["memory"]["curve"]))
+    report |= _measure(models, arms, corpus, arm_config)
+    report |= _table_on_disk(models["memory"], corpus, config.folder / "engram")
+    for arm in report["arms"]:
+        arm |= training[arm["name"]]
     return report
 
 
 def summary(report: dict[str, Any]) -> RichTable:
-    """The comparison as a table for the terminal."""
-    names = [told["label"] for told in report["arms"]]
+    """Returns the comparison as a table for the terminal.
+
+    Args:
+        report: What `demo` returned.
+    """
+    arms = report["arms"]
+    gaps = [report["differences"][name] for name in ("moe - dense", "memory - moe")]
     table = RichTable(
         title="One text, the same tokens in the same order",
         title_justify="left",
@@ -151,49 +197,45 @@ def summary(report: dict[str, Any]) -> RichTable:
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    for name in [*names, "MoE - Dense", "Memory - MoE"]:
+    for name in [*(arm["label"] for arm in arms), "MoE - Dense", "Memory - MoE"]:
         table.add_column(name, justify="right")
     for label, key in (
         ("parameters", "total"),
         ("activated a token", "activated"),
         ("in the table", "table"),
     ):
-        table.add_row(label, *(f"{told['parameters'][key]:,}" for told in report["arms"]), "", "")
+        table.add_row(label, *(f"{arm['parameters'][key]:,}" for arm in arms), "", "")
     for label, key in (("table rows", "rows"), ("table bytes", "bytes")):
-        table.add_row(
-            label,
-            *(f"{told['table'][key]:,}" if told["table"] else "" for told in report["arms"]),
-            "",
-            "",
-        )
-    table.add_row(
-        "tokens/s", *(f"{told['tokens_per_second']:,.0f}" for told in report["arms"]), "", ""
-    )
-    gaps = [report["differences"][name] for name in ("moe - dense", "memory - moe")]
+        sizes = [f"{arm['table'][key]:,}" if arm["table"] else "" for arm in arms]
+        table.add_row(label, *sizes, "", "")
+    table.add_row("tokens/s", *(f"{arm['tokens_per_second']:,.0f}" for arm in arms), "", "")
     table.add_row(
         "validation loss",
-        *(f"{told['validation_loss']:.4f}" for told in report["arms"]),
+        *(f"{arm['validation_loss']:.4f}" for arm in arms),
         *(f"{gap['all']:+.4f}" for gap in gaps),
     )
     for row in report["frequency"]:
         bucket = row["bucket"]
+        label = bucket if row["low"] is None else f"trigram {bucket}"
         table.add_row(
-            f"  {bucket if row['low'] is None else f'trigram {bucket}'} ({row['share']:.1%})",
-            *(f"{told['loss_by_frequency'][bucket]:.4f}" for told in report["arms"]),
+            f"  {label} ({row['share']:.1%})",
+            *(f"{arm['loss_by_frequency'][bucket]:.4f}" for arm in arms),
             *(f"{gap[bucket]:+.4f}" for gap in gaps),
         )
     return table
 
 
 def headline(report: dict[str, Any]) -> str:
-    """What came out, in two lines."""
+    """Returns what came out, in two lines.
+
+    Args:
+        report: What `demo` returned.
+    """
     gap = report["differences"]["memory - moe"]
     equal = "equal bit for bit" if report["logits_equal"] else "DIFFERENT"
-    error = (
-        f"standard error over documents {gap['all_stderr']:.4f}"
-        if "all_stderr" in gap
-        else "one document, so no standard error"
-    )
+    error = "one document, so no standard error"
+    if "all_stderr" in gap:
+        error = f"standard error over documents {gap['all_stderr']:.4f}"
     return (
         f"Memory - MoE: {gap['all']:+.4f} nats a token on held-out text ({error}, one seed).\n"
         f"Table written to disk and reopened: logits {equal}."
@@ -209,43 +251,20 @@ def _corpus(folder: Path, config: CorpusConfig) -> Corpus:
 
 
 def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus, steps: int) -> dict[str, Any]:
-    train, commit = arms.train, provenance.commit()
-    versions = {
-        name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")
-    }
+    """What the run was made with, and how to run it again."""
     return {
-        "format": "engraphy-report-1",
+        "format": page.FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": config.seed,
-        "versions": {
-            "engraphy": __version__,
-            **({"commit": commit} if commit else {}),
-            "python": platform.python_version(),
-            **versions,
-        },
+        "versions": _versions(),
         "machine": {
             "cpu": cpu.name(),
             "cores": len(os.sched_getaffinity(0)),
             "isa": _native.level(),
             "native": _native.core is not None,
         },
-        "settings": {
-            "tokens": train.tokens,
-            "steps": steps,
-            "batch": corpus.config.batch,
-            "length": corpus.config.length,
-            "vocabulary": corpus.vocab_size,
-            "hashed_ids": len(corpus.vocab),
-            "learning_rate": train.lr,
-            "row_rate_scale": train.row_rate_scale,
-            "weight_decay": train.weight_decay,
-            "row_std": arms.row_std,
-            "rho": arms.rho,
-            "dtype": train.dtype,
-            "tokenizer": corpus.config.tokenizer or "BPE trained on the text",
-            "heldout_share": corpus.config.heldout,
-        },
+        "settings": _settings(arms, corpus, steps),
         "data": {
             "name": corpus.name,
             "licence": corpus.licence,
@@ -257,19 +276,50 @@ def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus, steps: int) -> 
     }
 
 
+def _versions() -> dict[str, str]:
+    commit = provenance.commit()
+    packages = ("torch", "numpy", "tokenizers", "safetensors")
+    return {
+        "engraphy": __version__,
+        **({"commit": commit} if commit else {}),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def _settings(arms: ArmConfig, corpus: Corpus, steps: int) -> dict[str, Any]:
+    train = arms.train
+    return {
+        "tokens": train.tokens,
+        "steps": steps,
+        "batch": corpus.config.batch,
+        "length": corpus.config.length,
+        "vocabulary": corpus.vocab_size,
+        "hashed_ids": len(corpus.vocab),
+        "learning_rate": train.lr,
+        "row_rate_scale": train.row_rate_scale,
+        "weight_decay": train.weight_decay,
+        "row_std": arms.row_std,
+        "rho": arms.rho,
+        "dtype": train.dtype,
+        "tokenizer": corpus.config.tokenizer or "BPE trained on the text",
+        "heldout_share": corpus.config.heldout,
+    }
+
+
 def _measure(
     models: dict[str, LM], arms: dict[str, Arm], corpus: Corpus, config: ArmConfig
 ) -> dict[str, Any]:
     batches = corpus.heldout_batches()
-    # Counts are of the training text; a run of less or more than one epoch saw less or more of it.
+    # Counts are of the whole training text, whatever part of it a run has seen.
     counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
     losses = {
         name: measure.Losses(model, batches, counts, config.train.dtype)
         for name, model in models.items()
     }
-    told = []
+    measured = []
     for name, model in models.items():
-        told.append(
+        measured.append(
             {
                 "name": name,
                 "label": LABELS[name],
@@ -281,7 +331,7 @@ def _measure(
             }
         )
     return {
-        "arms": told,
+        "arms": measured,
         "frequency": measure.frequency_table(losses["memory"]),
         "differences": {
             "moe - dense": measure.difference(losses["moe"], losses["dense"]),
@@ -305,17 +355,17 @@ def _table_size(memory: EngramMemory | None) -> dict[str, int] | None:
 
 
 def _continuations(model: LM, corpus: Corpus) -> list[dict[str, str]]:
-    told = []
+    continuations = []
     for prompt in PROMPTS:
         ids = [corpus.end_id, *corpus.tokenizer.encode(prompt, add_special_tokens=False).ids]
         new = model.generate(ids, 32, temperature=0.7, top_k=40, seed=0, stop_id=corpus.end_id)
-        told.append({"prompt": prompt, "text": corpus.tokenizer.decode(new)})
-    return told
+        continuations.append({"prompt": prompt, "text": corpus.tokenizer.decode(new)})
+    return continuations
 
 
 @torch.no_grad()
 def _table_on_disk(model: LM, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    """Save the memory, serve its table from the file, and compare logits bit for bit."""
+    """Saves the memory, serves its table from the file, and compares logits bit for bit."""
     memory = model.memory
     if memory is None:
         raise EngraphyError("expected a model with a memory")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from ..errors import ConfigError, InputError
 from ..hf import load
@@ -20,13 +21,22 @@ from ..hf.pretrained import load_adapter, load_model, load_tokenizer
 from ..memory.memory import Trace
 from ..train.dtype import AUTO, check_dtype
 
-_FAINT, _FULL = (237, 243, 251), (8, 69, 148)  # the ends of a layer's colour scale
+# The ends of a layer's colour scale, as RGB.
+_FAINT = (237, 243, 251)
+_FULL = (8, 69, 148)
 
 
 @dataclass(frozen=True)
 class Token:
-    """gates: layer -> one value from 0 to 1 for each residual stream, how much of what the memory
-    holds for the n-gram that ends here is let in."""
+    """One token of a text.
+
+    Attributes:
+        id: Its id.
+        text: What it adds to the text.
+        generated: False for a token of the prompt.
+        gates: By layer, one value from 0 to 1 for each residual stream: how much the memory adds
+            of what it holds for the n-grams that end here.
+    """
 
     id: int
     text: str
@@ -34,13 +44,20 @@ class Token:
     gates: dict[int, list[float]]
 
     def gate(self, layer: int) -> float:
-        """Mean over the streams."""
+        """Returns the mean gate of a layer over the streams."""
         return sum(self.gates[layer]) / len(self.gates[layer])
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated for a prompt. tokens: of both."""
+    """What was generated for a prompt.
+
+    Attributes:
+        prompt: The prompt.
+        text: What follows it.
+        layers: Layers with a memory, 0-based.
+        tokens: Tokens of prompt and text.
+    """
 
     prompt: str
     text: str
@@ -48,7 +65,7 @@ class Generation:
     tokens: tuple[Token, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns the generation as plain JSON values."""
         return {
             **asdict(self),
             "layers": list(self.layers),
@@ -58,10 +75,18 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """model: folder or hub name. memory: folder that `memory.save` or `finetune` wrote, or its name
-    on the hub; adapters in it are loaded too. tokens: the most to generate. temperature: 0 = the
-    likeliest token each time, else samples drawn by `seed`. dtype: as `choose_dtype`
-    takes it."""
+    """What to generate, and with what.
+
+    Attributes:
+        model: Folder or hub name of the model.
+        memory: Folder that `memory.save` or `finetune` wrote, or its name on the hub. Adapters in
+            it are loaded too.
+        prompt: Text to go on from.
+        tokens: The most tokens to generate.
+        temperature: 0 = the likeliest token each time; above 0 = samples.
+        seed: Seed of the samples.
+        dtype: As `choose_dtype` takes it.
+    """
 
     model: str
     memory: str
@@ -81,11 +106,19 @@ class GenerateConfig:
 
 @torch.no_grad()
 def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: None) -> Generation:
-    """Generate, then read the gates off one forward over prompt and text together.
+    """Generates text, then reads the gates from one forward pass over prompt and text.
 
-    say: is given the dtype that was chosen and why, as one line. Raises DataUnavailable for a model
-    or tokenizer that is not there, DigestMismatch for a memory of another tokenizer, InputError for
-    a prompt without tokens.
+    Args:
+        config: Model, memory, prompt and settings.
+        say: Called with one line: the dtype that was chosen, and why.
+
+    Returns:
+        The text, and the gates of each token.
+
+    Raises:
+        DataUnavailable: If the model, its tokenizer or the memory is not there.
+        DigestMismatch: If the memory was made for another tokenizer.
+        InputError: If the prompt has no tokens.
     """
     tokenizer = load_tokenizer(config.model)
     model, dtype = load_model(config.model, config.dtype)
@@ -94,64 +127,70 @@ def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: N
     if (adapter := adapter_of(folder)) is not None:
         model = load_adapter(model, adapter)
     memory = load(model, folder, tokenizer=tokenizer).eval()
-    prompt_BT = torch.tensor(
-        [tokenizer(config.prompt)["input_ids"]], dtype=torch.long, device=model.device
-    )
+    prompt_ids = tokenizer(config.prompt)["input_ids"]
+    prompt_BT = torch.tensor([prompt_ids], dtype=torch.long, device=model.device)
     if not prompt_BT.numel():
         raise InputError(f"prompt: expected at least one token, {config.prompt!r} has none")
+    ids_BT = _generated(model, prompt_BT, config, _pad_id(tokenizer))
+    trace = Trace()
+    model(input_ids=ids_BT, use_cache=False, engraphy_trace=trace)
+    begin = prompt_BT.shape[1]
+    ids = ids_BT[0].tolist()
+    texts = _pieces(tokenizer, ids)
+    tokens = []
+    for t, (token_id, text) in enumerate(zip(ids, texts, strict=True)):
+        gates = {layer: trace.gates[layer][0, t].tolist() for layer in memory.layers}
+        tokens.append(Token(token_id, text, t >= begin, gates))
+    layers = tuple(memory.layers)
+    return Generation(config.prompt, "".join(texts[begin:]), layers, tuple(tokens))
+
+
+def _generated(model: Any, prompt_BT: Tensor, config: GenerateConfig, pad_id: int | None) -> Tensor:
+    """Ids of prompt and text, int64 [1, T]."""
     torch.manual_seed(config.seed)
-    sampling = (
-        {"do_sample": True, "temperature": config.temperature}
-        if config.temperature
-        else {"do_sample": False}
-    )
-    ids_BT = model.generate(
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature:
+        sampling = {"do_sample": True, "temperature": config.temperature}
+    return model.generate(
         prompt_BT,
         attention_mask=torch.ones_like(prompt_BT),
         max_new_tokens=config.tokens,
-        pad_token_id=_pad_id(tokenizer),
+        pad_token_id=pad_id,
         **sampling,
     )
-    trace = Trace()
-    model(input_ids=ids_BT, use_cache=False, engraphy_trace=trace)
-    ids, given = ids_BT[0].tolist(), prompt_BT.shape[1]
-    texts = _pieces(tokenizer, ids)
-    tokens = tuple(
-        Token(
-            ids[t],
-            texts[t],
-            t >= given,
-            {layer: trace.gates[layer][0, t].tolist() for layer in memory.layers},
-        )
-        for t in range(len(ids))
-    )
-    return Generation(config.prompt, "".join(texts[given:]), tuple(memory.layers), tokens)
 
 
 def show(generation: Generation, gates: bool, console: Console) -> None:
-    """Print the text, what was generated in bold; with `gates` once for each layer, coloured by its
-    gate.
+    """Prints the text, with what was generated in bold.
 
-    A terminal without colours gets a table of numbers.
+    Args:
+        generation: What `generate` returned.
+        gates: True prints the text once for each layer, coloured by its gate; a console without
+            colours gets a table of numbers.
+        console: Where to print.
     """
     if not gates:
         pieces = ((token.text, "bold" if token.generated else "") for token in generation.tokens)
         console.print(Text.assemble(*pieces), soft_wrap=True)
     elif console.color_system is None:
-        table = Table("token", *(f"layer {layer}" for layer in generation.layers), box=None)
-        for token in generation.tokens:
-            table.add_row(
-                Text(repr(token.text)), *(f"{token.gate(layer):.3f}" for layer in generation.layers)
-            )
-        console.print(table)
+        console.print(_gate_table(generation))
     else:
         for layer in generation.layers:
             console.print(_coloured(generation, layer), soft_wrap=True)
 
 
+def _gate_table(generation: Generation) -> Table:
+    """A row for each token, a column for each layer."""
+    table = Table("token", *(f"layer {layer}" for layer in generation.layers), box=None)
+    for token in generation.tokens:
+        gates = [f"{token.gate(layer):.3f}" for layer in generation.layers]
+        table.add_row(Text(repr(token.text)), *gates)
+    return table
+
+
 def _coloured(generation: Generation, layer: int) -> Text:
-    """A line that tells the layer's scale, lowest to highest gate of these tokens, and the text on
-    that scale."""
+    """A line with the layer's scale, from the lowest to the highest gate of these tokens, and the
+    text on that scale."""
     values = [token.gate(layer) for token in generation.tokens]
     low, high = min(values), max(values)
     text = Text.assemble(
@@ -166,23 +205,25 @@ def _coloured(generation: Generation, layer: int) -> Text:
 
 
 def _style(share: float, bold: bool) -> Style:
-    """A background between _FAINT and _FULL, and text that can be read on it, whatever the
-    terminal's own colours."""
-    red, green, blue = (
-        round(low + share * (high - low)) for low, high in zip(_FAINT, _FULL, strict=True)
-    )
+    """A background between _FAINT and _FULL, and a text colour that can be read on it whatever the
+    terminal's own colours are."""
+    ends = zip(_FAINT, _FULL, strict=True)
+    red, green, blue = (round(low + share * (high - low)) for low, high in ends)
     color = "rgb(255,255,255)" if share > 0.5 else "rgb(0,0,0)"
     return Style(color=color, bgcolor=f"rgb({red},{green},{blue})", bold=bold)
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens comes with the last of them."""
+    """The text that each token adds. A character of several tokens comes with the last of them."""
     texts, shown = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        whole = end == len(ids) or not text.endswith("\ufffd")
-        texts.append(text[len(shown) :] if whole else "")
-        shown = text if whole else shown
+        incomplete = text.endswith("\ufffd") and end < len(ids)
+        if incomplete:
+            texts.append("")
+            continue
+        texts.append(text[len(shown) :])
+        shown = text
     return texts
 
 

@@ -1,5 +1,5 @@
-"""Progress of arms that train side by side: bars in a terminal, a line now and then in a log;
-curves afterwards."""
+"""Progress of arms that train side by side: bars in a terminal, lines in a log, and curves
+afterwards."""
 
 from __future__ import annotations
 
@@ -22,21 +22,30 @@ from rich.progress import (
 
 from ..lm.loop import StepReport
 
-_LOG_SECONDS = 30.0
+_LOG_SECONDS = 30.0  # between two lines of an arm in a log
+_COLUMNS = (
+    "loss {task.fields[loss]}  held-out {task.fields[heldout]}  {task.fields[speed]:>6} tokens/s"
+)
 
 
 class ArmProgress:
-    """Shows `step` reports of several arms; a context manager."""
+    """Shows the steps of several arms: bars in a terminal, else a line now and then.
+
+    A context manager.
+
+    Args:
+        console: Where to print.
+        labels: What an arm is called, by its name.
+    """
 
     def __init__(self, console: Console, labels: Mapping[str, str]):
-        self.console, self.labels = console, labels
+        self.console = console
+        self.labels = labels
         self._bars = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]}  held-out {task.fields[heldout]}  {task.fields[speed]:>6} tokens/s"
-            ),
+            TextColumn(_COLUMNS),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -52,38 +61,53 @@ class ArmProgress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def step(self, name: str, told: StepReport) -> None:
-        """Take one step's report of an arm."""
-        if told.heldout is not None:
-            self._heldout[name] = f"{told.heldout:.3f}"
+    def step(self, name: str, report: StepReport) -> None:
+        """Shows one step of an arm.
+
+        Args:
+            name: Name of the arm, a key of `labels`.
+            report: What the step reported.
+        """
+        if report.heldout is not None:
+            self._heldout[name] = f"{report.heldout:.3f}"
         shown: dict[str, Any] = {
-            "loss": f"{told.loss:.3f}",
+            "loss": f"{report.loss:.3f}",
             "heldout": self._heldout.get(name, "  -  "),
-            "speed": f"{told.tokens_per_second:,.0f}",
+            "speed": f"{report.tokens_per_second:,.0f}",
         }
         label = self.labels[name]
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(label, total=told.steps, **shown)
-        self._bars.update(self._tasks[name], completed=told.step, **shown)
-        now = time.monotonic()
-        if not self.console.is_terminal and (
-            told.step == told.steps or now - self._logged.get(name, 0) > _LOG_SECONDS
-        ):
-            self._logged[name] = now
+            self._tasks[name] = self._bars.add_task(label, total=report.steps, **shown)
+        self._bars.update(self._tasks[name], completed=report.step, **shown)
+        if not self.console.is_terminal and self._line_is_due(name, report):
             self.console.print(
-                f"{label:<20} step {told.step}/{told.steps}  loss {shown['loss']}  "
+                f"{label:<20} step {report.step}/{report.steps}  loss {shown['loss']}  "
                 f"held-out {shown['heldout']}  {shown['speed']} tokens/s"
             )
 
+    def _line_is_due(self, name: str, report: StepReport) -> bool:
+        """True after the last step, and if the last line of the arm is _LOG_SECONDS old."""
+        now = time.monotonic()
+        due = report.step == report.steps or now - self._logged.get(name, 0) > _LOG_SECONDS
+        if due:
+            self._logged[name] = now
+        return due
+
 
 def curves(folder: Path) -> dict[str, Any]:
-    """What the metrics of a run say about it, resumed parts included. folder: where `lm.loop.train`
-    wrote.
+    """Reads what the metrics of a run say about it, resumed parts included.
 
-    curve, heldout_curve: [tokens, nats a token] of steps and of held-out text. seconds: spent in
-    steps, held-out losses and checkpoints left out. tokens_per_second: median of whole steps,
-    optimiser included. max_expert_load: highest of the second half, over the mean load of an
-    expert; None without experts.
+    Args:
+        folder: Where `lm.loop.train` wrote.
+
+    Returns:
+        A dict of JSON values:
+        curve: [tokens, nats a token] of each step.
+        heldout_curve: [tokens, nats a token] of held-out text.
+        max_expert_load: Highest of the second half, over the mean load of an expert; None without
+        experts.
+        seconds: Time in steps, without held-out losses and checkpoints.
+        tokens_per_second: Median of whole steps, optimiser included.
     """
     with open(folder / "metrics.jsonl") as file:
         steps = [json.loads(line) for line in file]
