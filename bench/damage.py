@@ -1,19 +1,24 @@
-"""Random damage to tables, and what came of it: a named error, the right rows, or, never, wrong
-ones.
+"""Random damage to tables, and the outcome: a named error, the right rows, or wrong rows, which
+must never be.
 
     python bench/damage.py [--trials 100000] [--seed 0] [--folder /dev/shm] [--out
     results/damage/trials.json]
 
-Each trial damages one of seven small tables, one a row format, at a random place: before it is
-opened, or while it is served. It is then read whole through a random store, with or without the
-native core, as bytes and as numbers. Counted are: an error of Engraphy's own at opening, at
-reading; the right rows; and for bytes of rows that were changed behind the table's back, which
-opening does not look at, rows `served until verified`: `Table.verify` has to report them.
+Each trial damages one of seven small tables, one for each row format, at a random place: before it
+is opened, or while it is served. It is then read whole through a random store, with or without the
+native core, as bytes and as numbers. These outcomes are counted:
 
-Rows that differ from those written and that `verify` finds nothing wrong with, or that differ
-although no byte of a row was changed, are WRONG ROWS; every other exception is an unnamed error;
-trials run in a process of their own, since one may die. The exit code is 1 unless there is none of
-these. --first N begins at trial N: a trial depends on seed and number alone.
+- an error of Engraphy's own, at opening or at reading;
+- the right rows;
+- rows `served until verified`: bytes of rows were changed behind the table's back. Opening does not
+  look at them, and `Table.verify` has to report them;
+- WRONG ROWS: rows differ from those written, and `verify` reports nothing or no byte of a row was
+  changed;
+- an unnamed error: any other exception;
+- a process that died: trials run in a process of their own.
+
+The exit code is 1 if there is any of the last three. --first N begins at trial N: a trial depends
+only on its seed and its number.
 """
 
 from __future__ import annotations
@@ -23,26 +28,24 @@ import json
 import os
 import secrets
 import select
-import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from damages import BEFORE, ROWS, SERVED, Damage, Specimen
+from damages import BEFORE, FORMATS, LAYERS, ROWS, SERVED, Damage, Specimen, make
 
 from engraphy import _native
-from engraphy.addresses.vocab import VocabMap
 from engraphy.errors import EngraphyError
 from engraphy.memory.prefetch import Prefetcher
 from engraphy.rows import RowFormat, read
-from engraphy.spec import EngramConfig, HashSpec, LayerSpec
 from engraphy.store import RowStore, open_store
 from engraphy.table import Table
 
@@ -56,17 +59,6 @@ OUTCOMES = (
     "process died",
 )
 BAD = OUTCOMES[4:]
-LAYERS = (1, 3)
-# Kind, d, rows of a head and of a shard.
-FORMATS = (
-    ("f32", 64, 60, 90),
-    ("f16", 32, 30, None),
-    ("bf16", 32, 60, 130),
-    ("fp8", 64, 40, 64),
-    ("fp8_scaled", 32, 40, 90),
-    ("int8", 32, 20, None),
-    ("int4", 32, 60, 140),
-)
 WAYS = (
     "file:{}?read=mmap",
     "file:{}?read=pread&threads=2",
@@ -80,12 +72,20 @@ WAYS = (
     "Prefetcher file:{}?read=pread",
     "Prefetcher pool:{}",
 )
-SECONDS = 60  # a trial takes milliseconds; one that takes so long hangs
+SECONDS = 60  # a trial takes milliseconds; after so long it hangs
 
 
 @dataclass(frozen=True)
-class Told:
-    """One trial. what: the exception's name, or where rows differ."""
+class Outcome:
+    """One trial.
+
+    Attributes:
+        trial: Its number.
+        kind: Kind of damage.
+        way: How the table was read.
+        outcome: One of OUTCOMES.
+        what: The exception's name, or where rows differ.
+    """
 
     trial: int
     kind: str
@@ -98,74 +98,40 @@ class WrongRows(Exception):
     """Rows that are not those written."""
 
 
-def make(folder: Path, kind: str, d: int, rows: int, shard_rows: int | None) -> Specimen:
-    """A sealed table, the same one before its rows were changed, and another of the same addresses
-    and sizes."""
-    spec = HashSpec.demo(LAYERS, (2, 3), 2, rows, 50, 0)
-    fmt = RowFormat(kind, d, 0.01 if kind == "fp8_scaled" else None)
-    config = EngramConfig(spec, LayerSpec(8, spec.columns * d), d)
-    rng = np.random.default_rng(rows)
-
-    def fill(table: Table) -> dict[int, np.ndarray]:
-        records = {
-            layer: fmt.encode(rng.standard_normal((table.rows(layer), d), dtype=np.float32))
-            for layer in LAYERS
-        }
-        for layer, rows_NR in records.items():
-            table.write_rows(layer, 0, rows_NR)
-        table.seal()
-        return records
-
-    def files(path: Path) -> dict[str, bytes]:
-        return {
-            file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.stat().st_size
-        }
-
-    path, other = folder / kind, folder / "other"
-    fill(Table.create(path, config, fmt, VocabMap.identity(50), shard_rows=shard_rows))
-    before = files(path)
-    records = fill(Table.open(path, "w"))
-    fill(Table.create(other, config, fmt, VocabMap.identity(50), shard_rows=shard_rows))
-    twin = files(other)
-    shutil.rmtree(other)
-    return Specimen(path, fmt, records, files(path), before, twin)
-
-
 class Reader:
     """All layers of a table, opened in one way."""
 
     def __init__(self, way: str, specimen: Specimen) -> None:
-        self.specimen, self._stores, self._prefetcher = specimen, {}, None
+        self.specimen = specimen
+        self._stores: dict[int, RowStore] = {}
+        self._prefetcher: Prefetcher | None = None
+        url = way.removeprefix("Prefetcher ").format(specimen.path)
         try:
             for layer in LAYERS:
-                self._stores[layer] = open_store(
-                    way.removeprefix("Prefetcher ").format(specimen.path), layer=layer
-                )
+                self._stores[layer] = open_store(url, layer=layer)
             if way.startswith("Prefetcher"):
-                self._prefetcher = Prefetcher(
-                    {layer: (store, self._fmt(store)) for layer, store in self._stores.items()},
-                    limit=1 << 20,
-                )
+                layers = {layer: (store, _fmt(store)) for layer, store in self._stores.items()}
+                self._prefetcher = Prefetcher(layers, limit=1 << 20)
         except BaseException:
             self.close()
             raise
 
     def check(self, rng: np.random.Generator) -> None:
-        """Read every row, in random order, some of them twice. Raises WrongRows, and what reading
-        raises."""
-        ids = {
-            layer: rng.permutation(np.r_[np.arange(len(rows)), rng.integers(0, len(rows), 16)])
-            for layer, rows in self.specimen.records.items()
-        }
+        """Reads every row, in random order, some of them twice. Raises WrongRows if they differ,
+        and any error of reading."""
+        ids = {}
+        for layer, rows in self.specimen.records.items():
+            again_N = rng.integers(0, len(rows), 16)
+            ids[layer] = rng.permutation(np.r_[np.arange(len(rows)), again_N])
         if self._prefetcher is not None:
-            found = self._prefetcher.submit(
-                {layer: ids_N[None, :, None] for layer, ids_N in ids.items()}
-            ).wait()
+            ids_BTC = {layer: ids_N[None, :, None] for layer, ids_N in ids.items()}
+            rows_BTE = self._prefetcher.submit(ids_BTC).wait()
             for layer, ids_N in ids.items():
-                self._compare(layer, ids_N, None, found[layer].numpy()[0])
+                self._compare(layer, ids_N, None, rows_BTE[layer].numpy()[0])
             return
         for layer, store in self._stores.items():
-            ids_N, fmt = ids[layer], self._fmt(store)
+            ids_N = ids[layer]
+            fmt = _fmt(store)
             numbers = read(store, ids_N, fmt, np.full((len(ids_N), fmt.d), np.nan, np.float32))
             raw = np.full((len(ids_N), store.info.row_bytes), 0xA5, np.uint8)
             self._compare(layer, ids_N, store.gather(ids_N, out=raw), numbers)
@@ -175,11 +141,6 @@ class Reader:
             self._prefetcher.close()
         for store in self._stores.values():
             store.close()
-
-    def _fmt(self, store: RowStore) -> RowFormat:
-        fmt = store.info.format
-        assert fmt is not None
-        return fmt
 
     def _compare(
         self, layer: int, ids_N: np.ndarray, raw_NR: np.ndarray | None, numbers_Nd: np.ndarray
@@ -193,10 +154,16 @@ class Reader:
             raise WrongRows(f"layer {layer}: rows of numbers")
 
 
+def _fmt(store: RowStore) -> RowFormat:
+    fmt = store.info.format
+    assert fmt is not None
+    return fmt
+
+
 def before_opening(
     way: str, specimen: Specimen, damage: Damage, rng: np.random.Generator
 ) -> tuple[str, str]:
-    """Damage, open, read, verify. Returns outcome and what."""
+    """Damages, opens, reads and verifies a table. Returns `outcome` and `what` of an Outcome."""
     damage.apply(specimen, rng)
     try:
         reader = Reader(way, specimen)
@@ -217,8 +184,11 @@ def before_opening(
 def while_served(
     way: str, specimen: Specimen, damage: Damage, rng: np.random.Generator
 ) -> tuple[str, str]:
-    """Open, read all or nothing, damage, read several times: each time the right rows or an error."""
-    reader, errors, different = Reader(way, specimen), [], None
+    """Opens a table, reads all of it or nothing, damages it and reads it twice. Returns `outcome`
+    and `what` of an Outcome."""
+    reader = Reader(way, specimen)
+    errors: list[str] = []
+    different = None
     try:
         if rng.random() < 0.7:
             reader.check(rng)
@@ -238,14 +208,14 @@ def while_served(
 
 
 def judged(specimen: Specimen, damage: Damage, different: WrongRows | None) -> tuple[str, str]:
-    """What rows that were handed out without an error are worth."""
+    """Outcome of rows that were handed out without an error."""
     try:
         Table.open(specimen.path).verify()
         reported = None
     except EngraphyError as error:
         reported = type(error).__name__
     if reported is None and specimen.rows_changed():
-        return "WRONG ROWS", "verify reports nothing of rows that were changed"
+        return "WRONG ROWS", "verify does not report rows that were changed"
     if different is None:
         return "right rows", f"verify: {reported}" if reported else ""
     if damage.kind in ROWS and reported is not None:
@@ -253,33 +223,38 @@ def judged(specimen: Specimen, damage: Damage, different: WrongRows | None) -> t
     return "WRONG ROWS", str(different)
 
 
-def run(trial: int, seed: int, specimens: list[Specimen]) -> Told:
+def run(trial: int, seed: int, specimens: list[Specimen]) -> Outcome:
+    """Runs one trial and puts the table right again."""
     rng = np.random.default_rng((seed, trial))
-    specimen, way = specimens[rng.integers(len(specimens))], str(rng.choice(WAYS))
+    specimen = specimens[rng.integers(len(specimens))]
+    way = str(rng.choice(WAYS))
     served = rng.random() < 0.3
-    damage = (SERVED if served else BEFORE)[rng.integers(len(SERVED if served else BEFORE))]
-    engine = "auto" if _native.core is not None and rng.random() < 0.8 else "off"
-    kind = f"{damage.kind}{', while served' if served else ''}"
+    damages = SERVED if served else BEFORE
+    attempt = while_served if served else before_opening
+    damage = damages[rng.integers(len(damages))]
+    plain = _native.core is None or rng.random() >= 0.8
+    kind = f"{damage.kind}, while served" if served else damage.kind
     try:
-        with _native.forced(engine):
-            outcome, what = (while_served if served else before_opening)(way, specimen, damage, rng)
+        with _native.forced("off" if plain else "auto"):
+            outcome, what = attempt(way, specimen, damage, rng)
     except Exception as error:
-        outcome, what = "unnamed error", f"{type(error).__name__}: {error}"
+        outcome = "unnamed error"
+        what = f"{type(error).__name__}: {error}"
     finally:
         specimen.restore()
-    return Told(trial, kind, f"{way}{'' if engine == 'auto' else ', plain'}", outcome, what)
+    return Outcome(trial, kind, f"{way}, plain" if plain else way, outcome, what)
 
 
 def work(first: int, last: int, seed: int, specimens: list[Specimen], pipe: int) -> None:
-    """In a process of its own: one line for each trial."""
+    """Runs trials in a process of its own and writes one line for each."""
     with os.fdopen(pipe, "w") as file:
         for trial in range(first, last):
             file.write(json.dumps(vars(run(trial, seed, specimens))) + "\n")
             file.flush()
 
 
-def results(first: int, last: int, seed: int, specimens: list[Specimen]) -> Iterator[Told]:
-    """What came of each trial, those too that a process did not survive."""
+def results(first: int, last: int, seed: int, specimens: list[Specimen]) -> Iterator[Outcome]:
+    """The outcome of each trial, also if the process did not survive it."""
     while first < last:
         reading, writing = os.pipe()
         child = os.fork()
@@ -295,14 +270,13 @@ def results(first: int, last: int, seed: int, specimens: list[Specimen]) -> Iter
             while select.select([file], [], [], SECONDS)[0] and (chunk := file.read(1 << 16)):
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
-                    yield Told(**json.loads(line))
+                    yield Outcome(**json.loads(line))
                     first += 1
         if first < last:
             os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
-            yield Told(
-                first, "?", "?", "process died", f"status {os.waitstatus_to_exitcode(status)}"
-            )
+            what = f"status {os.waitstatus_to_exitcode(status)}"
+            yield Outcome(first, "?", "?", "process died", what)
             first += 1
             for specimen in specimens:
                 specimen.restore(all_of_it=True)
@@ -310,30 +284,25 @@ def results(first: int, last: int, seed: int, specimens: list[Specimen]) -> Iter
             os.waitpid(child, 0)
 
 
-def table(title: str, told: list[Told], key: str) -> str:
+def table(title: str, outcomes: list[Outcome], key: str) -> str:
     """Counts of outcomes, a line for each value of `key`."""
-    names = sorted({getattr(each, key) for each in told})
-    counts = Counter((getattr(each, key), each.outcome) for each in told)
+    names = sorted({getattr(outcome, key) for outcome in outcomes})
+    counts = Counter((getattr(outcome, key), outcome.outcome) for outcome in outcomes)
+    totals = Counter(outcome.outcome for outcome in outcomes)
     width = max(map(len, [*names, title]))
-    lines = [f"{title:{width}}" + "".join(f"{outcome:>{len(outcome) + 2}}" for outcome in OUTCOMES)]
-    for name in [*names, "all"]:
-        cells = [
-            sum(1 for each in told if each.outcome == outcome)
-            if name == "all"
-            else counts[name, outcome]
-            for outcome in OUTCOMES
-        ]
-        lines.append(
-            f"{name:{width}}"
-            + "".join(
-                f"{cell or '':>{len(outcome) + 2}}"
-                for cell, outcome in zip(cells, OUTCOMES, strict=True)
-            )
-        )
+    lines = [_line(title, width, OUTCOMES)]
+    for name in names:
+        lines.append(_line(name, width, [counts[name, outcome] or "" for outcome in OUTCOMES]))
+    lines.append(_line("all", width, [totals[outcome] or "" for outcome in OUTCOMES]))
     return "\n".join(lines)
 
 
-def main() -> None:
+def _line(name: str, width: int, cells: Sequence[object]) -> str:
+    columns = zip(cells, OUTCOMES, strict=True)
+    return f"{name:{width}}" + "".join(f"{cell:>{len(outcome) + 2}}" for cell, outcome in columns)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -346,52 +315,56 @@ def main() -> None:
         help="where small tables are made; by default where temporary files go",
     )
     parser.add_argument("--out", type=Path, help="write the counts as JSON")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     ids = np.random.default_rng(options.seed)
-    secrets.token_hex = lambda nbytes=None: ids.bytes(
-        nbytes or 16
-    ).hex()  # the same tables for the same seed
-    os.fsync = lambda fd: None  # nobody pulls the plug here
+    # The same tables for the same seed, and no flush: nothing here is to survive a power cut.
+    secrets.token_hex = lambda nbytes=None: ids.bytes(nbytes or 16).hex()
+    os.fsync = lambda fd: None
     begun = time.monotonic()
+    last = options.first + options.trials
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         specimens = [make(Path(folder), *sizes) for sizes in FORMATS]
-        told = list(results(options.first, options.first + options.trials, options.seed, specimens))
-    print(
-        f"native: {_native.reason}\n{len(told)} trials, seed {options.seed}, {time.monotonic() - begun:.0f} s\n"
-    )
-    print(table("damage", told, "kind") + "\n\n" + table("read through", told, "way"))
-    errors = Counter(each.what for each in told if each.outcome.startswith("error"))
+        outcomes = list(results(options.first, last, options.seed, specimens))
+    seconds = time.monotonic() - begun
+    print(f"native: {_native.reason}")
+    print(f"{len(outcomes)} trials, seed {options.seed}, {seconds:.0f} s\n")
+    print(table("damage", outcomes, "kind") + "\n\n" + table("read through", outcomes, "way"))
+    errors = Counter(item.what for item in outcomes if item.outcome.startswith("error"))
     print("\nerrors: " + ", ".join(f"{name} {count}" for name, count in errors.most_common()))
-    bad = [each for each in told if each.outcome in BAD]
-    for each in bad[:20]:
+    bad = [item for item in outcomes if item.outcome in BAD]
+    for item in bad[:20]:
         print(
-            f"--seed {options.seed} --first {each.trial} --trials 1: {each.outcome}, {each.kind}, {each.way}: "
-            f"{each.what}"
+            f"--seed {options.seed} --first {item.trial} --trials 1: {item.outcome}, {item.kind}, "
+            f"{item.way}: {item.what}"
         )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        kinds = {
-            kind: Counter(each.outcome for each in told if each.kind == kind)
-            for kind in {t.kind for t in told}
-        }
-        options.out.write_text(
-            json.dumps(
-                {
-                    "trials": len(told),
-                    "first": options.first,
-                    "seed": options.seed,
-                    "native": _native.reason,
-                    "outcomes": {
-                        name: sum(each.outcome == name for each in told) for name in OUTCOMES
-                    },
-                    "by_damage": dict(sorted(kinds.items())),
-                    "errors": dict(errors),
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        written = summary(outcomes, errors, options)
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
     sys.exit(1 if bad else 0)
+
+
+def summary(
+    outcomes: list[Outcome], errors: Counter[str], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What --out writes."""
+    by_damage: dict[str, Counter[str]] = {}
+    for item in outcomes:
+        by_damage.setdefault(item.kind, Counter())[item.outcome] += 1
+    totals = Counter(item.outcome for item in outcomes)
+    return {
+        "trials": len(outcomes),
+        "first": options.first,
+        "seed": options.seed,
+        "native": _native.reason,
+        "outcomes": {name: totals[name] for name in OUTCOMES},
+        "by_damage": dict(sorted(by_damage.items())),
+        "errors": dict(errors),
+    }
 
 
 if __name__ == "__main__":

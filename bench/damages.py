@@ -1,5 +1,5 @@
-"""Ways in which a table may be damaged, for bench/damage.py: each a function that changes files of
-a `Specimen`."""
+"""Small tables and the ways to damage them, for bench/damage.py: each way is a function that changes
+files of a `Specimen`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,39 @@ from pathlib import Path
 
 import numpy as np
 
+from engraphy.addresses.vocab import VocabMap
 from engraphy.rows import RowFormat
+from engraphy.spec import EngramConfig, HashSpec, LayerSpec
+from engraphy.table import Table
 from engraphy.table.shards import HEADER_BYTES
 
 MANIFEST = "engram.json"
+LAYERS = (1, 3)
+# Kind, d, rows of a head and of a shard.
+FORMATS = (
+    ("f32", 64, 60, 90),
+    ("f16", 32, 30, None),
+    ("bf16", 32, 60, 130),
+    ("fp8", 64, 40, 64),
+    ("fp8_scaled", 32, 40, 90),
+    ("int8", 32, 20, None),
+    ("int4", 32, 60, 140),
+)
 Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """A sealed table at `path`, which is damaged and put right again.
+    """A sealed table that is damaged and put right again.
 
-    records: its rows by layer, uint8 [rows, row_bytes]. files: what it consists of. before: the
-    same table before its rows were changed, under an older table_id. twin: another table of the
-    same addresses, sizes and names of shards.
+    Attributes:
+        path: Its folder.
+        fmt: Its row format.
+        records: Its rows by layer, uint8 [rows, row_bytes].
+        files: Content of its files, by name.
+        before: The same table before its rows were changed, under an older table_id.
+        twin: Another table of the same addresses, sizes and names of shards.
+        touched: Files that a damage has changed.
     """
 
     path: Path
@@ -40,8 +59,8 @@ class Specimen:
         return [name for name in self.files if name != MANIFEST]
 
     def put(self, name: str, data: bytes | None, in_place: bool = False) -> None:
-        """Give a file this content (None: remove it), under a new inode or under the one that it
-        has."""
+        """Gives a file this content, under a new inode or under the one that it has. None removes
+        the file."""
         self.touched.add(name)
         path = self.path / name
         if not in_place:
@@ -53,7 +72,7 @@ class Specimen:
             file.truncate()
 
     def cut(self, name: str, size: int) -> None:
-        """Give a file another size, under the inode that it has."""
+        """Gives a file another size, under the inode that it has."""
         self.touched.add(name)
         os.truncate(self.path / name, size)
 
@@ -62,16 +81,19 @@ class Specimen:
         (self.path / name).mkdir()
 
     def rows_changed(self) -> bool:
-        """Whether bytes of rows differ from those written, in files that are there."""
-        return any(
-            (self.path / name).is_file()
-            and (self.path / name).read_bytes()[HEADER_BYTES:] != self.files[name][HEADER_BYTES:]
-            for name in self.touched
-            if name != MANIFEST
-        )
+        """True if bytes of rows differ from those written, in files that are there."""
+        shards = [name for name in self.touched if name != MANIFEST]
+        for name in shards:
+            path = self.path / name
+            if (
+                path.is_file()
+                and path.read_bytes()[HEADER_BYTES:] != self.files[name][HEADER_BYTES:]
+            ):
+                return True
+        return False
 
     def restore(self, all_of_it: bool = False) -> None:
-        """Put right what was touched, under new inodes."""
+        """Writes touched files anew, under new inodes."""
         for name in self.files if all_of_it else self.touched:
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
@@ -79,17 +101,52 @@ class Specimen:
         self.touched.clear()
 
 
+def make(folder: Path, kind: str, d: int, rows: int, shard_rows: int | None) -> Specimen:
+    """A sealed table, the same table before its rows were changed, and another table of the same
+    addresses and sizes."""
+    spec = HashSpec.demo(LAYERS, (2, 3), 2, rows, 50, 0)
+    fmt = RowFormat(kind, d, 0.01 if kind == "fp8_scaled" else None)
+    config = EngramConfig(spec, LayerSpec(8, spec.columns * d), d)
+    rng = np.random.default_rng(rows)
+
+    def fill(table: Table) -> dict[int, np.ndarray]:
+        records = {}
+        for layer in LAYERS:
+            values_Nd = rng.standard_normal((table.rows(layer), d), dtype=np.float32)
+            records[layer] = fmt.encode(values_Nd)
+        for layer, rows_NR in records.items():
+            table.write_rows(layer, 0, rows_NR)
+        table.seal()
+        return records
+
+    def files(path: Path) -> dict[str, bytes]:
+        return {
+            file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.stat().st_size
+        }
+
+    path = folder / kind
+    other = folder / "other"
+    fill(Table.create(path, config, fmt, VocabMap.identity(50), shard_rows=shard_rows))
+    before = files(path)
+    records = fill(Table.open(path, "w"))
+    fill(Table.create(other, config, fmt, VocabMap.identity(50), shard_rows=shard_rows))
+    twin = files(other)
+    shutil.rmtree(other)
+    return Specimen(path, fmt, records, files(path), before, twin)
+
+
 @dataclass(frozen=True)
 class Damage:
-    """kind: what is counted. apply: does it."""
+    """A way to damage a table: the name that it is counted under, and a function that does it."""
 
     kind: str
     apply: Callable[[Specimen, Rng], None]
 
 
 def changed(data: bytes, rng: Rng, first: int, last: int) -> bytes:
-    """A bit, a byte or a run of bytes within first..last-1 is another."""
-    raw, how = bytearray(data), rng.integers(4)
+    """`data` with a bit, a byte or a run of bytes changed, within first..last-1."""
+    raw = bytearray(data)
+    how = rng.integers(4)
     at = int(rng.integers(first, last))
     if how == 0:
         raw[at] ^= 1 << int(rng.integers(8))
