@@ -1,16 +1,16 @@
-"""What an attached memory costs: prefill and cached decoding of one model, with its memory and
+"""The cost of an attached memory: prefill and cached decoding of one model, with its memory and
 without it.
 
     python bench/attach.py [--rounds 9] [--tokens 64] [--threads 1] [--dtype bfloat16] [--table DIR]
 
 A Llama of 135 M parameters (random weights, the shape of SmolLM2-135M), a table of 77 M parameters
-in float32 over two of its layers. The same memory is attached and detached in turns: for each
-prompt, and while decoding for each token, so that noise meets both alike; which of the two comes
-first alternates too. The rows lie in RAM, or with --table are written to DIR and mapped from there,
-as `engraphy.load` does; the page cache holds them. Medians; the difference is the median of the
-pairs' differences, with its standard error (bootstrap). At the end, what a decoded token spends in
-the memory's hooks, clocked where they run: the same cost without the noise of all the rest, and
-without what the memory does to that.
+in float32 over two of its layers. The same memory is attached and detached in turns, for each
+prompt and for each decoded token, so that noise meets both alike. Which of the two comes first
+alternates too. The rows are in RAM. With --table they are written to DIR and mapped from there, as
+`engraphy.load` does; the page cache holds them. Medians; the difference is the median of the pairs'
+differences, with its standard error (bootstrap). The last line is the time that a decoded token
+spends inside the memory's hooks. It has no noise of the rest of the model, and leaves out how the
+memory slows that down.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from engraphy import EngramConfig, EngramMemory
 from engraphy.hf.versions import cache_argument
 
 PROMPT = 512
-CACHE = str(
-    cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters)
-)  # its name depends on the version
-WITH, WITHOUT = "with memory", "without"
+# The name of the cache's argument depends on the version of transformers.
+CACHE = str(cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters))
+WITH = "with memory"
+WITHOUT = "without"
 
 
 def model_and_memory(dtype: torch.dtype, folder: Path | None) -> tuple[Any, EngramMemory]:
@@ -64,8 +64,8 @@ def model_and_memory(dtype: torch.dtype, folder: Path | None) -> tuple[Any, Engr
 def taking_turns(
     model: Any, memory: EngramMemory, run: Callable[[str], object], count: int
 ) -> dict[str, list[float]]:
-    """Seconds of `run` with the memory attached and without it, `count` times each; a first time is
-    not counted."""
+    """Seconds of `run` with the memory attached and without it, `count` times each. The first run
+    of each is not counted."""
     seconds: dict[str, list[float]] = {WITH: [], WITHOUT: []}
     for turn in range(count + 1):
         for name in (WITH, WITHOUT) if turn % 2 else (WITHOUT, WITH):
@@ -87,7 +87,8 @@ def prefill(model: Any, memory: EngramMemory, rounds: int) -> dict[str, list[flo
 
 
 def decode(model: Any, memory: EngramMemory, tokens: int) -> dict[str, list[float]]:
-    """Greedy steps after a prompt of PROMPT tokens, with a cache for each of the two."""
+    """Seconds of greedy steps after a prompt of PROMPT tokens. Each of the two has its own
+    cache."""
     caches = {name: DynamicCache(config=model.config) for name in (WITH, WITHOUT)}
     last = {name: torch.randint(3, 49_152, (1, PROMPT)) for name in caches}
 
@@ -99,8 +100,8 @@ def decode(model: Any, memory: EngramMemory, tokens: int) -> dict[str, list[floa
 
 
 def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
-    """Median milliseconds that a decoded token spends in the memory's hooks before the decoder,
-    before all of its layers, and after the decoder."""
+    """Median milliseconds that a decoded token spends in the memory's hooks: before the decoder,
+    before its layers together, and after the decoder."""
     seconds: dict[str, list[float]] = {}
     begun = 0.0
 
@@ -112,19 +113,15 @@ def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
         return lambda *_: seconds.setdefault(name, []).append(time.perf_counter() - begun)
 
     engraphy.attach(model, memory)
-    decoder, cache, last = (
-        model.model,
-        DynamicCache(config=model.config),
-        torch.randint(3, 49_152, (1, PROMPT)),
-    )
+    decoder = model.model
+    cache = DynamicCache(config=model.config)
+    last = torch.randint(3, 49_152, (1, PROMPT))
     handles = [
         decoder.register_forward_hook(start, prepend=True),
         decoder.register_forward_hook(stop("after")),
     ]
-    for name, module in [
-        ("look-up", decoder),
-        *(("layers", decoder.layers[layer]) for layer in memory.layers),
-    ]:
+    layers = [("layers", decoder.layers[layer]) for layer in memory.layers]
+    for name, module in [("look-up", decoder), *layers]:
         handles += [
             module.register_forward_pre_hook(start, prepend=True),
             module.register_forward_pre_hook(stop(name)),
@@ -141,14 +138,15 @@ def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
 
 
 def report(name: str, seconds: dict[str, list[float]], tokens: int, layers: int) -> None:
-    """tokens: that one of the timed calls computes."""
+    """Prints a line. `tokens` is how many one of the timed calls computes."""
     both, bare = (statistics.median(seconds[key]) * 1e3 / tokens for key in (WITH, WITHOUT))
     pairs = np.subtract(seconds[WITH], seconds[WITHOUT]) * 1e3 / tokens
     again = np.median(np.random.default_rng(0).choice(pairs, (1000, len(pairs))), axis=1)
-    more, error = float(np.median(pairs)), float(again.std())
+    more = float(np.median(pairs))
+    error = float(again.std())
     print(
-        f"{name:8}{both:10.3f}{bare:10.3f}{1e3 / both:10.1f}{1e3 / bare:10.1f}{more / layers:12.3f} +- "
-        f"{error / layers:5.3f}{1 + more / bare:9.3f}"
+        f"{name:8}{both:10.3f}{bare:10.3f}{1e3 / both:10.1f}{1e3 / bare:10.1f}"
+        f"{more / layers:12.3f} +- {error / layers:5.3f}{1 + more / bare:9.3f}"
     )
 
 
@@ -174,9 +172,10 @@ def main() -> None:
     layers = len(memory.layers)
 
     size = sum(parameter.numel() for parameter in model.parameters())
+    place = "mapped" if options.table else "in RAM"
     print(
-        f"{size / 1e6:.0f} M parameters, {options.dtype}, {options.threads} threads; memory at layers "
-        f"{list(memory.layers)}, rows {'mapped' if options.table else 'in RAM'}: "
+        f"{size / 1e6:.0f} M parameters, {options.dtype}, {options.threads} threads; memory at "
+        f"layers {list(memory.layers)}, rows {place}: "
         f"{engraphy.hf.cost(memory.config, dtype=model.dtype)}"
     )
     print(f"{'':8}{'ms a token':>20}{'tokens/s':>20}{'ms more a':>21}{'ratio':>9}")
@@ -185,9 +184,9 @@ def main() -> None:
     report("decode", decode(model, memory, options.tokens), 1, layers)
     inside = in_hooks(model, memory, options.tokens)
     print(
-        f"a decoded token, in the memory's hooks: look-up {inside['look-up']:.3f} ms, its {layers} layers "
-        f"{inside['layers']:.3f} ms, after {inside['after']:.3f} ms: {sum(inside.values()) / layers:.3f} ms a memory "
-        "layer"
+        f"a decoded token, in the memory's hooks: look-up {inside['look-up']:.3f} ms, its {layers} "
+        f"layers {inside['layers']:.3f} ms, after {inside['after']:.3f} ms: "
+        f"{sum(inside.values()) / layers:.3f} ms a memory layer"
     )
 
 

@@ -1,5 +1,5 @@
-"""Small tables and the ways to damage them, for bench/damage.py: each way is a function that changes
-files of a `Specimen`."""
+"""Small tables and the ways to damage them, for bench/damage.py. Each way is a function that
+changes files of a `Specimen`."""
 
 from __future__ import annotations
 
@@ -177,10 +177,9 @@ def manifest_digit(specimen: Specimen, rng: Rng) -> None:
 
 def header_bytes(specimen: Specimen, rng: Rng) -> None:
     name = shard_of(specimen, rng)
-    text = len(specimen.files[name][:HEADER_BYTES].rstrip())
-    specimen.put(
-        name, changed(specimen.files[name], rng, 0, text if rng.random() < 0.7 else HEADER_BYTES)
-    )
+    data = specimen.files[name]
+    last = len(data[:HEADER_BYTES].rstrip()) if rng.random() < 0.7 else HEADER_BYTES
+    specimen.put(name, changed(data, rng, 0, last))
 
 
 def row_bytes(specimen: Specimen, rng: Rng, in_place: bool = False) -> None:
@@ -191,30 +190,27 @@ def row_bytes(specimen: Specimen, rng: Rng, in_place: bool = False) -> None:
 
 def row_block(specimen: Specimen, rng: Rng) -> None:
     """A block of a disk that reads as another block, or as zeros."""
-    name, size = shard_of(specimen, rng), int(rng.choice([512, 4096]))
+    name = shard_of(specimen, rng)
+    size = int(rng.choice([512, 4096]))
     data = bytearray(specimen.files[name])
-    to, source = (
-        int(rng.integers(HEADER_BYTES // size, -(-len(data) // size))) * size for _ in range(2)
-    )
+    first, last = HEADER_BYTES // size, -(-len(data) // size)  # blocks of rows
+    to = int(rng.integers(first, last)) * size
+    source = int(rng.integers(first, last)) * size
     end = min(to + size, len(data))
-    data[to:end] = (bytes(data[source : source + end - to]) if rng.random() < 0.5 else b"").ljust(
-        end - to, b"\0"
-    )
+    other = bytes(data[source : source + end - to]) if rng.random() < 0.5 else b""
+    data[to:end] = other.ljust(end - to, b"\0")
     specimen.put(name, bytes(data))
 
 
 def cut_length(data: bytes, rng: Rng) -> int:
-    """Any, those near an end and at pages as often as the others."""
+    """A length below that of `data`: any one, one near the end, or whole pages, equally often."""
     size = len(data)
-    return int(
-        rng.choice(
-            [
-                rng.integers(0, size),
-                size - 1 - rng.integers(0, min(size, 300)),
-                rng.integers(0, -(-size // 4096)) * 4096,
-            ]
-        )
-    )
+    lengths = [
+        rng.integers(0, size),
+        size - 1 - rng.integers(0, min(size, 300)),
+        rng.integers(0, -(-size // 4096)) * 4096,
+    ]
+    return int(rng.choice(lengths))
 
 
 def cut_shard(specimen: Specimen, rng: Rng) -> None:

@@ -1,15 +1,15 @@
-"""What rows of fewer bits cost a trained model: held-out loss with the table as trained, and
+"""The cost of rows of fewer bits in a trained model: held-out loss with the table as trained, and
 quantised.
 
     python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32] [--out
     results/quantized/loss.json]
 
 Trains the memory arm of `engraphy demo` (its sizes, text and rates; f32 rows), writes the table,
-has `quantize` make one of each kind that d allows, and serves them to the same model: only rows
-differ. Losses are of all held-out documents; differences to the f32 rows are paired token by token,
-their standard error takes documents as the units. d = 16 is the demo's; d = 32, with half as many
-rows, is the least that fp8 can have. Controls: the f32 table from disk has to give the loss that it
-gave in memory, and `zero rows` says what the table is worth. About five minutes on two idle cores.
+quantises it to each kind that d allows, and serves all tables to the same model: only rows differ.
+Losses are of all held-out documents. Differences to the f32 rows are paired token by token; their
+standard error is over documents. d = 16 is the demo's; d = 32, with half as many rows, is the least
+that fp8 can have. Controls: the f32 table from disk has to give the loss of the rows in memory, and
+`zero rows` shows how much the table contributes. About five minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KINDS = ("bf16", "fp8", "int8", "int4")
 
 
 def trained(corpus: Corpus, dim: int, config: ArmConfig) -> LM:
-    """The demo's model with a memory, of rows of `dim` values."""
+    """Trains the demo's model with a memory whose rows have `dim` values."""
     arm = three_arms(
         demo_config(corpus.vocab_size), len(corpus.vocab), corpus.end_id, rho=config.rho, dim=dim
     ).memory
@@ -56,16 +56,14 @@ def trained(corpus: Corpus, dim: int, config: ArmConfig) -> LM:
         loss, _ = run.step()
         if run.step_index % 50 == 0 or run.done:
             speed = run.step_index * run.batches.tokens_per_step / (time.monotonic() - begun)
-            print(
-                f"d = {dim}: step {run.step_index} of {run.steps}, loss {loss:.3f}, {speed:,.0f} tokens/s",
-                file=sys.stderr,
-                flush=True,
-            )
+            step = f"step {run.step_index} of {run.steps}"
+            line = f"d = {dim}: {step}, loss {loss:.3f}, {speed:,.0f} tokens/s"
+            print(line, file=sys.stderr, flush=True)
     return run.model.eval()
 
 
 def measured(model: LM, corpus: Corpus, counts: NgramCounts, table: Path | None) -> measure.Losses:
-    """Losses with the rows that the model has in memory (None), or those of a table."""
+    """Losses with the rows of a table, or with those that the model has in memory (None)."""
     own = model.memory
     assert own is not None
     if table is not None:
@@ -89,50 +87,56 @@ def compared(model: LM, corpus: Corpus, dim: int, folder: Path) -> list[dict[str
         for kind in KINDS
         if dim % CODECS[kind].multiple == 0
     }
-    before, told = measured(model, corpus, counts, None), []
+    before = measured(model, corpus, counts, None)
+    entries = []
     for name in ("f32", *reports, "zero rows"):
-        losses, report = measured(model, corpus, counts, folder / name), reports.get(name)
-        rows = (
-            {}
-            if report is None
-            else {layer: asdict(each) for layer, each in report.difference.items()}
-        )
-        told.append(
+        losses = measured(model, corpus, counts, folder / name)
+        row_error = {}
+        if name in reports:
+            differences = reports[name].difference
+            row_error = {layer: asdict(difference) for layer, difference in differences.items()}
+        entries.append(
             {
                 "d": dim,
                 "rows": name,
                 "bytes": memory.config.table_bytes(Table.open(folder / name).row_bytes),
                 **losses.mean(),
                 "difference": measure.difference(losses, before),
-                "row_error": rows,
+                "row_error": row_error,
             }
         )
-    if told[0]["difference"]["all"] != 0:
+    if entries[0]["difference"]["all"] != 0:
         raise SystemExit(
-            "the f32 table on disk gives another loss than the rows in memory that it was written from"
+            "the f32 table on disk gives another loss than the rows in memory that it was "
+            "written from"
         )
-    return told
+    return entries
 
 
-def markdown(told: list[dict[str, Any]]) -> str:
+def markdown(entries: list[dict[str, Any]]) -> str:
     lines = [
-        "| d | rows | bytes | row error, rms | smallest cosine | held-out loss | difference to f32 | its error |",
+        "| d | rows | bytes | row error, rms | smallest cosine | held-out loss | "
+        "difference to f32 | its error |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for each in told:
-        errors = [Difference(**error) for error in each["row_error"].values()]
-        rms = max((error.relative_rms or 0.0 for error in errors), default=None)
-        cosine = min(
-            (1.0 if error.min_cosine is None else error.min_cosine for error in errors),
-            default=None,
-        )
-        gap = each["difference"]
+    for entry in entries:
+        rms, cosine = row_errors([Difference(**error) for error in entry["row_error"].values()])
+        gap = entry["difference"]
         lines.append(
-            f"| {each['d']} | {each['rows']} | {each['bytes']:,} | {'' if rms is None else f'{rms:.2%}'} | "
-            f"{'' if cosine is None else f'{cosine:.5f}'} | {each['validation_loss']:.4f} | "
-            f"{gap['all']:+.5f} | {gap.get('all_stderr', float('nan')):.5f} |"
+            f"| {entry['d']} | {entry['rows']} | {entry['bytes']:,} | {rms} | {cosine} | "
+            f"{entry['validation_loss']:.4f} | {gap['all']:+.5f} | "
+            f"{gap.get('all_stderr', float('nan')):.5f} |"
         )
     return "\n".join(lines)
+
+
+def row_errors(errors: list[Difference]) -> tuple[str, str]:
+    """The largest error and the smallest cosine over the layers; empty without layers."""
+    if not errors:
+        return "", ""
+    rms = max(error.relative_rms or 0.0 for error in errors)
+    cosine = min(1.0 if error.min_cosine is None else error.min_cosine for error in errors)
+    return f"{rms:.2%}", f"{cosine:.5f}"
 
 
 def main() -> None:
@@ -150,17 +154,19 @@ def main() -> None:
     options = parser.parse_args()
     begun = time.monotonic()
     corpus = prepare(CorpusConfig(options.data, vocab_size=options.vocab, seed=options.seed))
-    config, told = ArmConfig(TrainConfig(options.tokens), options.seed), []
+    config = ArmConfig(TrainConfig(options.tokens), options.seed)
+    entries = []
     with tempfile.TemporaryDirectory() as folder:
         for dim in options.dims:
             place = Path(folder) / str(dim)
             place.mkdir()
-            told += compared(trained(corpus, dim, config), corpus, dim, place)
+            entries += compared(trained(corpus, dim, config), corpus, dim, place)
     heldout = sum(map(len, corpus.heldout))
+    seconds = time.monotonic() - begun
     print(
         f"{options.tokens:,} training tokens of {corpus.name}, {heldout:,} held-out tokens in "
-        f"{len(corpus.heldout):,} documents, seed {options.seed}, {time.monotonic() - begun:.0f} s\n\n"
-        f"{markdown(told)}"
+        f"{len(corpus.heldout):,} documents, seed {options.seed}, {seconds:.0f} s\n\n"
+        f"{markdown(entries)}"
     )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +181,7 @@ def main() -> None:
                     "cpu": cpu.name(),
                     "commit": provenance.commit(),
                     "torch": torch.__version__,
-                    "tables": told,
+                    "tables": entries,
                 },
                 indent=1,
             )
@@ -185,7 +191,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if missing := {name: value for name, value in MALLOC.items() if name not in os.environ}:
-        os.execve(
-            sys.executable, [sys.executable, *sys.argv], os.environ | missing
-        )  # read when a process starts
+        # malloc reads them when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | missing)
     main()

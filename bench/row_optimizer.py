@@ -48,15 +48,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     grad_Nd = rng.standard_normal((options.grads, options.dim), dtype=np.float32)
     for kind in (RowAdam, RowAdagrad):
-        optimizers, growth = {}, {}
-        for scale in SCALES:
-            optimizers[scale] = make(kind, options.rows * scale, options.dim)
+        optimizers = {scale: make(kind, options.rows * scale, options.dim) for scale in SCALES}
+        growth: dict[int, float] = {}
         times: dict[int, list[float]] = {scale: [] for scale in SCALES}
         for step in range(options.steps + 2):
             for scale, optimizer in optimizers.items():
                 ids_N = rng.integers(0, options.rows * scale, options.grads)
                 optimizer.memory.row_grads.append(RowGrad(0, ids_N, grad_Nd))
-                before, began = resident_mib(), time.perf_counter()
+                before = resident_mib()
+                began = time.perf_counter()
                 optimizer.step()
                 if step >= 2:
                     times[scale].append(time.perf_counter() - began)
@@ -76,6 +76,7 @@ def main() -> None:
 
 
 def probe(rows: int, dim: int, count: int, rng: np.random.Generator) -> float:
+    """Median milliseconds of reading and writing back `count` random rows."""
     table = np.ones((rows, dim), dtype=np.float32)
     times = []
     for _ in range(5):
