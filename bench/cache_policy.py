@@ -1,4 +1,4 @@
-"""Which rows to keep: the row cache beside other policies and the best that any could do, on the
+"""Which rows to keep: hit rates of the row cache, of other policies and of the optimum, on the
 rows that text reads.
 
     python bench/cache_policy.py [--tokens 200000] [--budgets 64 256 1024] [--out
@@ -8,13 +8,13 @@ Text is addressed as DeepSeek-V4.1 does (its tokenizer, orders 2 to 4, 16 millio
 1, 4 and 16 streams that take turns token by token: Wikipedia summaries, Python's own library, and
 summaries in four streams with the prompt of a French one, 8,000 tokens at a time, between every 500
 steps (`scan`). The heads of an order hit and miss together, so one of 8 is followed, in one of 2
-layers, with a sixteenth of the budget. Budgets are MiB for rows of 264 bytes with 12 bytes noted of
-each. Hit rates are of what comes after the first 30 %.
+layers, with a sixteenth of the budget. Budgets are MiB, for rows of 264 bytes and 12 bytes of
+metadata each. Hit rates leave out the first 30 % of the reads.
 
-`store` is CacheStore itself, asked for 512 tokens a call. The others are given one row at a time,
-and any place for any row: Belady's optimum, told the future and free to keep nothing; LRU; CLOCK
-with two bits; S3-FIFO; W-TinyLFU with exact counts where it would have a sketch. `ever` is the
-share that comes again at all: a cache of the whole table.
+`store` is CacheStore itself, asked for 512 tokens a call. The others get one row at a time and may
+keep any row in any place: Belady's optimum, which knows the future and need not keep a row; LRU;
+CLOCK with two bits; S3-FIFO; W-TinyLFU with exact counts in place of a sketch. `ever` is the share
+of reads of a row that was read before: the hit rate of a cache as large as the table.
 """
 
 from __future__ import annotations
@@ -40,15 +40,22 @@ from engraphy.spec import HashSpec
 from engraphy.store import RamStore
 from engraphy.store.cache import CacheStore
 
-LAYERS, HEADS, ORDERS, ROW_BYTES, NOTED = 2, 8, 3, 264, 12
+LAYERS = 2
+HEADS = 8
+ORDERS = 3
+ROW_BYTES = 264
+NOTED = 12  # bytes of metadata a row
 COLUMNS = [order * HEADS for order in range(ORDERS)]
-WARM, CALL = 0.3, 512 * ORDERS
-SCAN_EVERY, SCAN_TOKENS = 500, 8000
+WARM = 0.3  # share of the reads that is not counted
+CALL = 512 * ORDERS  # reads a call of the store
+SCAN_EVERY = 500  # steps
+SCAN_TOKENS = 8000
 
-Policy = Callable[[list[int], int], list[bool]]
+Policy = Callable[[list[int], int], list[bool]]  # keys read, places -> which reads hit
 
 
 def lru(keys: list[int], size: int) -> list[bool]:
+    """Least recently used."""
     kept: OrderedDict[int, None] = OrderedDict()
     hits = []
     for key in keys:
@@ -61,6 +68,7 @@ def lru(keys: list[int], size: int) -> list[bool]:
 
 
 def clock(keys: list[int], size: int) -> list[bool]:
+    """CLOCK with two bits."""
     reads: dict[int, int] = {}
     ring: deque[int] = deque()
     hits = []
@@ -77,8 +85,10 @@ def clock(keys: list[int], size: int) -> list[bool]:
 
 
 def s3_fifo(keys: list[int], size: int) -> list[bool]:
+    """S3-FIFO: a small queue before the main one, and a list of evicted keys."""
     reads: dict[int, int] = {}
-    small, main = deque[int](), deque[int]()
+    small: deque[int] = deque()
+    main: deque[int] = deque()
     ghosts: OrderedDict[int, None] = OrderedDict()
     most_small = max(1, size // 10)
     hits = []
@@ -116,6 +126,7 @@ def _pass_or_evict(ring: deque[int], reads: dict[int, int]) -> None:
 
 
 def tiny_lfu(keys: list[int], size: int) -> list[bool]:
+    """W-TinyLFU with exact counts that are halved now and then."""
     window: OrderedDict[int, None] = OrderedDict()
     main: OrderedDict[int, None] = OrderedDict()
     counts: Counter[int] = Counter()
@@ -143,7 +154,9 @@ def tiny_lfu(keys: list[int], size: int) -> list[bool]:
 
 
 def belady(keys: list[int], size: int) -> list[bool]:
-    following, seen = [0] * len(keys), {}
+    """Belady's optimum; it need not keep a row."""
+    following = [0] * len(keys)
+    seen: dict[int, int] = {}
     for at in range(len(keys) - 1, -1, -1):
         following[at] = seen.get(keys[at], len(keys))
         seen[keys[at]] = at
@@ -162,6 +175,7 @@ def belady(keys: list[int], size: int) -> list[bool]:
 
 
 def the_store(keys: list[int], size: int) -> list[bool]:
+    """CacheStore, asked for CALL rows at a time."""
     rows = np.asarray(keys)
     cache = CacheStore(RamStore(int(rows.max()) + 1, 1), size * (NOTED + 1))
     hits = []
@@ -169,8 +183,8 @@ def the_store(keys: list[int], size: int) -> list[bool]:
         before = cache.stats.hits or 0
         call = rows[first : first + CALL]
         cache.gather(call)
-        found = (cache.stats.hits or 0) - before
-        hits += [True] * found + [False] * (len(call) - found)
+        count = (cache.stats.hits or 0) - before
+        hits += [True] * count + [False] * (len(call) - count)
     return hits
 
 
@@ -187,12 +201,8 @@ POLICIES: dict[str, Policy] = {
 def library_texts() -> list[str]:
     """Files of this Python's standard library, in an order of their own."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        file
-        for depth in ("*.py", "*/*.py")
-        for file in folder.glob(depth)
-        if "site-packages" not in file.parts
-    )
+    paths = [*folder.glob("*.py"), *folder.glob("*/*.py")]
+    files = sorted(path for path in paths if "site-packages" not in path.parts)
     order = np.random.default_rng(0).permutation(len(files))
     return [files[i].read_text(encoding="utf-8", errors="ignore") for i in order]
 
@@ -206,36 +216,44 @@ def tokenizer() -> Tokenizer:
 
 def documents(tok: Tokenizer, texts: list[str], tokens: int) -> list[np.ndarray]:
     """The first documents that have `tokens` tokens together."""
-    found, total = [], 0
+    kept: list[np.ndarray] = []
+    total = 0
     for text in texts:
         if total >= tokens:
             break
-        found += [ids.astype(np.int64) for ids in encode(tok, [text]) if len(ids)]
-        total += len(found[-1])
-    return found
+        kept += [ids.astype(np.int64) for ids in encode(tok, [text]) if len(ids)]
+        total += len(kept[-1])
+    return kept
 
 
 def rows_read(addresser: Addresser, docs: list[np.ndarray], streams: int) -> list[np.ndarray]:
-    """Row ids of each step, [live streams, 3]: streams take documents in turn, one token a step."""
+    """Row ids of each step, [live streams, 3]. Streams take documents in turn, one token a step.
+    Raises SystemExit if a stream gets no document."""
+    if len(docs) < streams:
+        raise SystemExit(
+            f"{streams} streams: expected as many documents, found {len(docs)}; give more --tokens"
+        )
     parts = [docs[first::streams] for first in range(streams)]
     ids_BT = np.zeros((streams, max(sum(map(len, part)) for part in parts)), np.int64)
-    live_BT, starts_BT = np.zeros(ids_BT.shape, bool), np.zeros(ids_BT.shape, bool)
+    live_BT = np.zeros(ids_BT.shape, bool)
+    starts_BT = np.zeros(ids_BT.shape, bool)
     for stream, part in enumerate(parts):
         ids = np.concatenate(part)
-        ids_BT[stream, : len(ids)], live_BT[stream, : len(ids)] = ids, True
+        ids_BT[stream, : len(ids)] = ids
+        live_BT[stream, : len(ids)] = True
         starts_BT[stream, np.cumsum([0, *map(len, part[:-1])])] = True
-    rows_BTC = addresser.rows(ids_BT, addresser.spec.layer_ids[0], live=live_BT, starts=starts_BT)[
-        ..., COLUMNS
-    ]
+    layer = addresser.spec.layer_ids[0]
+    rows_BTC = addresser.rows(ids_BT, layer, live=live_BT, starts=starts_BT)[..., COLUMNS]
     return [rows_BTC[live_BT[:, step], step] for step in range(ids_BT.shape[1])]
 
 
 def workloads(tokens: int) -> dict[str, np.ndarray]:
-    """Name -> row ids in the order in which they are read, numbered from 0 on."""
+    """Name -> row ids in the order in which they are read, renumbered from 0."""
     tok = tokenizer()
     vocab = VocabMap.from_tokenizer(tok)
     addresser = Addresser(HashSpec.deepseek_v41(layer_ids=(1,), vocab_size=len(vocab)), vocab)
-    wiki, code = documents(tok, wiki_texts(), tokens), documents(tok, library_texts(), tokens)
+    wiki = documents(tok, wiki_texts(), tokens)
+    code = documents(tok, library_texts(), tokens)
     steps = {
         f"wiki, {streams} streams": rows_read(addresser, wiki, streams) for streams in (1, 4, 16)
     }
@@ -248,8 +266,8 @@ def workloads(tokens: int) -> dict[str, np.ndarray]:
             first = number // SCAN_EVERY * SCAN_TOKENS
             steps["scan, 4 streams"].append(prompts[first : first + SCAN_TOKENS])
     return {
-        name: np.unique(np.concatenate(each).reshape(-1), return_inverse=True)[1]
-        for name, each in steps.items()
+        name: np.unique(np.concatenate(rows).reshape(-1), return_inverse=True)[1]
+        for name, rows in steps.items()
     }
 
 
@@ -269,7 +287,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    begun, results = time.process_time(), []
+    begun = time.process_time()
+    results = []
     print(f"{'rows read by':18}{'MiB':>6}{'ever':>8}" + "".join(f"{name:>11}" for name in POLICIES))
     for name, rows in workloads(options.tokens).items():
         keys = rows.tolist()
@@ -289,25 +308,17 @@ def main() -> None:
                     "hit_rate": {policy: round(rate, 4) for policy, rate in rates.items()},
                 }
             )
-            print(
-                f"{name:18}{budget:6}{ever:8.1%}"
-                + "".join(f"{rate:11.1%}" for rate in rates.values()),
-                flush=True,
-            )
+            columns = "".join(f"{rate:11.1%}" for rate in rates.values())
+            print(f"{name:18}{budget:6}{ever:8.1%}{columns}", flush=True)
     print(f"{time.process_time() - begun:.0f} s of CPU time")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps(
-                {
-                    "tokens": options.tokens,
-                    "python": sysconfig.get_python_version(),
-                    "runs": results,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        written = {
+            "tokens": options.tokens,
+            "python": sysconfig.get_python_version(),
+            "runs": results,
+        }
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

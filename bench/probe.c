@@ -1,6 +1,6 @@
-// What this machine can do at best, without the library: copying random rows of memory, reading random pages of a file.
-// Each call starts its threads, lets them begin together and returns the seconds that they took; less than 0 is an
-// errno. Compiled by bench/probe.py.
+// The best that this machine can do without the library: copies of random rows in memory, and reads
+// of random pages of a file. Each call starts its threads, lets them begin together and returns the
+// seconds that they took; a negative result is an errno. Compiled by bench/probe.py.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -19,7 +19,7 @@
 #define MOST_THREADS 256
 #define MOST_AHEAD 64
 #define LINE 64
-#define STAGED 8 // rows whose bytes together are whole lines
+#define STAGED 8 // rows that together fill whole lines
 #define MOST_ROW 512
 
 static double now(void) {
@@ -50,7 +50,8 @@ static double run(int threads, void (*work)(void *, int), void *context) {
     pthread_barrier_init(&start, NULL, threads);
     for (int i = 1; i < threads; i++) {
         workers[i] = (Worker){work, context, i, &start};
-        if (pthread_create(&handles[i], NULL, worker_main, &workers[i])) abort(); // the others wait for it
+        // The others wait for this thread at the barrier.
+        if (pthread_create(&handles[i], NULL, worker_main, &workers[i])) abort();
     }
     pthread_barrier_wait(&start);
     const double begun = now();
@@ -61,7 +62,8 @@ static double run(int threads, void (*work)(void *, int), void *context) {
     return taken;
 }
 
-// Rows `ids` of a table into `out`. Each thread copies its share, call_rows at a time to the same place.
+// Copies rows `ids` of a table to `out`. Each thread copies its share, call_rows at a time, to the
+// same place.
 typedef struct {
     const uint8_t *table;
     const int64_t *ids;
@@ -75,11 +77,13 @@ static inline __attribute__((always_inline)) void fetch(const uint8_t *row, int6
     if (size % LINE) __builtin_prefetch(row + size - 1);
 }
 
-// Past the caches; whole lines.
-static inline __attribute__((always_inline)) void put_lines(uint8_t *to, const uint8_t *from, int64_t size) {
+// Writes whole lines past the caches.
+static inline __attribute__((always_inline)) void put_lines(uint8_t *to, const uint8_t *from,
+                                                            int64_t size) {
 #if defined(__AVX__)
     for (int64_t at = 0; at < size; at += 32)
-        _mm256_stream_si256((__m256i *)(to + at), _mm256_loadu_si256((const __m256i *)(from + at)));
+        _mm256_stream_si256((__m256i *)(to + at),
+                            _mm256_loadu_si256((const __m256i *)(from + at)));
 #elif defined(__SSE2__)
     for (int64_t at = 0; at < size; at += 16)
         _mm_stream_si128((__m128i *)(to + at), _mm_loadu_si128((const __m128i *)(from + at)));
@@ -88,9 +92,10 @@ static inline __attribute__((always_inline)) void put_lines(uint8_t *to, const u
 #endif
 }
 
-// `size` is a constant where it is inlined.
-static inline __attribute__((always_inline)) void copy_rows(const Gather *g, const int64_t *ids, int64_t count,
-                                                            uint8_t *out, int64_t size) {
+// Inlined, so that `size` is a constant.
+static inline __attribute__((always_inline)) void copy_rows(const Gather *g, const int64_t *ids,
+                                                            int64_t count, uint8_t *out,
+                                                            int64_t size) {
     uint8_t staged[STAGED * MOST_ROW] __attribute__((aligned(LINE)));
     for (int64_t i = 0; i < g->ahead && i < count; i++) fetch(g->table + ids[i] * size, size);
     for (int64_t i = 0; i < count; i++) {
@@ -102,10 +107,12 @@ static inline __attribute__((always_inline)) void copy_rows(const Gather *g, con
             put_lines(out + i * size, row, size);
         } else {
             memcpy(staged + i % STAGED * size, row, size);
-            if (i % STAGED == STAGED - 1) put_lines(out + (i - i % STAGED) * size, staged, STAGED * size);
+            if (i % STAGED == STAGED - 1)
+                put_lines(out + (i - i % STAGED) * size, staged, STAGED * size);
         }
     }
-    if (g->stream && size % LINE) memcpy(out + (count - count % STAGED) * size, staged, count % STAGED * size);
+    if (g->stream && size % LINE)
+        memcpy(out + (count - count % STAGED) * size, staged, count % STAGED * size);
 #if defined(__SSE2__)
     if (g->stream) _mm_sfence();
 #endif
@@ -128,18 +135,18 @@ static void gather_share(void *context, int thread) {
     }
 }
 
-// `count`: a multiple of threads * STAGED, as call_rows is one of STAGED; `out` begins with a line.
-double probe_gather(const uint8_t *table, const int64_t *ids, int64_t count, int64_t row_bytes, int64_t call_rows,
-                    uint8_t *out, int threads, int ahead, int stream) {
-    const int known = row_bytes == 64 || row_bytes == 128 || row_bytes == 256 || row_bytes == 264 || row_bytes == 512;
-    if (!known || threads < 1 || ahead > MOST_AHEAD || call_rows < 1 || call_rows % STAGED || (uintptr_t)out % LINE ||
-        count % (threads * STAGED))
-        return -EINVAL;
+// `count` is a multiple of threads * STAGED, call_rows one of STAGED; `out` begins with a line.
+double probe_gather(const uint8_t *table, const int64_t *ids, int64_t count, int64_t row_bytes,
+                    int64_t call_rows, uint8_t *out, int threads, int ahead, int stream) {
+    const int known = row_bytes == 64 || row_bytes == 128 || row_bytes == 256 || row_bytes == 264 ||
+                      row_bytes == 512;
+    if (!known || threads < 1 || ahead > MOST_AHEAD || call_rows < 1) return -EINVAL;
+    if (call_rows % STAGED || (uintptr_t)out % LINE || count % (threads * STAGED)) return -EINVAL;
     Gather call = {table, ids, count, row_bytes, call_rows, out, threads, ahead, stream};
     return run(threads, gather_share, &call);
 }
 
-// `count` reads of `size` bytes, `depth` of them under way.
+// `count` reads of `size` bytes, `depth` of them at a time.
 typedef struct {
     const int *files;
     const int64_t *offsets;
@@ -163,13 +170,14 @@ static void read_share(void *context, int thread) {
     free(page);
 }
 
-double probe_pread(const int *files, const int64_t *offsets, int64_t count, int64_t size, int depth) {
+double probe_pread(const int *files, const int64_t *offsets, int64_t count, int64_t size,
+                   int depth) {
     Reads reads = {.files = files, .offsets = offsets, .count = count, .size = size};
     const double taken = run(depth, read_share, &reads);
     return reads.failed ? -reads.failed : taken;
 }
 
-// Pages of a file that are in the page cache; less than 0: an errno.
+// Returns how many pages of a file are in the page cache; a negative result is an errno.
 int64_t probe_resident(int file, int64_t size) {
     const int64_t page = sysconf(_SC_PAGESIZE), pages = (size + page - 1) / page;
     unsigned char *there = malloc(pages);
@@ -183,12 +191,17 @@ int64_t probe_resident(int file, int64_t size) {
     return found;
 }
 
-// The same part of several files, one after the other in memory; offset and size: whole pages. Null: see errno.
+// Maps the same part of several files, one after the other in memory. Offset and size are whole
+// pages. Returns NULL and sets errno if the system refuses.
 uint8_t *probe_map(const int *files, int64_t count, int64_t offset, int64_t size) {
-    uint8_t *memory = mmap(NULL, count * size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int anonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    uint8_t *memory = mmap(NULL, count * size, PROT_NONE, anonymous, -1, 0);
     if (memory == MAP_FAILED) return NULL;
-    for (int64_t i = 0; i < count; i++)
-        if (mmap(memory + i * size, size, PROT_READ, MAP_SHARED | MAP_FIXED, files[i], offset) == MAP_FAILED) return NULL;
+    for (int64_t i = 0; i < count; i++) {
+        uint8_t *to = memory + i * size;
+        const int shared = MAP_SHARED | MAP_FIXED;
+        if (mmap(to, size, PROT_READ, shared, files[i], offset) == MAP_FAILED) return NULL;
+    }
     return memory;
 }
 

@@ -1,8 +1,8 @@
 """A table on disk: cold, beside the best random reads of the disk; in the page cache, beside numpy
 and a C copy.
 
-Part of bench/store.py. Cold means that no page of the table is in the page cache, which is looked
-at, not assumed.
+Part of bench/store.py. Cold means that no page of the table is in the page cache; this is checked,
+not assumed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from engraphy import EngramConfig, HashSpec, LayerSpec, RowFormat, Table, VocabM
 from engraphy.store import RowStore, open_store
 from engraphy.table.shards import HEADER_BYTES
 
-ROW_BYTES = 256  # a divisor of the header: what has no header reads the very same files
-PEER, PEER_VERSION = "engramdb", "0.3.0"
-MAPPED, PREAD, MEMMAP, READS = "file:, mapped", "file:, pread", "numpy memmap[ids]", "pread probe"
+ROW_BYTES = 256  # divides the header, so that a reader that knows no header can take it for rows
+PEER = "engramdb"
+PEER_VERSION = "0.3.0"
+MAPPED = "file:, mapped"
+PREAD = "file:, pread"
+MEMMAP = "numpy memmap[ids]"
+READS = "pread probe"
 PREAD_THREADS = (32, 128)
 CHUNK = 1 << 18  # rows
 PAGE_ROWS = PAGE // ROW_BYTES
@@ -34,8 +38,8 @@ PAGE_ROWS = PAGE // ROW_BYTES
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A sealed table of one layer, its whole shards alone: rows 0 to `rows` - 1 lie in `shards`,
-    shard_rows each."""
+    """The full shards of a sealed table of one layer: rows 0 to `rows` - 1 are in `shards`,
+    `shard_rows` in each."""
 
     path: Path
     shards: list[Path]
@@ -46,23 +50,23 @@ class OnDisk:
         return len(self.shards) * self.shard_rows
 
     def where(self, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard, and byte of the file, of each row."""
+        """The shard of each row, and its first byte in the shard's file."""
         shard_N, local_N = np.divmod(ids_N, self.shard_rows)
         return shard_N, HEADER_BYTES + local_N * ROW_BYTES
 
     def drop(self, probe: Probe) -> None:
-        """Out of the page cache. SystemExit where it stays."""
+        """Drops the table from the page cache. Raises SystemExit if it stays there."""
         for path in self.shards:
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if (share := probe.resident(self.shards)) > 0.001:
             raise SystemExit(
-                f"{self.path}: expected no page in the page cache, found {share:.1%} of them there: "
+                f"{self.path}: expected no page in the page cache, found {share:.1%} of them: "
                 "is it a disk?"
             )
 
     def bring(self) -> None:
-        """Into the page cache."""
+        """Reads the table into the page cache."""
         for path in self.shards:
             with open(path, "rb") as file:
                 while file.read(1 << 24):
@@ -70,10 +74,11 @@ class OnDisk:
 
 
 def make_table(folder: Path, table_bytes: int) -> OnDisk:
-    """Random rows in shards of about 1 GiB, whole pages; the last one, of what the prime leaves, is
-    not read."""
+    """Makes a table of random rows, in shards of about 1 GiB that are whole pages. The number of
+    rows is a prime, so the last shard is smaller; it is not read."""
     spec = HashSpec.demo((0,), (2,), 1, table_bytes // ROW_BYTES, vocab_size=1000, pad_id=0)
-    dim, rng = ROW_BYTES // 2, np.random.default_rng(0)
+    dim = ROW_BYTES // 2
+    rng = np.random.default_rng(0)
     rows = spec.row_count(0)
     shard_rows = rows // max(1, round(table_bytes / 2**30)) // PAGE_ROWS * PAGE_ROWS
     table = Table.create(
@@ -85,29 +90,23 @@ def make_table(folder: Path, table_bytes: int) -> OnDisk:
     )
     for first in range(0, rows, CHUNK):
         count = min(CHUNK, rows - first)
-        table.write_rows(
-            0,
-            first,
-            np.frombuffer(rng.bytes(count * ROW_BYTES), np.uint8).reshape(count, ROW_BYTES),
-        )
+        rows_NR = np.frombuffer(rng.bytes(count * ROW_BYTES), np.uint8).reshape(count, ROW_BYTES)
+        table.write_rows(0, first, rows_NR)
     table.seal()
-    return OnDisk(
-        table.path,
-        [shard.path for shard in table.shards(0) if shard.rows == shard_rows],
-        shard_rows,
-    )
+    shards = [shard.path for shard in table.shards(0) if shard.rows == shard_rows]
+    return OnDisk(table.path, shards, shard_rows)
 
 
 def find_peer(folder: Path | None) -> Any:
-    """The engramdb module, or None where it is not installed."""
+    """The engramdb module, or None if it is not installed."""
     if folder is not None:
         sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module(PEER)
     except ImportError as error:
         print(
-            f"\n{PEER} is left out ({error}): pip install --no-deps --target DIR engramdb-python=={PEER_VERSION}, "
-            "then --peer DIR"
+            f"\n{PEER} is left out ({error}): pip install --no-deps --target DIR "
+            f"engramdb-python=={PEER_VERSION}, then --peer DIR"
         )
         return None
     if (found := importlib.metadata.version("engramdb-python")) != PEER_VERSION:
@@ -116,11 +115,12 @@ def find_peer(folder: Path | None) -> Any:
 
 
 class PeerStore:
-    """The same files through engramdb, to which a shard's header is some rows more. It takes lists,
-    and returns bytes of its own."""
+    """The same files through engramdb, which takes a shard's header for rows. It takes lists of ids
+    and returns new bytes."""
 
     def __init__(self, module: Any, table: OnDisk, threads: int | None) -> None:
-        self._table, self._header = table, HEADER_BYTES // ROW_BYTES
+        self._table = table
+        self._header = HEADER_BYTES // ROW_BYTES  # rows
         folder = table.path.with_name("peer")
         folder.mkdir(exist_ok=True)
         for number, path in enumerate(table.shards):
@@ -142,7 +142,7 @@ class PeerStore:
 
 
 def check(table: OnDisk, peer: Any) -> None:
-    """All ways give the same rows; SystemExit where they do not."""
+    """Raises SystemExit unless all ways to read give the same rows."""
     ids_N = np.random.default_rng(3).integers(0, table.rows, 1000)
     shard_N, begin_N = table.where(ids_N)
     mapped = [np.memmap(path, np.uint8, "r") for path in table.shards]
@@ -162,8 +162,8 @@ def check(table: OnDisk, peer: Any) -> None:
 
 
 def cold(probe: Probe, table: OnDisk, peer: Any, count: int, threads: int, rounds: int) -> Result:
-    """`count` random rows a call, each call after the page cache was emptied of the table; fewer
-    where few reads are under way. Opening is not timed."""
+    """Speeds of `count` random rows a call, fewer if few reads are under way. The table is dropped
+    from the page cache before each call. Opening is not timed."""
     use_threads(threads)
     cache = _PageCache(probe, table)
     variants = {
@@ -186,23 +186,24 @@ def cold(probe: Probe, table: OnDisk, peer: Any, count: int, threads: int, round
         )
     speeds = rows_a_second(variants, rounds, seed=4)
     cache.close()
-    limit, asked = best(speeds, READS), [(1.5, best(speeds, PEER))] if peer is not None else []
-    result = Result(
-        f"cold disk, {ROW_BYTES} B rows, {count} a call",
-        ROW_BYTES,
-        speeds,
-        limit,
-        {best(speeds, PREAD): [(0.9, limit), *asked]},
-    )
+    limit = best(speeds, READS)
+    asked = [(0.9, limit)]
+    if peer is not None:
+        asked.append((1.5, best(speeds, PEER)))
+    title = f"cold disk, {ROW_BYTES} B rows, {count} a call"
+    result = Result(title, ROW_BYTES, speeds, limit, {best(speeds, PREAD): asked})
     print(result.markdown(), flush=True)
     return result
 
 
 class _PageCache:
-    """Empties itself of a table, whose mappings have to be closed first: their pages stay."""
+    """Drops a table from the page cache. Its mappings have to be closed first, since mapped pages
+    stay."""
 
     def __init__(self, probe: Probe, table: OnDisk) -> None:
-        self.probe, self.table, self.rng = probe, table, np.random.default_rng(5)
+        self.probe = probe
+        self.table = table
+        self.rng = np.random.default_rng(5)
         self._open: list[RowStore] = []
         self._files: dict[bool, list[int]] = {}
 
@@ -212,12 +213,12 @@ class _PageCache:
         self.table.drop(self.probe)
 
     def store(self, options: str) -> RowStore:
-        """Of the table; closed when the page cache is emptied again."""
+        """A store of the table, closed when the page cache is emptied again."""
         self._open.append(open_store(f"file:{self.table.path}?{options}", layer=0))
         return self._open[-1]
 
     def files(self, direct: bool) -> np.ndarray:
-        """Of the shards, to be read at random."""
+        """Open files of the shards, for random reads."""
         if direct not in self._files:
             flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
             self._files[direct] = [os.open(path, flags) for path in self.table.shards]
@@ -227,19 +228,21 @@ class _PageCache:
 
     def close(self) -> None:
         self.empty()
-        for file in sum(self._files.values(), []):
-            os.close(file)
+        for files in self._files.values():
+            for file in files:
+                os.close(file)
 
 
 def _cold_probe(cache: _PageCache, depth: int, direct: bool, count: int) -> Variant:
-    files_S, reads = cache.files(direct), min(count, 256 * depth)
+    files_S = cache.files(direct)
+    reads = min(count, 256 * depth)
 
     def prepare() -> tuple[np.ndarray, np.ndarray]:
         cache.empty()
         shard_N, begin_N = cache.table.where(cache.rng.integers(0, cache.table.rows, reads))
         return files_S[shard_N], begin_N // PAGE * PAGE
 
-    return Variant(reads, prepare, lambda given: cache.probe.pread(given[0], given[1], depth))
+    return Variant(reads, prepare, lambda reads: cache.probe.pread(*reads, depth))
 
 
 def _cold_store(cache: _PageCache, options: str, rows: int) -> Variant:
@@ -249,7 +252,11 @@ def _cold_store(cache: _PageCache, options: str, rows: int) -> Variant:
         cache.empty()
         return cache.store(options), cache.rng.integers(0, cache.table.rows, rows)
 
-    return Variant(rows, prepare, lambda given: given[0].gather(given[1], out=out_NR))
+    def run(prepared: tuple[RowStore, np.ndarray]) -> np.ndarray:
+        store, ids_N = prepared
+        return store.gather(ids_N, out=out_NR)
+
+    return Variant(rows, prepare, run)
 
 
 def _cold_peer(cache: _PageCache, peer: Any, threads: int | None, count: int) -> Variant:
@@ -258,25 +265,26 @@ def _cold_peer(cache: _PageCache, peer: Any, threads: int | None, count: int) ->
         store = PeerStore(peer, cache.table, threads)
         return store, store.ids(cache.rng.integers(0, cache.table.rows, count))
 
-    return Variant(count, prepare, lambda given: given[0].fetch(given[1]))
+    def run(prepared: tuple[PeerStore, list[int]]) -> bytes:
+        store, ids = prepared
+        return store.fetch(ids)
+
+    return Variant(count, prepare, run)
 
 
 def warm(probe: Probe, table: OnDisk, peer: Any, ids: int, threads: int, rounds: int) -> Result:
-    """`ids` random rows a call of a table that lies in the page cache, and in the page tables of
-    whoever maps it."""
+    """Speeds of `ids` random rows a call. The table is in the page cache, and in the page table of
+    each process that maps it."""
     use_threads(threads)
     table.bring()
     with probe.mapped(table.shards, HEADER_BYTES, table.shard_rows * ROW_BYTES) as memory:
         variants = _warm_variants(probe, memory, table, peer, ids, threads)
         speeds = rows_a_second(variants, rounds, seed=8)
-    peers = [(10.0, best(speeds, PEER))] if peer is not None else []
-    result = Result(
-        f"warm page cache, {ROW_BYTES} B rows, {threads_in_words(threads)}",
-        ROW_BYTES,
-        best_first(speeds, LIMIT),
-        LIMIT,
-        {MAPPED: [(5.0, MEMMAP), *peers]},
-    )
+    asked = [(5.0, MEMMAP)]
+    if peer is not None:
+        asked.append((10.0, best(speeds, PEER)))
+    title = f"warm page cache, {ROW_BYTES} B rows, {threads_in_words(threads)}"
+    result = Result(title, ROW_BYTES, best_first(speeds, LIMIT), LIMIT, {MAPPED: asked})
     print(result.markdown(), flush=True)
     return result
 
@@ -284,22 +292,23 @@ def warm(probe: Probe, table: OnDisk, peer: Any, ids: int, threads: int, rounds:
 def _warm_variants(
     probe: Probe, memory: np.ndarray, table: OnDisk, peer: Any, ids: int, threads: int
 ) -> dict[str, Variant]:
-    rng, out_NR = np.random.default_rng(9), huge(ids * ROW_BYTES).reshape(ids, ROW_BYTES)
+    rng = np.random.default_rng(9)
+    out_NR = huge(ids * ROW_BYTES).reshape(ids, ROW_BYTES)
     memmap = memory.reshape(-1, ROW_BYTES).view(np.memmap)  # as if the shards were one file
 
     def fresh() -> np.ndarray:
         return rng.integers(0, table.rows, ids)
 
-    found = probes(probe, memory, ROW_BYTES, fresh, ids, out_NR, threads)
+    variants = probes(probe, memory, ROW_BYTES, fresh, ids, out_NR, threads)
     for name, options in ((MAPPED, "populate=1"), (PREAD, "read=pread")):
         store = open_store(f"file:{table.path}?{options}", layer=0)
-        found[name] = Variant(
+        variants[name] = Variant(
             ids, fresh, lambda ids_N, store=store: store.gather(ids_N, out=out_NR)
         )
-    found[MEMMAP] = Variant(ids, fresh, lambda ids_N: memmap[ids_N])
+    variants[MEMMAP] = Variant(ids, fresh, lambda ids_N: memmap[ids_N])
     if peer is not None:
         for depth in (None, threads):
             store = PeerStore(peer, table, depth)
             name = PEER if depth is None else f"{PEER}, threads={depth}"
-            found[name] = Variant(ids, lambda store=store: store.ids(fresh()), store.fetch)
-    return found
+            variants[name] = Variant(ids, lambda store=store: store.ids(fresh()), store.fetch)
+    return variants

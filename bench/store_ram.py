@@ -1,4 +1,4 @@
-"""Stores in RAM beside the limit of the memory: gathers, rows as numbers, what torch has for it,
+"""Stores in RAM beside the limit of the memory: gathers, rows as numbers, torch's own look-ups, and
 hits of a row cache.
 
 Part of bench/store.py.
@@ -19,9 +19,12 @@ from engraphy.rows import RowFormat, read
 from engraphy.store import CacheStore, RowStore, open_store, warm
 from engraphy.store.sets import WAYS, set_bytes
 
-LIMIT, GATHER, EMBEDDING, HITS = "C probe", "ram:, gather(out=)", "nn.Embedding", "cache, hits"
-READS = 3  # of each row before: as far as a cache counts them
-LOAD = 0.6  # of a cache's places that are asked for: sets fill unevenly
+LIMIT = "C probe"
+GATHER = "ram:, gather(out=)"
+EMBEDDING = "nn.Embedding"
+HITS = "cache, hits"
+READS = 3  # of each row before the clock starts: a cache counts no further
+LOAD = 0.6  # share of a cache's places that is filled: sets fill unevenly
 
 
 def filled(rows: int, row_bytes: int) -> RowStore:
@@ -41,26 +44,19 @@ def use_threads(threads: int) -> None:
 def ram(
     probe: Probe, table_bytes: int, sizes: list[int], ids: int, threads: list[int], rounds: int
 ) -> list[Result]:
-    """Tables of so many bytes, rows of each size, `ids` random ones a call into a reused buffer."""
+    """Speeds of tables of `table_bytes` with rows of each size, `ids` random rows a call, into a
+    reused buffer."""
     buffer = huge(ids * max(sizes))
     results = []
     for row_bytes in sizes:
         store = filled(table_bytes // row_bytes, row_bytes)
         for count in threads:
             use_threads(count)
-            speeds = rows_a_second(
-                _ram_variants(probe, store, buffer, ids, count), rounds, seed=row_bytes
-            )
+            variants = _ram_variants(probe, store, buffer, ids, count)
+            speeds = best_first(rows_a_second(variants, rounds, seed=row_bytes), LIMIT)
             title = f"RAM, {row_bytes} B rows, {threads_in_words(count)}"
-            results.append(
-                Result(
-                    title,
-                    row_bytes,
-                    best_first(speeds, LIMIT),
-                    LIMIT,
-                    {GATHER: [(0.7, LIMIT), (3.0, EMBEDDING)]},
-                )
-            )
+            asked = {GATHER: [(0.7, LIMIT), (3.0, EMBEDDING)]}
+            results.append(Result(title, row_bytes, speeds, LIMIT, asked))
             print(results[-1].markdown(), flush=True)
         store.close()
     return results
@@ -78,11 +74,10 @@ def probes(
     """The probe's ways to copy rows; the best is the limit."""
 
     def copies(ahead: int, stream: bool) -> Variant:
-        return Variant(
-            ids,
-            fresh_ids,
-            lambda ids_N: probe.gather(table, ids_N, row_bytes, out, threads, ahead, stream),
-        )
+        def run(ids_N: np.ndarray) -> float:
+            return probe.gather(table, ids_N, row_bytes, out, threads, ahead, stream)
+
+        return Variant(ids, fresh_ids, run)
 
     return {
         f"{LIMIT}, {ahead} ahead{', past the caches' * stream}": copies(ahead, stream)
@@ -94,7 +89,8 @@ def probes(
 def _ram_variants(
     probe: Probe, store: RowStore, buffer: np.ndarray, ids: int, threads: int
 ) -> dict[str, Variant]:
-    rng, info = np.random.default_rng(1), store.info
+    rng = np.random.default_rng(1)
+    info = store.info
     out_NR = buffer[: ids * info.row_bytes].reshape(ids, info.row_bytes)
     table = _as_tensor(store)
     table_out = torch.from_numpy(out_NR).view(torch.float32)
@@ -110,29 +106,29 @@ def _ram_variants(
     def tensor() -> torch.Tensor:
         return torch.from_numpy(fresh())
 
-    found = probes(probe, _memory(store), info.row_bytes, fresh, ids, out_NR, threads)
-    found[GATHER] = Variant(ids, fresh, lambda ids_N: store.gather(ids_N, out=out_NR))
+    variants = probes(probe, _memory(store), info.row_bytes, fresh, ids, out_NR, threads)
+    variants[GATHER] = Variant(ids, fresh, lambda ids_N: store.gather(ids_N, out=out_NR))
     if info.row_bytes == RowFormat("fp8", 256).row_bytes:
         numbers = np.zeros((ids, 256), np.uint16)
-        found["ram:, read as bf16 (fp8 + scales)"] = Variant(
+        variants["ram:, read as bf16 (fp8 + scales)"] = Variant(
             ids, fresh, lambda ids_N: read(store, ids_N, RowFormat("fp8", 256), numbers)
         )
-    found[EMBEDDING] = Variant(ids, tensor, embedded)
-    found["index_select(out=)"] = Variant(
+    variants[EMBEDDING] = Variant(ids, tensor, embedded)
+    variants["index_select(out=)"] = Variant(
         ids, tensor, lambda ids_N: torch.index_select(table, 0, ids_N, out=table_out)
     )
-    return found
+    return variants
 
 
 def _as_tensor(store: RowStore) -> torch.Tensor:
-    """The very rows of the store, as float32."""
+    """The store's own rows as float32, not copied."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are read-only
         return torch.from_numpy(_memory(store)).view(torch.float32)
 
 
 def _memory(store: RowStore) -> np.ndarray:
-    """The rows themselves, uint8 [N, row_bytes]."""
+    """The store's own rows, uint8 [N, row_bytes], not copied."""
     with store.reading() as shards:
         assert shards is not None
         return shards[0]
@@ -141,10 +137,11 @@ def _memory(store: RowStore) -> np.ndarray:
 def cache(
     cache_bytes: int, asked: dict[int, float], ids: int, threads: list[int], rounds: int
 ) -> list[Result]:
-    """Hits of a CacheStore that has all rows that it is asked for, beside a gather of the same rows
-    from RAM.
+    """Speeds of hits of a CacheStore that holds all rows it is asked for, beside a gather of the
+    same rows from RAM.
 
-    cache_bytes: of the rows. asked: row size -> the share of the gather that is asked for.
+    cache_bytes: bytes of the rows. asked: row size -> the share of the gather that hits should
+    reach.
     """
     results = []
     for row_bytes, least in asked.items():
@@ -152,15 +149,15 @@ def cache(
         behind = filled(rows, row_bytes)
         store = CacheStore(behind, int(rows / LOAD / WAYS) * set_bytes(row_bytes))
         warm(store, 1.0)
-        kept, out_NR = store.kept(), huge(ids * row_bytes).reshape(ids, row_bytes)
-        for first in range(0, READS * len(kept), ids):  # as rows are that are worth keeping
+        kept = store.kept()
+        out_NR = huge(ids * row_bytes).reshape(ids, row_bytes)
+        for first in range(0, READS * len(kept), ids):  # rows worth keeping are read often
             store.gather(kept[np.arange(first, first + ids) % len(kept)], out=out_NR)
         for count in threads:
             use_threads(count)
             before = store.stats
-            speeds = rows_a_second(
-                _cache_variants(store, behind, kept, out_NR), rounds, seed=row_bytes
-            )
+            variants = _cache_variants(store, behind, kept, out_NR)
+            speeds = rows_a_second(variants, rounds, seed=row_bytes)
             title = f"cache, {row_bytes} B rows, {len(kept)} kept, {threads_in_words(count)}"
             results.append(Result(title, row_bytes, speeds, GATHER, {HITS: [(least, GATHER)]}))
             print(results[-1].markdown(), flush=True)

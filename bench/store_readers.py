@@ -1,4 +1,4 @@
-"""Many readers of one table: what they get together, and how often the table lies in memory.
+"""Many readers of one table: their speed together, and how many copies of the table are in memory.
 
 Part of bench/store.py. Each reader asks for the same hot rows, in an order of its own.
 """
@@ -25,18 +25,18 @@ from engraphy.store.sets import WAYS, set_bytes
 from engraphy.table.shards import HEADER_BYTES
 
 COUNTS = (1, 2, 4, 8)
-HOT, CALL, ORDERS = 16_384, 1024, 8  # rows; rows a call; calls of a reader until its ids come again
-LARGE = (
-    16 * CALL
-)  # rows a call whose copying takes far longer than handing over the interpreter's lock
-KEPT = 0.8  # of what one reader gets, by all of them together
+HOT = 16_384  # rows
+CALL = 1024  # rows a call
+ORDERS = 8  # calls of a reader until its ids come again
+LARGE = 16 * CALL  # rows a call: copying takes far longer than passing on the interpreter's lock
+KEPT = 0.8  # share of one reader's speed that all of them together should reach
 PATIENCE = 300  # seconds until a reader is given up
 forked = multiprocessing.get_context("fork")
 
 
 def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result]:
-    """1 to 8 threads and processes, each with so many calls, on a mapped file, in small calls and
-    in as many rows in large ones; threads on a cache before it."""
+    """Speeds of 1 to 8 threads and processes, with `calls` calls each. They read a mapped file in
+    small calls, and the same number of rows in large ones. Threads also read a cache before it."""
     use_threads(1)
     hot = np.random.default_rng(10).choice(table.shard_rows, HOT, replace=False)
     url = f"file:{table.path}?read=mmap"
@@ -56,21 +56,14 @@ def readers(probe: Probe, table: OnDisk, calls: int, rounds: int) -> list[Result
     }
     variants = {f"{kind}, {count}": make(count) for kind, make in kinds.items() for count in COUNTS}
     speeds = rows_a_second(variants, rounds, seed=11)
-    for each in (store, populated, cache):
-        each.close()
+    for opened in (store, populated, cache):
+        opened.close()
     results = []
     for kind in list(kinds)[1:]:
         own = {name: speed for name, speed in speeds.items() if name.startswith((LIMIT, kind))}
         asked = {f"{kind}, {count}": [(KEPT, f"{kind}, 1")] for count in COUNTS[1:]}
-        results.append(
-            Result(
-                f"readers of {HOT} hot rows: {kind}, together",
-                ROW_BYTES,
-                best_first(own, LIMIT),
-                LIMIT,
-                asked,
-            )
-        )
+        title = f"readers of {HOT} hot rows: {kind}, together"
+        results.append(Result(title, ROW_BYTES, best_first(own, LIMIT), LIMIT, asked))
         print(results[-1].markdown(), flush=True)
     return results
 
@@ -82,12 +75,10 @@ def _batches(hot: np.ndarray, reader: int, rows: int = CALL) -> np.ndarray:
 def _probe_readers(
     probe: Probe, memory: np.ndarray, hot: np.ndarray, count: int, calls: int
 ) -> Variant:
-    ids_N, out = (
-        np.concatenate([_batches(hot, reader).reshape(-1) for reader in range(count)]),
-        huge(count * CALL * ROW_BYTES),
-    )
+    out = huge(count * CALL * ROW_BYTES)
     times = max(1, calls // ORDERS)
-    ids_N = np.concatenate([np.tile(part, times) for part in np.split(ids_N, count)])
+    parts = [np.tile(_batches(hot, reader).reshape(-1), times) for reader in range(count)]
+    ids_N = np.concatenate(parts)
     return Variant(
         len(ids_N),
         lambda: None,
@@ -107,10 +98,10 @@ def _thread_readers(
         def one(reader: int) -> None:
             spans.append(_read(store, hot, reader, calls, start, rows))
 
-        each = [threading.Thread(target=one, args=(reader,)) for reader in range(count)]
-        for thread in each:
+        threads = [threading.Thread(target=one, args=(reader,)) for reader in range(count)]
+        for thread in threads:
             thread.start()
-        for thread in each:
+        for thread in threads:
             thread.join()
         return _between(spans, count)
 
@@ -131,7 +122,8 @@ def _read(
     store: RowStore, hot: np.ndarray, reader: int, calls: int, start: Any, rows: int = CALL
 ) -> tuple[float, float]:
     """When this reader began and when it ended; the clock is the same in all processes."""
-    batches, out_NR = _batches(hot, reader, rows), np.zeros((rows, ROW_BYTES), np.uint8)
+    batches = _batches(hot, reader, rows)
+    out_NR = np.zeros((rows, ROW_BYTES), np.uint8)
     store.gather(hot)
     start.wait(PATIENCE)
     begun = time.monotonic()
@@ -147,38 +139,37 @@ def _between(spans: list[tuple[float, float]], count: int) -> float:
 
 
 def _in_processes(work: Callable[[int, Any, Any], None], count: int) -> list[Any]:
-    """What `work(number, barrier, answers)` puts into `answers`, once in each of `count` forked
-    processes."""
-    start, answers = forked.Barrier(count), forked.Queue()
+    """Runs `work(number, barrier, answers)` in `count` forked processes. Returns what each puts
+    into `answers`."""
+    start = forked.Barrier(count)
+    answers = forked.Queue()
     children = [
         forked.Process(target=work, args=(number, start, answers), daemon=True)
         for number in range(count)
     ]
     for child in children:
         child.start()
-    found = [answers.get(timeout=PATIENCE) for _ in children]
+    results = [answers.get(timeout=PATIENCE) for _ in children]
     for child in children:
         child.join()
-    return found
+    return results
 
 
 def copies(table: OnDisk, shared: Path, count: int = 8) -> list[dict[str, Any]]:
-    """How many copies of the table lie in memory while `count` processes have all of it mapped: the
-    proportional set sizes of their mappings, summed. A pool is made in `shared`, where there is
+    """How many copies of the table are in memory while `count` processes have all of it mapped: the
+    sum of the proportional set sizes of their mappings. A pool is made in `shared`, which needs
     room for one."""
-    found = [_copies(f"file:{table.path}?populate=1", table.path, count)]
+    results = [_copies(f"file:{table.path}?populate=1", table.path, count)]
     folder = Path(tempfile.mkdtemp(prefix="engraphy-bench-", dir=shared))
     try:
-        found.append(_copies(f"pool:{folder / 'pool'}?from={table.path}", folder / "pool", count))
+        results.append(_copies(f"pool:{folder / 'pool'}?from={table.path}", folder / "pool", count))
     finally:
         shutil.rmtree(folder)
-    print(
-        f"\n### {count} processes, the whole table in the page table of each\n\n| path | copies in memory | asked |\n"
-        "|---|---|---|"
-    )
-    for each in found:
-        print(f"| {each['path']} | {each['copies']:.3f} | at most 1.05 |", flush=True)
-    return found
+    print(f"\n### {count} processes, the whole table in the page table of each\n")
+    print("| path | copies in memory | asked |\n|---|---|---|")
+    for result in results:
+        print(f"| {result['path']} | {result['copies']:.3f} | at most 1.05 |", flush=True)
+    return results
 
 
 def _copies(url: str, folder: Path, count: int) -> dict[str, Any]:
@@ -193,25 +184,27 @@ def _copies(url: str, folder: Path, count: int) -> dict[str, Any]:
         answers.put(sizes)
 
     sizes = _in_processes(one, count)
-    rows_mapped = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    table_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    proportional = sum(process["Pss:"] for process in sizes)
     return {
         "path": url.partition(":")[0] + ":",
         "processes": count,
-        "table_bytes": rows_mapped,
+        "table_bytes": table_bytes,
         "resident_bytes_each": sizes[0]["Rss:"],
-        "proportional_bytes_of_all": sum(each["Pss:"] for each in sizes),
-        "copies": round(sum(each["Pss:"] for each in sizes) / rows_mapped, 4),
+        "proportional_bytes_of_all": proportional,
+        "copies": round(proportional / table_bytes, 4),
     }
 
 
 def _mapped_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of this process' mappings of files in `folder`: resident, and in proportion to who else
-    maps them."""
-    found, ours = {"Rss:": 0, "Pss:": 0}, False
+    """Bytes of this process' mappings of files in `folder`: resident, and divided by the number of
+    processes that map them."""
+    sizes = {"Rss:": 0, "Pss:": 0}
+    ours = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
         if not words[0].endswith(":"):
             ours = words[-1].startswith(f"{folder}/")
-        elif ours and words[0] in found:
-            found[words[0]] += int(words[1]) * 1024
-    return found
+        elif ours and words[0] in sizes:
+            sizes[words[0]] += int(words[1]) * 1024
+    return sizes

@@ -99,7 +99,7 @@ class Result:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        asked = {path: [list(pair) for pair in pairs] for path, pairs in self.asked.items()}
+        asked = {path: list(map(list, pairs)) for path, pairs in self.asked.items()}
         return {
             "title": self.title,
             "row_bytes": self.row_bytes,

@@ -1,10 +1,10 @@
-"""Give a transformers model a memory, train it on a text while the model stays frozen, generate,
-save it and load it.
+"""Gives a transformers model a memory, trains it on a text while the model stays frozen, generates
+text, saves the memory and loads it.
 
     python examples/attach.py [MODEL [TEXT]]
 
-MODEL: folder or hub name of a model that you have; without it, a tiny one with random weights.
-TEXT: a text file, by default this one.
+MODEL: folder or hub name of a model; without it, a tiny model with random weights is made.
+TEXT: a text file; by default this one.
 """
 
 import sys
@@ -20,7 +20,9 @@ from engraphy.data.tokens import train_tokenizer
 from engraphy.hf import cost
 from engraphy.train import OptimizerPair, RowAdam, warmup_cosine
 
-STEPS, ROWS, LENGTH = 30, 8, 128
+STEPS = 30
+ROWS = 8  # of the batch
+LENGTH = 128  # tokens of a row
 text = Path(sys.argv[2] if len(sys.argv) > 2 else __file__).read_text()
 torch.manual_seed(0)
 if len(sys.argv) > 1:
@@ -41,7 +43,7 @@ else:
     )
     model = AutoModelForCausalLM.from_config(sizes).eval()
 
-# The memory hashes the tokenizer's ids, those of the same text (case, accents, blanks) merged.
+# The memory hashes compressed ids: tokens that differ only in case, accents or blanks share one.
 vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.vocab_size)
 config = EngramConfig.for_model(model.config, rows_per_head=2_000, vocab_size=len(vocab))
 print(f"layers {list(config.hash.layer_ids)}:", cost(config))
@@ -69,18 +71,13 @@ new = model.generate(
 )
 print(repr(tokenizer.decode(new[0])))
 trace = Trace()
-model(new, engraphy_trace=trace)  # what the memory let in, token by token
-print(
-    "gates:",
-    {
-        layer: [round(float(gate), 2) for gate in gates[0, :6, 0]]
-        for layer, gates in trace.gates.items()
-    },
-)
+model(new, engraphy_trace=trace)  # records how far each token opens the gates
+for layer, gates in trace.gates.items():
+    print(f"gates of layer {layer}:", [round(float(gate), 2) for gate in gates[0, :6, 0]])
 
 after = model(ids).logits
 with tempfile.TemporaryDirectory() as folder:
-    memory.save(Path(folder) / "memory")  # dense weights and the table; the model is not in it
+    memory.save(Path(folder) / "memory")  # dense weights and the table, without the model
     engraphy.detach(model)
     print("detached, the model is what it was:", torch.equal(model(ids).logits, before))
     engraphy.load(model, Path(folder) / "memory", tokenizer=tokenizer)

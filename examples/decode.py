@@ -1,5 +1,5 @@
-"""What a decoder has to carry: a SequenceState. One token at a time equals one forward, and tokens
-can be taken back.
+"""Decodes with a SequenceState, the only thing a decoder has to carry: one token at a time gives
+the same result as one forward pass, and tokens can be taken back.
 
 python examples/decode.py
 """
@@ -15,22 +15,23 @@ config = EngramConfig(spec, LayerSpec(hidden_size=16, width=spec.columns * 8), d
 torch.manual_seed(0)
 memory = EngramMemory(config, VocabMap.identity(500)).eval()
 memory.init_rows(std=1.0, seed=0)
-torch.nn.init.normal_(memory.blocks["0"].conv)  # as after training: the conv starts at zero
+torch.nn.init.normal_(memory.blocks["0"].conv)  # it starts at zero; training would change it
 
-ids, x = torch.randint(0, 500, (1, 12)), torch.randn(1, 12, 1, 16)
+ids = torch.randint(0, 500, (1, 12))
+x = torch.randn(1, 12, 1, 16)  # [batch, tokens, streams, hidden]
 with torch.no_grad():
     trace = Trace()
     whole = memory.apply(0, x, memory.lookup(ids, trace=trace))
 
     state = memory.state(batch=1, margin=4)
     prompt = memory.apply(0, x[:, :8], memory.lookup(ids[:, :8], state=state))
-    wrong = torch.randint(0, 500, (1, 3))  # a draft that is rejected
-    memory.apply(0, x[:, 8:11], memory.lookup(wrong, state=state))
+    draft = torch.randint(0, 500, (1, 3))  # is rejected
+    memory.apply(0, x[:, 8:11], memory.lookup(draft, state=state))
     state.crop(3)
-    steps = [
-        memory.apply(0, x[:, t : t + 1], memory.lookup(ids[:, t : t + 1], state=state))
-        for t in range(8, 12)
-    ]
+    steps = []
+    for t in range(8, 12):
+        lookup = memory.lookup(ids[:, t : t + 1], state=state)
+        steps.append(memory.apply(0, x[:, t : t + 1], lookup))
 
 print("largest difference:", float((torch.cat([prompt, *steps], dim=1) - whole).abs().max()))
 print("gates:", [round(float(gate), 3) for gate in trace.gates[0][0, :, 0]])

@@ -1,5 +1,5 @@
-"""Train a memory beside a toy model, save it, and serve its table from disk: the same outputs, bit
-for bit.
+"""Trains a memory beside a toy model, saves it, and serves its table from disk: the outputs are the
+same, bit for bit.
 
 python examples/train_and_serve.py
 """
@@ -12,7 +12,9 @@ import torch
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap
 from engraphy.train import OptimizerPair, RowAdam, warmup_cosine
 
-VOCAB, HIDDEN, DIM = 100, 32, 8
+VOCAB = 100
+HIDDEN = 32
+DIM = 8  # values of a row
 
 # Addresses: 2-grams and 3-grams of layer 1, two heads each. The multipliers depend on the
 # vocabulary.
@@ -28,7 +30,8 @@ print(
 torch.manual_seed(0)
 memory = EngramMemory(config, VocabMap.identity(VOCAB))
 memory.init_rows(std=0.02, seed=0)
-embed, head = torch.nn.Embedding(VOCAB, HIDDEN), torch.nn.Linear(HIDDEN, VOCAB)
+embed = torch.nn.Embedding(VOCAB, HIDDEN)
+head = torch.nn.Linear(HIDDEN, VOCAB)
 
 
 def logits(memory: EngramMemory, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -37,8 +40,8 @@ def logits(memory: EngramMemory, ids_BT: torch.Tensor) -> torch.Tensor:
     return head(memory.apply(1, x_BTD[:, :, None], lookup)[:, :, 0])  # one residual stream: S = 1
 
 
-# A text in which the next token follows from the last two: nothing but the memory sees the second
-# one.
+# A text in which each token follows from the two before it. Only the memory sees the one that is
+# two places back.
 ids = torch.randint(1, VOCAB, (32, 48))
 for t in range(2, 48):
     ids[:, t] = 1 + (ids[:, t - 1] * 7 + ids[:, t - 2] * 3) % 20
