@@ -50,7 +50,8 @@ def model_and_memory(dtype: torch.dtype, folder: Path | None) -> tuple[Any, Engr
         tie_word_embeddings=True,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(dtype).eval()
     memory = engraphy.attach(model, EngramConfig.for_model(config, rows_per_head=150_000))
     for parameter in memory.parameters():
         torch.nn.init.normal_(parameter, std=0.05)

@@ -24,7 +24,7 @@ from engraphy.train import RowAdagrad, RowAdam, RowOptimizer
 SCALES = (1, 4, 16)
 
 
-def make(kind: type[RowOptimizer], rows: int, dim: int) -> RowOptimizer:
+def make(kind: type[RowAdam] | type[RowAdagrad], rows: int, dim: int) -> RowOptimizer:
     spec = HashSpec.demo((0,), (2,), 1, rows, vocab_size=1000, pad_id=0)
     memory = EngramMemory(
         EngramConfig(spec, LayerSpec(8, dim, order=2), dim), VocabMap.identity(1000)
@@ -39,7 +39,9 @@ def resident_mib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=262_144, help="rows of the 1x table")
     parser.add_argument("--dim", type=int, default=64, help="values a row")
     parser.add_argument("--grads", type=int, default=65_536, help="row gradients a step")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 from address import at, medians
@@ -49,11 +50,12 @@ def measure(
     batches = itertools.cycle([rng.integers(0, info.rows, len(out)) for _ in range(31)])
     raw = np.zeros((len(out), info.row_bytes), np.uint8)
     copy = np.zeros_like(out)
-    variants = {
+    variants: dict[str, Callable[[], object]] = {
         name: at(level, lambda: read(store, next(batches), fmt, out))
         for name, level in levels.items()
     }
     with store.reading() as shards:
+        assert shards is not None
         table = shards[0]
     variants["take"] = lambda: np.take(table, next(batches), axis=0, out=raw, mode="clip")
     variants["copy"] = lambda: np.copyto(copy, out)
@@ -104,7 +106,7 @@ def main() -> None:
     store = filled(fmt, 2**24)
     out = np.zeros((TOKEN_ROWS, 256), np.float32)
     ids = np.random.default_rng(2).integers(0, store.info.rows, TOKEN_ROWS)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         name: at(level, lambda: read(store, ids, fmt, out), CALLS) for name, level in levels.items()
     }
     print(f"\none decoded token: {TOKEN_ROWS} rows of {fmt.row_bytes} bytes, in the cache")

@@ -242,7 +242,11 @@ def _cold_probe(cache: _PageCache, depth: int, direct: bool, count: int) -> Vari
         shard_N, begin_N = cache.table.where(cache.rng.integers(0, cache.table.rows, reads))
         return files_S[shard_N], begin_N // PAGE * PAGE
 
-    return Variant(reads, prepare, lambda reads: cache.probe.pread(*reads, depth))
+    def run(prepared: tuple[np.ndarray, np.ndarray]) -> float:
+        files_N, offsets_N = prepared
+        return cache.probe.pread(files_N, offsets_N, depth)
+
+    return Variant(reads, prepare, run)
 
 
 def _cold_store(cache: _PageCache, options: str, rows: int) -> Variant:

@@ -22,9 +22,8 @@ print("shape", whole.shape)
 
 # The end of the prompt alone, with the three ids before it as history.
 chunk = addresser.all_rows(prompt[:, 3:], history=prompt[:, :3])
-print(
-    "the end of a prompt, after its history, has the same rows:", (chunk == whole[:, :, 3:]).all()
-)
+same = bool((chunk == whole[:, :, 3:]).all())
+print("the end of a prompt, after its history, has the same rows:", same)
 
 rows_BTC = addresser.rows(prompt, layer=14)
 print("first columns of the last token in layer 14:", rows_BTC[0, -1, :4].tolist())

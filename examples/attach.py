@@ -10,6 +10,7 @@ TEXT: a text file; by default this one.
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -25,6 +26,7 @@ ROWS = 8  # of the batch
 LENGTH = 128  # tokens of a row
 text = Path(sys.argv[2] if len(sys.argv) > 2 else __file__).read_text()
 torch.manual_seed(0)
+model: Any
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])

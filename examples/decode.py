@@ -15,7 +15,9 @@ config = EngramConfig(spec, LayerSpec(hidden_size=16, width=spec.columns * 8), d
 torch.manual_seed(0)
 memory = EngramMemory(config, VocabMap.identity(500)).eval()
 memory.init_rows(std=1.0, seed=0)
-torch.nn.init.normal_(memory.blocks["0"].conv)  # it starts at zero; training would change it
+torch.nn.init.normal_(
+    memory.blocks["0"].get_parameter("conv")
+)  # it starts at zero; training would change it
 
 ids = torch.randint(0, 500, (1, 12))
 x = torch.randn(1, 12, 1, 16)  # [batch, tokens, streams, hidden]

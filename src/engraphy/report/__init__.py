@@ -1,1 +1,1 @@
-"""Pages and charts."""
+"""Pages and charts that show what a run found."""

@@ -20,7 +20,8 @@ from .scales import Axis, apart, padded, smooth
 ARMS = {"dense": "circle", "moe": "square", "memory": "diamond"}
 """Names of the arms, and the shape that marks each."""
 
-_WIDE, _NARROW = 760, 340  # px
+_WIDE = 760  # px
+_NARROW = 340  # px
 _WIDE_FROM = 500  # px: a chart above it has room for labels at the left
 _STEEP = 0.12  # share of the tokens: losses before it do not set the axis
 
@@ -220,8 +221,9 @@ def bars(groups: Sequence[Group], width: int, label: str, unit: str, plus: bool)
         The SVG.
     """
     wide = width > _WIDE_FROM
-    left, over = (232, 12) if wide else (0, 26)
-    thick, gap = 15, 4
+    left = 232 if wide else 0  # px for labels beside the bars
+    over = 12 if wide else 26  # px above the bars of a group
+    thick, gap = 15, 4  # px of a bar, and between two
     low, high = _reach(groups)
     room = 56  # px for a printed value beyond the longest bar
     start = left + (room if low < 0 else 12)

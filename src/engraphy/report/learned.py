@@ -39,8 +39,13 @@ class Frequency:
 
 
 def frequency(report: Report) -> Frequency | None:
-    """Returns where the differences between the arms come from. Buckets without tokens are left
-    out; None if no bucket has a difference."""
+    """Returns the values of "By n-gram frequency", or None if no bucket has a difference.
+
+    Buckets without tokens are left out.
+
+    Args:
+        report: The dict of a run.
+    """
     buckets = [bucket for bucket in report.get("frequency") or [] if bucket["tokens"]]
     differences = report["differences"]
     gaps = {pair: differences[pair] for pair in _PAIRS if pair in differences}
@@ -81,13 +86,15 @@ def _difference_bars(
     for bucket in buckets:
         note = f"{_times(bucket)}, {percent(bucket['share'])} of tokens"
         groups.append(group(bucket["bucket"], note, bucket["bucket"]))
-    spoken = "; ".join(
-        f"{one.label}: {', '.join(signed(bar.value) for bar in one.bars)}" for one in groups
-    )
+    spoken = "; ".join(f"{one.label}: {_spoken(one.bars)}" for one in groups)
     pairs = ", ".join(arm.label for arm in legend.values())
     label = f"Difference in validation loss by n-gram frequency ({pairs}): {spoken}"
     unit = "\u2190 better: difference in loss, nats per token"
     return charts.both(lambda width: charts.bars(groups, width, label, unit, True))
+
+
+def _spoken(bars: Sequence[charts.Bar]) -> str:
+    return ", ".join(signed(bar.value) for bar in bars)
 
 
 def _times(bucket: Bucket) -> str:
@@ -177,17 +184,19 @@ class Gates:
 
 
 def gates(report: Report) -> Gates | None:
-    """Returns the gate at each token of some sentences and its mean by n-gram frequency, or None
-    if the report has neither."""
+    """Returns the values of "Where the gate opens", or None if the report has no gates.
+
+    Args:
+        report: The dict of a run.
+    """
     part = report.get("gates") or {}
-    sentences, by_frequency = part.get("sentences") or [], part.get("by_frequency") or []
+    sentences = part.get("sentences")
+    by_frequency = part.get("by_frequency")
     if not sentences and not by_frequency:
         return None
-    return Gates(
-        layer=number(part["layer"]),
-        heat_map=_heat_map(sentences) if sentences else None,
-        by_frequency=_gate_bars(report, by_frequency) if by_frequency else None,
-    )
+    heat_map = _heat_map(sentences) if sentences else None
+    bars = _gate_bars(report, by_frequency) if by_frequency else None
+    return Gates(number(part["layer"]), heat_map, bars)
 
 
 def _gate_bars(report: Report, by_frequency: Sequence[Bucket]) -> charts.Chart:
@@ -195,7 +204,8 @@ def _gate_bars(report: Report, by_frequency: Sequence[Bucket]) -> charts.Chart:
     times = {bucket["bucket"]: _times(bucket) for bucket in report.get("frequency") or []}
     groups = []
     for one in by_frequency:
-        name, mean = one["bucket"], one["mean"]
+        name = one["bucket"]
+        mean = one["mean"]
         note = f"{number(one['tokens'])} tokens"
         if name in times:
             note = f"{times[name]}, {note}"

@@ -120,7 +120,11 @@ class Headline:
 
 
 def headline(report: Report) -> Headline:
-    """Returns the values of the headline: lower, higher, or no clear difference."""
+    """Returns the values of the headline: lower, higher, or no clear difference.
+
+    Args:
+        report: The dict of a run.
+    """
     arms = {arm["name"]: arm for arm in report["arms"]}
     pair = (arms["memory"], arms["moe"])
     difference = report["differences"]["memory - moe"]
@@ -131,6 +135,7 @@ def headline(report: Report) -> Headline:
     data = report.get("data", {})
     if "heldout_documents" in data:
         documents = f"{number(data['heldout_documents'])} {documents}"
+    seed = number(report["seed"]) if "seed" in report else ""
     losses = [arm["validation_loss"] for arm in pair]
     perplexities = [math.exp(loss) for loss in losses]
     memory, moe = (arm["parameters"] for arm in pair)
@@ -149,7 +154,7 @@ def headline(report: Report) -> Headline:
         perplexity_change=change(*perplexities),
         budgets=[_budget(kind, memory[kind], moe[kind]) for kind in kinds],
         equal=all(abs(memory[kind] - moe[kind]) <= _EQUAL * moe[kind] for kind in kinds),
-        seed=number(report["seed"]) if "seed" in report else "",
+        seed=seed,
         ladder=charts.ladder(report["arms"], 400),
     )
 
@@ -178,7 +183,11 @@ class Comparison:
 
 
 def comparison(report: Report) -> Comparison:
-    """Returns the values of the table that compares the arms."""
+    """Returns the values of the table that compares the arms.
+
+    Args:
+        report: The dict of a run.
+    """
     arms = report["arms"]
     losses = [
         Cell(fixed(arm["validation_loss"]), plus_minus(arm.get("validation_stderr")))
@@ -248,16 +257,24 @@ class Curves:
 
 
 def curves(report: Report) -> Curves | None:
-    """Returns the values of the training curves, or None if no arm has one."""
+    """Returns the values of the training curves, or None if no arm has one.
+
+    Args:
+        report: The dict of a run.
+    """
     arms = report["arms"]
     if not any(arm.get("curve") or arm.get("heldout_curve") for arm in arms):
         return None
-    losses = [{tokens: loss for tokens, loss in arm.get("heldout_curve") or []} for arm in arms]
+    losses = [_by_tokens(arm.get("heldout_curve") or []) for arm in arms]
     rows = []
     for tokens in sorted(set().union(*losses)):
-        texts = [fixed(by_tokens[tokens]) if tokens in by_tokens else NONE for by_tokens in losses]
+        texts = [fixed(loss[tokens]) if tokens in loss else NONE for loss in losses]
         rows.append(_row(number(tokens), texts))
     return Curves(charts.both(lambda width: charts.curves(arms, width)), _names(arms), rows)
+
+
+def _by_tokens(curve: Sequence[Sequence[Any]]) -> dict[int, float]:
+    return {tokens: loss for tokens, loss in curve}
 
 
 @dataclass(frozen=True)
@@ -277,7 +294,11 @@ class Prompt:
 
 
 def continuations(report: Report) -> list[Prompt] | None:
-    """Returns the prompts in their order, or None if no arm has continued one."""
+    """Returns the prompts in their order, or None if no arm has continued one.
+
+    Args:
+        report: The dict of a run.
+    """
     by_prompt: dict[str, list[Continuation]] = {}
     for arm in report["arms"]:
         name = ArmName(arm["name"], arm["label"])
@@ -318,7 +339,11 @@ class Run:
 
 
 def run(report: Report) -> Run | None:
-    """Returns the values of "How this was run", or None if nothing was recorded."""
+    """Returns the values of "How this was run", or None if nothing was recorded.
+
+    Args:
+        report: The dict of a run.
+    """
     table = dict(report.get("table") or {})
     if "bytes" in table:
         table["size"] = f"{number(table.pop('bytes'))} bytes"
@@ -330,11 +355,7 @@ def run(report: Report) -> Run | None:
         "Table": table,
         "Check": _check(report.get("logits_equal")),
     }
-    blocks = [
-        Block(title, [_term(key, value) for key, value in items.items()])
-        for title, items in recorded.items()
-        if items
-    ]
+    blocks = [Block(title, _terms(items)) for title, items in recorded.items() if items]
     command = report.get("command")
     return Run(command, blocks) if blocks or command is not None else None
 
@@ -344,6 +365,10 @@ def _check(logits_equal: bool | None) -> dict[str, str]:
         return {}
     result = "equal bit for bit" if logits_equal else "NOT equal"
     return {"logits": f"{result} after saving and reopening the table"}
+
+
+def _terms(items: Mapping[str, Any]) -> list[Term]:
+    return [_term(key, value) for key, value in items.items()]
 
 
 def _term(key: str, value: object) -> Term:
