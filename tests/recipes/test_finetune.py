@@ -235,7 +235,7 @@ def test_text_comes_from_files_folders_and_lines_of_json(data, tmp_path):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_line_feeds_alone_divide_lines_of_json(tmp_path, end):
-    """splitlines would cut at each of these, and JSON allows all but the first three as they are."""
+    """str.splitlines cuts at each of these; JSON allows all but the first three unescaped."""
     texts = ["a\vb\fc", "d\x1ce", "f\u0085g", "h\u2028i", "j\u2029k", "l\rm"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "a.jsonl").write_bytes((end.join(lines) + end).encode())

@@ -17,7 +17,7 @@ from tests.tools.paths import DATA
 KEPT = DATA / "report"
 INLINE = {"span", "strong", "i", "small", "bdi", "code", "text", "tspan"}
 VOID = {"meta"}
-AS_WRITTEN = re.compile("pre|text|bdi|style")  # tags and classes whose white space is shown
+AS_WRITTEN = re.compile("pre|text|bdi")  # tags and classes whose white space is shown
 
 
 class Parts(HTMLParser):

@@ -135,10 +135,12 @@ SENTENCES = [
     ],
 ]
 TEXTS = {
-    "dense": " in the city of the county of the state of the United States. The station is a town of the district",
-    "moe": " on the coast of the island, and the city is the capital of the province. It is located in the north of",
-    "memory": " in the north-east of the United States, and is part of the National Register of Historic Places.\n"
-    "It was built in 1893",
+    "dense": " in the city of the county of the state of the United States. "
+    "The station is a town of the district",
+    "moe": " on the coast of the island, and the city is the capital of the province. "
+    "It is located in the north of",
+    "memory": " in the north-east of the United States, and is part of the National Register of "
+    "Historic Places.\nIt was built in 1893",
 }
 SECTIONS = [
     "Comparison",
@@ -471,9 +473,9 @@ def test_bars_show_the_differences_in_sign_size_and_words():
         assert length == pytest.approx(abs(gap) * longest, abs=0.2)
         assert (left if gap > 0 else left + length) == pytest.approx(zero, abs=0.2)
     assert (
-        "the memory lowers the loss on rare (22\u00a0%), frequent (24\u00a0%) and very frequent (20\u00a0%), "
-        "raises the loss on unseen (33\u00a0%) and hardly changes the loss on context start (1\u00a0%)"
-        in text
+        "the memory lowers the loss on rare (22\u00a0%), frequent (24\u00a0%) and very frequent "
+        "(20\u00a0%), raises the loss on unseen (33\u00a0%) and hardly changes the loss on "
+        "context start (1\u00a0%)" in text
     )
 
 
