@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .attach import Cost, attach, cost, detach, load
+from .attach import attach, detach, load
 from .card import card, write_card
 from .composite import EngraphyConfig, push_to_hub, save_pretrained
+from .costs import Cost, cost
 
 if TYPE_CHECKING:
     from .trainer import (

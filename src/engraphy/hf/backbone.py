@@ -32,6 +32,16 @@ class Backbone:
         return int(self.config.hidden_size)
 
     @property
+    def vocab_size(self) -> int:
+        """How many token ids the model has; 0 if its config does not say."""
+        return int(getattr(self.config, "vocab_size", None) or 0)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a memory keeps of the model that it is trained in: model_type and vocab_size."""
+        return {name: getattr(self.config, name, None) for name in ("model_type", "vocab_size")}
+
+    @property
     def cache_argument(self) -> str | None:
         """The name of the argument in which the decoder takes its cache; None if it takes none."""
         return cache_argument(self.arguments)

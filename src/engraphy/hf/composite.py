@@ -29,9 +29,10 @@ from ..errors import ConfigError, DigestMismatch
 from ..memory import saved
 from ..memory.memory import EngramMemory
 from ..system.files import check_folder, publish_folder, settle_modes, write_errors
-from .attach import attach, has_adapters
+from .attach import attach
 from .backbone import unwrapped
 from .card import saved_identity, write_card
+from .hooks import has_adapters
 from .hub import FOLDER, download, upload
 
 _MODULE = "modeling_engraphy"

@@ -1,23 +1,120 @@
-"""Whether a memory can join a model, found by a forward over one token that ends before the first
-block.
+"""Whether a memory can join a model, found before anything is made.
 
-Signatures tell only that a decoder takes keyword arguments, not that its blocks get them.
+Signatures say only that a decoder takes keyword arguments, not that its blocks get them. So a
+forward over one token is run that ends before the first block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..errors import ConfigError
-from .backbone import Backbone, takes_keywords, unwrapped
+from ..errors import ConfigError, DigestMismatch
+from ..memory.memory import EngramMemory
+from ..spec.config import EngramConfig
+from .backbone import Backbone, same_device, takes_keywords, unwrapped
 from .cache import counts_tokens
+from .hooks import Attachment
 from .versions import rename_cache
 
 _MARK = "engraphy_probe"
+
+
+def check_free(model: nn.Module, backbone: Backbone) -> None:
+    """Raises ConfigError if the model has a memory already."""
+    hooks = backbone.decoder._forward_pre_hooks.values()
+    inside = any(isinstance(module, EngramMemory) for module in unwrapped(model).modules())
+    if inside or any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
+        raise ConfigError(
+            "the model has a memory: a model carries one; detach it first, or give one memory more "
+            "layers"
+        )
+
+
+def check_fits(backbone: Backbone, config: EngramConfig) -> None:
+    """Raises ConfigError unless the model has the memory's layers and sizes.
+
+    The weights of these layers have to be on a device.
+    """
+    depth, name = len(backbone.blocks), type(backbone.decoder).__name__
+    for layer in config.hash.layer_ids:
+        if layer >= depth:
+            raise ConfigError(
+                f"{name}: expected layers 0 to {depth - 1}, the memory has layer {layer}"
+            )
+        if same_device(backbone.blocks[layer]).type == "meta":
+            raise ConfigError(
+                f"layer {layer}: expected its weights on a device, found them offloaded or not "
+                "loaded; keep the memory's layers on a device in the device_map"
+            )
+    expected = (backbone.hidden_size, backbone.streams)
+    found = (config.layer.hidden_size, config.layer.streams)
+    if found != expected:
+        raise ConfigError(
+            f"{name}: expected (hidden size, streams) = {expected}, the memory has {found}"
+        )
+
+
+def check_made_for(backbone: Backbone, memory: EngramMemory) -> None:
+    """Raises DigestMismatch if the memory was made for another model.
+
+    The same model with a larger vocabulary will do.
+    """
+    found, made_for = backbone.identity, memory.made_for or {}
+    other_type = made_for.get("model_type", found["model_type"]) != found["model_type"]
+    size = made_for.get("vocab_size")
+    smaller = size is not None and backbone.vocab_size < size
+    if other_type or smaller:
+        raise DigestMismatch(
+            f"the memory was made for {made_for}, the model is {found} (a larger vocab_size "
+            "would do, its new ids are dead); to take it across, "
+            "set made_for = None on what EngramMemory.load gives, and attach that"
+        )
+
+
+def check_joins(model: nn.Module, backbone: Backbone) -> None:
+    """Raises ConfigError unless the parts of the model work together as a memory needs it.
+
+    The model has to hand token ids to its decoder. The decoder has to hand keyword arguments and
+    hidden states [B, T, D] or [B, T, S, D] to its blocks, which have to take them. Its cache has to
+    count tokens. Changes nothing, random numbers included.
+    """
+    inner: Any = unwrapped(model)
+    _check_cache(backbone)
+    for block in backbone.blocks:
+        if not takes_keywords(block):
+            raise ConfigError(
+                f"{type(backbone.decoder).__name__}: expected blocks that take keyword arguments "
+                f"of others, found {type(block).__name__}"
+            )
+    hidden = _first_hidden_states(inner, backbone)
+    expected = [[1, 1, backbone.streams, backbone.hidden_size]]
+    if backbone.streams == 1:
+        expected.append([1, 1, backbone.hidden_size])
+    found = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+    if found not in expected:
+        raise ConfigError(
+            f"{type(inner).__name__}: expected hidden states {expected[-1]} for one token, "
+            f"its blocks get {found}"
+        )
+
+
+def _check_cache(backbone: Backbone) -> None:
+    expected = (
+        f"{type(backbone.decoder).__name__}: expected a decoder with a cache of attention layers, "
+        "with which the memory's state travels"
+    )
+    if backbone.cache_argument is None:
+        raise ConfigError(f"{expected}, found one that takes {list(backbone.arguments)}")
+    cache = DynamicCache(config=backbone.config)
+    if not counts_tokens(cache):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ConfigError(f"{expected}, found layers that do not count tokens: {', '.join(kinds)}")
 
 
 class _Reached(Exception):
@@ -27,63 +124,65 @@ class _Reached(Exception):
         self.args, self.kwargs = args, kwargs
 
 
-def check_joins(model: nn.Module, backbone: Backbone) -> None:
-    """Raises ConfigError unless the model hands token ids to its decoder, and the decoder hands
-    keyword arguments and hidden states [B, T, D] or [B, T, S, D] to blocks that take them. Changes
-    nothing, random numbers included."""
-    inner: Any = unwrapped(model)
-    name, decoder = type(inner).__name__, type(backbone.decoder).__name__
-    expected = (
-        "expected a decoder with a cache of attention layers, with which the memory's state travels"
-    )
-    if backbone.cache_argument is None:
-        raise ConfigError(f"{decoder}: {expected}, found one that takes {list(backbone.arguments)}")
-    cache = DynamicCache(config=backbone.config)
-    if not counts_tokens(cache):
-        kinds = sorted({type(layer).__name__ for layer in cache.layers})
-        raise ConfigError(
-            f"{decoder}: {expected}, found layers that do not count tokens: {', '.join(kinds)}"
-        )
-    for block in backbone.blocks:
-        if not takes_keywords(block):
-            raise ConfigError(
-                f"{decoder}: expected blocks that take keyword arguments of others, found "
-                f"{type(block).__name__}"
-            )
-    hidden = _first_hidden_states(inner, backbone)
-    expected = [[1, 1, backbone.streams, backbone.hidden_size]]
-    if backbone.streams == 1:
-        expected.append([1, 1, backbone.hidden_size])
-    found = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-    if found not in expected:
-        raise ConfigError(
-            f"{name}: expected hidden states {expected[-1]} for one token, its blocks get {found}"
-        )
-
-
 def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
+    """What the first block gets as hidden states in a forward over one token."""
     name, decoder = type(inner).__name__, type(backbone.decoder).__name__
+    device = inner.get_input_embeddings().weight.device
+    ids_BT = torch.zeros(1, 1, dtype=torch.long, device="cpu" if device.type == "meta" else device)
+    try:
+        with _watched(inner, backbone), _undisturbed(inner, device):
+            inner(input_ids=ids_BT)
+    except _Reached as call:
+        if _MARK not in call.kwargs:
+            raise ConfigError(
+                f"{decoder}: expected a decoder that hands keyword arguments on to its blocks, "
+                "found one that does not"
+            ) from None
+        return call.args[0] if call.args else call.kwargs.get("hidden_states")
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{name}: expected a model that runs on token ids alone, found "
+            f"{type(error).__name__} before its first block: {error}"
+        ) from error
+    raise ConfigError(
+        f"{decoder}: expected a forward that calls its blocks, found one that does not"
+    )
+
+
+@contextmanager
+def _watched(inner: Any, backbone: Backbone) -> Iterator[None]:
+    """A forward marks the decoder's call, and ends with _Reached when it calls the first block."""
 
     def mark(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = dict(zip(backbone.arguments, args, strict=False)) | kwargs
-        if given.get("input_ids") is None:
+        arguments = dict(zip(backbone.arguments, args, strict=False)) | kwargs
+        if arguments.get("input_ids") is None:
             raise ConfigError(
-                f"{name}: expected a model that hands token ids to its decoder, found one that hands "
-                "embeddings; a memory looks up ids"
+                f"{type(inner).__name__}: expected a model that hands token ids to its decoder, "
+                "found one that hands embeddings; a memory looks up ids"
             )
-        rename_cache(given, str(backbone.cache_argument))
+        rename_cache(arguments, str(backbone.cache_argument))
         cache = {backbone.cache_argument: DynamicCache(config=backbone.config), "use_cache": True}
-        return (), given | {_MARK: True} | cache
+        return (), arguments | {_MARK: True} | cache
 
     def reached(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args, kwargs)
 
-    device = inner.get_input_embeddings().weight.device
-    ids = torch.zeros(1, 1, dtype=torch.long, device="cpu" if device.type == "meta" else device)
     handles = [
         backbone.decoder.register_forward_pre_hook(mark, with_kwargs=True),
         backbone.blocks[0].register_forward_pre_hook(reached, with_kwargs=True),
     ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _undisturbed(inner: nn.Module, device: torch.device) -> Iterator[None]:
+    """No gradients, no dropout, no compiled code; modes and random numbers are as before after."""
     training = [module for module in inner.modules() if module.training]  # may drop layers
     try:
         for module in training:
@@ -93,26 +192,7 @@ def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.compiler.set_stance("force_eager"),
         ):
-            inner(input_ids=ids)
-    except _Reached as found:
-        if _MARK not in found.kwargs:
-            raise ConfigError(
-                f"{decoder}: expected a decoder that hands keyword arguments on to its blocks, found "
-                "one that does not"
-            ) from None
-        return found.args[0] if found.args else found.kwargs.get("hidden_states")
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"{name}: expected a model that runs on token ids alone, found {type(error).__name__} before "
-            f"its first block: {error}"
-        ) from error
+            yield
     finally:
         for module in training:
             module.training = True
-        for handle in handles:
-            handle.remove()
-    raise ConfigError(
-        f"{decoder}: expected a forward that calls its blocks, found one that does not"
-    )
