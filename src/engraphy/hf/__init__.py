@@ -1,5 +1,4 @@
-"""Memories for transformers models: attach, detach and load; released tables served inside their
-models.
+"""Memories for transformers models: attach, load, train, save and share them.
 
 Needs the `hf` extra (transformers).
 """
@@ -15,13 +14,9 @@ from .composite import EngraphyConfig, push_to_hub, save_pretrained
 from .costs import Cost, cost
 
 if TYPE_CHECKING:
-    from .trainer import (
-        GateCallback,
-        MemoryAdamW,
-        MemoryCallback,
-        trainer_kwargs,
-        trainer_optimizers,
-    )
+    from .gates import GateCallback
+    from .optimizer import MemoryAdamW
+    from .trainer import MemoryCallback, trainer_kwargs, trainer_optimizers
 
 __all__ = [
     "Cost",
@@ -40,11 +35,21 @@ __all__ = [
     "trainer_optimizers",
     "write_card",
 ]
-# transformers' trainer imports peft and accelerate
-_TRAINER = ("GateCallback", "MemoryAdamW", "MemoryCallback", "trainer_kwargs", "trainer_optimizers")
+# Imported when they are first used: transformers' trainer imports peft and accelerate.
+_TRAINER = {
+    "GateCallback": ".gates",
+    "MemoryAdamW": ".optimizer",
+    "MemoryCallback": ".trainer",
+    "trainer_kwargs": ".trainer",
+    "trainer_optimizers": ".trainer",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _TRAINER:
-        return getattr(importlib.import_module(".trainer", __name__), name)
+        return getattr(importlib.import_module(_TRAINER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
