@@ -491,5 +491,5 @@ def test_a_card_of_ones_own_stays(mine):
 
 
 def test_a_card_needs_a_saved_memory(model, tmp_path):
-    with pytest.raises(ConfigError, match="description of a saved memory"):
+    with pytest.raises(ConfigError, match="memory.json of a saved memory"):
         write_card(tmp_path, model.engraphy)

@@ -11,7 +11,7 @@ from engraphy import EngramMemory, Table, VocabMap
 from engraphy.addresses.tokenizers import load_tokenizer
 from engraphy.data import tokens
 from engraphy.errors import EngraphyError
-from engraphy.hf.card import saved_identity
+from engraphy.memory.saved import identity_of
 from engraphy.released.checkpoint import Checkpoint
 from engraphy.train import RowAdam
 from tests.memory.test_token_reader import SPECS, make_memory
@@ -67,7 +67,7 @@ def test_of_a_saved_memory(tmp_path, name):
     make_memory(SPECS["demo"]).save(tmp_path / "m")
     refused(tmp_path / "m" / name, lambda: EngramMemory.load(tmp_path / "m"))
     if name == "memory.json":
-        refused(tmp_path / "m" / name, lambda: saved_identity(tmp_path / "m"))
+        refused(tmp_path / "m" / name, lambda: identity_of(tmp_path / "m"))
 
 
 def test_of_tokenizers_maps_and_moments(tmp_path):

@@ -1,5 +1,7 @@
-"""A model card for a saved memory: what it is in numbers, and code that loads it. A stub for its
-author to go on with."""
+"""A model card for a saved memory: its numbers, and code that loads it.
+
+It is a draft for its author to go on with.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,11 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConfigError
+from ..memory import saved
 from ..memory.memory import EngramMemory
 from ..system.files import write_file
-from ..system.lfs import refuse_pointer
-from .hub import adapter_of
+from .hub import FOLDER, adapter_of
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MEMORY = """import engraphy
@@ -31,34 +31,21 @@ memory = engraphy.load(model, {name})  # the path of this folder, or its name on
 _WHOLE = """import engraphy.hf  # registers the model type; pip install "engraphy[hf]"
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({name})  # the path of this folder, or its name on the hub
+# the path of this folder, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained({name})
 memory = model.engraphy"""
-_REMOTE = """A program that does not import engraphy loads it with `trust_remote_code=True`: the package has to be
-installed, and the one file of code here, `modeling_engraphy.py`, imports it."""
-
-
-def saved_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """memory_config, address_digest and table_id of what `memory.save` wrote. Raises ConfigError
-    for anything else."""
-    file = Path(path) / "memory.json"
-    try:
-        body = json.loads(file.read_text())
-        return {
-            "memory_config": body["config"],
-            "address_digest": body["address_digest"],
-            "table_id": body["table_id"],
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse_pointer(file, ConfigError)
-        raise ConfigError(
-            f"{file}: expected the description of a saved memory, "
-            f"found {type(error).__name__}: {error}"
-        ) from None
+_REMOTE = (
+    "A program that does not import engraphy loads it with `trust_remote_code=True`: the package "
+    "has to be\ninstalled, and the one file of code here, `modeling_engraphy.py`, imports it."
+)
 
 
 def trainable_parameters(memory: EngramMemory) -> int:
-    """Values that training would change, as the memory stands: dense parameters that require grad,
-    and the table where its rows learn and its store can be written."""
+    """Number of values that training would change, as the memory stands.
+
+    These are the dense parameters that require grad, and the table if its rows learn and its store
+    can be written.
+    """
     dense = sum(parameter.numel() for parameter in memory.parameters() if parameter.requires_grad)
     learns = dense > 0 if memory.rows_require_grad is None else memory.rows_require_grad
     writable = all(store.info.writable for store in memory.stores.values())
@@ -77,55 +64,35 @@ def card(
 ) -> str:
     """The text of a README.md with the hub's front matter.
 
-    name: of the saved folder, or on the hub. table_id: of the saved table, which the memory in hand
-    need not serve. base_model: a name on the hub or a path; a path stays out of the front matter,
-    where the hub knows names alone. whole: the folder is a model with its memory
-    (`hf.save_pretrained`), not a memory alone. adapted: it holds adapters that were trained with
-    the memory. note: a paragraph of one's own, such as results.
+    Args:
+        memory: The memory.
+        name: Of the saved folder, or on the hub.
+        table_id: Of the saved table, which `memory` need not serve.
+        base_model: A name on the hub, or a path. The front matter leaves a path out, because the
+            hub knows only names.
+        whole: Whether the folder is a model with its memory (`hf.save_pretrained`), not a memory
+            alone.
+        adapted: Whether the folder holds adapters that were trained with the memory.
+        note: A paragraph of your own, such as results.
     """
-    config, spec = memory.config, memory.config.hash
-    dense = sum(parameter.numel() for parameter in memory.parameters())
-    local = base_model is not None and (
-        os.path.exists(base_model) or not _HUB_NAME.fullmatch(base_model)
-    )
-    base = (
-        "path/to/the/base/model"
-        if not base_model
-        else Path(base_model).name
-        if local
-        else base_model
-    )
-    rows = ", ".join(f"{spec.row_count(layer):,} in layer {layer}" for layer in memory.layers)
-    size = config.table_bytes(memory.format.row_bytes)
-    facts = {
-        "base model": f"`{base}`" if base_model else "not stated",
-        "table": f"{config.table_parameters():,} parameters, {size:,} bytes",
-        "dense layers": f"{dense:,} parameters",
-        "trainable": f"{trainable_parameters(memory):,} parameters as saved",
-        "layers": f"{_listed(memory.layers)} (0-based)",
-        "orders, heads": f"{_listed(spec.orders)}; {spec.heads} heads each",
-        "rows": rows,
-        "row format": f"{memory.format.kind}, {config.dim} values in {memory.format.row_bytes} bytes",
-        "addresses": f"dialect {spec.dialect}, {len(memory.vocab):,} ids hashed; digest `{memory.address_digest}`",
-        "table_id": f"`{table_id}`",
-    }
+    local = base_model is not None and _is_local(base_model)
+    base = "path/to/the/base/model"
+    if base_model:
+        base = Path(base_model).name if local else base_model
     template = _ADAPTED if adapted else _MEMORY
-    template = _WHOLE if whole else template
+    kind = "An Engraphy memory for a language model"
+    if whole:
+        template = _WHOLE
+        kind = "A language model with an Engraphy memory"
     code = template.format(base=json.dumps(base), name=json.dumps(name))
-    kind = (
-        "A language model with an Engraphy memory"
-        if whole
-        else "An Engraphy memory for a language model"
-    )
-    table = "\n".join(
-        ["| | |", "|---|---|", *(f"| {fact} | {value} |" for fact, value in facts.items())]
-    )
+    facts = {"base model": f"`{base}`" if base_model else "not stated"} | _facts(memory, table_id)
+    rows = [f"| {fact} | {value} |" for fact, value in facts.items()]
     parts = (
         _front_matter(None if local else base_model, whole),
         f"# {name.rpartition('/')[2]}",
         f"{kind}: hashed n-gram tables (Engram, arXiv 2601.07372) that the model looks up.",
         note,
-        table,
+        "\n".join(["| | |", "|---|---|", *rows]),
         f"```python\n{code}\n```",
         _REMOTE if whole else "",
     )
@@ -140,29 +107,63 @@ def write_card(
     note: str = "",
     name: str | None = None,
 ) -> Path:
-    """Write README.md into a folder that `memory.save` or `hf.save_pretrained` has written. Returns
-    its path.
+    """Write README.md into a folder that `memory.save` or `hf.save_pretrained` has written.
 
-    name: of the folder in the text, by default its own; on the hub, the repository's. Raises
-    ConfigError for another folder, WriteFailed.
+    Args:
+        folder: The folder.
+        memory: The memory that was saved.
+        base_model: As in `card`.
+        note: As in `card`.
+        name: Of the folder in the text. Default: its own. On the hub: the repository's.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        ConfigError: The folder holds no saved memory.
+        WriteFailed: The system refuses.
     """
     folder = Path(os.path.abspath(folder))
     whole = not (folder / "memory.json").exists()
-    table_id = saved_identity(folder / "engraphy" if whole else folder)["table_id"]
-    path = folder / "README.md"
-    write_file(
-        path,
-        card(
-            memory,
-            name or folder.name,
-            table_id,
-            base_model,
-            whole=whole,
-            note=note,
-            adapted=adapter_of(folder) is not None,
-        ),
+    identity = saved.identity_of(folder / FOLDER if whole else folder)
+    text = card(
+        memory,
+        name or folder.name,
+        identity["table_id"],
+        base_model,
+        whole=whole,
+        adapted=adapter_of(folder) is not None,
+        note=note,
     )
+    path = folder / "README.md"
+    write_file(path, text)
     return path
+
+
+def _is_local(base_model: str) -> bool:
+    return os.path.exists(base_model) or not _HUB_NAME.fullmatch(base_model)
+
+
+def _facts(memory: EngramMemory, table_id: str) -> dict[str, str]:
+    """The lines of a card's table, by their titles."""
+    config, spec, row_format = memory.config, memory.config.hash, memory.format
+    table_bytes = config.table_bytes(row_format.row_bytes)
+    dense = sum(parameter.numel() for parameter in memory.parameters())
+    rows = [f"{spec.row_count(layer):,} in layer {layer}" for layer in memory.layers]
+    return {
+        "table": f"{config.table_parameters():,} parameters, {table_bytes:,} bytes",
+        "dense layers": f"{dense:,} parameters",
+        "trainable": f"{trainable_parameters(memory):,} parameters as saved",
+        "layers": f"{_listed(memory.layers)} (0-based)",
+        "orders, heads": f"{_listed(spec.orders)}; {spec.heads} heads each",
+        "rows": ", ".join(rows),
+        "row format": (f"{row_format.kind}, {config.dim} values in {row_format.row_bytes} bytes"),
+        "addresses": (
+            f"dialect {spec.dialect}, {len(memory.vocab):,} ids hashed; "
+            f"digest `{memory.address_digest}`"
+        ),
+        "table_id": f"`{table_id}`",
+    }
 
 
 def _front_matter(base_model: str | None, whole: bool) -> str:

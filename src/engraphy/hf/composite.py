@@ -1,15 +1,16 @@
 """A model and its memory as one directory, which AutoModelForCausalLM loads.
 
-    config.json          model_type "engraphy": text_config is the backbone's config, the rest says which memory
+    config.json          model_type "engraphy": text_config is the backbone's config,
+                         the rest says which memory belongs to it
     model.safetensors    the backbone alone, as its own save_pretrained writes it
     engraphy/            what `memory.save` writes: the dense weights, and the table beside them
     modeling_engraphy.py imports the classes below, for programs that pass trust_remote_code=True
 
-A process that has imported `engraphy.hf` needs no trust_remote_code: the classes are registered
-then. What comes back is the backbone itself with its memory attached, not a model around a model:
-generation, PEFT, device maps and trainers meet the class that they know. The directory of a memory
-alone (`memory.save`, `engraphy.load`) is the smaller thing to share; this one is for programs that
-take one path.
+A process that has imported `engraphy.hf` needs no trust_remote_code, because the classes are
+registered then. The model that loads is the backbone itself with its memory attached, not a model
+around a model. So generation, PEFT, device maps and trainers meet the class that they know. A
+memory alone (`memory.save`, `engraphy.load`) is smaller to share; this directory is for programs
+that take one path.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from ..memory.memory import EngramMemory
 from ..system.files import check_folder, publish_folder, settle_modes, write_errors
 from .attach import attach
 from .backbone import unwrapped
-from .card import saved_identity, write_card
+from .card import write_card
 from .hooks import has_adapters
 from .hub import FOLDER, download, upload
 
 _MODULE = "modeling_engraphy"
 _CODE = '''"""The classes of a model that was saved with its Engraphy memory.
 
-transformers imports this file where trust_remote_code=True is passed. All the code is in the package engraphy.
+transformers imports this file if trust_remote_code=True is passed. All the code is in the package
+engraphy.
 """
 
 try:
@@ -68,8 +70,14 @@ _PUSH = ("private", "token", "revision", "commit_message", "commit_description",
 
 
 class EngraphyConfig(PreTrainedConfig):
-    """text_config: the backbone's. memory_config: `EngramConfig.to_json()`. address_digest,
-    table_id: the identities of the memory that belongs to these weights."""
+    """The config of a model saved with its memory.
+
+    Attributes:
+        text_config: The backbone's config.
+        memory_config: `EngramConfig.to_json()` of the memory.
+        address_digest: Of the memory that belongs to these weights.
+        table_id: Of the table that belongs to these weights.
+    """
 
     model_type = "engraphy"
     sub_configs_defaults = {
@@ -83,11 +91,10 @@ class EngraphyConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As every config's; a setting that the backbone's config has is the backbone's."""
+        """As that of every config. Settings that the backbone's config has are set on it."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        own = {
-            name: kwargs.pop(name) for name in list(kwargs) if name in _IDENTITY | {"text_config"}
-        }
+        own_names = [name for name in kwargs if name in _IDENTITY or name == "text_config"]
+        own = {name: kwargs.pop(name) for name in own_names}
         config = super().from_dict(config_dict, **own)
         text: Any = config.text_config
         config.text_config, unused = type(text).from_dict(
@@ -100,24 +107,21 @@ class EngraphyConfig(PreTrainedConfig):
         text: Any = copy.deepcopy(self.text_config)
         default = PreTrainedConfig()
         for name, value in vars(self).items():
+            if name.startswith("_") or name in _OF_THE_WHOLE or name in _IDENTITY:
+                continue
             changed = name not in vars(default) or value != getattr(default, name)
-            if (
-                changed
-                and name[0] != "_"
-                and name not in _OF_THE_WHOLE | _IDENTITY
-                and hasattr(text, name)
-            ):
+            if changed and hasattr(text, name):
                 setattr(text, name, value)
         return text
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy this file into every folder that is saved. Ours is there
-        already."""
+        """Does nothing. transformers would copy this file into every folder that is saved, and
+        modeling_engraphy.py is there already."""
 
 
 class EngraphyForCausalLM:
-    """What AutoModelForCausalLM calls for such a directory. Has no instances."""
+    """The class that AutoModelForCausalLM calls for such a directory. It has no instances."""
 
     config_class = EngraphyConfig
 
@@ -131,19 +135,31 @@ class EngraphyForCausalLM:
         margin: int = 64,
         **options: Any,
     ) -> Any:
-        """The backbone with its memory attached, in eval mode as all of from_pretrained's models.
+        """The backbone with its memory attached, in eval mode.
 
-        store: the URL or folder to serve the rows from; default: the saved table, read-only; "ram:"
-        to train it. margin: as in `attach`. options: whatever the backbone's own from_pretrained
-        takes; a dtype that is given is the memory's dense layers' too, else they keep theirs.
-        Settings of the backbone's config (use_cache, ...), given to
-        AutoModelForCausalLM.from_pretrained or set on `config`, are in force. Raises DigestMismatch
-        for a memory or table of another model, ConfigError for a memory that is not there, and what
-        `EngramMemory.load` and `attach` raise.
+        Settings of the backbone's config (use_cache, ...) are in force whether they were passed to
+        AutoModelForCausalLM.from_pretrained or set on `config`.
+
+        Args:
+            path: The directory, or a name on the hub.
+            config: Of the directory.
+            store: The URL or folder to serve the rows from. Default: the saved table, read-only.
+                "ram:" copies it into memory, to train it.
+            margin: As in `attach`.
+            options: Of the backbone's own from_pretrained. A dtype also holds for the memory's
+                dense layers, which keep theirs otherwise.
+
+        Returns:
+            What the backbone's own from_pretrained returns.
+
+        Raises:
+            DigestMismatch: The memory or the table belongs to another model.
+            ConfigError: There is no memory.
+            EngraphyError: Whatever `EngramMemory.load` and `attach` raise.
         """
         folder = _memory_folder(path, options)
         expected = {name: getattr(config, name) for name in sorted(_IDENTITY)}
-        found = saved_identity(folder)
+        found = saved.identity_of(folder)
         if found != expected:
             raise DigestMismatch(
                 f"{folder}: config.json belongs to the memory {expected}, found {found}"
@@ -151,9 +167,8 @@ class EngraphyForCausalLM:
         memory = EngramMemory.load(folder, store)
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, config=config.backbone(), **options)
-            model = (
-                loaded[0] if isinstance(loaded, tuple) else loaded
-            )  # output_loading_info=True gives two things
+            # output_loading_info=True gives (model, info).
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
             if options.get("dtype", options.get("torch_dtype", "auto")) not in ("auto", None):
                 memory.to(model.dtype)
             attach(model, memory.train(model.training), margin=margin)
@@ -161,23 +176,27 @@ class EngraphyForCausalLM:
             memory.close()
             raise
         model.save_pretrained = MethodType(_save, model)
-        setattr(model, "push_to_hub", MethodType(_push, model))  # noqa: B010  pyright takes it for a constant
+        # setattr, because pyright takes push_to_hub for a constant.
+        setattr(model, "push_to_hub", MethodType(_push, model))  # noqa: B010
         return loaded
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing, as that of EngraphyConfig."""
+        """Does nothing, as that of EngraphyConfig."""
 
     @classmethod
     def _from_config(cls, config: EngraphyConfig, **_: Any) -> Any:
         raise ConfigError(
-            "a config has no rows: load a memory's model with from_pretrained, or make the backbone "
-            "alone with from_config(config.text_config) and attach a memory"
+            "a config has no rows: load a memory's model with from_pretrained, or make the "
+            "backbone alone with from_config(config.text_config) and attach a memory"
         )
 
 
 AutoConfig.register(EngraphyConfig.model_type, EngraphyConfig)
-AutoModelForCausalLM.register(EngraphyConfig, EngraphyForCausalLM)  # pyright: ignore[reportArgumentType]
+AutoModelForCausalLM.register(
+    EngraphyConfig,
+    EngraphyForCausalLM,  # pyright: ignore[reportArgumentType]
+)
 
 
 def save_pretrained(
@@ -190,19 +209,28 @@ def save_pretrained(
     repo_id: str | None = None,
     **options: Any,
 ) -> None:
-    """Write a model and its attached memory to `path` as one;
-    `AutoModelForCausalLM.from_pretrained` reads it.
+    """Write a model and its attached memory to `path` as one.
 
-    table: "copy", or "link" to the sealed table that is served, as in `EngramMemory.save`. options:
-    the backbone's own (state_dict, max_shard_size, variant, ...). A model that `path` held is
-    replaced. A README.md (`card`) is written where there is none. A new or empty `path` gets the
-    whole model or nothing; in one that holds something the memory is replaced whole, the backbone's
-    files one by one. push_to_hub: upload the folder then, with what lies beside the model (a
-    tokenizer), to repo_id, by default the folder's name; takes private, token, revision,
-    commit_message, commit_description and create_pr. Raises ConfigError for a model without a
-    memory, one that AutoModelForCausalLM does not load, one inside PEFT (merge it first), a link to
-    the table that would be replaced, and one that would be uploaded; WriteFailed if the system
-    refuses, before anything is written where that can be known.
+    `AutoModelForCausalLM.from_pretrained` reads it. A new or empty `path` gets the whole model or
+    nothing. If `path` holds a model, that is replaced: the memory whole, the backbone's files one
+    by one. A README.md (`card`) is written if there is none.
+
+    Args:
+        model: The model.
+        path: The directory.
+        table: "copy", or "link" to the sealed table that is served, as in `EngramMemory.save`.
+        is_main_process: False writes nothing, as with transformers.
+        push_to_hub: Upload the folder afterwards, with the files beside the model (a tokenizer).
+        repo_id: Where to upload. Default: the folder's name.
+        options: Of the backbone's own save_pretrained (state_dict, max_shard_size, variant, ...);
+            and with push_to_hub: private, token, revision, commit_message, commit_description,
+            create_pr.
+
+    Raises:
+        ConfigError: The model has no memory, is inside PEFT (merge it first), or
+            AutoModelForCausalLM does not load its class; or a link to the table is asked for that
+            would be replaced or uploaded.
+        WriteFailed: The system refuses. If that can be known before, nothing is written.
     """
     hub = {name: options.pop(name) for name in _PUSH if push_to_hub and name in options}
     inner: Any = unwrapped(model)
@@ -219,6 +247,7 @@ def save_pretrained(
 def _save_whole(
     inner: Any, memory: EngramMemory, folder: Path, table: str, options: dict[str, Any]
 ) -> None:
+    """Write the parts into a new folder, or into one that holds something."""
     needed = saved.bytes_of(memory, table) + sum(value.nbytes for value in inner.parameters())
     if not (folder.is_dir() and os.listdir(folder)):
         with publish_folder(folder, needed=needed, last="config.json") as made:
@@ -236,12 +265,13 @@ def _save_whole(
 def _write(
     inner: Any, memory: EngramMemory, folder: Path, table: str, options: dict[str, Any], name: str
 ) -> None:
+    """Write the parts into `folder`. name: of the folder in its card."""
     with publish_folder(folder / FOLDER, replace=True, last="memory.json") as partial:
         saved.write(memory, partial, table)
         type(inner).save_pretrained(inner, folder, **options)
         text_config = copy.deepcopy(inner.config)  # EngraphyConfig sets things in its parts
         text_config._name_or_path = ""
-        settings: dict[str, Any] = saved_identity(partial) | {"auto_map": dict(_AUTO_MAP)}
+        settings: dict[str, Any] = saved.identity_of(partial) | {"auto_map": dict(_AUTO_MAP)}
         whole = EngraphyConfig(
             text_config=text_config,
             dtype=inner.config.dtype,
@@ -249,7 +279,7 @@ def _write(
             **settings,
         )
         (folder / f"{_MODULE}.py").write_text(_CODE)
-        # At once over the backbone's own; from here on another memory is refused.
+        # Replaces the backbone's own. From here on another memory is refused.
         whole.save_pretrained(folder)
     if not (folder / "README.md").exists():
         write_card(folder, memory, base_model=inner.name_or_path, name=name)
@@ -258,13 +288,23 @@ def _write(
 def push_to_hub(
     model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any
 ) -> Any:
-    """Upload a model and its attached memory as `save_pretrained` writes them, or an EngramMemory
-    alone.
+    """Upload a model and its attached memory, or an EngramMemory alone.
 
-    The folder is written to a temporary place first, the table included. options: private, token,
-    revision, commit_message, commit_description, create_pr. Returns huggingface_hub's CommitInfo.
-    PEFT's adapters beside a memory are no part of it: a warning says so. Raises what
-    `save_pretrained` and huggingface_hub raise.
+    The folder is written to a temporary place first, the table included. PEFT's adapters beside a
+    memory are not uploaded with it: a warning says so.
+
+    Args:
+        model: The model, or the memory.
+        repo_id: "user/name", or "name" for the user of the token.
+        max_shard_size: Of the backbone's files.
+        options: private, token, revision, commit_message, commit_description, create_pr.
+
+    Returns:
+        huggingface_hub's CommitInfo.
+
+    Raises:
+        EngraphyError: Whatever `save_pretrained` and `memory.save` raise.
+        Exception: Whatever huggingface_hub raises.
     """
     inner: Any = unwrapped(model)
     with tempfile.TemporaryDirectory() as parent:
@@ -272,8 +312,8 @@ def push_to_hub(
         if isinstance(model, EngramMemory):
             if has_adapters(model):
                 warnings.warn(
-                    "the memory is uploaded without the adapters of its model: push those too, or upload "
-                    "the folder that `engraphy finetune --lora` wrote",
+                    "the memory is uploaded without the adapters of its model: push those too, or "
+                    "upload the folder that `engraphy finetune --lora` wrote",
                     stacklevel=2,
                 )
             model.save(folder)
@@ -285,6 +325,7 @@ def push_to_hub(
 
 
 def _check_savable(model: Any, target: Path, table: str, pushed: bool) -> EngramMemory:
+    """The memory of a model that can be saved with it, to `target`. Raises ConfigError."""
     inner: Any = unwrapped(model)
     memory = getattr(inner, "engraphy", None)
     if not isinstance(memory, EngramMemory):
@@ -293,14 +334,20 @@ def _check_savable(model: Any, target: Path, table: str, pushed: bool) -> Engram
         )
     if hasattr(model, "get_base_model"):
         raise ConfigError(
-            f"{type(model).__name__}: expected a model without adapters, call merge_and_unload() first"
+            f"{type(model).__name__}: expected a model without adapters, call merge_and_unload() "
+            "first"
         )
     kinds: Any = AutoModelForCausalLM._model_mapping.get(type(inner.config), ())
     if not isinstance(inner, kinds):
         raise ConfigError(
-            f"{type(inner).__name__}: expected a model that AutoModelForCausalLM gives; save the memory "
-            "alone with memory.save"
+            f"{type(inner).__name__}: expected a model that AutoModelForCausalLM gives; save the "
+            "memory alone with memory.save"
         )
+    _check_table(memory, target, table, pushed)
+    return memory
+
+
+def _check_table(memory: EngramMemory, target: Path, table: str, pushed: bool) -> None:
     if pushed and table != "copy":
         raise ConfigError(
             f'push_to_hub: expected table="copy", a repository holds its table; found {table!r}'
@@ -316,14 +363,15 @@ def _check_savable(model: Any, target: Path, table: str, pushed: bool) -> Engram
             f'{target}: table="link" to the table in it, which would be replaced; save to another '
             "directory, or copy"
         )
-    return memory
 
 
 def _save(
     model: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
 ) -> None:
-    """save_pretrained of a model that was loaded as one: it is saved as one, without its memory as
-    what it is then."""
+    """save_pretrained of a model that was loaded with its memory.
+
+    It saves both as one, and the backbone alone after the memory was detached.
+    """
     options["is_main_process"] = is_main_process
     if isinstance(getattr(model, "engraphy", None), EngramMemory):
         save_pretrained(model, save_directory, **options)
@@ -332,10 +380,11 @@ def _save(
 
 
 def _push(model: Any, repo_id: str, *, tags: list[str] | None = None, **options: Any) -> Any:
-    """push_to_hub of a model that was loaded with its memory as one."""
+    """push_to_hub of a model that was loaded with its memory; as `_save`."""
     if tags:
         raise ConfigError(
-            "tags: expected none, a model with a memory has a card of its own; write them into README.md"
+            "tags: expected none, a model with a memory has a card of its own; write them into "
+            "README.md"
         )
     if isinstance(getattr(model, "engraphy", None), EngramMemory):
         return push_to_hub(model, repo_id, **options)
@@ -343,7 +392,7 @@ def _push(model: Any, repo_id: str, *, tags: list[str] | None = None, **options:
 
 
 def _memory_folder(path: str | os.PathLike[str], options: dict[str, Any]) -> Path:
-    """The directory of the memory, fetched where `path` is a name on the hub."""
+    """The directory of the memory, downloaded if `path` is a name on the hub."""
     inside = Path(options.get("subfolder") or "") / FOLDER
     if not os.path.isdir(path):
         path = download(os.fspath(path), [f"{inside.as_posix()}/*"], options)

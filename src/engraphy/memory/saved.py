@@ -146,6 +146,19 @@ def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
     return body["table_id"]
 
 
+def identity_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The memory_config, address_digest and table_id of what `save` wrote.
+
+    Raises ConfigError if `path` is no saved memory.
+    """
+    body, _ = _read_json(Path(path))
+    return {
+        "memory_config": body["config"],
+        "address_digest": body["address_digest"],
+        "table_id": body["table_id"],
+    }
+
+
 def _check_shapes(memory: EngramMemory, path: Path, tensors: dict[str, Tensor]) -> None:
     own = {name: list(value.shape) for name, value in memory.blocks.state_dict().items()}
     given = {name: list(value.shape) for name, value in tensors.items()}
@@ -158,7 +171,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
         body = json.loads((path / "memory.json").read_text())
         if body["format"] != _FORMAT:
             raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {body['format']!r}")
-        fields = {name: body[name] for name in ("table", "table_id", "address_digest")}
+        fields = {name: body[name] for name in ("config", "table", "table_id", "address_digest")}
         fields["rows"] = {
             str(int(layer)): list(map(str, names)) for layer, names in body.get("rows", {}).items()
         }
