@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import engraphy
 from engraphy.errors import ConfigError, DataUnavailable, DigestMismatch
 from engraphy.hf import push_to_hub, save_pretrained
+from engraphy.system import files as system_files
 from tests.hf.test_composite import logits, remembering
 from tests.tools.tiny_model import write_model
 
@@ -302,11 +303,12 @@ def test_saving_pushes_the_folder_with_what_lies_beside_the_model(model, base, h
     folder = tmp_path / "remembers"
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     (folder / "checkpoint-3").mkdir()
-    (folder / "engraphy.partial").mkdir()
-    (folder / "other").mkdir()
+    interrupted = ".table.0123abcd.engraphy-part"
+    assert system_files._TEMPORARY.fullmatch(interrupted)
+    (folder / "other" / interrupted).mkdir(parents=True)
     for name in (
         "checkpoint-3/optimizer.pt",
-        "engraphy.partial/memory.json",
+        f"other/{interrupted}/memory.json",
         ".hidden",
         "other/writer.lock",
     ):
@@ -318,7 +320,7 @@ def test_saving_pushes_the_folder_with_what_lies_beside_the_model(model, base, h
         "checkpoint-3/optimizer.pt",
         ".hidden",
         "other/writer.lock",
-        "engraphy.partial/memory.json",
+        f"other/{interrupted}/memory.json",
     }
     assert files(hub.place) == expected and "tokenizer.json" in expected
     save_pretrained(model, folder, push_to_hub=True, repo_id="other/name")

@@ -1,5 +1,4 @@
-"""Memories on the hub: a name instead of a folder, and the upload of a folder that holds a model
-with its memory."""
+"""Memories on the hub: a name instead of a folder, and the upload of a folder."""
 
 from __future__ import annotations
 
@@ -16,55 +15,67 @@ from huggingface_hub.errors import HFValidationError
 from ..errors import ConfigError, DataUnavailable
 
 FOLDER = "engraphy"
-"""Where a model that was saved with its memory keeps the memory."""
+"""The folder of the memory in that of a model saved with its memory."""
 ADAPTER = "adapter"
-"""Where `engraphy finetune --lora` puts the adapters that were trained with a memory."""
+"""The folder in which `engraphy finetune --lora` puts adapters beside the memory."""
 OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-"""What a download takes."""
+"""Options of a download."""
 _NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MEMORY = ("memory.json", "memory.safetensors", "vocab.json", "table/*", f"{ADAPTER}/*")
-_NOT_UPLOADED = ("*writer.lock", "*.partial/*", ".*", "*/.*", "checkpoint-*/*")
+# Lock files; hidden files, which an interrupted save leaves too (system/files.py); checkpoints.
+_NOT_UPLOADED = ("*writer.lock", ".*", "*/.*", "checkpoint-*/*")
 
 
 def find_memory(path: str | os.PathLike[str], **options: Any) -> str | os.PathLike[str]:
-    """The folder of a memory that `path` names: itself, or where a repository of the hub was
-    downloaded to.
+    """The folder of a memory: `path` itself, or the download of the repository that it names.
 
-    A name on the hub is "user/name" where no such folder exists. The repository holds a memory
-    alone, or a model saved with its memory, of which only the memory is fetched. options: OPTIONS,
-    as `huggingface_hub.snapshot_download`. Raises ConfigError for other options, DataUnavailable
-    for a repository or revision that cannot be had.
+    The repository holds a memory alone, or a model saved with its memory. Only the memory is
+    downloaded.
+
+    Args:
+        path: A folder, or "user/name" on the hub if no such folder exists.
+        options: Some of OPTIONS, as `huggingface_hub.snapshot_download` takes them.
+
+    Raises:
+        ConfigError: There is no such option.
+        DataUnavailable: The repository, or this revision of it, cannot be downloaded.
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ConfigError(
             f"expected options of a download, {', '.join(OPTIONS)}; found {', '.join(unknown)}"
         )
-    if os.path.exists(path) or not _NAME.fullmatch(name := os.fspath(path)):
+    name = os.fspath(path)
+    if os.path.exists(path) or not _NAME.fullmatch(name):
         return path
     folder = download(name, [*_MEMORY, *(f"{FOLDER}/{pattern}" for pattern in _MEMORY)], options)
-    whole = not (folder / "memory.json").exists() and (folder / FOLDER / "memory.json").exists()
-    return folder / FOLDER if whole else folder
+    inside = folder / FOLDER
+    alone = (folder / "memory.json").exists()
+    return inside if not alone and (inside / "memory.json").exists() else folder
 
 
 def adapter_of(folder: str | os.PathLike[str]) -> Path | None:
-    """The PEFT adapters that were trained with the memory in `folder`; None = it was trained alone."""
-    found = Path(folder) / ADAPTER
-    return found if (found / "adapter_config.json").exists() else None
+    """The folder of the PEFT adapters that were trained with a memory; None if there are none."""
+    adapter = Path(folder) / ADAPTER
+    return adapter if (adapter / "adapter_config.json").exists() else None
 
 
 def warn_without_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Warns where a memory that was trained with adapters meets a model that PEFT did not wrap."""
-    found = adapter_of(folder)
-    if found is not None and not hasattr(model, "peft_config"):
+    """Warn if the memory was trained with adapters and the model has none."""
+    adapter = adapter_of(folder)
+    if adapter is not None and not hasattr(model, "peft_config"):
         warnings.warn(
-            f"{folder}: the memory was trained together with the adapters in {found.name}/: unless the model "
-            f"has them merged, load them first, peft.PeftModel.from_pretrained(model, {str(found)!r})",
+            f"{folder}: the memory was trained together with the adapters in {adapter.name}/: "
+            "unless the model has them merged, load them first, "
+            f"peft.PeftModel.from_pretrained(model, {str(adapter)!r})",
             stacklevel=3,
         )
 
 
 def download(name: str, patterns: Iterable[str], options: dict[str, Any]) -> Path:
-    """The files of a repository that match `patterns`, in the hub's cache. Raises DataUnavailable."""
+    """Download the files of a repository that match `patterns`. Raises DataUnavailable.
+
+    Returns their folder in the hub's cache.
+    """
     wanted = {option: options[option] for option in OPTIONS if options.get(option) is not None}
     try:
         return Path(
@@ -89,11 +100,26 @@ def upload(
     commit_description: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Upload a folder to a repository, which is made if it is not there. Returns huggingface_hub's
-    CommitInfo.
+    """Upload a folder to a repository, which is made if it is not there.
 
-    Left out are lock files, what an interrupted save has left, hidden files and Trainer's
-    checkpoints; and README.md where the repository has one. Raises what huggingface_hub raises.
+    Lock files, leftovers of an interrupted save, hidden files and Trainer's checkpoints stay out.
+    So does README.md if the repository has one.
+
+    Args:
+        folder: The folder.
+        repo_id: "user/name", or "name" for the user of the token.
+        private: Whether a new repository is private. None leaves that to the account.
+        token: As huggingface_hub takes it.
+        revision: The branch, which is made if it is not there.
+        commit_message: Default: a line that names Engraphy.
+        commit_description: The commit's longer text.
+        create_pr: Whether the commit becomes a pull request.
+
+    Returns:
+        huggingface_hub's CommitInfo.
+
+    Raises:
+        Exception: Whatever huggingface_hub raises.
     """
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
