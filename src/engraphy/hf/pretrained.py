@@ -1,5 +1,8 @@
-"""A transformers model and its tokenizer, by folder or hub name, or one line that says what is
-missing."""
+"""Load a transformers model, its tokenizer and adapters, by folder or hub name.
+
+What cannot be loaded is one DataUnavailable of one line. A model that was saved with its memory
+loads with it, because the package registers its type.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,37 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .. import hf  # noqa: F401  registers the model type of a model saved with its memory
 from ..errors import DataUnavailable, EngraphyError
 from ..system.lfs import refuse_pointer
 from ..train.dtype import AUTO, DtypeChoice, choose_dtype
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that lies with a model. Raises DataUnavailable where there is none."""
+    """The tokenizer beside a model.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        DataUnavailable: There is no such model, or no tokenizer beside it.
+    """
     _load(name, "a model with a tokenizer", AutoConfig.from_pretrained)
     return _load(name, "a tokenizer beside the model", AutoTokenizer.from_pretrained)
 
 
 def load_model(name: str, dtype: str = AUTO) -> tuple[Any, DtypeChoice]:
-    """The model, on a GPU if there is one, in eval mode; and its dtype, whatever the file holds.
+    """A model in eval mode, on a GPU if there is one, and the dtype that was chosen for it.
 
     Args:
-        name: a folder, or a name on the hub.
-        dtype: as `choose_dtype` takes it.
+        name: A folder, or a name on the hub.
+        dtype: As `choose_dtype` takes it. The dtype in the file does not count.
+
+    Returns:
+        The model, and the choice with its reason.
 
     Raises:
-        DataUnavailable: there is no such model.
-        ConfigError: there is no such dtype.
+        DataUnavailable: There is no such model.
+        ConfigError: There is no such dtype.
     """
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,25 +59,32 @@ def load_model(name: str, dtype: str = AUTO) -> tuple[Any, DtypeChoice]:
 
 
 def require_peft(what: str) -> Any:
-    """The package peft, which `what` needs. Raises DataUnavailable without it."""
+    """The package peft, which `what` needs. Raises DataUnavailable if it is not installed."""
     try:
         import peft
     except ImportError as error:
         raise DataUnavailable(
-            f'{what}: expected the package peft, found {error}; pip install "peft>=0.18"'
+            f'{what}: expected the package peft, found {error}; pip install "peft>=0.21"'
         ) from None
     return peft
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """The PEFT model of `model` and the adapters in `folder`, in eval mode. Raises DataUnavailable."""
+    """The PEFT model of `model` and the adapters in `folder`, in eval mode.
+
+    Raises:
+        DataUnavailable: There are no such adapters, or peft is not installed.
+    """
     peft = require_peft(str(folder))
-    return _load(
-        str(folder), "LoRA adapters", lambda name: peft.PeftModel.from_pretrained(model, name)
-    ).eval()
+
+    def load(name: str) -> Any:
+        return peft.PeftModel.from_pretrained(model, name)
+
+    return _load(str(folder), "LoRA adapters", load).eval()
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
+    """`load(name)`. Raises DataUnavailable for whatever goes wrong."""
     try:
         return load(name)
     except EngraphyError:
