@@ -1,4 +1,4 @@
-"""PEFT's adapters in a model, looked at without importing PEFT: are they all switched off?"""
+"""Whether PEFT's adapters in a model are all disabled, without importing PEFT."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ from torch import nn
 
 
 class Adapters:
-    """The adapters in `model`, which may come and go: PEFT keeps `model.peft_config` of them."""
+    """The adapters in `model`, which may come and go. PEFT lists them in `model.peft_config`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = (model,)  # in a tuple: what holds this may be a module
+        self._model = (model,)  # in a tuple, so that a module that holds this has no submodule more
         self._config: Any = None
         self._names: tuple[str, ...] = ()
         self._layers: list[Any] = []
 
     @property
     def present(self) -> bool:
-        """Whether there are any."""
+        """Whether the model has any."""
         return bool(getattr(self._model[0], "peft_config", None))
 
     def all_disabled(self) -> bool:
-        """Whether there are adapters and all of their layers are off, as in `disable_adapter`.
+        """Whether the model has adapters and all of their layers are off, as in `disable_adapter`.
 
-        Looks at each layer; walks over the model only after adapters were added or removed.
+        Looks at each adapter layer. Walks over the whole model only after adapters were added or
+        removed.
         """
         (model,) = self._model
         config = getattr(model, "peft_config", None)
         if not config:
-            self._config, self._layers = None, []
+            self._config = None
+            self._layers = []
             return False
         if config is not self._config or tuple(config) != self._names:
-            self._config, self._names = config, tuple(config)
+            self._config = config
+            self._names = tuple(config)
             self._layers = [module for module in model.modules() if _is_adapter_layer(module)]
         return bool(self._layers) and all(layer.disable_adapters for layer in self._layers)
 

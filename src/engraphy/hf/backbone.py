@@ -1,5 +1,4 @@
-"""What a transformers model tells about itself: its decoder, its blocks, and the argument that
-brings its cache."""
+"""The parts of a transformers model that a memory joins: its decoder, its blocks, its cache."""
 
 from __future__ import annotations
 
@@ -16,8 +15,13 @@ from .versions import cache_argument
 
 @dataclass(frozen=True)
 class Backbone:
-    """The parts of a decoder that a memory joins. decoder: embeddings and blocks, without the head.
-    blocks: in order. arguments: names of the decoder's positional arguments."""
+    """The parts of a decoder that a memory joins.
+
+    Attributes:
+        decoder: Embeddings and blocks, without the head.
+        blocks: The decoder's blocks in order.
+        arguments: Names of the arguments of the decoder's forward, in order.
+    """
 
     decoder: nn.Module
     blocks: nn.ModuleList
@@ -25,10 +29,12 @@ class Backbone:
 
     @property
     def config(self) -> Any:
+        """The decoder's config."""
         return self.decoder.config
 
     @property
     def hidden_size(self) -> int:
+        """Values of one residual stream."""
         return int(self.config.hidden_size)
 
     @property
@@ -43,20 +49,22 @@ class Backbone:
 
     @property
     def cache_argument(self) -> str | None:
-        """The name of the argument in which the decoder takes its cache; None if it takes none."""
+        """Name of the argument in which the decoder takes its cache; None if it takes none."""
         return cache_argument(self.arguments)
 
     @property
     def streams(self) -> int:
-        """Residual streams: more than one with hyper-connections (DeepSeek-V4)."""
+        """Number of residual streams: more than one with hyper-connections (DeepSeek-V4)."""
         return int(getattr(self.config, "hc_mult", None) or 1)
 
 
 def find_backbone(model: nn.Module) -> Backbone:
-    """The decoder of a transformers model and its blocks: the one ModuleList of num_hidden_layers
-    modules.
+    """The decoder of a transformers model, and its blocks.
 
-    Raises ConfigError for what has no such parts, and for encoder-decoder models.
+    The blocks are the decoder's one ModuleList of num_hidden_layers modules.
+
+    Raises:
+        ConfigError: The model has no such parts, or is an encoder-decoder.
     """
     inner: Any = unwrapped(model)
     config = getattr(inner, "config", None)
@@ -75,15 +83,16 @@ def find_backbone(model: nn.Module) -> Backbone:
     }
     if len(lists) != 1:
         raise ConfigError(
-            f"{type(decoder).__name__}: expected one list of its {depth} blocks, found {sorted(lists)}"
+            f"{type(decoder).__name__}: expected one list of its {depth} blocks, "
+            f"found {sorted(lists)}"
         )
     if not takes_keywords(decoder):
         raise ConfigError(
-            f"{type(decoder).__name__}: expected a forward that hands keyword arguments on to its blocks"
+            f"{type(decoder).__name__}: expected a forward that hands keyword arguments on to its "
+            "blocks"
         )
-    return Backbone(
-        decoder, next(iter(lists.values())), tuple(inspect.signature(decoder.forward).parameters)
-    )
+    (blocks,) = lists.values()
+    return Backbone(decoder, blocks, tuple(inspect.signature(decoder.forward).parameters))
 
 
 def takes_keywords(module: nn.Module) -> bool:
@@ -106,12 +115,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's floating-point parameters."""
-    return next(
-        (p.dtype for p in unwrapped(model).parameters() if p.is_floating_point()), torch.float32
-    )
+    """The dtype of a model's first floating-point parameter; float32 if it has none."""
+    for parameter in unwrapped(model).parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
 
 
 def same_device(module: nn.Module) -> torch.device:
-    """The device of a block's parameters."""
+    """The device of a block's first parameter; the CPU if it has none."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

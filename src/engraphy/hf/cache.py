@@ -1,10 +1,9 @@
 """The memory's part of a transformers cache: a SequenceState that the cache object itself carries.
 
-Whatever transformers does to a cache (beams reordered, tokens taken back, sequences repeated or
-selected, everything reset, copies made) is done to the state too. The last ids of each sequence
-thus travel with the cache, and the model holds no request state. The cache keeps its layers as they
-are, one for each of the model's: its class becomes a subclass of its own that hands on to the state
-what is done to all layers.
+Whatever transformers does to a cache is done to the state too: it reorders beams, takes tokens
+back, repeats and selects sequences, resets, and copies. So the last ids of each sequence travel
+with the cache, and the model holds no request state. The cache keeps its layers, one for each layer
+of the model. Its class becomes a subclass that does to the state what is done to all layers.
 """
 
 from __future__ import annotations
@@ -24,8 +23,14 @@ from .versions import PAGES
 
 @dataclass
 class CachedState:
-    """What a cache carries for a memory. state: made by the first forward that uses it. whole:
-    False within a forward, and after one that an error cut short."""
+    """What a cache carries for a memory.
+
+    Attributes:
+        address_digest: Of the memory.
+        margin: How many tokens can be taken back.
+        state: None until the first forward that uses it.
+        whole: False within a forward, and after one that an error cut short.
+    """
 
     address_digest: str
     margin: int
@@ -42,8 +47,10 @@ class _Carrying(_Base):
     engraphy: CachedState
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back -tokens_to_remove tokens. Raises StateTooShort beyond the margin: the cache
-        stays as it is."""
+        """Take back -tokens_to_remove tokens.
+
+        Raises StateTooShort beyond the margin, and the cache stays as it is.
+        """
         if tokens_to_remove > 0:
             raise InputError(
                 f"crop: expected minus the number of tokens to take back, found {tokens_to_remove}"
@@ -69,63 +76,71 @@ class _Carrying(_Base):
 
     def reset(self) -> None:
         super().reset()
-        self.engraphy.state, self.engraphy.whole = None, True
+        self.engraphy.state = None
+        self.engraphy.whole = True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the cache's own class, since this one is made when it is needed."""
+        """Copies and pickles name the cache's own class, because this one is made at run time."""
         _, (kind, *arguments), *rest = super().__reduce_ex__(max(int(protocol), 2))
-        return _new, (kind.__mro__[2], *arguments), *rest
+        own_class = kind.__mro__[2]  # after the class that _carrying made, and _Carrying
+        return _new, (own_class, *arguments), *rest
 
 
 @functools.cache
 def _carrying(kind: type[Cache]) -> type[Cache]:
+    """The subclass of a class of caches that carries a state, under the same name."""
     return type(
         kind.__name__, (_Carrying, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__}
     )
 
 
 def _new(kind: type[Cache], *arguments: Any) -> Cache:
-    return copyreg.__newobj__(_carrying(kind), *arguments)  # pyright: ignore[reportAttributeAccessIssue]
+    make: Any = copyreg.__newobj__  # pyright: ignore[reportAttributeAccessIssue]
+    return make(_carrying(kind), *arguments)
 
 
 def cached_state(cache: Any) -> CachedState | None:
-    """What a cache carries; None if it carries nothing, or where there is no cache."""
+    """What a cache carries for a memory; None if it carries nothing, or is None itself."""
     return getattr(cache, "engraphy", None)
 
 
 def counts_tokens(cache: Cache) -> bool:
-    """Whether any layer of a cache knows how many tokens it has seen: those of state-space models
-    do not."""
+    """Whether any layer of a cache knows how many tokens it has seen.
+
+    The layers of state-space models do not.
+    """
     grows = getattr(cache, "layer_class_to_replicate", None) is not None
     return grows or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def tokens_seen(cache: Any) -> int:
-    """How many tokens a cache holds; 0 without one. Raises InputError for what is no Cache of a
-    decoder."""
+    """Number of tokens that a cache holds; 0 without one.
+
+    Raises InputError unless it is the Cache of a decoder with attention.
+    """
     if cache is None:
         return 0
-    if (
-        not isinstance(cache, Cache)
-        or isinstance(cache, EncoderDecoderCache)
-        or not counts_tokens(cache)
-    ):
+    if not _is_decoders(cache) or not counts_tokens(cache):
         raise InputError(
-            "cache: expected a Cache of a decoder with attention, with which a memory's state can travel, "
-            f"found {type(cache).__name__}; {PAGES}"
+            "cache: expected a Cache of a decoder with attention, with which a memory's state can "
+            f"travel, found {type(cache).__name__}; {PAGES}"
         )
     return int(cache.get_seq_length())
 
 
 def reserve(cache: Any, memory: EngramMemory, margin: int) -> None:
-    """Make an empty cache what it is with the memory, for tokens that the memory does not see.
+    """Let an empty cache carry the memory's part, for a forward that leaves the memory out.
 
-    Any other cache stays as it is: it is the model's own matter.
+    Any other cache stays as it is, because it is the model's own matter.
     """
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+    if not _is_decoders(cache):
         return
     if cached_state(cache) is None and counts_tokens(cache) and not cache.get_seq_length():
         _carry(cache, memory, margin)
+
+
+def _is_decoders(cache: Any) -> bool:
+    return isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache)
 
 
 def _carry(cache: Cache, memory: EngramMemory, margin: int) -> CachedState:
@@ -138,20 +153,28 @@ def _carry(cache: Cache, memory: EngramMemory, margin: int) -> CachedState:
 def ready_state(
     cache: Cache, memory: EngramMemory, batch: int, seen: int, margin: int
 ) -> CachedState:
-    """What `cache` carries for `memory`; on the first call it is made. seen: tokens in the cache.
+    """What `cache` carries for `memory`, made on the first call.
 
-    Raises InputError for a cache that has seen tokens which the memory has not (filled before the
-    memory was attached, or by another model), for one that an error left half filled, and for one
-    that belongs to another memory.
+    Args:
+        cache: Of the call.
+        memory: The attached memory.
+        batch: Number of sequences.
+        seen: Number of tokens in the cache.
+        margin: How many tokens can be taken back.
+
+    Raises:
+        InputError: The cache has seen tokens that the memory has not (it was filled before the
+            memory was attached, or by another model), an error has left it half filled, or it
+            belongs to another memory.
     """
     carried = cached_state(cache)
     if carried is None:
         if seen:
             raise InputError(
-                f"cache: it came with {seen} tokens that the memory has not seen. Either it was filled "
-                "before the memory was attached or by another model: fill it with this one. Or it holds "
-                "virtual tokens (prefix tuning), which have no ids to look up: detach the memory, or use "
-                "an adapter that leaves the cache alone, such as LoRA"
+                f"cache: it came with {seen} tokens that the memory has not seen. Either it was "
+                "filled before the memory was attached or by another model: fill it with this one. "
+                "Or it holds virtual tokens (prefix tuning), which have no ids to look up: detach "
+                "the memory, or use an adapter that leaves the cache alone, such as LoRA"
             )
         carried = _carry(cache, memory, margin)
     if carried.address_digest != memory.address_digest:
@@ -161,14 +184,14 @@ def ready_state(
         )
     if not carried.whole:
         raise InputError(
-            "cache: an error cut short the forward that filled it, and some layers have seen more than "
-            "others; reset it, or use a new one"
+            "cache: an error cut short the forward that filled it, and some layers have seen more "
+            "than others; reset it, or use a new one"
         )
     if carried.state is None:
         carried.state = memory.state(batch, margin)
     if seen != carried.state.length:
         raise InputError(
-            f"cache: the model has seen {seen} tokens, the memory {carried.state.length}; use a cache "
-            "that was filled by this model with the memory attached and not disabled"
+            f"cache: the model has seen {seen} tokens, the memory {carried.state.length}; use a "
+            "cache that was filled by this model with the memory attached and not disabled"
         )
     return carried
