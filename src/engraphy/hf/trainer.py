@@ -30,19 +30,7 @@ from ..system.files import check_folder
 from ..train.adam import RowAdam
 from ..train.optimizer import RowOptimizer
 from ..train.replicated import replica_group
-from .checkpoints import (
-    FOLDER,
-    bytes_needed,
-    find_part,
-    is_beside,
-    move_in,
-    place_beside,
-    place_in,
-    read_part,
-    state_id_of,
-    tidy,
-    write_part,
-)
+from . import checkpoints
 from .gates import GateCallback
 from .optimizer import MemoryAdamW
 
@@ -74,8 +62,8 @@ class MemoryCallback(TrainerCallback):
         if state.global_step > 0:
             _resume(optimizer, args, state)
         if args.should_save and args.save_strategy != "no":
-            needed = bytes_needed(optimizer.memory, optimizer.rows)
-            check_folder(Path(args.output_dir) / FOLDER, needed, replace=True)
+            needed = checkpoints.bytes_needed(optimizer.memory, optimizer.rows)
+            check_folder(Path(args.output_dir) / checkpoints.FOLDER, needed, replace=True)
         optimizer.memory.drain_row_grads()
         optimizer.folder = os.path.abspath(args.output_dir)
 
@@ -88,8 +76,8 @@ class MemoryCallback(TrainerCallback):
         checkpoint = _checkpoint_of(args, state)
         if not (control.should_save and args.should_save) or _is_written(optimizer, checkpoint):
             return
-        tidy(checkpoint.parent)
-        _write(optimizer, place_beside(checkpoint), args)
+        checkpoints.tidy(checkpoint.parent)
+        _write(optimizer, checkpoints.place_beside(checkpoint), args)
         optimizer.beside = checkpoint
         # If an older run has left a checkpoint of this name, it gets another state id, and does not
         # count as whole from here on.
@@ -103,7 +91,7 @@ class MemoryCallback(TrainerCallback):
         checkpoint = _checkpoint_of(args, state)
         optimizer.put_in_place()
         if args.should_save and not _is_written(optimizer, checkpoint):
-            _write(optimizer, place_in(checkpoint), args)
+            _write(optimizer, checkpoints.place_in(checkpoint), args)
         if optimizer.replicas is not None:
             dist.barrier(group=optimizer.replicas)  # no process reads it before it is complete
 
@@ -111,7 +99,7 @@ class MemoryCallback(TrainerCallback):
         """With load_best_model_at_end: read the rows and dense weights of the best checkpoint."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             optimizer = _memory_optimizer(kwargs["optimizer"])
-            saved.restore(optimizer.memory, place_in(Path(state.best_model_checkpoint)))
+            saved.restore(optimizer.memory, checkpoints.place_in(Path(state.best_model_checkpoint)))
             optimizer.set_state_id(None)
 
 
@@ -249,12 +237,12 @@ def _checkpoint_name(state: Any) -> str:
 
 
 def _is_written(optimizer: MemoryAdamW, checkpoint: Path) -> bool:
-    return state_id_of(place_in(checkpoint)) == optimizer.state_id
+    return checkpoints.state_id_of(checkpoints.place_in(checkpoint)) == optimizer.state_id
 
 
 def _write(optimizer: MemoryAdamW, part: Path, args: Any) -> None:
     with_moments = not args.save_only_model
-    write_part(part, optimizer.memory, optimizer.rows, optimizer.state_id, with_moments)
+    checkpoints.write_part(part, optimizer.memory, optimizer.rows, optimizer.state_id, with_moments)
 
 
 def _resume(optimizer: MemoryAdamW, args: Any, state: Any) -> None:
@@ -263,15 +251,15 @@ def _resume(optimizer: MemoryAdamW, args: Any, state: Any) -> None:
     Trainer does not say which checkpoint that is, so it is found by its state id.
     """
     loaded = optimizer.loaded or {"state_id": "?", "folder": ""}
-    checkpoints = [
+    folders = [
         Path(args.resume_from_checkpoint or ""),
         _checkpoint_of(args, state),
         Path(loaded["folder"]) / _checkpoint_name(state),
     ]
-    part = find_part(loaded["state_id"], state.global_step, checkpoints)
-    read_part(part, optimizer.memory, optimizer.rows)
-    optimizer.set_state_id(state_id_of(part))
+    part = checkpoints.find_part(loaded["state_id"], state.global_step, folders)
+    checkpoints.read_part(part, optimizer.memory, optimizer.rows)
+    optimizer.set_state_id(checkpoints.state_id_of(part))
     if optimizer.replicas is not None:
         dist.barrier(group=optimizer.replicas)  # all processes have read it before it moves
-    if args.should_save and is_beside(part):
-        move_in(part)
+    if args.should_save and checkpoints.is_beside(part):
+        checkpoints.move_in(part)
