@@ -1,13 +1,13 @@
 """The memory's part of a Trainer's checkpoint: what it holds, where it waits, how it is found.
 
-    checkpoint-N/memory/          what `memory.save` writes
-    checkpoint-N/memory/moments/  those of the row optimiser, unless weights alone are saved
+    checkpoint-N/memory/            what `memory.save` writes
+    checkpoint-N/memory/moments/    of the row optimiser, unless only weights are saved
     checkpoint-N/memory/state.json  the state id, which optimizer.pt has too
-    .memory-of-checkpoint-N/      all of `memory/`, until Trainer has made checkpoint-N
+    .memory-of-checkpoint-N/        all of `memory/`, until Trainer has made checkpoint-N
 
-A part that is written before Trainer has made its checkpoint waits beside it: a folder of that name
-would count as the last checkpoint, even after a crash. A crash in between leaves the part there,
-where it is found again.
+The part is written before Trainer makes the checkpoint, and waits beside it. Making checkpoint-N
+itself would be wrong: Trainer takes any folder of that name for the last checkpoint, even after a
+crash. A crash in between leaves the part where it waits, and it is found there.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..memory.memory import EngramMemory
 from ..system.files import publish_folder, put_folder
 from ..train.optimizer import RowOptimizer
 
-# Not "engraphy": there a model that was loaded with its memory as one puts it itself.
+# Not "engraphy": in that folder a model that was loaded with its memory saves the memory itself.
 FOLDER = "memory"
-_BESIDE = ".memory-of-"  # and the checkpoint's name
+_BESIDE = ".memory-of-"  # before the checkpoint's name
 _STATE = "state.json"
 
 
