@@ -17,7 +17,7 @@ from engraphy.errors import ConfigError, InputError, StateTooShort
 from engraphy.fusion.layer import EngramLayer
 from engraphy.hf import versions
 from tests.tools.hf_models import CACHE, PAD, build, cache_of, cached, with_memory
-from tests.tools.hf_modes import PROMPT, clean, far, logits, prompts
+from tests.tools.hf_modes import PROMPT, clean, far, in_chunks, logits, prompts
 
 EXACT = 1e-9
 
@@ -119,7 +119,7 @@ def running_positions(mask):
 
 
 def test_tokens_after_right_padding_follow_the_last_token(model):
-    """With any positions: 0 at the padding, as generate() gives them, or the places of the columns."""
+    """With any positions: 0 at the padding, as generate() gives them, or those of the columns."""
     ids, mask = (
         torch.cat([prompts(), prompts(seed=2)], 1),
         torch.ones(2, 2 * PROMPT, dtype=torch.long),
@@ -127,18 +127,7 @@ def test_tokens_after_right_padding_follow_the_last_token(model):
     ids[1, 8:PROMPT], mask[1, 8:PROMPT] = PAD, 0
     running = running_positions(mask)
     for positions in (running, running.masked_fill(mask == 0, 0)):
-        cache, found = DynamicCache(config=model.config), []
-        for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, 2 * PROMPT)):
-            found.append(
-                logits(
-                    model,
-                    ids[:, first:last],
-                    attention_mask=mask[:, :last],
-                    **cached(cache),
-                    position_ids=positions[:, first:last],
-                )
-            )
-        text = torch.cat(found, 1)
+        text = in_chunks(model, ids, (PROMPT, PROMPT + 1, 2 * PROMPT), mask, positions)
         assert far(text[0], clean(model, ids[:1])[0]) <= EXACT
         there = mask[1].bool()
         assert far(text[1, there], clean(model, ids[1:, there])[0]) <= EXACT

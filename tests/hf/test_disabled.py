@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import engraphy
 from engraphy import Trace
 from engraphy.errors import InputError
-from tests.tools.hf_models import FAMILIES, build, with_memory
+from tests.tools.hf_models import FAMILIES, answers, build, with_memory
 from tests.tools.tiny_training import attach_tiny, tiny_model, token_data
 
 IDS_BT = torch.stack([each["input_ids"] for each in token_data(2)])
@@ -37,23 +37,13 @@ def logits(model, **options):
 def test_a_disabled_memory_leaves_every_family_bit_for_bit(family):
     ids_BT = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 
-    def answers(model):
-        text = model.generate(
-            ids_BT,
-            max_new_tokens=4,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        return torch.cat([model(ids_BT).logits, torch.stack(text.logits, 1)], 1)
-
     model = build(family, torch.float32)
-    before = answers(model)
-    with_it = answers(with_memory(model))
+    before = answers(model, ids_BT)
+    with_it = answers(with_memory(model), ids_BT)
     assert not torch.equal(with_it, before)
     with model.engraphy.disabled():
-        assert torch.equal(answers(model), before)
-    assert torch.equal(answers(model), with_it)
+        assert torch.equal(answers(model, ids_BT), before)
+    assert torch.equal(answers(model, ids_BT), with_it)
 
 
 def test_what_a_memory_refuses_is_the_bare_model_s_matter_while_it_is_disabled():

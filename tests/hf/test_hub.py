@@ -1,188 +1,31 @@
-"""A model with its memory in processes that never heard of Engraphy, and on the hub. No test
-reaches a network."""
+"""Memories and models with a memory on the hub. No test reaches a network."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engraphy
 from engraphy.errors import ConfigError, DataUnavailable, DigestMismatch
 from engraphy.hf import push_to_hub, save_pretrained
 from engraphy.system import files as system_files
-from tests.hf.test_composite import logits, remembering
+from tests.tools.hf_saved import logits
 from tests.tools.tiny_model import write_model
+
+
+@pytest.fixture(scope="module")
+def model(whole):
+    return whole
+
 
 COMMIT = "a" * 40
 IDS_BT = torch.arange(2, 26).view(2, 12)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return remembering(base)
-
-
-@pytest.fixture(scope="module")
-def saved(model, base, tmp_path_factory):
-    """The model as one directory, its tokenizer with it."""
-    folder = tmp_path_factory.mktemp("models") / "one"
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    save_pretrained(model, folder)
-    return folder
-
-
-@pytest.fixture
-def python(tmp_path):
-    """Runs code in a process of its own, which has transformers' caches to itself and cannot ask
-    anybody."""
-
-    def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
-        own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env=os.environ | own,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            cwd=tmp_path,
-        )
-
-    return run
-
-
-LOADED = """
-import sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-folder, out = sys.argv[1:]
-assert "engraphy" not in sys.modules
-tokenizer = AutoTokenizer.from_pretrained(folder)
-assert len(tokenizer("Ada Lovelace")["input_ids"]) > 1
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, use_cache=False)
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-assert config.model_type == "engraphy" and not model.config.use_cache
-with torch.no_grad():
-    torch.save(model(torch.arange(2, 26).view(2, 12)).logits, out)
-model.save_pretrained(out + "-again")
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_its_code(
-    saved, model, python, tmp_path
-):
-    ran = python(LOADED, saved, tmp_path / "logits")
-    assert ran.returncode == 0, ran.stderr
-    assert torch.equal(torch.load(tmp_path / "logits"), logits(model, IDS_BT))
-    again = tmp_path / "logits-again"  # no file of the package is copied into what it saves
-    assert [path.name for path in again.glob("*.py")] == ["modeling_engraphy.py"]
-    kept = {
-        name: json.loads((folder / "config.json").read_text())["auto_map"]
-        for name, folder in (("saved", saved), ("again", again))
-    }
-    assert kept["saved"] == kept["again"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("trust", [None, False])
-def test_without_trust_transformers_names_the_way_out_and_so_does_the_card(saved, python, trust):
-    code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code="
-    ran = python(f"{code}{trust})", saved)
-    assert ran.returncode and "trust_remote_code=True" in ran.stderr
-    assert "trust_remote_code=True" in (saved / "README.md").read_text()
-
-
-@pytest.mark.slow
-def test_without_the_package_the_error_says_what_to_install(saved, python):
-    ran = python(
-        "import sys; sys.modules['engraphy'] = None; import transformers as t; "
-        "t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)",
-        saved,
-    )
-    assert (
-        ran.returncode
-        and 'ImportError: this model has an Engraphy memory: pip install "engraphy[hf]"'
-        in ran.stderr
-    )
-
-
-@pytest.mark.parametrize("trust", [None, False, True])
-def test_where_engraphy_is_imported_its_own_classes_load_whatever_is_trusted(saved, model, trust):
-    loaded = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=trust)
-    config = AutoConfig.from_pretrained(saved, trust_remote_code=trust)
-    assert type(config) is engraphy.hf.EngraphyConfig
-    assert torch.equal(logits(loaded, IDS_BT), logits(model, IDS_BT))
-
-
-SETTINGS = {
-    "use_cache": False,
-    "output_hidden_states": True,
-    "attn_implementation": "eager",
-    "num_labels": 5,
-    "pad_token_id": 7,
-}
-
-
-def settings_of(model):
-    config = model.config
-    return {
-        "use_cache": config.use_cache,
-        "output_hidden_states": config.output_hidden_states,
-        "attn_implementation": config._attn_implementation,
-        "num_labels": config.num_labels,
-        "pad_token_id": config.pad_token_id,
-    }
-
-
-@pytest.mark.parametrize("name", [*SETTINGS, "all"])
-def test_settings_of_the_backbones_config_reach_it(saved, base, name):
-    wanted = SETTINGS if name == "all" else {name: SETTINGS[name]}
-    loaded = AutoModelForCausalLM.from_pretrained(saved, **wanted)
-    bare = AutoModelForCausalLM.from_pretrained(base, **wanted)
-    assert (
-        settings_of(loaded) == settings_of(bare) and settings_of(loaded).items() >= wanted.items()
-    )
-    config = AutoConfig.from_pretrained(saved, **wanted)
-    assert settings_of(AutoModelForCausalLM.from_pretrained(saved, config=config)) == settings_of(
-        bare
-    )
-
-
-@pytest.mark.parametrize("inner", [True, False], ids=["on the text config", "on the whole config"])
-def test_what_is_set_on_a_config_that_is_given_is_in_force(saved, inner):
-    config = AutoConfig.from_pretrained(saved)
-    changed = config.text_config if inner else config
-    changed.use_cache, changed.output_hidden_states = False, True
-    loaded = AutoModelForCausalLM.from_pretrained(saved, config=config)
-    assert not loaded.config.use_cache and loaded.config.output_hidden_states
-    output = loaded(IDS_BT)
-    assert output.past_key_values is None and len(output.hidden_states) == 4
-    assert loaded.config.id2label == AutoModelForCausalLM.from_pretrained(saved).config.id2label
-
-
-def test_a_setting_that_no_config_has_is_refused_as_the_backbone_refuses_it(saved):
-    with pytest.raises(TypeError, match="nonsense"):
-        AutoModelForCausalLM.from_pretrained(saved, nonsense=1)
-
-
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_both_names_of_the_dtype_are_the_memorys_too(saved, name):
-    half = AutoModelForCausalLM.from_pretrained(saved, **{name: torch.bfloat16})
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
 def test_no_lock_file_is_part_of_what_is_saved(saved, model, tmp_path):

@@ -20,6 +20,7 @@ from engraphy.errors import ConfigError, DigestMismatch
 from engraphy.hf.composite import save_pretrained
 from engraphy.train import RowAdam
 from tests.tools.tiny_training import (
+    BEST_OF_EVERY_STEP,
     attach_tiny,
     rows_of,
     tiny_model,
@@ -333,11 +334,7 @@ def test_the_trainer_finds_its_best_model_though_the_rows_have_learned_since(tmp
         tmp_path,
         metric_for_best_model="eval_loss",
         greater_is_better=True,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
+        **BEST_OF_EVERY_STEP,
     )
     run.train()
     assert run.state.best_global_step < 4

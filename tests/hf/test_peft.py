@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import engraphy
 from engraphy.errors import ConfigError, InputError
 from tests.tools.tiny_training import (
+    BEST_OF_EVERY_STEP,
     attach_tiny,
     rows_of,
     same,
@@ -248,17 +249,7 @@ def test_training_of_adapter_and_memory_resumes_bit_for_bit_and_the_best_comes_b
     assert same(*ends)
 
     model, memory = adapted()
-    run = tiny_trainer(
-        model,
-        memory,
-        tmp_path / "best",
-        learning_rate=0.5,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-    )
+    run = tiny_trainer(model, memory, tmp_path / "best", learning_rate=0.5, **BEST_OF_EVERY_STEP)
     run.train()
     assert run.state.best_global_step < 4
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, abs=1e-6)

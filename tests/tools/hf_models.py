@@ -18,20 +18,20 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
 
 import engraphy
-from engraphy import EngramConfig, EngramMemory
+from engraphy import EngramMemory
+from tests.tools.tiny_model import small_config
 
 VOCAB, PAD = 97, 0
-CACHE = (
-    "cache" if Version(tf.__version__) >= Version("5.24") else "past_key_values"
-)  # what models call theirs
+# What models call their cache.
+CACHE = "cache" if Version(tf.__version__) >= Version("5.24") else "past_key_values"
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB,
     max_position_embeddings=64,
     pad_token_id=PAD,
     bos_token_id=1,
     eos_token_id=None,  # no end: every text gets its full length
-    initializer_range=0.2,
-)  # attention far from uniform
+    initializer_range=0.2,  # attention far from uniform
+)
 _SIZES: dict[str, Any] = _COMMON | dict(
     hidden_size=32,
     intermediate_size=48,
@@ -40,9 +40,8 @@ _SIZES: dict[str, Any] = _COMMON | dict(
     num_key_value_heads=2,
 )
 _MOE: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=24)
-_LATENT: dict[str, Any] = dict(
-    q_lora_rank=16, qk_rope_head_dim=8, n_routed_experts=4
-)  # DeepSeek's attention
+# DeepSeek's attention.
+_LATENT: dict[str, Any] = dict(q_lora_rank=16, qk_rope_head_dim=8, n_routed_experts=4)
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**_SIZES),
@@ -113,9 +112,11 @@ if CACHE == "cache":  # before 5.24 its blocks get no keywords
 
 @dataclass(frozen=True)
 class Run:
-    """A model to decode with, and two to draft for it. draft: a small one without a memory. twin:
-    nearly the same model, with a memory of its own where `model` has one, so that some of its
-    drafts are taken and some are not."""
+    """A model to decode with, and two to draft for it.
+
+    draft: a small one without a memory. twin: nearly the same model, with a memory of its own if
+    `model` has one, so that some of its drafts are taken and some are not.
+    """
 
     model: Any
     draft: Any
@@ -128,9 +129,8 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     config = FAMILIES[name]()
     config._experts_implementation = "eager"  # the grouped kernels of experts know no float64
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()
-    model.generation_config.assistant_confidence_threshold = (
-        0.0  # random weights are never confident
-    )
+    # Random weights are never confident.
+    model.generation_config.assistant_confidence_threshold = 0.0
     model.generation_config.num_assistant_tokens = 4
     model.generation_config.num_assistant_tokens_schedule = "constant"
     return model
@@ -147,8 +147,8 @@ class _Doubled:
 
 @contextmanager
 def all_in_float64() -> Iterator[None]:
-    """What the DeepSeeks compute in float32, whatever their dtype, is computed in float64 where
-    their dtype is."""
+    """The DeepSeeks compute some things in float32, whatever their dtype. In this block these are
+    computed in float64 if the dtype is float64."""
     narrow = torch.Tensor.float
 
     def as_wide(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -170,27 +170,39 @@ def cache_of(output: Any) -> Any:
     return getattr(output, CACHE)
 
 
-def wake(memory: EngramMemory) -> EngramMemory:
-    """Weights and rows as after training: the projections, the gate, the conv and the rows all take
-    part."""
-    generator = torch.Generator().manual_seed(5)
+def wake(memory: EngramMemory, seed: int = 5) -> EngramMemory:
+    """Give a memory weights and rows as after training: the projections, the gate, the conv and the
+    rows all take part. Rows that cannot be written stay."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    memory.init_rows(1.0, 3)
+    if all(store.info.writable for store in memory.stores.values()):
+        memory.init_rows(1.0, 3)
     return memory
 
 
 def with_memory(model: Any) -> Any:
-    """The model, after a memory was attached at two of its layers and woken."""
-    config = EngramConfig.for_model(model.config, layers=(1, 2), heads=2, rows_per_head=101, dim=8)
-    wake(engraphy.attach(model, config))
+    """The model, with a memory attached at two of its layers and woken."""
+    wake(engraphy.attach(model, small_config(model)))
     return model
+
+
+def answers(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Logits of the model [B, T + 4, vocab]: of a forward over ids, and of 4 tokens after them."""
+    text = model.generate(
+        ids_BT,
+        max_new_tokens=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.cat([model(ids_BT).logits, torch.stack(text.logits, 1)], 1)
 
 
 @functools.cache
 def run_of(name: str, dtype: torch.dtype, memory: bool) -> Run:
-    """What the matrix decodes with; shared by its tests, none of which changes a model."""
+    """The models that the matrix decodes with. Its tests share them, and change none."""
     model, twin = build(name, dtype), build(name, dtype)
     if memory:
         with_memory(model)

@@ -1,5 +1,8 @@
-"""The ways to decode that the matrix tries. A mode runs a model and tells how far it is from the
-clean forward: one call over each whole sequence, without padding, packing or cache."""
+"""The ways to decode that the matrix tries.
+
+A mode runs a model and returns how far its logits are from those of the clean forward: one call
+over each whole sequence, without padding, packing or cache.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,21 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache, cache_utils
+from transformers import Cache, DynamicCache, StaticCache, cache_utils
 
 from tests.tools.hf_models import CACHE, PAD, VOCAB, Run, cache_of, cached
 
-logging.getLogger(
-    "torch.__trace"
-).propagate = False  # a compiler's trace, every line of which pytest would keep
+# A compiler's trace, of which pytest would keep every line.
+logging.getLogger("torch.__trace").propagate = False
 
 PROMPT, NEW = 11, 6  # longer than the sliding windows, and across them
 WRONG_TEXT = 1e6  # the distance of two texts that differ
 
 Mode = Callable[[Run], float]
-FORWARD: dict[str, Mode] = {}  # modes that call the model themselves: all logits are compared
-TEXT: dict[
-    str, Mode
-] = {}  # modes of generate(): the text, and the logits of every position that it kept
+# Modes that call the model themselves: all logits are compared.
+FORWARD: dict[str, Mode] = {}
+# Modes of generate(): the text, and the logits of every position that it kept.
+TEXT: dict[str, Mode] = {}
 
 
 def _mode(modes: dict[str, Mode], name: str) -> Callable[[Mode], Mode]:
@@ -88,6 +90,31 @@ def _rows_far(model: Any, found: Tensor, ids: Tensor, real: Sequence[slice | Ten
     )
 
 
+def in_chunks(
+    model: Any,
+    ids: Tensor,
+    ends: Sequence[int],
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Logits [B, T, vocab] of calls on one cache, a new one by default.
+
+    ends: where the chunks end. Each call sees the mask up to its end.
+    """
+    if cache is None:
+        cache = DynamicCache(config=model.config)
+    found = []
+    for first, last in zip([0, *ends], ends, strict=False):
+        part: dict[str, Any] = {}
+        if mask is not None:
+            part["attention_mask"] = mask[:, :last]
+        if positions is not None:
+            part["position_ids"] = positions[:, first:last]
+        found.append(logits(model, ids[:, first:last], **cached(cache), use_cache=True, **part))
+    return torch.cat(found, 1)
+
+
 # Forwards
 
 
@@ -102,20 +129,16 @@ def _chunks(run: Run) -> float:
 
 @_mode(FORWARD, "cache without config")
 def _plain_cache(run: Run) -> float:
-    ids, cache = prompts(), DynamicCache()
-    found = [
-        logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)
-    ]
-    return far(torch.cat(found, 1), clean(run.model, ids))
+    ids = prompts()
+    found = in_chunks(run.model, ids, (6, 7, PROMPT), cache=DynamicCache())
+    return far(found, clean(run.model, ids))
 
 
 @_mode(FORWARD, "static chunks")
 def _static_chunks(run: Run) -> float:
     ids, cache = prompts(), StaticCache(config=run.model.config, max_cache_len=PROMPT)
-    found = [
-        logits(run.model, part, **cached(cache), use_cache=True) for part in ids.split([6, 1, 4], 1)
-    ]
-    return far(torch.cat(found, 1), clean(run.model, ids))
+    found = in_chunks(run.model, ids, (6, 7, PROMPT), cache=cache)
+    return far(found, clean(run.model, ids))
 
 
 @_mode(FORWARD, "left padding, no positions")
@@ -142,26 +165,12 @@ def _right(run: Run) -> float:
 
 
 def _left_then_cached(run: Run, positions: bool) -> float:
+    """The first chunk is padding alone in the second row."""
     ids, mask, real = _padded("left")
-    cache, found = DynamicCache(config=run.model.config), []
-    for first, last in (
-        (0, 2),
-        (2, 7),
-        (7, 8),
-        (8, PROMPT),
-    ):  # the first chunk is padding alone in the second row
-        given = {"position_ids": _positions(mask)[:, first:last]} if positions else {}
-        found.append(
-            logits(
-                run.model,
-                ids[:, first:last],
-                attention_mask=mask[:, :last],
-                **cached(cache),
-                use_cache=True,
-                **given,
-            )
-        )
-    return _rows_far(run.model, torch.cat(found, 1), ids, real)
+    places = _positions(mask) if positions else None
+    return _rows_far(
+        run.model, in_chunks(run.model, ids, (2, 7, 8, PROMPT), mask, places), ids, real
+    )
 
 
 @_mode(FORWARD, "left padding, no positions, cached")
@@ -187,38 +196,18 @@ def _holes(run: Run) -> float:
 
 @_mode(FORWARD, "holes, cached")
 def _holes_cached(run: Run) -> float:
-    (ids, mask, real), cache, found = _with_holes(), DynamicCache(config=run.model.config), []
-    for first, last in ((0, 3), (3, 5), (5, 6), (6, 9), (9, 10), (10, PROMPT)):
-        found.append(
-            logits(
-                run.model,
-                ids[:, first:last],
-                attention_mask=mask[:, :last],
-                **cached(cache),
-                use_cache=True,
-                position_ids=_positions(mask)[:, first:last],
-            )
-        )
-    return _rows_far(run.model, torch.cat(found, 1), ids, real)
+    ids, mask, real = _with_holes()
+    found = in_chunks(run.model, ids, (3, 5, 6, 9, 10, PROMPT), mask, _positions(mask))
+    return _rows_far(run.model, found, ids, real)
 
 
 @_mode(FORWARD, "right padding, then more tokens")
 def _right_continued(run: Run) -> float:
     (ids, mask, _), more = _padded("right"), prompts(seed=2)[:, :3]
     ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
-    cache, found = DynamicCache(config=run.model.config), []
-    for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + 3)):
-        found.append(
-            logits(
-                run.model,
-                ids[:, first:last],
-                attention_mask=mask[:, :last],
-                **cached(cache),
-                use_cache=True,
-                position_ids=_positions(mask)[:, first:last],
-            )
-        )
-    return _rows_far(run.model, torch.cat(found, 1), ids, list(mask.bool()))
+    ends = (PROMPT, PROMPT + 1, PROMPT + 3)
+    found = in_chunks(run.model, ids, ends, mask, _positions(mask))
+    return _rows_far(run.model, found, ids, list(mask.bool()))
 
 
 @_mode(FORWARD, "packed documents")
@@ -352,15 +341,10 @@ def _text_far(
             return WRONG_TEXT
         compared = set()
         for past, ids, found in calls:
-            kept = (
-                ids.shape[1] - found.shape[1]
-            )  # generate() asks for the logits of the last positions alone
-            same = (
-                (text_BT[b, past : past + ids.shape[1]] == ids[b, : text_BT.shape[1] - past])
-                .cumprod(0)
-                .sum()
-            )
-            for i in range(kept, int(same)):
+            kept = ids.shape[1] - found.shape[1]  # generate() asks for the last logits alone
+            text = text_BT[b, past : past + ids.shape[1]]
+            same = text == ids[b, : text_BT.shape[1] - past]
+            for i in range(kept, int(same.cumprod(0).sum())):
                 if there[past + i]:
                     compared.add(past + i)
                     distance = max(distance, far(found[b, i - kept], expected[place[past + i]]))
@@ -372,9 +356,8 @@ def _text_far(
 def _generate(
     model: Any, ids: Tensor, real: Sequence[slice | Tensor] | None = None, **kwargs: Any
 ) -> float:
-    options = dict(
-        attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
-    )  # else pads are guessed
+    # Without a mask generate() guesses which ids are pads.
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
     with _recorded(model) as calls:
         text = model.generate(ids, **(options | kwargs))
     times = len(text) // len(ids)
@@ -399,9 +382,8 @@ _plain("static cache, prefill in chunks", cache_implementation="static", prefill
 _plain("offloaded cache", cache_implementation="offloaded")
 
 
-@_mode(
-    TEXT if hasattr(cache_utils, "Fp8QuantizedLayer") else {}, "quantised cache"
-)  # not in transformers 5.20
+# transformers 5.20 does not have it.
+@_mode(TEXT if hasattr(cache_utils, "Fp8QuantizedLayer") else {}, "quantised cache")
 def _quantised(run: Run) -> float:
     """In codes of 32 bits: 8 would change the text of any model."""
     with mock.patch.multiple(cache_utils.Fp8QuantizedLayer, fp8_dtype=torch.float32):

@@ -1,14 +1,16 @@
 """A transformers model of a few thousand random weights with a tokenizer of its own, in a folder;
-and text for it."""
+text for it, and a memory's config."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from engraphy import EngramConfig
 from engraphy.data.tokens import train_tokenizer
 
 NAMES = [
@@ -64,3 +66,10 @@ def write_model(folder: Path, **sizes: float) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_config(model: Any, rows_per_head: int = 101) -> EngramConfig:
+    """A memory at two layers of a model, of a few thousand values."""
+    return EngramConfig.for_model(
+        model.config, layers=(1, 2), heads=2, rows_per_head=rows_per_head, dim=8
+    )

@@ -11,16 +11,28 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import engraphy
-from engraphy import EngramConfig, EngramMemory
-from engraphy.hf import trainer_kwargs
+from engraphy import EngramMemory
+from engraphy.hf import MemoryAdamW, trainer_kwargs
 from engraphy.train import RowOptimizer
+from tests.tools.tiny_model import small_config
 
 VOCAB = 97
 
 
-def tiny_model(seed: int = 0) -> Any:
+BEST_OF_EVERY_STEP: dict[str, Any] = dict(
+    save_strategy="steps",
+    save_steps=1,
+    eval_strategy="steps",
+    eval_steps=1,
+    load_best_model_at_end=True,
+)
+"""Arguments of a run that saves each step and ends with the best one."""
+
+
+def tiny_model(seed: int = 0, **sizes: int) -> Any:
+    """A Llama of random weights. sizes: changes of its LlamaConfig."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
@@ -33,15 +45,14 @@ def tiny_model(seed: int = 0) -> Any:
         attention_dropout=0.1,
         initializer_range=0.2,
     )
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**(settings | sizes)))
 
 
 def attach_tiny(model: Any, seed: int = 0) -> EngramMemory:
     """An attached memory of two layers; its weights are random, so that rows learn from the first
     step."""
     torch.manual_seed(seed)
-    config = EngramConfig.for_model(model.config, layers=(1, 2), heads=2, rows_per_head=101, dim=8)
-    memory = engraphy.attach(model, config, seed=seed)
+    memory = engraphy.attach(model, small_config(model), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in memory.parameters():
@@ -78,6 +89,12 @@ def tiny_trainer(
         eval_dataset=token_data(4, seed=2),
         **trainer_kwargs(memory, arguments(folder, **changes), rows),
     )
+
+
+def optimizer_of(trainer: Trainer) -> MemoryAdamW:
+    """The optimiser of a Trainer, inside accelerate's."""
+    wrapped: Any = trainer.optimizer
+    return wrapped.optimizer
 
 
 def rows_of(memory: EngramMemory) -> dict[int, np.ndarray]:
