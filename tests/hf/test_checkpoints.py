@@ -1,4 +1,4 @@
-"""Checkpoints of a memory under Trainer: they continue bit for bit, whatever cut their writing short."""
+"""Checkpoints of a memory under Trainer: a run continues bit for bit, also after a crash."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-IDS_BT = torch.arange(2, 26).view(2, 12)
+from tests.tools.hf_saved import IDS_BT
 
 SETTINGS = {
     "use_cache": False,

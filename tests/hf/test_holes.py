@@ -1,4 +1,4 @@
-"""Positions that are absent (holes in a mask): a sequence with holes is the sequence without them."""
+"""Holes in a mask: a sequence with holes is the sequence without them."""
 
 from __future__ import annotations
 

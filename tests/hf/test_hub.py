@@ -15,7 +15,7 @@ import engraphy
 from engraphy.errors import ConfigError, DataUnavailable, DigestMismatch
 from engraphy.hf import push_to_hub, save_pretrained
 from engraphy.system import files as system_files
-from tests.tools.hf_saved import logits
+from tests.tools.hf_saved import IDS_BT, logits
 from tests.tools.tiny_model import write_model
 
 
@@ -25,7 +25,6 @@ def model(whole):
 
 
 COMMIT = "a" * 40
-IDS_BT = torch.arange(2, 26).view(2, 12)
 
 
 def test_no_lock_file_is_part_of_what_is_saved(saved, model, tmp_path):

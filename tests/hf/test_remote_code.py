@@ -12,15 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import engraphy
-from tests.tools.hf_saved import logits
+from tests.tools.hf_saved import IDS_BT, logits
 
 
 @pytest.fixture(scope="module")
 def model(whole):
     return whole
-
-
-IDS_BT = torch.arange(2, 26).view(2, 12)
 
 
 @pytest.fixture
@@ -77,8 +74,11 @@ def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_
 @pytest.mark.slow
 @pytest.mark.parametrize("trust", [None, False])
 def test_without_trust_transformers_names_the_way_out_and_so_does_the_card(saved, python, trust):
-    code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code="
-    ran = python(f"{code}{trust})", saved)
+    ran = python(
+        "import sys, transformers as t; "
+        f"t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust})",
+        saved,
+    )
     assert ran.returncode and "trust_remote_code=True" in ran.stderr
     assert "trust_remote_code=True" in (saved / "README.md").read_text()
 

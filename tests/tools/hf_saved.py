@@ -13,6 +13,8 @@ import engraphy
 from tests.tools.hf_models import wake
 from tests.tools.tiny_model import small_config
 
+IDS_BT = torch.arange(2, 26).view(2, 12)
+
 
 def remembering(folder: Path, seed: int = 5, **options: Any) -> Any:
     """The model in `folder` with a memory that has learned something."""
