@@ -84,14 +84,16 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def _load(name: str, what: str, load: Callable[[str], Any]) -> Any:
-    """`load(name)`. Raises DataUnavailable for whatever goes wrong."""
+    """`load(name)`. Raises DataUnavailable if transformers or peft cannot load `what`."""
     try:
         return load(name)
     except EngraphyError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        for path in sorted(Path(name).iterdir()) if Path(name).is_dir() else ():
-            refuse_pointer(path, DataUnavailable)
+        folder = Path(name)
+        if folder.is_dir():
+            for path in sorted(folder.iterdir()):
+                refuse_pointer(path, DataUnavailable)
         reason = str(error).strip().partition("\n")[0]
         raise DataUnavailable(
             f"{name}: expected {what}, as a folder or a name on the hub, "
