@@ -56,7 +56,10 @@ class MemoryAdamW(torch.optim.AdamW):
                 f"{type(model).__name__}: expected the memory attached to it, found {found} "
                 "(a memory is not one of PEFT's modules_to_save)"
             )
-        self.memory, self.rows, self.clip, self.replicas = memory, rows, clip, replicas
+        self.memory = memory
+        self.rows = rows
+        self.clip = clip
+        self.replicas = replicas
         self.folder = ""  # where the run keeps its checkpoints; only a hint to find them again
         # state_id and folder of a state that was loaded, until the next step
         self.loaded: dict[str, str] | None = None
