@@ -29,7 +29,8 @@ from ..released.check import check_config
 from ..rows.format import RowFormat
 from ..rows.read import read
 from ..spec.config import EngramConfig
-from ..store import FileStore, RowStore, open_store
+from ..store.base import RowStore
+from ..store.group import StoreGroup
 from ..table.table import Table
 
 _KEYS = r"\.ngram_embedding\."  # the checkpoint's names of the table and its parts
@@ -53,10 +54,12 @@ class ServedRows(nn.Module):
     like: Tensor
 
     def __init__(
-        self, store: RowStore, fmt: RowFormat, dtype: torch.dtype, replaced: nn.Module, owned: bool
+        self, stores: StoreGroup, layer: int, dtype: torch.dtype, replaced: nn.Module
     ) -> None:
         super().__init__()
-        self.store, self.format, self.owned = store, fmt, owned
+        self.stores = stores
+        self.store = stores[layer]
+        self.format = stores.format
         self._replaced = (
             replaced,
         )  # in a tuple: a module set as an attribute would be in state_dict
@@ -169,26 +172,11 @@ def serve_table(
     layers, memory = _ple_layers(model), _checked(model)
     if any(isinstance(ple.ple_embedding.ngram_embedding, ServedRows) for ple in layers.values()):
         raise ConfigError("a table is served already: restore_table(model) first")
-    if isinstance(store, Table):
-        check_config(model.config, table=store)
-    owned = isinstance(store, (str, os.PathLike, Table))
-    stores = _open(store, list(layers))
-    try:
-        formats = {
-            layer: _check_store(model.config, memory, layer, stores[layer], row_format)
-            for layer in layers
-        }
-        if len(ids := {each.info.table_id for each in stores.values()}) > 1:
-            raise DigestMismatch(
-                f"store: expected rows of one table, found {sorted(map(str, ids))}"
-            )
-    except BaseException:
-        _close(stores if owned else {})
-        raise
+    stores = _open(model.config, memory, store, row_format)
     for layer, ple in layers.items():
         module = ple.ple_embedding
         module.ngram_embedding = ServedRows(
-            stores[layer], formats[layer], ple.norm_key.weight.dtype, module.ngram_embedding, owned
+            stores, layer, ple.norm_key.weight.dtype, module.ngram_embedding
         )
     _guard_saving(model)
 
@@ -206,8 +194,7 @@ def restore_table(model: PreTrainedModel) -> None:
     for module in served:
         rows = module.ngram_embedding
         module.ngram_embedding = rows.replaced
-        if rows.owned:
-            rows.store.close()
+        rows.stores.close()
     if not any(isinstance(module.ngram_embedding, NoTable) for module in modules):
         del model.save_pretrained
 
@@ -303,73 +290,47 @@ def _checked(model: PreTrainedModel) -> EngramConfig:
     return memory
 
 
-def _open(store: Any, layers: list[int]) -> dict[int, RowStore]:
+def _open(
+    config: Any,
+    memory: EngramConfig,
+    store: str | os.PathLike[str] | Table | RowStore | Mapping[int, RowStore],
+    row_format: RowFormat | None,
+) -> StoreGroup:
+    """The stores of the model's layers. Nothing stays open after an error."""
+    layers = memory.hash.layer_ids
     if isinstance(store, str) and store.startswith("ram:"):
         raise ConfigError(
-            f"store {store!r}: expected one that holds the table's rows, a new ram: store holds none"
+            f"store {store!r}: expected one that holds the table's rows, "
+            "a new ram: store holds none"
         )
-    if isinstance(store, RowStore) and len(layers) == 1:
-        return {layers[0]: store}
-    if isinstance(store, Mapping) and sorted(store) == sorted(layers):
-        return dict(store)
-    if not isinstance(store, (str, os.PathLike, Table)):
-        found = sorted(store) if isinstance(store, Mapping) else store
-        raise ConfigError(
-            f"store: expected a URL, a path, a Table or {{layer: RowStore}} for layers {layers}, "
-            f"found {found!r}"
-        )
-    opened: dict[int, RowStore] = {}
+    if isinstance(store, Table):
+        check_config(config, table=store)
+    if isinstance(store, RowStore):
+        if len(layers) > 1:
+            raise ConfigError(f"store: expected stores for layers {list(layers)}, found {store!r}")
+        store = {layers[0]: store}
+    stores = StoreGroup.open(memory, store, row_format)
     try:
-        for layer in layers:
-            opened[layer] = (
-                FileStore(store, layer)
-                if isinstance(store, Table)
-                else open_store(store, layer=layer)
-            )
+        _check_rows(config, memory, stores)
     except BaseException:
-        _close(opened)
+        stores.close()
         raise
-    return opened
+    return stores
 
 
-def _close(stores: Mapping[int, RowStore]) -> None:
-    for store in stores.values():
-        store.close()
-
-
-def _check_store(
-    config: Any, memory: EngramConfig, layer: int, store: RowStore, row_format: RowFormat | None
-) -> RowFormat:
-    """The format of the store's rows. Raises ConfigError, or DigestMismatch where they are not this
-    model's."""
-    info, table = store.info, getattr(store, "table", None)
-    if info.layer not in (None, layer):
-        raise ConfigError(f"layer {layer}: expected its own store, found one of layer {info.layer}")
-    if isinstance(table, Table):
-        check_config(config, table=table)
-    digest = memory.address_digest(VocabMap.identity(memory.hash.vocab_size).digest)
-    if info.address_digest not in (None, digest):
-        raise DigestMismatch(
-            f"layer {layer}: expected address digest {digest}, found {info.address_digest}"
-        )
-    if None not in (row_format, info.format) and row_format != info.format:
-        raise ConfigError(f"layer {layer}: expected rows of {row_format}, found {info.format}")
-    fmt = row_format or info.format
-    if fmt is None:
-        raise ConfigError(
-            f"layer {layer}: the {info.kind} store does not know its row format; give row_format="
-        )
-    if (fmt.d, info.rows) != (memory.dim, memory.hash.row_count(layer)):
-        raise DigestMismatch(
-            f"layer {layer}: expected {memory.hash.row_count(layer)} rows of d = {memory.dim}, found "
-            f"{info.rows} of d = {fmt.d}"
-        )
-    if fmt.row_bytes != info.row_bytes:
-        raise ConfigError(
-            f"layer {layer}: expected rows of {fmt.row_bytes} bytes ({fmt.kind}, d = {fmt.d}), found "
-            f"{info.row_bytes}"
-        )
-    return fmt
+def _check_rows(config: Any, memory: EngramConfig, stores: StoreGroup) -> None:
+    """Raises DigestMismatch naming what differs unless the rows are those of the config."""
+    for layer, store in stores.items():
+        table = getattr(store, "table", None)
+        if isinstance(table, Table):
+            check_config(config, table=table)
+        expected, found = memory.hash.row_count(layer), store.info.rows
+        if (found, stores.format.d) != (expected, memory.dim):
+            raise DigestMismatch(
+                f"layer {layer}: expected {expected} rows of d = {memory.dim}, "
+                f"found {found} of d = {stores.format.d}"
+            )
+    stores.check(memory, memory.address_digest(VocabMap.identity(memory.hash.vocab_size).digest))
 
 
 def _guard_saving(model: PreTrainedModel) -> None:

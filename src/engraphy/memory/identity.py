@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..errors import DigestMismatch
-from ..store import follow, names_of
 
 if TYPE_CHECKING:
     from .memory import EngramMemory
@@ -32,13 +31,13 @@ _HOW = (
 
 def row_names(memory: EngramMemory) -> dict[str, list[str]]:
     """Layer -> the names of its rows as they are now."""
-    return {str(layer): names_of(memory.stores[layer]) for layer in memory.layers}
+    return {str(layer): names for layer, names in memory.stores.row_names().items()}
 
 
 def add_row_names(memory: EngramMemory, names: Mapping[str, Iterable[str]]) -> None:
     """The rows are those that have these names, too."""
-    for layer in memory.layers:
-        follow(memory.stores[layer]).adopt(names.get(str(layer), []))
+    by_layer = {layer: names.get(str(layer), ()) for layer in memory.layers}
+    memory.stores.adopt_names(by_layer)
 
 
 def extra_state(memory: EngramMemory) -> Tensor:

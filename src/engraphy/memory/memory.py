@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -27,13 +27,13 @@ from ..fusion.layer import EngramLayer
 from ..rows.format import RowFormat
 from ..rows.init import normal_rows
 from ..spec.config import EngramConfig
-from ..store import FileStore, RowStore, copy_rows, follow, write_layer
-from ..store.group import open_stores
+from ..store.base import RowStore
+from ..store.group import StoreGroup
+from ..store.names import follow
 from ..table.table import Table
 from . import identity, saved, switch
 from .grads import RowGrad, Waiting
 from .lookup import Lookup, Rows, Trace, alive_in, check_present, reordered, row_ids_of
-from .metrics import describe
 from .prefetch import Prefetcher, Ticket
 from .state import SequenceState
 from .token_reader import TokenReader
@@ -70,13 +70,11 @@ class EngramMemory(nn.Module):
         self.config, self.vocab = config, vocab
         self.addresser = Addresser(config.hash, vocab)
         self.address_digest = config.address_digest(vocab.digest)
-        group = open_stores(config, self.address_digest, store, row_format)
-        self.format, self.stores, self._owned = group
+        self.stores = StoreGroup.open(config, store, row_format, address_digest=self.address_digest)
+        self.format = self.stores.format
         self._closed = False
-        self.prefetcher = Prefetcher(
-            {layer: (each, self.format) for layer, each in self.stores.items()}
-        )
-        self._tokens = TokenReader(self.addresser, self.stores, self.format, self.prefetcher)
+        self.prefetcher = Prefetcher(self.stores)
+        self._tokens = TokenReader(self.addresser, self.stores, self.prefetcher)
         self.blocks = nn.ModuleDict(
             {str(layer): EngramLayer(config.layer) for layer in self.layers}
         )
@@ -86,7 +84,7 @@ class EngramMemory(nn.Module):
         self.rows_require_grad: bool | None = None
         self.follows_adapters = True
         self._model: Callable[[], dict[str, Any] | None] = lambda: None
-        logging.getLogger("engraphy").info("serving %s", describe(self.stores))
+        logging.getLogger("engraphy").info("serving %s", self.stores.describe())
 
     @property
     def made_for(self) -> dict[str, Any] | None:
@@ -126,7 +124,7 @@ class EngramMemory(nn.Module):
         if raw_size > self.vocab.raw_size:
             self.vocab = self.vocab.widened(raw_size)
             self.addresser = Addresser(self.config.hash, self.vocab)
-            self._tokens = TokenReader(self.addresser, self.stores, self.format, self.prefetcher)
+            self._tokens = TokenReader(self.addresser, self.stores, self.prefetcher)
 
     def close(self) -> None:
         """Wait for what is being read, and close the stores that were opened for this memory.
@@ -136,8 +134,7 @@ class EngramMemory(nn.Module):
         """
         self._closed = True
         self.prefetcher.close()
-        for store in self._owned:
-            store.close()
+        self.stores.close()
 
     def __enter__(self) -> EngramMemory:
         self._check_open()
@@ -390,13 +387,11 @@ class EngramMemory(nn.Module):
         self._check_open()
         table = Table.create(path, self.config, self.format, self.vocab, parent=parent)
         try:
-            for layer, store in self.stores.items():
-                write_layer(store, table, layer)
+            self.stores.copy_to(table)
             table_id = table.seal()
         finally:
             table.close()
-        for store in self.stores.values():
-            follow(store).add(table_id)
+        self.stores.add_name(table_id)
         return table_id
 
     def read_table(self, path: str | os.PathLike[str], table_id: str | None = None) -> None:
@@ -416,9 +411,8 @@ class EngramMemory(nn.Module):
                 raise ConfigError(
                     f"{path}: expected rows of format {self.format.kind}, found {table.fmt.kind}"
                 )
-            for layer, store in self.stores.items():
-                with closing(FileStore(table, layer)) as rows:
-                    copy_rows(rows, store)
+            with StoreGroup.of_table(table, self.layers) as rows:
+                rows.copy_to(self.stores)
         finally:
             table.close()
 

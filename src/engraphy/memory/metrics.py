@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 
-from ..store import RowStore, StoreStats
+from ..store.base import RowStore, StoreStats
+from ..store.group import describe, kind_of, wrapped
 from ..store.latency import Latency
 from .prefetch import PrefetchStats
+
+__all__ = ["describe", "prometheus", "table"]
 
 _LIMITS = [
     2.0**power * 1e-9 for power in range(10, 35, 2)
@@ -33,26 +36,6 @@ _PREFETCH_GAUGES = {
     "waiting": "Tickets that are not read yet.",
     "bytes_in_flight": "Bytes of rows not read yet.",
 }
-
-
-def describe(stores: Mapping[int, RowStore]) -> str:
-    """What is served, in one line for the log: stores, identity of the addresses and of the rows."""
-    parts = []
-    for layer, store in stores.items():
-        names = " over ".join(name for name, _ in _chain(store))
-        parts.append(
-            f"layer {layer}: {names}, {store.info.rows} rows of {store.info.row_bytes} bytes"
-        )
-    info = next(iter(stores.values())).info
-    fmt = (
-        "rows of no known format"
-        if info.format is None
-        else f"rows {info.format.kind}, d = {info.format.d}"
-    )
-    return (
-        f"{'; '.join(parts)}; {fmt}; from {info.path or 'memory'}; table_id {info.table_id}; "
-        f"address digest {info.address_digest}"
-    )
 
 
 def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> Table:
@@ -124,10 +107,10 @@ def prometheus(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = 
     return "\n".join(lines) + "\n"
 
 
-def _chain(store: RowStore | None) -> Iterator[tuple[str, StoreStats]]:
-    while store is not None:
-        yield type(store).__name__.removesuffix("Store").lower(), store.stats
-        store = store.inner
+def _chain(store: RowStore) -> Iterator[tuple[str, StoreStats]]:
+    """What a store and each store behind it is called, and has counted."""
+    for part in wrapped(store):
+        yield kind_of(part), part.stats
 
 
 def _identity(layer: int, store: RowStore) -> dict[str, str]:

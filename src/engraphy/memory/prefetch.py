@@ -28,7 +28,8 @@ from torch import Tensor
 from ..errors import ConfigError, InputError, StoreError
 from ..rows.format import RowFormat
 from ..rows.read import read
-from ..store import RowStore
+from ..store.base import RowStore
+from ..store.group import StoreGroup
 from ..store.latency import BUCKETS, Latency, bucket_of, latency_of
 from .buffers import BufferPool
 
@@ -67,12 +68,14 @@ class Prefetcher:
 
     def __init__(
         self,
-        sources: Mapping[int, tuple[RowStore, RowFormat]],
+        sources: StoreGroup | Mapping[int, tuple[RowStore, RowFormat]],
         limit: int = LIMIT,
         device: torch.device | str = "cpu",
     ) -> None:
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ConfigError(f"prefetch, limit: expected bytes from 1 on, found {limit!r}")
+        if isinstance(sources, StoreGroup):
+            sources = {layer: (store, sources.format) for layer, store in sources.items()}
         for layer, (store, fmt) in sources.items():
             if store.info.row_bytes != fmt.row_bytes or store.info.format not in (None, fmt):
                 raise InputError(

@@ -39,7 +39,7 @@ def check_choice(memory: EngramMemory, table: str) -> None:
     """Raises ConfigError if the memory cannot be saved with its table so."""
     if table not in ("copy", "link", "skip"):
         raise ConfigError(f'table: expected "copy", "link" or "skip", found {table!r}')
-    info = next(iter(memory.stores.values())).info
+    info = memory.stores.info
     if table != "copy" and (info.table_id is None or info.writable):
         found = "one open for writing" if info.table_id else f"a {info.kind} store"
         raise ConfigError(
@@ -61,7 +61,7 @@ def bytes_of(memory: EngramMemory, table: str) -> int:
 def write(memory: EngramMemory, path: Path, table: str) -> str:
     """Write the parts into a folder of the caller's, who makes it appear whole. Returns the
     table_id of the rows."""
-    info = next(iter(memory.stores.values())).info
+    info = memory.stores.info
     where = {"copy": "table", "link": str(info.path), "skip": None}[table]
     table_id = (
         memory.write_table(path / "table", parent=info.table_id)
@@ -98,7 +98,7 @@ def load(
     source = path / str(body["table"]) if store is None or store == "ram:" else store
     memory = kind(config, vocab, source)
     try:
-        found = next(iter(memory.stores.values())).info.table_id
+        found = memory.stores.table_id
         if found != body["table_id"]:
             raise DigestMismatch(
                 f"{path}: the dense weights belong to table {body['table_id']}, "
@@ -135,7 +135,7 @@ def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
     if body["table"] == "table":
         memory.read_table(path / "table", body["table_id"])
     else:
-        found = next(iter(memory.stores.values())).info.table_id
+        found = memory.stores.table_id
         if found != body["table_id"]:
             raise DigestMismatch(
                 f"{path}: the dense weights belong to table {body['table_id']}, "

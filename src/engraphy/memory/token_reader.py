@@ -8,7 +8,6 @@ SequenceState.extend, rows.read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor
 from .. import _native
 from ..addresses.addresser import Addresser
 from ..errors import StoreError, TableError
-from ..rows.format import RowFormat
 from ..rows.read import addresses
-from ..store import RowStore
 from ..store.base import ReadingAll
+from ..store.group import StoreGroup
 from .prefetch import FEW_ROWS, Prefetcher
 from .state import SequenceState
 
@@ -36,11 +34,10 @@ class TokenReader:
     def __init__(
         self,
         addresser: Addresser,
-        stores: Mapping[int, RowStore],
-        fmt: RowFormat,
+        stores: StoreGroup,
         prefetcher: Prefetcher,
     ) -> None:
-        self._addresser, self._format, self._prefetcher = addresser, fmt, prefetcher
+        self._addresser, self._format, self._prefetcher = addresser, stores.format, prefetcher
         self._stores = {layer: stores[layer] for layer in addresser.spec.layer_ids}
         self._known: _Native | None = (
             None  # of the shards that the stores had last; keeps none of them alive

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from ..errors import ConfigError, DigestMismatch, InputError
 from ..memory.grads import SummedGrad, coalesce
 from ..memory.memory import EngramMemory
 from ..rows.format import RowFormat
-from ..store import FileStore, RowStore, copy_rows, open_store, write_layer
+from ..spec.config import EngramConfig
+from ..store.group import StoreGroup
 from ..system.files import publish_folder
 from ..system.lfs import refuse_pointer
 from ..table.table import Table
@@ -45,24 +45,19 @@ class RowOptimizer:
             raise ConfigError(
                 f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}"
             )
-        for layer, store in memory.stores.items():
-            if not store.info.writable:
-                raise ConfigError(
-                    f"layer {layer}: expected a writable store, found {store.info.kind} opened to read"
-                )
+        memory.stores.check_writable()
         self.memory, self.lr, self.steps = memory, lr, 0
         self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
-        self.moments: dict[int, RowStore]
-        if moments.startswith("file:"):
-            table = self._new_table(Path(moments.removeprefix("file:")))
-            self.moments = {layer: FileStore(table, layer) for layer in memory.layers}
-        else:
-            self.moments = {
-                layer: open_store(
-                    moments, rows=store.info.rows, row_bytes=self._moment_format.row_bytes
-                )
-                for layer, store in memory.stores.items()
-            }
+        self.moments = self._new_moments(moments)
+
+    def _new_moments(self, url: str) -> StoreGroup:
+        """Moments of all rows, all zero."""
+        if url.startswith("file:"):
+            table = self._new_table(Path(url.removeprefix("file:")))
+            return StoreGroup.of_table(table, self.memory.layers, close_table=True)
+        if url.startswith("ram:"):
+            return StoreGroup.zeros(self._moment_config(), self._moment_format, url)
+        raise ConfigError(f"moments: expected ram: or file:DIR, found {url!r}")
 
     def moment_width(self, dim: int) -> int:
         raise NotImplementedError
@@ -109,7 +104,7 @@ class RowOptimizer:
     @property
     def moment_bytes(self) -> int:
         """Bytes of the moments of all rows."""
-        return sum(store.info.rows * store.info.row_bytes for store in self.moments.values())
+        return self.moments.bytes
 
     def save(self, path: str | Path, table_id: str) -> None:
         """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they
@@ -120,8 +115,7 @@ class RowOptimizer:
         with publish_folder(path, needed=self.moment_bytes, last="optimizer.json") as folder:
             table = self._new_table(folder)
             try:
-                for index, store in self.moments.items():
-                    write_layer(store, table, index)
+                self.moments.copy_to(table)
                 table.seal()
             finally:
                 table.close()
@@ -129,10 +123,19 @@ class RowOptimizer:
             (folder / "optimizer.json").write_text(json.dumps(state))
 
     def _new_table(self, path: Path) -> Table:
+        """A table of moments, open for writing."""
+        config = self._moment_config()
+        return Table.create(path, config, self._moment_format, self.memory.vocab)
+
+    def _moment_config(self) -> EngramConfig:
+        """The memory's config with rows as wide as the moments."""
         config, width = self.memory.config, self._moment_format.d
         layer = dataclasses.replace(config.layer, width=config.hash.columns * width)
-        config = dataclasses.replace(config, layer=layer, dim=width)
-        return Table.create(path, config, self._moment_format, self.memory.vocab)
+        return dataclasses.replace(config, layer=layer, dim=width)
+
+    def close(self) -> None:
+        """Let go of the moments. May be called again; a step afterwards raises StoreError."""
+        self.moments.close()
 
     def load(self, path: str | Path, table_id: str) -> None:
         """Read what `save` wrote. Raises ConfigError where nothing of the kind is there or the
@@ -150,9 +153,8 @@ class RowOptimizer:
         self.load_state_dict(state)
         table = Table.open(path)
         try:
-            for layer, store in self.moments.items():
-                with closing(FileStore(table, layer)) as rows:
-                    copy_rows(rows, store)
+            with StoreGroup.of_table(table, self.memory.layers) as saved:
+                saved.copy_to(self.moments)
         finally:
             table.close()
 
