@@ -89,7 +89,7 @@ def test_accumulation_through_a_memory_is_bounded_and_equal():
             lookup = learner.lookup(ids_BT)
             y_BTSD = x_BTSD
             for layer in LAYERS:
-                y_BTSD = learner.apply(layer, torch.tanh(y_BTSD), lookup)
+                y_BTSD = learner.fuse(layer, torch.tanh(y_BTSD), lookup)
             y_BTSD.square().mean().backward()
         all_of_them += alone.drain_row_grads()
         bytes_.append(sum(entry.ids.nbytes + entry.grad.nbytes for entry in memory.row_grads))

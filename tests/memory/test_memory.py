@@ -1,4 +1,4 @@
-"""EngramMemory: lookup and apply in any pieces, rows as leaves, saving and loading, identities."""
+"""EngramMemory: lookup and fuse in any pieces, rows as leaves, saving and loading, identities."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(
     them."""
     lookup = memory.lookup(ids, state=state, trace=trace, **flags)
     for layer in LAYERS:
-        x = memory.apply(layer, torch.tanh(x), lookup)
+        x = memory.fuse(layer, torch.tanh(x), lookup)
     return x
 
 
@@ -161,7 +161,7 @@ def test_row_gradients_equal_those_of_a_dense_embedding():
         rows = dict(lookup.rows) | {layer: gathered}
         y = x
         for each in LAYERS:
-            y = memory.apply(each, torch.tanh(y), type(lookup)(rows, None, None, None, None))
+            y = memory.fuse(each, torch.tanh(y), type(lookup)(rows, None, None, None, None))
         (expected,) = torch.autograd.grad(y.square().sum(), table)
         got = np.zeros_like(expected.numpy())
         pending = [entry for entry in first_grads(memory, ids, x) if entry.layer == layer]
@@ -225,11 +225,11 @@ def test_each_layer_waits_for_its_own_rows_alone():
         and slow.prefetcher.stats.waiting == 2
     )
     gated[LAYERS[0]].gate.set()
-    x = slow.apply(LAYERS[0], torch.tanh(x), lookup)
+    x = slow.fuse(LAYERS[0], torch.tanh(x), lookup)
     assert slow.prefetcher.stats.waiting == 1
     gated[LAYERS[1]].gate.set()
     assert torch.equal(
-        slow.apply(LAYERS[1], torch.tanh(x), lookup), run(memory, ids, sample(2, 9)[1])
+        slow.fuse(LAYERS[1], torch.tanh(x), lookup), run(memory, ids, sample(2, 9)[1])
     )
 
 
@@ -286,10 +286,10 @@ def test_a_store_that_fails_is_told_where_its_rows_are_used():
     memory.stores[LAYERS[1]].close()
     ids, x = sample(1, 4)
     lookup = memory.lookup(ids)
-    x = memory.apply(LAYERS[0], x, lookup)
+    x = memory.fuse(LAYERS[0], x, lookup)
     for _ in range(2):
         with pytest.raises(StoreError, match="closed"):
-            memory.apply(LAYERS[1], x, lookup)
+            memory.fuse(LAYERS[1], x, lookup)
 
 
 def test_one_line_of_the_log_says_which_rows_are_served(tmp_path, caplog):
@@ -316,7 +316,7 @@ def test_checkpointed_layers_hand_over_each_gradient_once():
     y = x
     for layer in LAYERS:
         y = torch.utils.checkpoint.checkpoint(
-            lambda y, layer=layer: memory.apply(layer, torch.tanh(y), lookup),
+            lambda y, layer=layer: memory.fuse(layer, torch.tanh(y), lookup),
             y,
             use_reentrant=False,
         )
@@ -364,7 +364,7 @@ def test_ids_without_a_token_change_nothing():
     memory.init_rows(1.0, 0)
     assert memory.config.hash == spec
     x = torch.randn(1, 3, 1, HIDDEN, dtype=torch.float64)
-    out = memory.apply(1, x, memory.lookup(torch.tensor([[4, 31, 5]])))
+    out = memory.fuse(1, x, memory.lookup(torch.tensor([[4, 31, 5]])))
     assert torch.equal(out[:, 1], x[:, 1]) and not torch.equal(out[:, 2], x[:, 2])
 
 
@@ -532,7 +532,7 @@ def test_wrong_arguments_are_named(tmp_path):
     ids, x = sample(2, 5)
     lookup = memory.lookup(ids)
     with pytest.raises(ConfigError, match="layer 2 has no memory; expected one of \\[1, 3\\]"):
-        memory.apply(2, x, lookup)
+        memory.fuse(2, x, lookup)
     with pytest.raises(InputError, match="expected one for 2 sequences, found 3"):
         memory.lookup(ids, state=memory.state(3))
     state = memory.state(2)
@@ -549,6 +549,22 @@ def test_wrong_arguments_are_named(tmp_path):
         memory.save(tmp_path / "full")
     with pytest.raises(ConfigError, match="expected stores for layers"):
         EngramMemory(memory.config, memory.vocab, {1: memory.stores[1]}, row_format="f32")
+
+
+def test_apply_is_the_old_spelling_of_fuse():
+    memory = make_memory()
+    ids, x = sample(2, 5)
+    lookup = memory.lookup(ids)
+    expected = memory.fuse(1, x, lookup)
+    assert torch.equal(memory.apply(1, x, lookup), expected)
+    assert torch.equal(memory.apply(layer=1, x_BTSD=x, lookup=lookup), expected)
+    assert torch.equal(memory.fuse(layer=1, x_BTSD=x, lookup=lookup), expected)
+    assert torch.equal(memory.fuse(1, x[:, :, 0], lookup), expected[:, :, 0])
+    with pytest.raises(ConfigError, match="layer 2 has no memory"):
+        memory.apply(2, x, lookup)
+    for arguments in ((1,), (1, x), (len, x, lookup)):
+        with pytest.raises(InputError, match="apply: expected layer, x and lookup"):
+            memory.apply(*arguments)
 
 
 def test_module_apply_walks_over_a_model_with_a_memory():

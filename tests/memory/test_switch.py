@@ -27,20 +27,20 @@ def test_apply_gives_x_itself_and_nothing_is_read():
     with memory.disabled():
         lookup = memory.lookup(IDS_BT, trace=trace)
         assert lookup.off and not lookup.rows
-        assert memory.apply(1, X_BTSD, lookup) is X_BTSD
+        assert memory.fuse(1, X_BTSD, lookup) is X_BTSD
         with pytest.raises(ConfigError, match="layer 2 has no memory"):
-            memory.apply(2, X_BTSD, lookup)
+            memory.fuse(2, X_BTSD, lookup)
     assert memory.prefetcher.stats.tickets == 0 and not trace.row_ids and not trace.gates
 
 
 def test_a_forward_stays_what_it_was_when_it_was_looked_up():
     memory = make_memory()
     lookup = memory.lookup(IDS_BT)
-    expected = memory.apply(1, X_BTSD, lookup)
+    expected = memory.fuse(1, X_BTSD, lookup)
     with memory.disabled():
         off = memory.lookup(IDS_BT)
-        assert torch.equal(memory.apply(1, X_BTSD, lookup), expected)
-    assert memory.apply(1, X_BTSD, off) is X_BTSD
+        assert torch.equal(memory.fuse(1, X_BTSD, lookup), expected)
+    assert memory.fuse(1, X_BTSD, off) is X_BTSD
 
 
 def test_a_state_is_refused_while_the_memory_is_disabled_and_stays_as_it_was():

@@ -32,7 +32,7 @@ class Own(nn.Module):
     def forward(self, ids_BT):
         lookup, x_BTD = self.memory.lookup(ids_BT), self.embed(ids_BT)
         for layer in LAYERS:
-            x_BTD = self.memory.apply(layer, torch.tanh(x_BTD), lookup)
+            x_BTD = self.memory.fuse(layer, torch.tanh(x_BTD), lookup)
         return x_BTD
 
 

@@ -87,9 +87,9 @@ def test_a_table_and_stores_that_were_handed_in_stay_open(table_path):
 def test_rows_that_were_looked_up_stay_valid(table_path, monkeypatch):
     monkeypatch.setattr("engraphy.memory.prefetch.FEW_ROWS", 0)
     with make_memory(f"file:{table_path}") as memory:
-        expected = memory.apply(1, X_BTSD, memory.lookup(IDS_BT))
+        expected = memory.fuse(1, X_BTSD, memory.lookup(IDS_BT))
         lookup = memory.lookup(IDS_BT)
-    assert torch.equal(memory.apply(1, X_BTSD, lookup), expected)
+    assert torch.equal(memory.fuse(1, X_BTSD, lookup), expected)
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ class Attachment:
         if passing.lookup.off:
             return args, kwargs
         if args:
-            return (self.memory.apply(layer, args[0], passing.lookup), *args[1:]), kwargs
-        kwargs["hidden_states"] = self.memory.apply(layer, kwargs["hidden_states"], passing.lookup)
+            return (self.memory.fuse(layer, args[0], passing.lookup), *args[1:]), kwargs
+        kwargs["hidden_states"] = self.memory.fuse(layer, kwargs["hidden_states"], passing.lookup)
         return args, kwargs
 
     def is_off(self) -> bool:

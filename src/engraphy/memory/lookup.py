@@ -18,7 +18,7 @@ from .state import SequenceState
 
 @dataclass
 class Trace:
-    """What a forward did, for looking inside: filled by `lookup` and `apply` when handed to
+    """What a forward did, for looking inside: filled by `lookup` and `fuse` when handed to
     `lookup`.
 
     row_ids: layer -> int64 [B, T, C]. gates: layer -> f32 [B, T, S], 0 at dead positions.
@@ -35,7 +35,7 @@ class Lookup:
 
     present: bool [B, T], False = no token of the sequence stands here. order: int64 [B, T],
     positions in the order in which convs see them, absent ones last; None = as they stand. off: the
-    memory was disabled; there are no rows, and `apply` adds nothing.
+    memory was disabled; there are no rows, and `fuse` adds nothing.
     """
 
     rows: Mapping[int, Tensor]

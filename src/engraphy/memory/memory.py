@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ __all__ = ["EngramMemory", "Lookup", "RowGrad", "Trace"]
 
 
 class EngramMemory(nn.Module):
-    """A memory for a model: `lookup` before the blocks run, `apply` in each block that has a
+    """A memory for a model: `lookup` before the blocks run, `fuse` in each block that has a
     memory.
 
     config, vocab: what is addressed. store: "ram:" (a new table of `row_format`, all zeros until
@@ -109,7 +109,7 @@ class EngramMemory(nn.Module):
         """`with memory.disabled():` runs the model without its memory, bit for bit the bare model.
 
         It holds for this thread or task alone, and for forwards that begin in it: `lookup` then
-        gives a Lookup that is `off`, for which `apply` gives x back. Tokens that pass meanwhile are
+        gives a Lookup that is `off`, for which `fuse` gives x back. Tokens that pass meanwhile are
         in no state: `lookup` with one is an InputError, and so is an attached model's cache that
         has seen them once the memory is enabled again. Compiled blocks stay compiled.
         """
@@ -222,17 +222,20 @@ class EngramMemory(nn.Module):
         }
         return Lookup(Rows(rows), _tensor(alive), starts, state, trace, present, _tensor(order))
 
-    def apply(self, layer: Any, x_BTSD: Any = None, lookup: Any = None) -> Any:  # type: ignore[override]
-        """x + what the memory of `layer` adds to it, [B, T, S, D], for the chunk that `lookup` was
-        made for. Where there is one stream x may be [B, T, D], and so is what is returned.
+    def fuse(self, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor:
+        """x plus what the memory of `layer` adds to it, for the chunk that `lookup` was made for.
 
-        Raises ConfigError for a layer without memory. With one callable argument it is
-        nn.Module.apply, which walks over the modules of any model that the memory belongs to.
+        Args:
+            layer: one of `layers`.
+            x_BTSD: the hidden state before the block, [B, T, S, D]; with one stream also [B, T, D].
+            lookup: as `lookup` gave it for these tokens.
+
+        Returns:
+            A tensor of the shape and dtype of x. x itself if the lookup is `off`.
+
+        Raises:
+            ConfigError: the layer has no memory.
         """
-        if x_BTSD is None and callable(layer):
-            return super().apply(layer)  # pyright: ignore[reportArgumentType]
-        if x_BTSD is None or lookup is None:
-            raise InputError("apply: expected layer, x and lookup (or one callable), found less")
         if layer not in self.layers:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layers)}")
         if lookup.off:
@@ -243,6 +246,27 @@ class EngramMemory(nn.Module):
         if x_BTSD.ndim == 3:
             return self._add(layer, x_BTSD[:, :, None], lookup)[:, :, 0]
         return self._add(layer, x_BTSD, lookup)
+
+    @overload
+    def apply(self, layer: Callable[[nn.Module], None], /) -> EngramMemory: ...
+    @overload
+    def apply(self, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor: ...
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        layer: int | Callable[[nn.Module], None],
+        x_BTSD: Tensor | None = None,
+        lookup: Lookup | None = None,
+    ) -> Any:
+        """The old spelling of `fuse`.
+
+        With one callable argument it is nn.Module.apply, which walks over the modules of any model
+        that the memory belongs to. Raises InputError if x or lookup is missing.
+        """
+        if x_BTSD is None and callable(layer):
+            return super().apply(layer)
+        if x_BTSD is None or lookup is None or callable(layer):
+            raise InputError("apply: expected layer, x and lookup (or one callable), found less")
+        return self.fuse(layer, x_BTSD, lookup)
 
     def _decode(self, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:
         """One token of each sequence by one native call; None where that is not possible."""
