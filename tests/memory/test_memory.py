@@ -551,6 +551,29 @@ def test_wrong_arguments_are_named(tmp_path):
         EngramMemory(memory.config, memory.vocab, {1: memory.stores[1]}, row_format="f32")
 
 
+def test_repr_says_sizes_and_identities_and_reads_no_row(tmp_path):
+    memory = make_memory()
+    table_id = memory.write_table(tmp_path / "table")
+    for text in ("layers [1, 3]", "f32, d = 4", "ram stores", "table_id None", "EngramLayer"):
+        assert text in repr(memory)
+    assert f"table {memory.config.table_parameters():,}, dense" in repr(memory)
+    with EngramMemory(memory.config, memory.vocab, tmp_path / "table") as served:
+        shown = repr(torch.nn.Sequential(served))
+        for text in (table_id, served.address_digest, str(tmp_path / "table")):
+            assert text in shown
+        assert all(store.stats.gathers == 0 for store in served.stores.values())
+    assert table_id in repr(served)
+
+
+def test_a_look_up_that_cannot_be_submitted_leaves_the_state_as_it_was():
+    memory = make_memory()
+    state = memory.state(2)
+    memory.prefetcher.close()
+    with pytest.raises(StoreError, match="prefetch: it is closed"):
+        memory.lookup(sample(2, 5)[0], state=state)
+    assert state.length == 0
+
+
 def test_apply_is_the_old_spelling_of_fuse():
     memory = make_memory()
     ids, x = sample(2, 5)

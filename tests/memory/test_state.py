@@ -481,3 +481,12 @@ def test_counts_that_cannot_be_meant_are_refused():
     ):
         with pytest.raises(InputError, match="expected a number"):
             call(new(1))
+
+
+def test_repr_says_batch_tokens_layers_and_margin():
+    state = SequenceState(2, MARGIN)
+    assert "batch=2, length=0, not bound to a memory, margin=5, croppable=0" in repr(state)
+    state.bind(ORDER, WINDOWS).extend(np.ones((2, 9), np.int64))
+    expected = "batch=2, length=9, order=3, layers=[1, 4, 7], margin=5, croppable=5"
+    assert repr(state) == f"SequenceState({expected})"
+    assert "length=7" in repr(state.crop(2)) and "croppable=3" in repr(state)

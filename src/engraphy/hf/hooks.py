@@ -66,7 +66,7 @@ class Attachment:
         model.add_module("engraphy", memory)
         object.__setattr__(memory, "_attachment", self)
         # Asked again when the memory is saved, because a vocabulary may be resized.
-        memory._model = lambda: backbone.identity
+        memory.follow_model(lambda: backbone.identity)
         self.unsaved = {f"engraphy.{name}" for name in memory.state_dict()}
         ignored = getattr(model, "_keys_to_ignore_on_save", None)
         model._keys_to_ignore_on_save = set(ignored or ()) | self.unsaved

@@ -99,7 +99,7 @@ class Waiting:
                 f"{self._count} row gradients wait in row_grads; where nothing drains them no row "
                 "learns: train with OptimizerPair or hf.trainer_kwargs, or set "
                 "rows_require_grad = False",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

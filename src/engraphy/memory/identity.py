@@ -29,6 +29,20 @@ _HOW = (
 )
 
 
+def summary(memory: EngramMemory) -> str:
+    """Sizes and identities of a memory, in three lines."""
+    config, stores = memory.config, memory.stores
+    info = stores.info
+    origin = f" at {info.path}" if info.path else ""
+    return (
+        f"layers {list(memory.layers)}, orders {list(config.hash.orders)}, "
+        f"addresses {memory.address_digest}\n"
+        f"{stores.rows:,} rows ({stores.format.kind}, d = {stores.format.d}), "
+        f"{stores.bytes:,} bytes in {info.kind} stores, table_id {info.table_id}{origin}\n"
+        f"parameters: table {config.table_parameters():,}, dense {config.dense_parameters():,}"
+    )
+
+
 def row_names(memory: EngramMemory) -> dict[str, list[str]]:
     """Layer -> the names of its rows as they are now."""
     return {str(layer): names for layer, names in memory.stores.row_names().items()}

@@ -1,10 +1,15 @@
-"""Lookup: the rows of one chunk, on their way from `EngramMemory.lookup` to the blocks; and Trace,
-what was let in."""
+"""Lookup: the rows of one chunk, on their way from `EngramMemory.lookup` to the blocks, and Trace,
+a record of what a forward read and let in.
+
+Below them are the steps of a look-up: row ids, reading ahead, the state, and leaves for gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,15 +18,21 @@ from torch import Tensor
 from ..addresses.addresser import Addresser
 from ..addresses.vocab import VocabMap
 from ..errors import InputError
+from .grads import RowGrad
+from .prefetch import Ticket
 from .state import SequenceState
+
+if TYPE_CHECKING:
+    from .memory import EngramMemory
 
 
 @dataclass
 class Trace:
-    """What a forward did, for looking inside: filled by `lookup` and `fuse` when handed to
-    `lookup`.
+    """What a forward did, for looking inside: filled by `lookup` and `fuse` if `lookup` gets it.
 
-    row_ids: layer -> int64 [B, T, C]. gates: layer -> f32 [B, T, S], 0 at dead positions.
+    Attributes:
+        row_ids: layer -> int64 [B, T, C].
+        gates: layer -> f32 [B, T, S], 0 at dead positions.
     """
 
     row_ids: dict[int, np.ndarray] = field(default_factory=dict)
@@ -30,12 +41,19 @@ class Trace:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Rows of one chunk for every memory layer. rows: layer -> [B, T, E], leaves that require grad
-    while training; a layer that is still being read is waited for when it is first asked for.
+    """Rows of one chunk for every memory layer, and what else `fuse` needs to know of the chunk.
 
-    present: bool [B, T], False = no token of the sequence stands here. order: int64 [B, T],
-    positions in the order in which convs see them, absent ones last; None = as they stand. off: the
-    memory was disabled; there are no rows, and `fuse` adds nothing.
+    Attributes:
+        rows: layer -> f32 [B, T, E], leaves that require grad while training. The first access to
+            a layer waits for its rows.
+        live: bool [B, T], False = nothing is added here; None = all positions are live.
+        starts: bool [B, T], True = a document begins here; None = none does.
+        state: the state that the chunk has extended.
+        trace: the record that `fuse` adds gates to.
+        present: bool [B, T], False = no token of the sequence stands here; None = all do.
+        order: int64 [B, T], positions in the order in which convs see them, absent ones last;
+            None = as they stand.
+        off: the memory was disabled. There are no rows, and `fuse` adds nothing.
     """
 
     rows: Mapping[int, Tensor]
@@ -49,30 +67,115 @@ class Lookup:
 
 
 class Rows(Mapping[int, Tensor]):
-    """Rows by layer, each of them waited for once."""
+    """Rows by layer; the first access to a layer waits for them."""
 
-    def __init__(self, asked: dict[int, Callable[[], Tensor]]) -> None:
-        self._asked = asked
-        self._here: dict[int, Tensor] = {}
+    def __init__(self, pending: dict[int, Callable[[], Tensor]]) -> None:
+        self._pending = pending
+        self._ready: dict[int, Tensor] = {}
 
     @torch.compiler.disable
     def __getitem__(self, layer: int) -> Tensor:
-        if layer not in self._here:
-            self._here[layer] = self._asked[layer]()
-        return self._here[layer]
+        if layer not in self._ready:
+            self._ready[layer] = self._pending[layer]()
+        return self._ready[layer]
 
     def __contains__(self, layer: object) -> bool:
-        return layer in self._asked
+        return layer in self._pending
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._asked)
+        return iter(self._pending)
 
     def __len__(self) -> int:
-        return len(self._asked)
+        return len(self._pending)
 
 
-def check_present(present_BT: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The flags as they are. Raises InputError unless they are bool of this shape."""
+def lookup_nothing(state: SequenceState | None, trace: Trace | None) -> Lookup:
+    """The lookup of a memory that is disabled. Raises InputError if there is a state."""
+    if state is not None:
+        raise InputError(
+            "state: expected none while the memory is disabled, since its tokens "
+            "would be missing in it afterwards; start a new one after `disabled`"
+        )
+    return Lookup({}, None, None, None, trace, off=True)
+
+
+def check_chunk(memory: EngramMemory, ids_BT: Tensor, state: SequenceState | None) -> None:
+    """Raises InputError unless the ids are a tensor [B, T] and the state is one of B sequences."""
+    if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
+        found = getattr(ids_BT, "shape", type(ids_BT).__name__)
+        raise InputError(f"ids: expected a tensor [B, T], found {found}")
+    if state is None:
+        return
+    memory.bind(state)
+    if state.batch != len(ids_BT):
+        raise InputError(f"state: expected one for {len(ids_BT)} sequences, found {state.batch}")
+
+
+def lookup_chunk(
+    memory: EngramMemory,
+    ids_BT: Tensor,
+    state: SequenceState | None,
+    live: Tensor | None,
+    starts: Tensor | None,
+    trace: Trace | None,
+    present: Tensor | None,
+) -> Lookup:
+    """`EngramMemory.lookup`, for arguments that `check_chunk` has seen."""
+    ids = ids_BT.numpy(force=True)
+    alive = _numpy(live)
+    begins = _numpy(starts)
+    there = _numpy(present)
+    if there is not None and _check_present(there, ids.shape).all():
+        present = there = None
+    row_ids_LBTC, order = _row_ids(memory.addresser, ids, state, alive, begins, there)
+    row_ids = dict(zip(memory.layers, row_ids_LBTC, strict=True))
+    tickets = {
+        layer: memory.prefetcher.submit({layer: ids_BTC}) for layer, ids_BTC in row_ids.items()
+    }
+    alive = _alive(memory.vocab, ids, alive, there)
+    if state is not None:
+        state.extend(ids, alive, begins, there)
+        for ticket in tickets.values():
+            if ticket.state == "waiting":
+                state.watch(ticket, ids.shape[1])
+    if trace is not None:
+        trace.row_ids.update(row_ids)
+    rows = {
+        layer: partial(_wait_for_rows, memory, layer, row_ids[layer], ticket, _learn(memory, layer))
+        for layer, ticket in tickets.items()
+    }
+    return Lookup(Rows(rows), _tensor(alive), starts, state, trace, present, _tensor(order))
+
+
+def _learn(memory: EngramMemory, layer: int) -> bool:
+    """Whether rows of the layer that are looked up now collect gradients."""
+    if not (memory.training and torch.is_grad_enabled()):
+        return False
+    if memory.rows_require_grad is not None:
+        return memory.rows_require_grad
+    return any(parameter.requires_grad for parameter in memory.blocks[str(layer)].parameters())
+
+
+def _wait_for_rows(
+    memory: EngramMemory, layer: int, ids_BTC: np.ndarray, ticket: Ticket, learn: bool
+) -> Tensor:
+    """Rows f32 [B, T, E]. learn: they are a leaf whose gradient reaches `memory.row_grads`."""
+    leaf_BTE = ticket.wait()[layer]
+    if not learn:
+        return leaf_BTE
+
+    def hand_over(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        grad_Nd = leaf.grad.detach().reshape(-1, memory.config.dim).numpy()
+        memory.add_row_grad(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
+        leaf.grad = None
+
+    leaf_BTE.requires_grad_().register_post_accumulate_grad_hook(hand_over)
+    return leaf_BTE
+
+
+def _check_present(present_BT: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the flags. Raises InputError unless they are bool of this shape."""
     if present_BT.dtype != np.bool_ or present_BT.shape != shape:
         raise InputError(
             f"present: expected bool {list(shape)}, "
@@ -81,7 +184,7 @@ def check_present(present_BT: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return present_BT
 
 
-def row_ids_of(
+def _row_ids(
     addresser: Addresser,
     ids_BT: np.ndarray,
     state: SequenceState | None,
@@ -89,8 +192,7 @@ def row_ids_of(
     starts: np.ndarray | None,
     present: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Row ids int64 [L, B, T, C] of a chunk that follows `state`, and the order of its positions
-    (`Lookup.order`)."""
+    """Row ids int64 [L, B, T, C] of a chunk that follows `state`, and `Lookup.order`."""
     history = None if state is None else state.history
     if present is None:
         return addresser.all_rows(ids_BT, history, live, starts), None
@@ -99,10 +201,8 @@ def row_ids_of(
     order = _gap_order(present, first=state is None or state.length == 0)
     if order is None:
         return addresser.all_rows(ids_BT, history, live, starts), None
-    ids_BT, live = (
-        np.take_along_axis(ids_BT, order, axis=1),
-        np.take_along_axis(live, order, axis=1),
-    )
+    ids_BT = np.take_along_axis(ids_BT, order, axis=1)
+    live = np.take_along_axis(live, order, axis=1)
     if starts is not None:
         starts = np.take_along_axis(starts, order, axis=1)
     rows_LBTC = addresser.all_rows(ids_BT, history, live, starts)
@@ -110,11 +210,13 @@ def row_ids_of(
     return np.take_along_axis(rows_LBTC, back, axis=2), order
 
 
-def alive_in(
+def _alive(
     vocab: VocabMap, ids_BT: np.ndarray, live: np.ndarray | None, present: np.ndarray | None
 ) -> np.ndarray | None:
-    """Which positions are live, present and have a token in the vocabulary map, bool [B, T]; None =
-    all."""
+    """Which positions are live, present and have a token in the vocabulary map, bool [B, T].
+
+    None = all of them.
+    """
     if present is not None:
         live = present if live is None else live & present
     if not vocab.has_dead_ids:
@@ -125,12 +227,11 @@ def alive_in(
 
 
 def _gap_order(present_BT: np.ndarray, first: bool) -> np.ndarray | None:
-    """int64 [B, T]: the positions of each sequence, those that are present first, both in their
-    order.
+    """int64 [B, T]: the positions of each sequence, present ones first, each kind in its order.
 
-    None if they can stay as they are: no token follows an absent position. Nor do absent positions
-    before the first token of all (first: nothing came before this chunk) matter, since nothing is
-    there to look back to.
+    Returns None if positions can stay as they are: no token follows an absent position. If nothing
+    came before this chunk (`first`), absent positions before the first token do not matter either,
+    since nothing is there to look back to.
     """
     seen_BT = present_BT.cumsum(1) > 0 if first else np.ones_like(present_BT)
     followed_BT = present_BT[:, ::-1].cumsum(1)[:, ::-1] > 0
@@ -143,3 +244,11 @@ def reordered(values_BT: Tensor, order_BT: Tensor) -> Tensor:
     """[B, T, ...] with the positions of each sequence in another order."""
     sequence = torch.arange(len(order_BT), device=order_BT.device)[:, None]
     return values_BT[sequence, order_BT]
+
+
+def _numpy(values: Tensor | None) -> np.ndarray | None:
+    return None if values is None else values.numpy(force=True)
+
+
+def _tensor(values: np.ndarray | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values)

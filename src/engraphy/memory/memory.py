@@ -1,40 +1,36 @@
-"""EngramMemory: the three ideas joined for a model: addresses, stores, and one fusion layer per
-memory layer.
+"""EngramMemory: addresses, stores, and one fusion layer per memory layer, joined for a model.
 
-The table is not a Parameter. The rows of a batch become a leaf tensor each time; after backward its
-gradient is handed to `row_grads`, which a row optimiser drains. Request state (last ids, conv
-window) is a SequenceState in the caller's hands; a forward without one starts from nothing.
+The table is not a Parameter. The rows of a batch become a leaf tensor each time. After backward,
+the gradient of the leaf goes to `row_grads`, which a row optimiser drains. The state of a request
+(last ids, conv window) is a SequenceState in the caller's hands; a forward without one starts from
+nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..addresses.addresser import Addresser
 from ..addresses.vocab import VocabMap
-from ..errors import ConfigError, DigestMismatch, InputError, StoreError
+from ..errors import ConfigError, InputError, StoreError
 from ..fusion.layer import EngramLayer
 from ..rows.format import RowFormat
-from ..rows.init import normal_rows
 from ..spec.config import EngramConfig
 from ..store.base import RowStore
 from ..store.group import StoreGroup
-from ..store.names import follow
 from ..table.table import Table
-from . import identity, saved, switch
+from . import identity, saved, switch, tables
+from .fusing import fuse_chunk, fuse_token
 from .grads import RowGrad, Waiting
-from .lookup import Lookup, Rows, Trace, alive_in, check_present, reordered, row_ids_of
-from .prefetch import Prefetcher, Ticket
+from .lookup import Lookup, Trace, check_chunk, lookup_chunk, lookup_nothing
+from .prefetch import Prefetcher
 from .state import SequenceState
 from .token_reader import TokenReader
 from .tracing import REASON, refuse_tracing
@@ -43,20 +39,24 @@ __all__ = ["EngramMemory", "Lookup", "RowGrad", "Trace"]
 
 
 class EngramMemory(nn.Module):
-    """A memory for a model: `lookup` before the blocks run, `fuse` in each block that has a
-    memory.
+    """A memory for a model: `lookup` before the blocks run, `fuse` in each block that has a memory.
 
-    config, vocab: what is addressed. store: "ram:" (a new table of `row_format`, all zeros until
-    `init_rows`), the URL of a table ("file:DIR"; the format is read from it) or its folder as a
-    Path, an open Table (mode "w" to train it in place), or {layer: RowStore} with `row_format`
-    given where the stores do not know it. `close`, or the end of `with memory:`, closes the stores
-    of a URL or path; a Table, or stores that were handed in, stay open. made_for: the model that it
-    belongs to, as `hf.attach` tells it; saved with it, and checked where it is attached again. None
-    = not known, nothing is checked. follows_adapters: whether PEFT's `disable_adapter` disables it
-    too, where it is attached. rows_require_grad: None = rows learn where any parameter of their
-    layer does, so `requires_grad_` on the memory or on a model around it reaches them; True or
-    False = whatever the parameters do. Raises DigestMismatch where the table was made for other
-    addresses, ConfigError where sizes differ.
+    `close`, or the end of `with memory:`, closes the stores that were opened for the memory.
+
+    Attributes:
+        config: the sizes of the memory.
+        vocab: the vocabulary map.
+        addresser: token ids -> row ids.
+        address_digest: what the rows' addresses depend on; tables carry it.
+        stores: the stores of all layers, by layer.
+        format: the format of the rows.
+        prefetcher: reads rows ahead.
+        blocks: the fusion layers, by layer.
+        row_grads: gradients of rows that no optimiser has drained yet.
+        rows_require_grad: None = rows learn if any parameter of their layer does, so
+            `requires_grad_` on the memory or on a model around it reaches them. True or False =
+            whatever the parameters do.
+        follows_adapters: whether PEFT's `disable_adapter` disables an attached memory, too.
     """
 
     def __init__(
@@ -66,8 +66,24 @@ class EngramMemory(nn.Module):
         store: str | os.PathLike[str] | Table | Mapping[int, RowStore] = "ram:",
         row_format: RowFormat | str | None = None,
     ):
+        """Opens the stores and makes fresh fusion layers.
+
+        Args:
+            config: the sizes of the memory.
+            vocab: the vocabulary map of the model's tokenizer.
+            store: "ram:" for a new table of `row_format`, all zeros until `init_rows`; the URL of
+                a table ("file:DIR"), whose format is read from it, or its folder as a Path; an
+                open Table (mode "w" to train it in place); or {layer: RowStore}. A Table, or
+                stores that are handed in, stay open when the memory is closed.
+            row_format: needed if the stores do not know it.
+
+        Raises:
+            ConfigError: sizes, layers or formats differ.
+            DigestMismatch: the table was made for other addresses.
+        """
         super().__init__()
-        self.config, self.vocab = config, vocab
+        self.config = config
+        self.vocab = vocab
         self.addresser = Addresser(config.hash, vocab)
         self.address_digest = config.address_digest(vocab.digest)
         self.stores = StoreGroup.open(config, store, row_format, address_digest=self.address_digest)
@@ -83,17 +99,29 @@ class EngramMemory(nn.Module):
         self._waiting = Waiting()
         self.rows_require_grad: bool | None = None
         self.follows_adapters = True
-        self._model: Callable[[], dict[str, Any] | None] = lambda: None
+        self._made_for: dict[str, Any] | None = None
+        self._identify_model: Callable[[], dict[str, Any]] | None = None
         logging.getLogger("engraphy").info("serving %s", self.stores.describe())
 
     @property
     def made_for(self) -> dict[str, Any] | None:
-        """What is known of the model that it is or was attached to; None = nothing."""
-        return self._model()
+        """What is known of the model that the memory is or was attached to; None = nothing.
+
+        It is saved with the memory, and compared when the memory is attached again.
+        """
+        return self._made_for if self._identify_model is None else self._identify_model()
 
     @made_for.setter
     def made_for(self, value: dict[str, Any] | None) -> None:
-        self._model = lambda: value
+        self._made_for = value
+        self._identify_model = None
+
+    def follow_model(self, identify: Callable[[], dict[str, Any]]) -> None:
+        """Makes `made_for` what `identify` returns whenever it is asked, until it is set.
+
+        For a host that attaches the memory: the vocabulary of a model may be resized meanwhile.
+        """
+        self._identify_model = identify
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -109,17 +137,18 @@ class EngramMemory(nn.Module):
         """`with memory.disabled():` runs the model without its memory, bit for bit the bare model.
 
         It holds for this thread or task alone, and for forwards that begin in it: `lookup` then
-        gives a Lookup that is `off`, for which `fuse` gives x back. Tokens that pass meanwhile are
-        in no state: `lookup` with one is an InputError, and so is an attached model's cache that
-        has seen them once the memory is enabled again. Compiled blocks stay compiled.
+        returns a Lookup that is `off`, for which `fuse` returns x. Tokens that pass meanwhile are
+        in no state. So `lookup` with a state raises InputError, and so does an attached model with
+        a cache that has seen such tokens, once the memory is enabled again. Compiled blocks stay
+        compiled.
         """
         return switch.disabled(self)
 
     def widen(self, raw_size: int) -> None:
-        """Take token ids below `raw_size`: those beyond the vocabulary map are dead, and no address
-        changes.
+        """Takes token ids below `raw_size`: those beyond the vocabulary map are dead.
 
-        For a model whose vocabulary has grown; where the memory is attached it is called for it.
+        No address changes. For a model whose vocabulary has grown; a host calls it for an attached
+        memory.
         """
         if raw_size > self.vocab.raw_size:
             self.vocab = self.vocab.widened(raw_size)
@@ -127,9 +156,9 @@ class EngramMemory(nn.Module):
             self._tokens = TokenReader(self.addresser, self.stores, self.prefetcher)
 
     def close(self) -> None:
-        """Wait for what is being read, and close the stores that were opened for this memory.
+        """Waits for what is being read, and closes the stores that were opened for this memory.
 
-        Rows that were looked up stay valid. May be called again; every other use raises StoreError
+        Rows that were looked up stay valid. May be called again. Every other use raises StoreError
         afterwards, also in the model that the memory is attached to: detach it first.
         """
         self._closed = True
@@ -149,7 +178,14 @@ class EngramMemory(nn.Module):
 
     def state(self, batch: int, margin: int = 64) -> SequenceState:
         """A fresh state for `batch` sequences that can be cropped by up to `margin` tokens."""
-        return SequenceState(batch, margin).bind(self.config.hash.order, self._windows)
+        return self.bind(SequenceState(batch, margin))
+
+    def bind(self, state: SequenceState) -> SequenceState:
+        """Fixes the state's sizes to this memory's, unless they are; returns it.
+
+        Raises ConfigError if it belongs to a memory of other sizes.
+        """
+        return state.bind(self.config.hash.order, self._windows)
 
     @torch.compiler.disable(reason=REASON)
     def lookup(
@@ -162,65 +198,48 @@ class EngramMemory(nn.Module):
         *,
         present: Tensor | None = None,
     ) -> Lookup:
-        """Ask for every layer's rows for raw ids [B, T] that follow `state`, which is extended by
-        them.
+        """Asks for the rows of every layer.
 
         They are read from now on, in the order of the layers, while the caller goes on (see
-        prefetch.py); until the rows of a layer were asked for, nothing may write to its store.
-        live, starts: bool [B, T] as in `Addresser.all_rows`. present: bool [B, T], False = no token
-        of the sequence stands here (a hole in a mask): what follows is looked up and fused as if
-        the position were not there, and at the position itself nothing is added. Rows are f32, on
-        the CPU, as gathered; with gradients enabled, in training mode and as `rows_require_grad`
-        says, they are leaves whose gradients reach `row_grads`. Raises InputError for ids, shapes
-        or a state that do not fit, and under tracing, export and capture (tracing.py), before the
-        state changes. What goes wrong with reading is raised by `rows[layer]`.
+        prefetch.py). Until the rows of a layer were asked for, nothing may write to its store.
+
+        Args:
+            ids_BT: raw token ids, int [B, T], that follow `state`.
+            state: the past of the sequences, which is extended by the ids. None = no past.
+            live: bool [B, T] as in `Addresser.all_rows`: False = takes part in no n-gram.
+            starts: bool [B, T] as in `Addresser.all_rows`: True = a document begins here.
+            trace: filled with row ids now, and with gates by `fuse`.
+            present: bool [B, T], False = no token of the sequence stands here (a hole in a mask).
+                What follows is looked up and fused as if the position were not there; at the
+                position itself nothing is added.
+
+        Returns:
+            Rows are f32, on the CPU, as gathered. With gradients enabled, in training mode and if
+            `rows_require_grad` allows it, they are leaves whose gradients reach `row_grads`.
+            `rows[layer]` waits for them, and raises what went wrong with reading.
+
+        Raises:
+            InputError: ids, shapes or the state do not fit, or the call is traced, exported or
+                captured (tracing.py). The state is then as it was.
+            StoreError: the memory is closed.
         """
         self._check_open()
         if not self.enabled:
-            if state is not None:
-                raise InputError(
-                    "state: expected none while the memory is disabled, since its tokens "
-                    "would be missing in it afterwards; start a new one after `disabled`"
-                )
-            return Lookup({}, None, None, None, trace, off=True)
+            return lookup_nothing(state, trace)
         refuse_tracing(ids_BT)
-        if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
-            raise InputError(
-                f"ids: expected a tensor [B, T], found {getattr(ids_BT, 'shape', type(ids_BT).__name__)}"
-            )
-        if state is not None:
-            state.bind(self.config.hash.order, self._windows)
-            if state.batch != len(ids_BT):
-                raise InputError(
-                    f"state: expected one for {len(ids_BT)} sequences, found {state.batch}"
-                )
-            simple = live is starts is trace is present is None
-            if ids_BT.shape[1] == 1 and simple and not torch.is_grad_enabled():
-                rows_B1E = self._tokens.read(ids_BT, state)
-                if rows_B1E is not None:
-                    return Lookup(rows_B1E, None, None, state, None)
-        ids, alive, begins, there = _numpy(ids_BT), _numpy(live), _numpy(starts), _numpy(present)
-        if there is not None and check_present(there, ids.shape).all():
-            present = there = None
-        row_ids_LBTC, order = row_ids_of(self.addresser, ids, state, alive, begins, there)
-        alive = alive_in(self.vocab, ids, alive, there)
-        if state is not None:
-            state.extend(ids, alive, begins, there)
-        row_ids = dict(zip(self.layers, row_ids_LBTC, strict=True))
-        if trace is not None:
-            trace.row_ids.update(row_ids)
-        tickets = {
-            layer: self.prefetcher.submit({layer: ids_BTC}) for layer, ids_BTC in row_ids.items()
-        }
-        if state is not None:
-            for ticket in tickets.values():
-                if ticket.state == "waiting":
-                    state.watch(ticket, ids.shape[1])
-        rows = {
-            layer: partial(self._rows, layer, row_ids[layer], ticket, self._learns(layer))
-            for layer, ticket in tickets.items()
-        }
-        return Lookup(Rows(rows), _tensor(alive), starts, state, trace, present, _tensor(order))
+        check_chunk(self, ids_BT, state)
+        plain = live is starts is trace is present is None
+        if state is not None and plain and ids_BT.shape[1] == 1 and not torch.is_grad_enabled():
+            rows_B1E = self._tokens.read(ids_BT, state)
+            if rows_B1E is not None:
+                return Lookup(rows_B1E, None, None, state, None)
+        return lookup_chunk(self, ids_BT, state, live, starts, trace, present)
+
+    def add_row_grad(self, entry: RowGrad) -> None:
+        """Appends a gradient to `row_grads`, and warns if nothing drains them (grads.py)."""
+        value: Any = self.blocks[str(entry.layer)].value
+        table_rows = self.stores[entry.layer].info.rows
+        self._waiting.join(self.row_grads, entry, value.weight, table_rows)
 
     def fuse(self, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor:
         """x plus what the memory of `layer` adds to it, for the chunk that `lookup` was made for.
@@ -228,10 +247,10 @@ class EngramMemory(nn.Module):
         Args:
             layer: one of `layers`.
             x_BTSD: the hidden state before the block, [B, T, S, D]; with one stream also [B, T, D].
-            lookup: as `lookup` gave it for these tokens.
+            lookup: as `lookup` returned it for these tokens.
 
         Returns:
-            A tensor of the shape and dtype of x. x itself if the lookup is `off`.
+            A tensor of the shape of x. x itself if the lookup is `off`.
 
         Raises:
             ConfigError: the layer has no memory.
@@ -240,12 +259,13 @@ class EngramMemory(nn.Module):
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layers)}")
         if lookup.off:
             return x_BTSD
-        decoded = self._decode(layer, x_BTSD, lookup)
-        if decoded is not None:
-            return decoded
+        block = self.blocks[str(layer)]
+        out = fuse_token(block, layer, x_BTSD, lookup)
+        if out is not None:
+            return out
         if x_BTSD.ndim == 3:
-            return self._add(layer, x_BTSD[:, :, None], lookup)[:, :, 0]
-        return self._add(layer, x_BTSD, lookup)
+            return fuse_chunk(block, layer, x_BTSD[:, :, None], lookup)[:, :, 0]
+        return fuse_chunk(block, layer, x_BTSD, lookup)
 
     @overload
     def apply(self, layer: Callable[[nn.Module], None], /) -> EngramMemory: ...
@@ -268,188 +288,58 @@ class EngramMemory(nn.Module):
             raise InputError("apply: expected layer, x and lookup (or one callable), found less")
         return self.fuse(layer, x_BTSD, lookup)
 
-    def _decode(self, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:
-        """One token of each sequence by one native call; None where that is not possible."""
-        state, block = lookup.state, self.blocks[str(layer)]
-        if (
-            state is None
-            or lookup.starts is not None
-            or lookup.present is not None
-            or x.ndim not in (3, 4)
-            or x.shape[1] != 1
-            or not x.is_cpu
-        ):
-            return None
-        assert isinstance(block, EngramLayer)
-        columns = state.columns(layer, x)
-        if columns is None:
-            return None
-        gate_B1S = None
-        if lookup.trace is not None:
-            gate_B1S = torch.empty(
-                len(x),
-                1,
-                block.spec.streams,
-                dtype=torch.promote_types(x.dtype, torch.float32),
-                device=x.device,
-            )
-        out = block.decode(x, lookup.rows[layer], lookup.live, columns, gate_B1S)
-        if out is not None:
-            state.advance(layer)
-            if gate_B1S is not None:
-                _trace(lookup, layer, gate_B1S)
-        return out
-
-    def _add(self, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor:
-        block, state, device = self.blocks[str(layer)], lookup.state, x_BTSD.device
-        window = None if state is None else state.window(layer)
-        live, starts, order = (
-            None if part is None else part.to(device)
-            for part in (lookup.live, lookup.starts, lookup.order)
-        )
-        if starts is not None and lookup.present is not None:
-            starts = starts & lookup.present.to(device)
-        hidden_BTSD, rows_BTE = x_BTSD, lookup.rows[layer].to(device)
-        if order is not None:
-            hidden_BTSD, rows_BTE, live, starts = (
-                None if part is None else reordered(part, order)
-                for part in (x_BTSD, rows_BTE, live, starts)
-            )
-        update_BTSD, gate_BTS, inputs_BTSD = block(
-            hidden_BTSD, rows_BTE, window, live, starts, conv_inputs=state is not None
-        )
-        if order is not None:
-            order = order.argsort(1)  # back to where they stood
-            update_BTSD, gate_BTS = reordered(update_BTSD, order), reordered(gate_BTS, order)
-        if state is not None and inputs_BTSD is not None:
-            if order is not None:
-                inputs_BTSD = reordered(inputs_BTSD, order)
-            state.push(layer, inputs_BTSD, lookup.starts, lookup.present)
-        _trace(lookup, layer, gate_BTS)
-        return x_BTSD + update_BTSD
-
     def init_rows(self, std: float, seed: int, chunk: int = 1 << 18) -> None:
-        """Fill the table with N(0, std**2). Each value depends on (seed, layer, row, column) alone.
+        """Fills the table with N(0, std**2). A value depends on (seed, layer, row, column) alone.
 
-        chunk: rows at a time. Raises ConfigError for a std that is negative or not finite, or a
-        seed outside uint64.
+        chunk: rows at a time. Raises ConfigError if std is negative or not finite, or if the seed
+        is no uint64; StoreError if a store cannot be written.
         """
-        if not (math.isfinite(std) and std >= 0 and 0 <= seed < 2**64):
-            raise ConfigError(
-                f"init_rows: expected a finite std from 0 on and a seed of 64 bits, found {std}, {seed}"
-            )
         self._check_open()
-        for layer, store in self.stores.items():
-            for start in range(0, store.info.rows, chunk):
-                ids_N = np.arange(start, min(start + chunk, store.info.rows))
-                store.scatter(
-                    ids_N, self.format.encode(normal_rows(seed, layer, ids_N, self.config.dim, std))
-                )
-            follow(store).set([f"normal, std {std!r}, seed {seed}"])
+        tables.init_rows(self, std, seed, chunk)
 
     def drain_row_grads(self) -> list[RowGrad]:
         """Pending gradients, oldest first; the list is empty afterwards.
 
         Those of one layer are summed while they wait, once they are many more than their distinct
-        rows (grads.py), so that accumulation over any number of batches takes bounded memory.
+        rows (grads.py). So accumulation over any number of batches takes bounded memory.
         """
-        pending, self.row_grads = self.row_grads, []
+        pending = self.row_grads
+        self.row_grads = []
         return pending
 
-    def get_extra_state(self) -> Tensor:
-        """Which rows the weights belong to (identity.py): `state_dict` has it as `_extra_state`, a
-        uint8 tensor."""
-        return identity.extra_state(self)
-
-    def set_extra_state(self, state: Any) -> None:
-        """For `load_state_dict`. Raises DigestMismatch for weights that belong to other rows than
-        these."""
-        identity.check_extra_state(self, state)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        identity.warn_if_unnamed(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __deepcopy__(self, memo: Any) -> EngramMemory:
-        raise ConfigError(
-            "a memory is not copied with its model, nor by PEFT as one of modules_to_save: detach it "
-            "first; memory.save and EngramMemory.load make another one"
-        )
-
-    def __getstate__(self) -> Any:
-        raise ConfigError(
-            "a memory is not pickled or copied: its rows lie in stores; save it with memory.save, or "
-            "with its model by hf.save_pretrained"
-        )
-
-    def _learns(self, layer: int) -> bool:
-        if not (self.training and torch.is_grad_enabled()):
-            return False
-        follow = any(parameter.requires_grad for parameter in self.blocks[str(layer)].parameters())
-        return follow if self.rows_require_grad is None else self.rows_require_grad
-
-    def _rows(self, layer: int, ids_BTC: np.ndarray, ticket: Ticket, learn: bool) -> Tensor:
-        """Rows [B, T, E], when they are read. learn: they are a leaf whose gradient reaches
-        `row_grads`."""
-        leaf_BTE = ticket.wait()[layer]
-        if not learn:
-            return leaf_BTE
-
-        def hand_over(leaf: Tensor) -> None:
-            assert leaf.grad is not None
-            grad_Nd = leaf.grad.detach().reshape(-1, self.config.dim).numpy()
-            entry = RowGrad(layer, ids_BTC.reshape(-1), grad_Nd)
-            value: Any = self.blocks[str(layer)].value
-            self._waiting.join(self.row_grads, entry, value.weight, self.stores[layer].info.rows)
-            leaf.grad = None
-
-        leaf_BTE.requires_grad_().register_post_accumulate_grad_hook(hand_over)
-        return leaf_BTE
-
     def write_table(self, path: str | os.PathLike[str], parent: str | None = None) -> str:
-        """Copy the rows to a new sealed table at `path`, as they are. Returns its table_id."""
-        self._check_open()
-        table = Table.create(path, self.config, self.format, self.vocab, parent=parent)
-        try:
-            self.stores.copy_to(table)
-            table_id = table.seal()
-        finally:
-            table.close()
-        self.stores.add_name(table_id)
-        return table_id
+        """Copies the rows to a new sealed table at `path`, as they are. Returns its table_id.
 
-    def read_table(self, path: str | os.PathLike[str], table_id: str | None = None) -> None:
-        """Copy the rows of a table on disk, of the same addresses and row format, into the
-        (writable) stores.
-
-        Raises DigestMismatch for other addresses or a table_id other than the one given,
-        ConfigError for another format.
+        parent: the table_id that the new table names as its parent. Raises TableError if `path` is
+        taken, WriteFailed if the system refuses.
         """
         self._check_open()
-        table = Table.open(path)
-        try:
-            if table_id is not None and table.table_id != table_id:
-                raise DigestMismatch(f"{path}: expected table {table_id}, found {table.table_id}")
-            table.check_address(self.address_digest)
-            if table.fmt != self.format:
-                raise ConfigError(
-                    f"{path}: expected rows of format {self.format.kind}, found {table.fmt.kind}"
-                )
-            with StoreGroup.of_table(table, self.layers) as rows:
-                rows.copy_to(self.stores)
-        finally:
-            table.close()
+        return tables.write_table(self, path, parent)
+
+    def read_table(self, path: str | os.PathLike[str], table_id: str | None = None) -> None:
+        """Copies the rows of the table at `path` into the stores, which must be writable.
+
+        table_id: the one that is expected; None = any. Raises DigestMismatch if the table has
+        other addresses or another table_id, ConfigError if it has another row format.
+        """
+        self._check_open()
+        tables.read_table(self, path, table_id)
 
     def save(self, path: str | os.PathLike[str], table: str = "copy") -> None:
-        """Write the memory to a new directory: config, vocabulary map, dense weights, and the
-        table.
+        """Writes the memory to a new folder: config, vocabulary map, dense weights, and the table.
 
-        table: "copy" the rows into `path`/table; "link" to the sealed table that the stores serve,
-        or "skip" it (it has to be given again to `load`): both need a table on disk, whose table_id
-        the dense weights keep. The directory appears complete or not at all. `path` may be a link
-        to an empty directory, or an empty mount point. Raises ConfigError for what cannot be and
-        for a `path` that is taken; WriteFailed if the system refuses, before anything is written
-        where that can be known (no permission, too little free disk).
+        The folder appears complete or not at all.
+
+        Args:
+            path: new or empty; it may be a link to an empty folder, or an empty mount point.
+            table: "copy" the rows into `path`/table; "link" to the sealed table that the stores
+                serve, or "skip" it (`load` then needs `store`). The last two need a table on disk,
+                whose table_id the dense weights keep.
+
+        Raises:
+            ConfigError: `path` is taken, or the table cannot be linked or skipped.
+            WriteFailed: the system refuses; before anything is written if that can be known (no
+                permission, too little free disk).
         """
         self._check_open()
         saved.save(self, path, table)
@@ -458,23 +348,46 @@ class EngramMemory(nn.Module):
     def load(
         cls, path: str | os.PathLike[str], store: str | os.PathLike[str] | None = None
     ) -> EngramMemory:
-        """Read what `save` wrote. store: the URL, or the table's folder as a Path, to serve the
-        rows from; default: the saved table. "ram:" copies the saved table into memory.
+        """Reads what `save` wrote.
 
-        Raises ConfigError for what is no memory, DigestMismatch where table and dense weights do
-        not belong together.
+        Args:
+            path: the folder.
+            store: the URL, or the table's folder as a Path, to serve the rows from. None = the
+                saved table; "ram:" copies the saved table into memory.
+
+        Raises:
+            ConfigError: there is no saved memory, or `store` is needed.
+            DigestMismatch: table and dense weights do not belong together.
         """
         return saved.load(cls, path, store)
 
+    def extra_repr(self) -> str:
+        """Sizes and identities, for `repr`. Reads no row."""
+        return identity.summary(self)
 
-def _trace(lookup: Lookup, layer: int, gate_BTS: Tensor) -> None:
-    if lookup.trace is not None:
-        lookup.trace.gates[layer] = gate_BTS.detach().float().cpu()
+    def get_extra_state(self) -> Tensor:
+        """Which rows the weights belong to (identity.py), a uint8 tensor.
 
+        `state_dict` has it as `_extra_state`.
+        """
+        return identity.extra_state(self)
 
-def _numpy(values: Tensor | None) -> Any:
-    return None if values is None else values.numpy(force=True)
+    def set_extra_state(self, state: Any) -> None:
+        """For `load_state_dict`. Raises DigestMismatch if the weights belong to other rows."""
+        identity.check_extra_state(self, state)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        identity.warn_if_unnamed(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-def _tensor(values: np.ndarray | None) -> Tensor | None:
-    return None if values is None else torch.from_numpy(values)
+    def __deepcopy__(self, memo: Any) -> EngramMemory:
+        raise ConfigError(
+            "a memory is not copied with its model, nor by PEFT as one of modules_to_save: detach "
+            "it first; memory.save and EngramMemory.load make another one"
+        )
+
+    def __getstate__(self) -> Any:
+        raise ConfigError(
+            "a memory is not pickled or copied: its rows lie in stores; save it with memory.save, "
+            "or with its model by hf.save_pretrained"
+        )

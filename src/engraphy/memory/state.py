@@ -302,6 +302,15 @@ class SequenceState:
         other._windows = {layer: window.clone() for layer, window in self._windows.items()}
         return other
 
+    def __repr__(self) -> str:
+        bound = "not bound to a memory"
+        if self.order is not None:
+            bound = f"order={self.order}, layers={list(self._windows)}"
+        return (
+            f"SequenceState(batch={self.batch}, length={self.length}, {bound}, "
+            f"margin={self.margin}, croppable={self._room})"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
             "_readings": []

@@ -1,0 +1,85 @@
+"""What a block does with a lookup: add to the hidden state what the rows of its layer give."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from ..fusion.layer import EngramLayer
+from .lookup import Lookup, reordered
+
+
+def fuse_token(block: nn.Module, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:
+    """x [B, 1, S, D] or [B, 1, D] plus the update, by one native call.
+
+    Returns None if that is not possible: then `fuse_chunk` gives the same.
+    """
+    state = lookup.state
+    if state is None or lookup.starts is not None or lookup.present is not None:
+        return None
+    if x.ndim not in (3, 4) or x.shape[1] != 1 or not x.is_cpu:
+        return None
+    if not isinstance(block, EngramLayer):
+        return None
+    columns = state.columns(layer, x)
+    if columns is None:
+        return None
+    gate_B1S = None if lookup.trace is None else _empty_gate(x, block.spec.streams)
+    out = block.decode(x, lookup.rows[layer], lookup.live, columns, gate_B1S)
+    if out is None:
+        return None
+    state.advance(layer)
+    if gate_B1S is not None:
+        _trace(lookup, layer, gate_B1S)
+    return out
+
+
+def fuse_chunk(block: nn.Module, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor:
+    """x plus the update, for any chunk on any device; the state is given the conv's inputs."""
+    state, present = lookup.state, lookup.present
+    device = x_BTSD.device
+    window = None if state is None else state.window(layer)
+    live = _to(lookup.live, device)
+    starts = _to(lookup.starts, device)
+    order = _to(lookup.order, device)
+    if starts is not None and present is not None:
+        starts = starts & present.to(device)
+    update_BTSD, gate_BTS, inputs_BTSD = block(
+        _reordered(x_BTSD, order),
+        _reordered(lookup.rows[layer].to(device), order),
+        window,
+        _reordered(live, order),
+        _reordered(starts, order),
+        conv_inputs=state is not None,
+    )
+    back = None if order is None else order.argsort(1)  # to where the positions stood
+    if state is not None and inputs_BTSD is not None:
+        state.push(layer, _reordered(inputs_BTSD, back), lookup.starts, present)
+    _trace(lookup, layer, _reordered(gate_BTS, back))
+    return x_BTSD + _reordered(update_BTSD, back)
+
+
+def _empty_gate(x: Tensor, streams: int) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(len(x), 1, streams, dtype=dtype, device=x.device)
+
+
+def _trace(lookup: Lookup, layer: int, gate_BTS: Tensor) -> None:
+    if lookup.trace is not None:
+        lookup.trace.gates[layer] = gate_BTS.detach().float().cpu()
+
+
+def _to(values: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if values is None else values.to(device)
+
+
+@overload
+def _reordered(values_BT: Tensor, order_BT: Tensor | None) -> Tensor: ...
+@overload
+def _reordered(values_BT: None, order_BT: Tensor | None) -> None: ...
+def _reordered(values_BT: Tensor | None, order_BT: Tensor | None) -> Tensor | None:
+    if values_BT is None or order_BT is None:
+        return values_BT
+    return reordered(values_BT, order_BT)
