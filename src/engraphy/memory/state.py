@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, InputError, StateTooShort
 from ..fusion.decode import NO_COLUMNS, Columns
-from .past import ABSENT, Past, Window, since_start
+from .columns import since_start
+from .past import ABSENT, Past
+from .window import Window
 
 
 class Cancellable(Protocol):
