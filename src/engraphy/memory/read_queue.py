@@ -1,0 +1,257 @@
+"""The queue of a prefetcher: tickets that wait, the thread that reads them, buffers and counters."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import StoreError
+from ..store.latency import BUCKETS, Latency, bucket_of, latency_of
+from .buffers import BufferPool
+from .ticket import Request, Ticket
+
+
+@dataclass(frozen=True)
+class PrefetchStats:
+    """What has been submitted.
+
+    Attributes:
+        tickets: tickets submitted.
+        inline: tickets that the caller's thread read at once.
+        cancelled: tickets given up.
+        rows: rows asked for.
+        waiting: tickets that are not read yet, now.
+        bytes_in_flight: bytes of the rows of these.
+        waited: how long `wait` took for tickets that were not inline, the first time.
+    """
+
+    tickets: int
+    inline: int
+    cancelled: int
+    rows: int
+    waiting: int
+    bytes_in_flight: int
+    waited: Latency = field(default=Latency(), compare=False)
+
+
+class ReadQueue:
+    """What prefetcher, tickets and thread share, behind one lock.
+
+    Nothing here refers to the Prefetcher, so that the garbage collector notices its end.
+    """
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self._limit = limit
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Reentrant, since the garbage collector may call `end` at any time.
+        self._changed = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._reading: Ticket | None = None
+        self._bytes = 0
+        self._thread: threading.Thread | None = None
+        self._ended = False
+        self._pool = BufferPool(limit, pinned=device.type == "cuda")
+        self._tickets = self._inline = self._cancelled = self._rows = self._nanoseconds = 0
+        self._buckets = [0] * BUCKETS
+        _ALL.add(self)
+
+    def at_once(self, requests: list[Request], rows: int) -> Ticket:
+        """A ticket that is read already, or has failed."""
+        self.count_inline(rows)
+        ticket = Ticket(self, requests)
+        ticket.counted = True
+        ticket.read_inline()
+        return ticket
+
+    def count_inline(self, rows: int) -> None:
+        """Count a ticket that was read without the queue. Raises StoreError once ended."""
+        with self._changed:
+            self._count(rows)
+            self._inline += 1
+
+    def put(self, ticket: Ticket, rows: int) -> None:
+        """Let a ticket wait in the queue. Waits itself while too many bytes are in flight."""
+        with self._changed:
+            while self._bytes and self._bytes + ticket.bytes > self._limit and not self._ended:
+                self._start()
+                self._changed.wait()
+            self._count(rows)
+            self._waiting.append(ticket)
+            self._bytes += ticket.bytes
+            try:
+                self._start()
+            except StoreError:
+                self._waiting.pop()
+                self._bytes -= ticket.bytes
+                raise
+            self._changed.notify_all()
+
+    def _count(self, rows: int) -> None:
+        if self._ended:
+            raise StoreError("prefetch: it is closed")
+        self._tickets += 1
+        self._rows += rows
+
+    def wait_for(self, ticket: Ticket) -> None:
+        """Return when it is neither waiting nor being read."""
+        if ticket.counted and ticket.state != "waiting":
+            return
+        begun = time.perf_counter_ns()
+        with self._changed:
+            while ticket.state == "waiting":
+                self._start()
+                self._changed.wait()
+            if not ticket.counted:
+                ticket.counted = True
+                taken = time.perf_counter_ns() - begun
+                self._nanoseconds += taken
+                self._buckets[bucket_of(taken)] += 1
+
+    def settle(self, ticket: Ticket, rows: dict[int, Tensor], error: BaseException | None) -> None:
+        """It has been read; a ticket that was cancelled meanwhile stays so."""
+        with self._changed:
+            if ticket.state == "waiting":
+                ticket.finish(rows, error)
+            if self._reading is ticket:
+                self._reading = None
+                self._bytes -= ticket.bytes
+            self._changed.notify_all()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take it out of the queue, and drop its rows."""
+        with self._changed:
+            if ticket.state == "cancelled":
+                return
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+                self._bytes -= ticket.bytes
+            ticket.give_up(StoreError("prefetch: the ticket was cancelled"))
+            self._cancelled += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Take no more tickets."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """End without reading what waits."""
+        with self._changed:
+            for ticket in list(self._waiting):
+                self.cancel(ticket)
+            self.end()
+        self.join()
+
+    def join(self) -> None:
+        """Wait for the end of the thread."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    @property
+    def stats(self) -> PrefetchStats:
+        """Counters so far."""
+        with self._changed:
+            return PrefetchStats(
+                tickets=self._tickets,
+                inline=self._inline,
+                cancelled=self._cancelled,
+                rows=self._rows,
+                waiting=len(self._waiting) + (self._reading is not None),
+                bytes_in_flight=self._bytes,
+                waited=latency_of(self._buckets, self._nanoseconds),
+            )
+
+    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32 of this shape from the pool, with any content."""
+        with self._changed:
+            return self._pool.take(shape)
+
+    def to_device(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Copies on the device, complete: the pinned buffers are free when this returns."""
+        if self._stream is None:
+            return rows
+        with torch.cuda.stream(self._stream):
+            copies = {
+                layer: values.to(self._device, non_blocking=True) for layer, values in rows.items()
+            }
+        self._stream.synchronize()
+        return copies
+
+    def handed_out(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The rows, for the current stream of the caller."""
+        if self._stream is not None:
+            # Their memory belongs to the other stream, which must not reuse it too early.
+            for values in rows.values():
+                values.record_stream(torch.cuda.current_stream(self._device))
+        return dict(rows)
+
+    def _start(self) -> None:
+        """Start the thread, if there is none and something to read."""
+        if self._thread is not None or not self._waiting:
+            return
+        thread = threading.Thread(target=_work, args=(self,), name="engraphy-prefetch", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise StoreError(
+                "prefetch: expected a thread to read ahead, the system starts none "
+                f"({error}): raise the limit of threads or of address space"
+            ) from error
+        self._thread = thread
+
+    def next(self) -> Ticket | None:
+        """The next ticket for the thread; None = there will be none."""
+        with self._changed:
+            while not self._waiting and not self._ended:
+                self._changed.wait()
+            if not self._waiting:
+                return None
+            self._reading = self._waiting[0]
+            return self._waiting.popleft()
+
+    def after_fork(self) -> None:
+        """In a forked child there is no thread, and what it was reading has to be read again."""
+        again = self._reading
+        if again is not None and again.state == "waiting" and again not in self._waiting:
+            self._waiting.appendleft(again)
+        self._changed = threading.Condition()
+        self._reading = None
+        self._thread = None
+        self._bytes = sum(ticket.bytes for ticket in self._waiting)
+
+
+_ALL: weakref.WeakSet[ReadQueue] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for queue in list(_ALL):
+        queue.after_fork()
+
+
+def _at_exit() -> None:
+    """Python stops threads that are left inside native code, which would abort the process."""
+    for queue in list(_ALL):
+        queue.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
+
+
+def _work(queue: ReadQueue) -> None:
+    while (ticket := queue.next()) is not None:
+        ticket.read()
+        del ticket  # its rows belong to the caller alone
