@@ -60,6 +60,7 @@ OPTIONAL = {  # package: the folders that may import it
     "triton": {"fusion"},
     "typer": {"cli"},
     "rich": {"cli", "memory", "recipes"},
+    "pytest": {"train"},  # in modules named testing
 }
 
 

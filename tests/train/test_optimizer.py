@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, RowFormat, Table, VocabMap
+from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, RowFormat, VocabMap
 from engraphy.errors import ConfigError, DigestMismatch, InputError
 from engraphy.memory import RowGrad
 from engraphy.train import (
@@ -94,91 +94,12 @@ def test_row_adagrad_follows_its_formula_written_out_row_by_row():
     np.testing.assert_allclose(table_of(memory), rows, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [RowAdam, RowAdagrad])
-def test_rows_that_were_not_read_do_not_change(kind):
-    memory, rng = make_memory(), np.random.default_rng(3)
-    before, entry = table_of(memory).copy(), random_grads(rng, 10)
-    optimizer = kind(memory)
-    memory.row_grads.append(entry)
-    optimizer.step()
-    changed = (table_of(memory) != before).any(axis=1)
-    assert set(np.flatnonzero(changed)) == set(entry.ids.tolist())
-
-
-def test_accumulated_gradients_equal_one_larger_batch():
-    halves, whole, rng = make_memory(), make_memory(), np.random.default_rng(4)
-    a, b = random_grads(rng), random_grads(rng)
-    ours, theirs = RowAdam(halves), RowAdam(whole)
-    halves.row_grads += [a, b]
-    whole.row_grads.append(
-        RowGrad(LAYER, np.concatenate([a.ids, b.ids]), np.concatenate([a.grad, b.grad]))
-    )
-    ours.step()
-    theirs.step()
-    np.testing.assert_array_equal(table_of(halves), table_of(whole))
-
-
 def test_coalesce_sums_duplicates_and_sorts():
     grad = np.array([[1.0], [2.0], [4.0], [8.0]], dtype=np.float32)
     summed = coalesce([RowGrad(3, np.array([5, 1, 5, 0]), grad)])[3]
     assert summed.ids.tolist() == [0, 1, 5] and summed.grad.ravel().tolist() == [8.0, 2.0, 5.0]
     empty = coalesce([RowGrad(3, np.array([], dtype=np.int64), np.zeros((0, 1), np.float32))])[3]
     assert len(empty.ids) == 0 and empty.grad.shape == (0, 1)
-
-
-def test_bf16_rows_train_and_integer_rows_are_refused():
-    memory = make_memory("bf16")
-    memory.row_grads.append(random_grads(np.random.default_rng(5)))
-    before = table_of(memory).copy()
-    RowAdam(memory, lr=0.1).step()
-    assert (table_of(memory) != before).any()
-    with pytest.raises(ConfigError, match="row format: expected one of .* found 'int8'"):
-        RowAdam(make_memory("int8"))
-
-
-def test_a_read_only_table_is_refused(tmp_path):
-    memory = make_memory()
-    memory.write_table(tmp_path / "table")
-    served = EngramMemory(memory.config, memory.vocab, f"file:{tmp_path / 'table'}")
-    with pytest.raises(ConfigError, match="expected a writable store"):
-        RowAdam(served)
-
-
-def test_a_table_on_disk_is_trained_in_place(tmp_path):
-    memory, rng = make_memory(), np.random.default_rng(6)
-    first_id = memory.write_table(tmp_path / "table")
-    table = Table.open(tmp_path / "table", mode="w")
-    on_disk = EngramMemory(memory.config, memory.vocab, table)
-    entry = random_grads(rng)
-    for each in (memory, on_disk):
-        each.row_grads.append(entry)
-        RowAdam(each).step()
-    table.seal()
-    table.close()
-    served = EngramMemory(memory.config, memory.vocab, f"file:{tmp_path / 'table'}")
-    np.testing.assert_array_equal(table_of(served), table_of(memory))
-    assert served.stores[LAYER].info.table_id != first_id
-
-
-@pytest.mark.parametrize("kind", [RowAdam, RowAdagrad])
-def test_saved_moments_continue_bit_for_bit(kind, tmp_path):
-    straight, rng = make_memory(), np.random.default_rng(7)
-    grads = [random_grads(rng) for _ in range(6)]
-    optimizer = kind(straight)
-    for entry in grads[:3]:
-        straight.row_grads.append(entry)
-        optimizer.step()
-    table_id = straight.write_table(tmp_path / "table")
-    optimizer.save(tmp_path / "moments", table_id)
-    resumed = make_memory(seed=9)
-    resumed.read_table(tmp_path / "table")
-    again = kind(resumed)
-    again.load(tmp_path / "moments", table_id)
-    for entry in grads[3:]:
-        for memory, each in ((straight, optimizer), (resumed, again)):
-            memory.row_grads.append(entry)
-            each.step()
-    np.testing.assert_array_equal(table_of(straight), table_of(resumed))
 
 
 def test_moments_of_another_table_or_optimizer_are_refused(tmp_path):
