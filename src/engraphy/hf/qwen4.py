@@ -1,13 +1,12 @@
-"""The table of a released model inside transformers, served from a store instead of an
-nn.Embedding.
+"""The table of a released model inside transformers, read from a store, not from an nn.Embedding.
 
 Qwen4-Exp (`qwen4_exp`, transformers 5.23) hashes by itself and looks rows up in one embedding, of
-95 GiB in the release. Here that embedding alone is replaced, by a module that reads the same rows
-from a store; hashing, cache and fusion stay the model's own, so the outputs are the model's bit for
+95 GiB in the release. Only that embedding is replaced here, by a module that reads the same rows
+from a store. Hashing, cache and fusion stay the model's own, so the outputs are the model's bit for
 bit.
 
     model = load_without_table(Qwen4ExpForCausalLM, path)    # the table is never allocated
-    serve_table(model, "file:DIR")                           # its rows are read from now on
+    serve_table(model, "file:DIR")                           # rows are read from there
     restore_table(model)                                     # and no longer
 """
 
@@ -29,26 +28,23 @@ from ..released.check import check_config
 from ..rows.format import RowFormat
 from ..rows.read import read
 from ..spec.config import EngramConfig
+from ..spec.hash import HashSpec
 from ..store.base import RowStore
 from ..store.group import StoreGroup
 from ..table.table import Table
 
 _KEYS = r"\.ngram_embedding\."  # the checkpoint's names of the table and its parts
-_COMPUTED = (
-    "layer_multipliers",
-    "ngram_heads_vocab_sizes",
-    "ngram_heads_offsets",
-)  # buffers made from the config
+# Buffers that the model computes from its config.
+_COMPUTED = ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets")
 _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CHUNK_ROWS = 65_536
 
 
 class ServedRows(nn.Module):
-    """In the place of the table's nn.Embedding: int64 ids [...] -> rows [..., d] in the model's
-    dtype, on their device.
+    """In the place of the table's nn.Embedding: int64 ids [...] -> rows [..., d].
 
-    No parameters, nothing in state_dict; the rows are constants, they do not learn. Raises
-    RowOutOfRange for an id beyond the table, StoreError once the store is closed.
+    Rows have the model's dtype, and are on the device of the ids. They are constants and do not
+    learn: the module has no parameters, and nothing in state_dict.
     """
 
     like: Tensor
@@ -60,9 +56,7 @@ class ServedRows(nn.Module):
         self.stores = stores
         self.store = stores[layer]
         self.format = stores.format
-        self._replaced = (
-            replaced,
-        )  # in a tuple: a module set as an attribute would be in state_dict
+        self._replaced = (replaced,)  # a module set as an attribute would be in state_dict
         # Holds no value: model.to() gives it the model's dtype.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -73,35 +67,37 @@ class ServedRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table's shape and dtype on the meta device, where the model looks for the device to
-        send row ids to."""
-        return torch.empty(
-            self.store.info.rows, self.format.d, dtype=self.like.dtype, device="meta"
-        )
+        """The table's shape and dtype on the meta device.
+
+        The model looks here for the device to send row ids to.
+        """
+        shape = (self.store.info.rows, self.format.d)
+        return torch.empty(shape, dtype=self.like.dtype, device="meta")
 
     @torch.compiler.disable
     def forward(self, ids: Tensor) -> Tensor:
-        as_bits = self.like.dtype == torch.bfloat16
-        out = torch.empty(
-            *ids.shape, self.format.d, dtype=torch.bfloat16 if as_bits else torch.float32
-        )
-        read(
-            self.store,
-            ids.cpu().numpy(),
-            self.format,
-            (out.view(torch.uint16) if as_bits else out).numpy(),
-        )
+        """Reads the rows.
+
+        Raises RowOutOfRange for an id beyond the table, StoreError once the store is closed.
+        """
+        shape = (*ids.shape, self.format.d)
+        if self.like.dtype == torch.bfloat16:
+            out = torch.empty(shape, dtype=torch.bfloat16)
+            values = out.view(torch.uint16).numpy()  # numpy has no bf16: its bits
+        else:
+            out = torch.empty(shape, dtype=torch.float32)
+            values = out.numpy()
+        read(self.store, ids.cpu().numpy(), self.format, values)
         return out.to(ids.device, self.like.dtype)
 
 
 class NoTable(nn.Module):
-    """In the place of the table's nn.Embedding where none was loaded."""
+    """In the place of the table's nn.Embedding if none was loaded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.empty(
-            0, device="meta"
-        )  # the model looks for its device before it calls
+        # The model looks for its device before it calls.
+        self.weight = torch.empty(0, device="meta")
 
     def forward(self, ids: Tensor) -> Tensor:
         """Raises StoreError: there are no rows."""
@@ -113,13 +109,20 @@ class NoTable(nn.Module):
 def load_without_table(
     model_class: type[PreTrainedModel], path: str | os.PathLike[str], **options: Any
 ) -> Any:
-    """`model_class.from_pretrained(path, **options)` without the n-gram table, which is neither
-    read nor allocated.
+    """`from_pretrained` without the n-gram table, which is neither read nor allocated.
 
-    The model raises StoreError until `serve_table` gives it a table, and `save_pretrained` until it
-    is told that the table is to be left out (see `serve_table`). Raises ConfigError for a class
-    that is no transformers model, a model without a table, and a checkpoint that lacks any other
-    weight (transformers itself would make one up).
+    Args:
+        model_class: a class of Qwen4-Exp models, such as Qwen4ExpForCausalLM.
+        path: as for `from_pretrained`.
+        options: as for `from_pretrained`.
+
+    Returns:
+        The model. It raises StoreError until `serve_table` gives it a table. Its `save_pretrained`
+        raises StoreError unless `without_table=True` says that the table is left out.
+
+    Raises:
+        ConfigError: the class is no transformers model, the model has no table, or the checkpoint
+            lacks another weight (transformers itself would make one up).
     """
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ConfigError(
@@ -127,25 +130,22 @@ def load_without_table(
         )
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(
-            self, config, *args, **kwargs
-        )  # on the meta device, as from_pretrained asks
+        # On the meta device, as from_pretrained asks.
+        model_class.__init__(self, config, *args, **kwargs)
         for ple in _ple_layers(self).values():
             ple.ple_embedding.ngram_embedding = NoTable()
-        self._keys_to_ignore_on_load_unexpected = {
-            *(self._keys_to_ignore_on_load_unexpected or ()),
-            _KEYS,
-        }
+        ignored = self._keys_to_ignore_on_load_unexpected or ()
+        self._keys_to_ignore_on_load_unexpected = {*ignored, _KEYS}
 
     # Of the same name and module: transformers looks conversions and recorded outputs up by them.
     names = {"__init__": init, "__module__": model_class.__module__}
-    without_table: type = type(model_class.__name__, (model_class,), names)
-    model, told = without_table.from_pretrained(path, output_loading_info=True, **options)
-    missing = sorted(key for key in told["missing_keys"] if not key.endswith(_COMPUTED))
-    if missing or told["mismatched_keys"]:
+    without_table: Any = type(model_class.__name__, (model_class,), names)
+    model, loading = without_table.from_pretrained(path, output_loading_info=True, **options)
+    missing = sorted(key for key in loading["missing_keys"] if not key.endswith(_COMPUTED))
+    if missing or loading["mismatched_keys"]:
         raise ConfigError(
             f"{path}: expected all weights but the table's, missing {missing}, "
-            f"of another shape {sorted(told['mismatched_keys'])}"
+            f"of another shape {sorted(loading['mismatched_keys'])}"
         )
     model.__class__ = model_class
     _guard_saving(model)
@@ -157,19 +157,26 @@ def serve_table(
     store: str | os.PathLike[str] | Table | RowStore | Mapping[int, RowStore],
     row_format: RowFormat | None = None,
 ) -> None:
-    """Read the rows of a Qwen4-Exp model's n-gram table from a store, from now on.
+    """Reads the rows of a Qwen4-Exp model's n-gram table from a store, from now on.
 
-    model: as from `load_without_table`, or with its table in memory or on the meta device. store:
-    the URL of a table ("file:DIR", "checkpoint:DIR"), its folder as a Path, an open Table, a
-    RowStore (for one layer), or {layer, from 0: RowStore}. row_format: needed where the store does
-    not know it (a RamStore). `model.save_pretrained` raises StoreError while a table is served,
-    since the checkpoint would lack it and transformers would load random rows in its stead;
-    `save_pretrained(path, without_table=True)` writes such a checkpoint, for `load_without_table`.
-    Raises ConfigError for a model without a table or with one served already, and a store that
-    cannot be meant; DigestMismatch naming what differs where hash, rows or row width are not the
-    model's. The model is then as it was.
+    `model.save_pretrained` raises StoreError while a table is served: the checkpoint would lack the
+    table, and transformers would load random rows instead. With `without_table=True` it writes such
+    a checkpoint, for `load_without_table`.
+
+    Args:
+        model: as from `load_without_table`, or with its table in memory or on the meta device.
+        store: the URL of a table ("file:DIR", "checkpoint:DIR"), its folder as a Path, an open
+            Table, a RowStore (for one layer), or {layer, from 0: RowStore}.
+        row_format: needed if the store does not know it (a RamStore).
+
+    Raises:
+        ConfigError: the model has no table, or one is served already; the store is invalid. The
+            model is then as it was.
+        DigestMismatch: hash, rows or row width are not the model's; it names what differs. The
+            model is then as it was.
     """
-    layers, memory = _ple_layers(model), _checked(model)
+    layers = _ple_layers(model)
+    memory = _checked(model)
     if any(isinstance(ple.ple_embedding.ngram_embedding, ServedRows) for ple in layers.values()):
         raise ConfigError("a table is served already: restore_table(model) first")
     stores = _open(model.config, memory, store, row_format)
@@ -182,10 +189,9 @@ def serve_table(
 
 
 def restore_table(model: PreTrainedModel) -> None:
-    """Take the store away: the model has what it had before `serve_table`. Closes the stores that
-    `serve_table` opened.
+    """Takes the store away: the model has what it had before `serve_table`.
 
-    Raises ConfigError where no table is served.
+    Closes the stores that `serve_table` opened. Raises ConfigError if no table is served.
     """
     modules = [ple.ple_embedding for ple in _ple_layers(model).values()]
     served = [module for module in modules if isinstance(module.ngram_embedding, ServedRows)]
@@ -202,27 +208,28 @@ def restore_table(model: PreTrainedModel) -> None:
 def write_table(
     model: PreTrainedModel, path: str | os.PathLike[str], row_format: RowFormat | None = None
 ) -> str:
-    """Write the n-gram table of a Qwen4-Exp model in memory to a new sealed table on disk. Returns
-    its table_id.
+    """Writes the n-gram table of a Qwen4-Exp model in memory to a new sealed table on disk.
 
-    row_format: by default the weights' own (f32, f16, bf16), which keeps every bit. A checkpoint on
-    disk is converted without loading it: `engraphy table convert`. Raises ConfigError where the
-    weights are not in memory (served, on the meta device) or of another dtype, DigestMismatch where
-    they do not fit the config, TableError where `path` is taken.
+    A checkpoint on disk is converted without loading it: `engraphy table convert`.
+
+    Args:
+        model: a model with its table in memory.
+        path: a new folder.
+        row_format: None = the weights' own (f32, f16, bf16), which keeps every bit.
+
+    Returns:
+        The table_id.
+
+    Raises:
+        ConfigError: the weights are not in memory (served, on the meta device), or of another
+            dtype.
+        DigestMismatch: the weights do not fit the config.
+        TableError: `path` is taken.
     """
-    memory, weights = _checked(model), {}
+    memory = _checked(model)
+    weights = {}
     for layer, ple in _ple_layers(model).items():
-        found = ple.ple_embedding.ngram_embedding
-        if (
-            not isinstance(found, nn.Embedding)
-            or found.weight.is_meta
-            or found.weight.dtype not in _KINDS
-        ):
-            raise ConfigError(
-                f"layer {layer}: expected a table of {', '.join(_KINDS.values())} in memory, found "
-                f"{type(found).__name__} of {found.weight.dtype} on {found.weight.device}"
-            )
-        weights[layer] = found.weight.detach()
+        weights[layer] = _weight_in_memory(layer, ple.ple_embedding.ngram_embedding)
     if row_format is None:
         dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
         row_format = RowFormat(_KINDS[dtype], memory.dim)
@@ -237,57 +244,72 @@ def write_table(
         table.close()
 
 
-def _ple_layers(model: nn.Module) -> dict[int, Any]:
-    """Layer, from 0 -> its PLE module. Raises ConfigError for a model that has none."""
-    found = {
-        ple.layer_idx: ple
-        for ple in model.modules()
-        if type(ple).__name__ == "Qwen4ExpTextPLELayer"
-    }
-    if not found:
+def _weight_in_memory(layer: int, embedding: Any) -> Tensor:
+    weight = embedding.weight
+    in_memory = isinstance(embedding, nn.Embedding) and not weight.is_meta
+    if not in_memory or weight.dtype not in _KINDS:
         raise ConfigError(
-            f"expected a Qwen4-Exp model with ple_layer_ids, found {type(model).__name__} without any"
+            f"layer {layer}: expected a table of {', '.join(_KINDS.values())} in memory, "
+            f"found {type(embedding).__name__} of {weight.dtype} on {weight.device}"
         )
-    return found  # pyright: ignore[reportReturnType]
+    return weight.detach()
+
+
+def _ple_layers(model: nn.Module) -> dict[int, Any]:
+    """Layer, from 0 -> its PLE module. Raises ConfigError if the model has none."""
+    modules: list[Any] = list(model.modules())
+    layers = {}
+    for module in modules:
+        if type(module).__name__ == "Qwen4ExpTextPLELayer":
+            layers[module.layer_idx] = module
+    if not layers:
+        raise ConfigError(
+            f"expected a Qwen4-Exp model with ple_layer_ids, "
+            f"found {type(model).__name__} without any"
+        )
+    return layers
 
 
 def _checked(model: PreTrainedModel) -> EngramConfig:
-    """The memory of the model's config, which the model's own hash and table have been found to be."""
+    """The memory of the model's config. Raises DigestMismatch if the model's hash is another."""
     memory = check_config(model.config)
     for layer, ple in _ple_layers(model).items():
-        module, spec = ple.ple_embedding, memory.hash
-        if module.eos_token_id != spec.filler_id:  # its hash keeps the id that it was made with
+        _check_hash(layer, ple.ple_embedding, memory.hash)
+        embedding = ple.ple_embedding.ngram_embedding
+        expected = [memory.hash.row_count(layer), memory.dim]
+        found = list(embedding.weight.shape)
+        if isinstance(embedding, nn.Embedding) and found != expected:
             raise DigestMismatch(
-                f"layer {layer}, eos_token_id: the config gives {spec.filler_id}, the model hashes "
-                f"with {module.eos_token_id}; end texts with another id by generation_config, or "
-                "load the model with that config"
-            )
-        numbers = {
-            "layer_multipliers": spec.multipliers(layer),
-            "ngram_heads_vocab_sizes": spec.primes(layer),
-            "ngram_heads_offsets": spec.offsets(layer),
-        }
-        for name, expected in numbers.items():
-            buffer = getattr(module, name)
-            if buffer.is_meta:
-                raise ConfigError(
-                    f"layer {layer}, {name}: expected a loaded model, found it on the meta device"
-                )
-            if buffer.tolist() != list(expected):
-                raise DigestMismatch(
-                    f"layer {layer}, {name}: the config gives {list(expected)}, the model has "
-                    f"{buffer.tolist()}"
-                )
-        expected, found = (
-            [spec.row_count(layer), memory.dim],
-            list(module.ngram_embedding.weight.shape),
-        )
-        if isinstance(module.ngram_embedding, nn.Embedding) and found != expected:
-            raise DigestMismatch(
-                f"layer {layer}, ngram_embedding: the config gives [rows, d] = {expected}, the model "
-                f"has {found}"
+                f"layer {layer}, ngram_embedding: the config gives [rows, d] = {expected}, "
+                f"the model has {found}"
             )
     return memory
+
+
+def _check_hash(layer: int, module: Any, spec: HashSpec) -> None:
+    """Raises DigestMismatch unless the model hashes this layer as the config says."""
+    if module.eos_token_id != spec.filler_id:  # the model keeps the id that it was made with
+        raise DigestMismatch(
+            f"layer {layer}, eos_token_id: the config gives {spec.filler_id}, the model hashes "
+            f"with {module.eos_token_id}; end texts with another id by generation_config, or "
+            "load the model with that config"
+        )
+    numbers = {
+        "layer_multipliers": spec.multipliers(layer),
+        "ngram_heads_vocab_sizes": spec.primes(layer),
+        "ngram_heads_offsets": spec.offsets(layer),
+    }
+    for name, expected in numbers.items():
+        buffer = getattr(module, name)
+        if buffer.is_meta:
+            raise ConfigError(
+                f"layer {layer}, {name}: expected a loaded model, found it on the meta device"
+            )
+        if buffer.tolist() != list(expected):
+            raise DigestMismatch(
+                f"layer {layer}, {name}: the config gives {list(expected)}, the model has "
+                f"{buffer.tolist()}"
+            )
 
 
 def _open(
@@ -334,9 +356,8 @@ def _check_rows(config: Any, memory: EngramConfig, stores: StoreGroup) -> None:
 
 
 def _guard_saving(model: PreTrainedModel) -> None:
-    model.save_pretrained = types.MethodType(
-        _save_pretrained, model
-    )  # a bound method: copies of a model rebind it
+    # A bound method, since copies of a model rebind it.
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
 
 
 def _save_pretrained(
@@ -346,12 +367,15 @@ def _save_pretrained(
     without_table: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`save_pretrained` of a model whose table is elsewhere. Raises StoreError unless
-    `without_table` says that it is meant: transformers would load such a checkpoint with random
-    rows, `load_without_table` loads it as it is."""
+    """`save_pretrained` of a model whose table is elsewhere.
+
+    Raises StoreError unless `without_table` says that this is intended: transformers would load
+    such a checkpoint with random rows, `load_without_table` loads it as it is.
+    """
     if not without_table:
         raise StoreError(
-            f"{os.fspath(save_directory)}: expected a model with its n-gram table, found the table in a "
-            "store; save_pretrained(path, without_table=True) leaves it out, for load_without_table"
+            f"{os.fspath(save_directory)}: expected a model with its n-gram table, found the table "
+            "in a store; save_pretrained(path, without_table=True) leaves it out, for "
+            "load_without_table"
         )
     type(self).save_pretrained(self, save_directory, *args, **kwargs)

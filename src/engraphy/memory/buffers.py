@@ -1,4 +1,4 @@
-"""Memory for rows that becomes tensors, used again when the last tensor over it is gone."""
+"""Memory for rows that becomes tensors, and is used again when the last tensor over it is gone."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ _LEAST = 1024  # values
 
 
 class BufferPool:
-    """Keeps up to `limit` bytes that nothing refers to. pinned: page-locked, for copies to a GPU.
+    """Keeps up to `limit` bytes that nothing refers to.
 
-    Not safe for several threads at once: its owner holds a lock. What comes back may come at any
-    time.
+    Not safe for several threads at once: its owner holds a lock. Buffers may come back at any time.
+
+    Args:
+        limit: bytes.
+        pinned: page-locked memory, for copies to a GPU.
     """
 
     def __init__(self, limit: int, pinned: bool = False) -> None:
-        self._limit, self._pinned = limit, pinned
-        self._free: dict[int, list[np.ndarray]] = {}
+        self._limit = limit
+        self._pinned = pinned
+        self._free: dict[int, list[np.ndarray]] = {}  # by size, in values
         self._free_bytes = 0
         self._returned: deque[np.ndarray] = deque()
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """float32 of this shape, filled with anything.
+        """float32 of this shape, with any content.
 
-        The life of this very array is watched, not that of views of it: a tensor made from it
+        The pool watches the life of this very array, not that of its views. A tensor made from it
         (`torch.from_numpy`) keeps it, and whatever is made from the tensor keeps the tensor's
         memory.
         """
@@ -38,28 +42,27 @@ class BufferPool:
             self._free_bytes += memory.nbytes
         values = math.prod(shape)
         size = 1 << (max(values, _LEAST) - 1).bit_length()
-        same = self._free.get(size)
-        memory = self._out_of(same) if same else self._new(size)
+        same_size = self._free.get(size)
+        memory = self._pop(same_size) if same_size else self._new(size)
         while self._free_bytes > self._limit:
-            self._out_of(next(each for each in self._free.values() if each))
+            self._pop(next(stack for stack in self._free.values() if stack))
         rows = memory[:values].reshape(shape)
         weakref.finalize(rows, _give_back, weakref.ref(self), memory).atexit = False
         return rows
 
-    def _out_of(self, stack: list[np.ndarray]) -> np.ndarray:
+    def _pop(self, stack: list[np.ndarray]) -> np.ndarray:
         memory = stack.pop()
         self._free_bytes -= memory.nbytes
         return memory
 
     def _new(self, size: int) -> np.ndarray:
-        return (
-            torch.empty(size, pin_memory=True).numpy()
-            if self._pinned
-            else np.empty(size, np.float32)
-        )
+        if self._pinned:
+            return torch.empty(size, pin_memory=True).numpy()
+        return np.empty(size, np.float32)
 
 
 def _give_back(pool: weakref.ref[BufferPool], memory: np.ndarray) -> None:
     """Takes no lock: the garbage collector may call it in a thread that holds the pool's."""
-    if (alive := pool()) is not None:
+    alive = pool()
+    if alive is not None:
         alive._returned.append(memory)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MANY_PENDING = 1024  # hand-overs, after which somebody should have drained them
+_MANY_PENDING = 1024  # gradients that wait; an optimiser should have drained them by then
 _FEW_WAITING = 16_384  # rows that may wait as they came, in a large table
 
 
@@ -34,49 +34,57 @@ class SummedGrad(NamedTuple):
 
 
 def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
-    """Sort row gradients by id and sum duplicates, per layer. The order of the sum is that of the
-    batch: repeatable."""
+    """Sums row gradients by layer and row.
+
+    Gradients of a row are summed in the order in which they came, so the result is repeatable.
+    """
     by_layer: dict[int, list[RowGrad]] = {}
     for entry in row_grads:
         by_layer.setdefault(entry.layer, []).append(entry)
-    summed = {}
-    for layer, entries in by_layer.items():
-        ids_N = np.concatenate([entry.ids for entry in entries])
-        grad_Nd = np.concatenate([entry.grad for entry in entries])
-        order = np.argsort(ids_N, kind="stable")
-        ids_N = ids_N[order]
-        firsts = (
-            np.flatnonzero(np.concatenate([[True], ids_N[1:] != ids_N[:-1]]))
-            if len(ids_N)
-            else order
-        )
-        grad_Ud = grad_Nd
-        if len(ids_N):
-            with np.errstate(invalid="ignore"):  # inf - inf: whoever steps says which row it is
-                grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0)
-        summed[layer] = SummedGrad(ids_N[firsts], grad_Ud)
-    return summed
+    return {layer: _sum_by_row(entries) for layer, entries in by_layer.items()}
+
+
+def _sum_by_row(entries: list[RowGrad]) -> SummedGrad:
+    ids_N = np.concatenate([entry.ids for entry in entries])
+    grad_Nd = np.concatenate([entry.grad for entry in entries])
+    if not len(ids_N):
+        return SummedGrad(ids_N, grad_Nd)
+    order = np.argsort(ids_N, kind="stable")
+    ids_N = ids_N[order]
+    is_first = np.concatenate([[True], ids_N[1:] != ids_N[:-1]])
+    firsts = np.flatnonzero(is_first)
+    with np.errstate(invalid="ignore"):  # inf - inf: the optimiser says which row it is
+        grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0)
+    return SummedGrad(ids_N[firsts], grad_Ud)
 
 
 class Waiting:
-    """Looks after row gradients that wait to be drained: sums them, and warns if nobody drains.
+    """Looks after row gradients that wait to be drained: sums them, and warns if nothing drains.
 
-    Those of a layer are summed by row once more rows wait than twice what the last sum has left,
-    and than the table has (or 16,384). The order of the sum stays, but numpy adds long runs in
-    parts: the result equals one sum at the end up to rounding.
+    Those of a layer are summed by row once more rows wait than twice the rows of the last sum, and
+    more than the table has (or 16,384). The order of the sum stays, but numpy adds long runs in
+    parts. So the result equals one sum at the end up to rounding.
     """
 
     def __init__(self) -> None:
         self._forget()
 
     def _forget(self) -> None:
-        self._count, self._told = 0, False
+        self._count = 0
+        self._warned = False
         self._rows: dict[int, int] = {}  # layer -> rows that wait
         self._summed: dict[int, int] = {}  # layer -> rows that the last sum has left
-        self._weights: dict[int, Tensor] = {}  # layer -> some, as of the first hand-over
+        self._weights: dict[int, Tensor] = {}  # layer -> some of them, at the first gradient
 
     def join(self, pending: list[RowGrad], entry: RowGrad, weight: Tensor, table_rows: int) -> None:
-        """Append `entry`. weight: of its layer; table_rows: how many rows the layer has."""
+        """Appends `entry` to `pending`.
+
+        Args:
+            pending: the gradients that wait.
+            entry: the next one.
+            weight: a weight of its layer, which a dense optimiser moves.
+            table_rows: how many rows the layer has.
+        """
         if not pending:
             self._forget()
         layer = entry.layer
@@ -84,17 +92,17 @@ class Waiting:
         pending.append(entry)
         self._count += 1
         self._rows[layer] = self._rows.get(layer, 0) + len(entry.ids)
-        most = max(2 * self._summed.get(layer, 0), min(table_rows, _FEW_WAITING))
-        if self._rows[layer] > most and self._rows[layer] > len(entry.ids):
+        limit = max(2 * self._summed.get(layer, 0), min(table_rows, _FEW_WAITING))
+        if self._rows[layer] > limit and self._rows[layer] > len(entry.ids):
             self._rows[layer] = self._summed[layer] = _sum_waiting(pending, layer)
 
     def _warn_if_undrained(self, layer: int, weight: Tensor) -> None:
-        """Did the layer's weights move since the first of the gradients that wait has come?"""
+        """Warns if the weights of the layer moved since the first gradient that waits came."""
         # By value: fused optimisers write past a tensor's version.
         now = weight.detach().reshape(-1)[:4].nan_to_num().cpu()
         moved = not torch.equal(self._weights.setdefault(layer, now), now)
-        if not self._told and (moved or self._count == _MANY_PENDING):
-            self._told = True
+        if not self._warned and (moved or self._count == _MANY_PENDING):
+            self._warned = True
             warnings.warn(
                 f"{self._count} row gradients wait in row_grads; where nothing drains them no row "
                 "learns: train with OptimizerPair or hf.trainer_kwargs, or set "
@@ -104,7 +112,7 @@ class Waiting:
 
 
 def _sum_waiting(pending: list[RowGrad], layer: int) -> int:
-    """Put one sum in place of the layer's first entry and none of the others; returns its rows."""
+    """Puts one sum in the place of the layer's entries. Returns its rows."""
     ids_U, grad_Ud = coalesce(entry for entry in pending if entry.layer == layer)[layer]
     first = next(index for index, entry in enumerate(pending) if entry.layer == layer)
     others = [entry for entry in pending[first:] if entry.layer != layer]

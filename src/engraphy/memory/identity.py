@@ -1,9 +1,9 @@
-"""Which rows the weights of a state dict belong to, in what torch's own ways of saving carry.
+"""Which rows the weights of a state dict belong to, in a form that torch's own saving carries.
 
-The rows are in no state dict. One that is loaded beside other rows is an error: EngramMemory has an
-extra state ("_extra_state") of the address digest, the row format, and the names of each layer's
-rows (store/names.py). It is JSON in a uint8 tensor whose size the config fixes, since safetensors
-and distributed checkpoints take tensors alone.
+Rows are in no state dict, and loading a state dict beside other rows is an error. So EngramMemory
+has an extra state ("_extra_state"): the address digest, the row format, and the names of each
+layer's rows (store/names.py). It is JSON in a uint8 tensor whose size the config fixes, since
+safetensors and distributed checkpoints take tensors alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def row_names(memory: EngramMemory) -> dict[str, list[str]]:
 
 
 def add_row_names(memory: EngramMemory, names: Mapping[str, Iterable[str]]) -> None:
-    """The rows are those that have these names, too."""
+    """The rows have these names, too. Layers are strings, as in JSON."""
     by_layer = {layer: names.get(str(layer), ()) for layer in memory.layers}
     memory.stores.adopt_names(by_layer)
 
@@ -74,27 +74,25 @@ def check_extra_state(memory: EngramMemory, state: Any) -> None:
     Rows that have one name in common have all their names in common.
     """
     body = _read(state)
-    for what, mine in (
-        ("address_digest", memory.address_digest),
-        ("row_format", _row_format(memory)),
-    ):
-        if body[what] != mine:
+    expected = {"address_digest": memory.address_digest, "row_format": _row_format(memory)}
+    for name, value in expected.items():
+        if body[name] != value:
             raise DigestMismatch(
-                f"state dict of a memory: expected {what} {mine}, found {body[what]}; {_HOW}"
+                f"state dict of a memory: expected {name} {value}, found {body[name]}; {_HOW}"
             )
-    mine = row_names(memory)
-    for layer, names in mine.items():
-        given = body["rows"].get(layer, [])
-        if not set(names) & set(given):
+    for layer, names in row_names(memory).items():
+        saved_names = body["rows"].get(layer, [])
+        if not set(names) & set(saved_names):
             raise DigestMismatch(
-                f"state dict of a memory, layer {layer}: its weights belong to the rows {given}, "
+                f"state dict of a memory, layer {layer}: its weights belong to the rows "
+                f"{saved_names}, "
                 f"the memory has the rows {names} now; {_HOW}"
             )
     add_row_names(memory, body["rows"])
 
 
 def warn_if_unnamed(state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Of a state dict with weights of a memory that does not say which rows they belong to."""
+    """Warns of a state dict whose weights of a memory do not say which rows they belong to."""
     weights = any(name.startswith(f"{prefix}blocks.") for name in state_dict)
     if weights and f"{prefix}_extra_state" not in state_dict:
         warnings.warn(
@@ -119,8 +117,12 @@ def _read(state: Any) -> dict[str, Any]:
         body = json.loads(bytes_.numpy().tobytes())
         if body["format"] != _FORMAT:
             raise ValueError(f"format {body['format']!r}")
-        rows = {layer: [str(name) for name in names] for layer, names in body["rows"].items()}
-        return {name: body[name] for name in ("address_digest", "row_format")} | {"rows": rows}
+        rows = {layer: list(map(str, names)) for layer, names in body["rows"].items()}
+        return {
+            "address_digest": body["address_digest"],
+            "row_format": body["row_format"],
+            "rows": rows,
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DigestMismatch(
             f"state dict of a memory: expected _extra_state as EngramMemory.state_dict gives it, "

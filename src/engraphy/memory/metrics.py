@@ -1,5 +1,4 @@
-"""What stores and the prefetcher have counted, for people (a table) and for Prometheus (its text
-format)."""
+"""What stores and the prefetcher have counted: a table for people, and Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -14,9 +13,8 @@ from .prefetch import PrefetchStats
 
 __all__ = ["describe", "prometheus", "table"]
 
-_LIMITS = [
-    2.0**power * 1e-9 for power in range(10, 35, 2)
-]  # 1 us to 17 s: limits of Latency's own buckets
+# Seconds, 1 us to 17 s: limits that Latency's own buckets have, too.
+_LIMITS = [2.0**power * 1e-9 for power in range(10, 35, 2)]
 _STORE_COUNTERS = {
     "gathers": "Calls that read rows.",
     "rows": "Rows read.",
@@ -36,84 +34,99 @@ _PREFETCH_GAUGES = {
     "waiting": "Tickets that are not read yet.",
     "bytes_in_flight": "Bytes of rows not read yet.",
 }
+_MEBIBYTE = 2**20
+_Labels = Mapping[str, str]
 
 
 def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> Table:
-    """The counters of {layer: store}, a wrapper's followed by those of the store behind it."""
-    found = Table("layer", "store", caption=None if prefetch is None else _in_words(prefetch))
+    """The counters as a table of rich; a wrapper's are followed by those of the store behind it.
+
+    Args:
+        stores: layer -> store, as `memory.stores`.
+        prefetch: as `memory.prefetcher.stats`; shown below the table.
+    """
+    caption = None if prefetch is None else _in_words(prefetch)
+    shown = Table("layer", "store", caption=caption)
     for name in ("calls", "now", "rows", "MiB", "hit rate", "read/used", "p50", "p99"):
-        found.add_column(name, justify="right")
+        shown.add_column(name, justify="right")
     for layer, store in stores.items():
-        for name, stats in _chain(store):
-            found.add_row(
-                str(layer),
-                name,
-                f"{stats.gathers:,}",
-                str(stats.under_way),
-                f"{stats.rows:,}",
-                f"{stats.bytes / 2**20:,.1f}",
-                "" if stats.hit_rate is None else f"{stats.hit_rate:.1%}",
-                "" if stats.amplification is None else f"{stats.amplification:.1f}",
-                *(_duration(stats.latency.quantile(q)) for q in (0.5, 0.99)),
-            )
-    return found
+        for kind, stats in _chain(store):
+            shown.add_row(str(layer), kind, *_cells(stats))
+    return shown
+
+
+def _cells(stats: StoreStats) -> list[str]:
+    return [
+        f"{stats.gathers:,}",
+        str(stats.under_way),
+        f"{stats.rows:,}",
+        f"{stats.bytes / _MEBIBYTE:,.1f}",
+        "" if stats.hit_rate is None else f"{stats.hit_rate:.1%}",
+        "" if stats.amplification is None else f"{stats.amplification:.1f}",
+        _duration(stats.latency.quantile(0.5)),
+        _duration(stats.latency.quantile(0.99)),
+    ]
 
 
 def prometheus(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> str:
-    """The same in Prometheus' text format 0.0.4, ended by a line feed: names begin with engraphy_."""
-    chains = [
-        ({"layer": str(layer), "store": name}, stats)
-        for layer, store in stores.items()
-        for name, stats in _chain(store)
-    ]
-    lines = _metric(
-        "engraphy_store_info",
-        "gauge",
-        "What is served; always 1.",
-        [(_identity(layer, store), 1) for layer, store in stores.items()],
-    )
-    for name, text in _STORE_COUNTERS.items():
-        values = [
-            (labels, getattr(stats, name))
-            for labels, stats in chains
-            if getattr(stats, name) is not None
-        ]
-        lines += _metric(f"engraphy_store_{name}_total", "counter", text, values) if values else []
-    lines += _metric(
-        "engraphy_store_under_way",
-        "gauge",
-        "Calls that have not returned.",
-        [(labels, stats.under_way) for labels, stats in chains],
-    )
-    lines += _histogram(
-        "engraphy_store_gather_seconds",
-        "How long calls took.",
-        [(labels, stats.latency) for labels, stats in chains],
-    )
+    """The counters in Prometheus' text format 0.0.4, ended by a line feed.
+
+    Args:
+        stores: layer -> store, as `memory.stores`.
+        prefetch: as `memory.prefetcher.stats`.
+
+    Returns:
+        Metrics whose names begin with engraphy_, with the layer and the kind of the store as
+        labels.
+    """
+    lines = _store_metrics(stores)
     if prefetch is not None:
-        for name, text in _PREFETCH_COUNTERS.items():
-            lines += _metric(
-                f"engraphy_prefetch_{name}_total", "counter", text, [({}, getattr(prefetch, name))]
-            )
-        for name, text in _PREFETCH_GAUGES.items():
-            lines += _metric(
-                f"engraphy_prefetch_{name}", "gauge", text, [({}, getattr(prefetch, name))]
-            )
-        lines += _histogram(
-            "engraphy_prefetch_wait_seconds",
-            "How long the model waited for rows.",
-            [({}, prefetch.waited)],
-        )
+        lines += _prefetch_metrics(prefetch)
     return "\n".join(lines) + "\n"
 
 
+def _store_metrics(stores: Mapping[int, RowStore]) -> list[str]:
+    counted: list[tuple[_Labels, StoreStats]] = []
+    for layer, store in stores.items():
+        for kind, stats in _chain(store):
+            counted.append(({"layer": str(layer), "store": kind}, stats))
+    served = [(_identity(layer, store), 1) for layer, store in stores.items()]
+    lines = _metric("engraphy_store_info", "gauge", "What is served; always 1.", served)
+    for name, text in _STORE_COUNTERS.items():
+        values = [(labels, getattr(stats, name)) for labels, stats in counted]
+        values = [(labels, value) for labels, value in values if value is not None]
+        if values:
+            lines += _metric(f"engraphy_store_{name}_total", "counter", text, values)
+    under_way = [(labels, stats.under_way) for labels, stats in counted]
+    lines += _metric(
+        "engraphy_store_under_way", "gauge", "Calls that have not returned.", under_way
+    )
+    latencies = [(labels, stats.latency) for labels, stats in counted]
+    return lines + _histogram("engraphy_store_gather_seconds", "How long calls took.", latencies)
+
+
+def _prefetch_metrics(prefetch: PrefetchStats) -> list[str]:
+    lines = []
+    for name, text in _PREFETCH_COUNTERS.items():
+        values = [({}, getattr(prefetch, name))]
+        lines += _metric(f"engraphy_prefetch_{name}_total", "counter", text, values)
+    for name, text in _PREFETCH_GAUGES.items():
+        values = [({}, getattr(prefetch, name))]
+        lines += _metric(f"engraphy_prefetch_{name}", "gauge", text, values)
+    return lines + _histogram(
+        "engraphy_prefetch_wait_seconds",
+        "How long the model waited for rows.",
+        [({}, prefetch.waited)],
+    )
+
+
 def _chain(store: RowStore) -> Iterator[tuple[str, StoreStats]]:
-    """What a store and each store behind it is called, and has counted."""
+    """Kind and counters of a store and of each store behind it."""
     for part in wrapped(store):
         yield kind_of(part), part.stats
 
 
-def _identity(layer: int, store: RowStore) -> dict[str, str]:
+def _identity(layer: int, store: RowStore) -> _Labels:
     info = store.info
     return {
         "layer": str(layer),
@@ -125,9 +138,7 @@ def _identity(layer: int, store: RowStore) -> dict[str, str]:
     }
 
 
-def _metric(
-    name: str, kind: str, text: str, values: list[tuple[dict[str, str], float]]
-) -> list[str]:
+def _metric(name: str, kind: str, text: str, values: list[tuple[_Labels, float]]) -> list[str]:
     return [
         f"# HELP {name} {text}",
         f"# TYPE {name} {kind}",
@@ -135,43 +146,41 @@ def _metric(
     ]
 
 
-def _histogram(name: str, text: str, values: list[tuple[dict[str, str], Latency]]) -> list[str]:
+def _histogram(name: str, text: str, values: list[tuple[_Labels, Latency]]) -> list[str]:
     lines = [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
     for labels, latency in values:
-        buckets = [(f"{limit:.9g}", latency.within(limit)) for limit in _LIMITS] + [
-            ("+Inf", latency.calls)
-        ]
-        lines += [
-            f"{name}_bucket{_labels(labels | {'le': limit})} {calls}" for limit, calls in buckets
-        ]
+        buckets = [(f"{limit:.9g}", latency.within(limit)) for limit in _LIMITS]
+        buckets.append(("+Inf", latency.calls))
+        for limit, calls in buckets:
+            lines.append(f"{name}_bucket{_labels({**labels, 'le': limit})} {calls}")
         lines.append(f"{name}_sum{_labels(labels)} {latency.seconds:.9g}")
         lines.append(f"{name}_count{_labels(labels)} {latency.calls}")
     return lines
 
 
 def _labels(labels: Mapping[str, str]) -> str:
+    if not labels:
+        return ""
     escape = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    return (
-        "{"
-        + ",".join(f'{name}="{value.translate(escape)}"' for name, value in labels.items())
-        + "}"
-        if labels
-        else ""
-    )
+    pairs = [f'{name}="{value.translate(escape)}"' for name, value in labels.items()]
+    return "{" + ",".join(pairs) + "}"
 
 
 def _in_words(prefetch: PrefetchStats) -> str:
-    p50, p99 = (_duration(prefetch.waited.quantile(q)) or "-" for q in (0.5, 0.99))
+    p50 = _duration(prefetch.waited.quantile(0.5)) or "-"
+    p99 = _duration(prefetch.waited.quantile(0.99)) or "-"
     return (
-        f"prefetch: {prefetch.tickets:,} tickets, {prefetch.inline:,} read at once, {prefetch.cancelled:,} given "
-        f"up; waiting {prefetch.waiting}, {prefetch.bytes_in_flight / 2**20:,.1f} MiB; waits p50 {p50}, p99 {p99}"
+        f"prefetch: {prefetch.tickets:,} tickets, {prefetch.inline:,} read at once, "
+        f"{prefetch.cancelled:,} given up; waiting {prefetch.waiting}, "
+        f"{prefetch.bytes_in_flight / _MEBIBYTE:,.1f} MiB; waits p50 {p50}, p99 {p99}"
     )
 
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
-    unit, size = next(
-        ((unit, size) for unit, size in (("s", 1.0), ("ms", 1e-3)) if seconds >= size), ("us", 1e-6)
-    )
-    return f"{seconds / size:.3g} {unit}"
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    if seconds >= 1e-3:
+        return f"{seconds / 1e-3:.3g} ms"
+    return f"{seconds / 1e-6:.3g} us"

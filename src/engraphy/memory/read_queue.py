@@ -1,4 +1,4 @@
-"""The queue of a prefetcher: tickets that wait, the thread that reads them, buffers and counters."""
+"""The queue of a prefetcher: tickets that wait, the thread that reads them, and counters."""
 
 from __future__ import annotations
 

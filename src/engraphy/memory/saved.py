@@ -1,7 +1,7 @@
-"""A memory as a directory: memory.json, vocab.json, memory.safetensors (dense weights) and, where
+"""A memory as a folder: memory.json, vocab.json, memory.safetensors (dense weights) and, if it was
 copied, the table.
 
-Dense weights and table belong together by table_id, both and the config by the address digest.
+The table_id ties dense weights and table together; the address digest ties both to the config.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def save(memory: EngramMemory, path: str | os.PathLike[str], table: str) -> None
 
 
 def check_choice(memory: EngramMemory, table: str) -> None:
-    """Raises ConfigError if the memory cannot be saved with its table so."""
+    """Raises ConfigError unless the memory can be saved with this choice of its table."""
     if table not in ("copy", "link", "skip"):
         raise ConfigError(f'table: expected "copy", "link" or "skip", found {table!r}')
     info = memory.stores.info
@@ -47,27 +47,33 @@ def check_choice(memory: EngramMemory, table: str) -> None:
         )
     if table == "link" and info.kind != "file":
         raise ConfigError(
-            f'table="link": expected file: stores, found a {info.kind} store; table="skip" leaves the '
-            "table out, and load takes its URL"
+            f'table="link": expected file: stores, found a {info.kind} store; '
+            'table="skip" leaves the table out, and load takes its URL'
         )
 
 
 def bytes_of(memory: EngramMemory, table: str) -> int:
     """Bytes that `write` takes, without headers and descriptions."""
     dense = sum(tensor.nbytes for tensor in memory.blocks.state_dict().values())
-    return dense + (memory.config.table_bytes(memory.format.row_bytes) if table == "copy" else 0)
+    return dense + memory.stores.bytes if table == "copy" else dense
 
 
 def write(memory: EngramMemory, path: Path, table: str) -> str:
-    """Write the parts into a folder of the caller's, who makes it appear whole. Returns the
-    table_id of the rows."""
+    """Writes the parts into a folder, which the caller makes appear whole.
+
+    Args:
+        memory: the memory.
+        path: an existing folder.
+        table: as in `EngramMemory.save`; `check_choice` has accepted it.
+
+    Returns:
+        The table_id of the rows.
+    """
     info = memory.stores.info
     where = {"copy": "table", "link": str(info.path), "skip": None}[table]
-    table_id = (
-        memory.write_table(path / "table", parent=info.table_id)
-        if table == "copy"
-        else info.table_id
-    )
+    table_id = info.table_id
+    if table == "copy":
+        table_id = memory.write_table(path / "table", parent=table_id)
     memory.vocab.save(path / "vocab.json")
     tensors = {name: value.contiguous() for name, value in memory.blocks.state_dict().items()}
     identity = {"table_id": str(table_id), "address_digest": memory.address_digest}
@@ -91,19 +97,15 @@ def load(
     path = Path(path)
     body, config = _read_json(path)
     vocab = _read_vocab(path)
-    if body["table"] is None and (store is None or store == "ram:"):
+    own_table = store is None or store == "ram:"
+    if own_table and body["table"] is None:
         raise ConfigError(f"{path}: saved without its table; give store=")
     identity = {"table_id": body["table_id"], "address_digest": body["address_digest"]}
     tensors = _read_dense(path / "memory.safetensors", identity)
-    source = path / str(body["table"]) if store is None or store == "ram:" else store
+    source = path / str(body["table"]) if own_table or store is None else store
     memory = kind(config, vocab, source)
     try:
-        found = memory.stores.table_id
-        if found != body["table_id"]:
-            raise DigestMismatch(
-                f"{path}: the dense weights belong to table {body['table_id']}, "
-                f"the store serves {found}"
-            )
+        _check_table(memory, path, body["table_id"])
         if store == "ram:":
             with memory as served:
                 memory = kind(config, vocab, "ram:", served.format)
@@ -120,12 +122,12 @@ def load(
 
 
 def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
-    """Read what `save` wrote into a memory that exists: dense weights, and the rows where they were
+    """Reads what `save` wrote into a memory that exists: dense weights, and rows if they were
     copied.
 
-    Returns the table_id of the saved rows. Raises ConfigError for what is no memory or has other
-    sizes, DigestMismatch for other addresses, and where neither `path` nor the memory's stores have
-    the rows of the dense weights.
+    Returns the table_id of the saved rows. Raises ConfigError if there is no saved memory, or one
+    of other sizes; DigestMismatch if it has other addresses, or if neither `path` nor the memory's
+    stores have the rows of the dense weights.
     """
     path = Path(path)
     body, _ = _read_json(path)
@@ -135,12 +137,7 @@ def restore(memory: EngramMemory, path: str | os.PathLike[str]) -> str:
     if body["table"] == "table":
         memory.read_table(path / "table", body["table_id"])
     else:
-        found = memory.stores.table_id
-        if found != body["table_id"]:
-            raise DigestMismatch(
-                f"{path}: the dense weights belong to table {body['table_id']}, "
-                f"the stores serve {found}"
-            )
+        _check_table(memory, path, body["table_id"])
     add_row_names(memory, body["rows"])
     memory.blocks.load_state_dict(tensors)
     return body["table_id"]
@@ -159,11 +156,24 @@ def identity_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
+def _check_table(memory: EngramMemory, path: Path, table_id: str) -> None:
+    served = memory.stores.table_id
+    if served != table_id:
+        raise DigestMismatch(
+            f"{path}: the dense weights belong to table {table_id}, the store serves {served}"
+        )
+
+
 def _check_shapes(memory: EngramMemory, path: Path, tensors: dict[str, Tensor]) -> None:
-    own = {name: list(value.shape) for name, value in memory.blocks.state_dict().items()}
-    given = {name: list(value.shape) for name, value in tensors.items()}
-    if own != given:
-        raise ConfigError(f"{path / 'memory.safetensors'}: expected tensors {own}, found {given}")
+    """Raises ConfigError naming the first tensor that is missing, extra or of another shape."""
+    expected = {name: list(value.shape) for name, value in memory.blocks.state_dict().items()}
+    found = {name: list(value.shape) for name, value in tensors.items()}
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise ConfigError(
+                f"{path / 'memory.safetensors'}: expected tensors of this memory, "
+                f"{name} of shape {expected.get(name)}, found {found.get(name)}"
+            )
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
@@ -172,12 +182,10 @@ def _read_json(path: Path) -> tuple[dict[str, Any], EngramConfig]:
         if body["format"] != _FORMAT:
             raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {body['format']!r}")
         fields = {name: body[name] for name in ("config", "table", "table_id", "address_digest")}
-        fields["rows"] = {
-            str(int(layer)): list(map(str, names)) for layer, names in body.get("rows", {}).items()
-        }
-        fields["made_for"] = body.get(
-            "made_for"
-        )  # memories that were saved before it was kept have none
+        fields["rows"] = {}
+        for layer, names in body.get("rows", {}).items():
+            fields["rows"][str(int(layer))] = [str(name) for name in names]
+        fields["made_for"] = body.get("made_for")  # memories that were saved early have none
         return fields, EngramConfig.from_json(body["config"])
     except EngraphyError:
         raise

@@ -1,8 +1,7 @@
-"""TokenReader: the look-up of one token of each of a few sequences, of all layers, by one native
-call.
+"""TokenReader: one native call looks up one token of each of a few sequences, for all layers.
 
-What a decoded token asks for is a few dozen rows; the steps of a look-up, one by one, take far
-longer than reading them. They are its specification: SequenceState.history, Addresser.all_rows,
+A decoded token needs a few dozen rows. The steps of a look-up, one by one, take far longer than
+reading them. They are the specification of the call: SequenceState.history, Addresser.all_rows,
 SequenceState.extend, rows.read.
 """
 
@@ -24,11 +23,10 @@ from .state import SequenceState
 
 
 class TokenReader:
-    """Rows of all layers for one token of each sequence. stores: of the addresser's layers.
-    prefetcher: counts what is read here as one ticket; each store counts its rows, and the time of
-    the whole call.
+    """Rows of all layers for one token of each sequence.
 
-    Safe for many threads, of which each has states of its own.
+    Safe for many threads, if each has states of its own. The prefetcher counts a call as one
+    ticket; each store counts its rows, and the time of the whole call.
     """
 
     def __init__(
@@ -37,33 +35,32 @@ class TokenReader:
         stores: StoreGroup,
         prefetcher: Prefetcher,
     ) -> None:
-        self._addresser, self._format, self._prefetcher = addresser, stores.format, prefetcher
+        self._addresser = addresser
+        self._format = stores.format
+        self._prefetcher = prefetcher
         self._stores = {layer: stores[layer] for layer in addresser.spec.layer_ids}
-        self._known: _Native | None = (
-            None  # of the shards that the stores had last; keeps none of them alive
-        )
+        # Of the shards that the stores had last; keeps none of them alive.
+        self._known: _Native | None = None
 
     def read(self, ids_B1: Tensor, state: SequenceState) -> dict[int, Tensor] | None:
         """Rows by layer, f32 [B, 1, E]; `state` is extended by the ids.
 
-        None, and nothing is changed, where it takes the steps one by one: rows that are not in
-        memory now, ids without a token or out of range, a document's beginning within the
-        look-back, many sequences, something that is wrong.
+        Returns None, and changes nothing, if it takes the steps one by one: rows are not in memory
+        now, an id has no token or is out of range, a document begins within the look-back, there
+        are many sequences, or something is wrong.
         """
         stores = self._stores
         batch, layers, width = len(ids_B1), len(stores), self._addresser.spec.columns
         count = batch * layers * width
-        if not (
-            0 < count <= FEW_ROWS
-            and ids_B1.dtype is torch.int64
-            and ids_B1.is_cpu
-            and ids_B1.is_contiguous()
-        ):
+        if not 0 < count <= FEW_ROWS:
+            return None
+        if ids_B1.dtype is not torch.int64 or not ids_B1.is_cpu or not ids_B1.is_contiguous():
             return None
         try:
             with ReadingAll(stores.values(), batch * width) as shards:
                 native = self._reader_of(shards)
-                if native is None or (columns := state.next_ids()) is None:
+                columns = None if native is None else state.next_ids()
+                if native is None or columns is None:
                     raise _StepByStep
                 rows_LB1E = torch.empty(
                     layers, batch, 1, width * self._format.d, dtype=torch.float32, device="cpu"
@@ -71,50 +68,52 @@ class TokenReader:
                 if not native.reader.read(ids_B1.data_ptr(), batch, *columns, rows_LB1E.data_ptr()):
                     raise _StepByStep
             self._prefetcher.count_inline(count)
-        except (
-            _StepByStep,
-            StoreError,
-            TableError,
-        ):  # closed or damaged: the steps say it where it is expected
-            return None
+        except (_StepByStep, StoreError, TableError):
+            return None  # of a closed or damaged store: the steps raise the same, at their time
         state.advance_ids()
         return dict(zip(stores, rows_LB1E.unbind(), strict=True))
 
     def _reader_of(self, shards: list[Any]) -> _Native | None:
-        """The native reader of rows that are in memory, or mapped and the system tells whether they
-        are; None for others."""
-        stores, fmt, known = self._stores.values(), self._format, self._known
-        if (
-            _native.core is None
-            or not all(shards)
-            or not all([each.in_memory or each.tells_residency for each in stores])
-        ):
+        """The native reader of rows that are in memory, or mapped if the system says whether they
+        are there. None for other rows."""
+        if _native.core is None or not all(shards):
             return None
-        if known is None or not all(
-            [at.first() is shard[0] for at, shard in zip(known.at, shards, strict=True)]
-        ):
-            at = [addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
-            reader = _native.core.TokenReader(
-                self._addresser.plan,
-                fmt.kind,
-                fmt.d,
-                fmt.scale or 1.0,
-                fmt.row_bytes,
-                [each.address for each in at],
-                [each.shard_rows for each in at],
-                [each.rows for each in at],
-                [not store.in_memory for store in stores],
-            )
-            self._known = known = _Native(reader, at)
+        # Lists here and below: for a few layers they are faster than generators.
+        if not all([store.in_memory or store.tells_residency for store in self._stores.values()]):
+            return None
+        known = self._known
+        if known is None or not known.reads(shards):
+            known = self._known = self._new_reader(_native.core, shards)
         return known
+
+    def _new_reader(self, core: Any, shards: list[Any]) -> _Native:
+        stores, fmt = self._stores.values(), self._format
+        places = [addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
+        reader = core.TokenReader(
+            self._addresser.plan,
+            fmt.kind,
+            fmt.d,
+            fmt.scale or 1.0,
+            fmt.row_bytes,
+            [place.address for place in places],
+            [place.shard_rows for place in places],
+            [place.rows for place in places],
+            [not store.in_memory for store in stores],
+        )
+        return _Native(reader, places)
 
 
 class _StepByStep(Exception):
-    """Leaves the scope of a read without one."""
+    """Leaves the scope of a read that cannot be made by one call."""
 
 
 class _Native(NamedTuple):
-    """The native reader, and what it has addresses of."""
+    """The native reader, and the addresses of shards, by layer, that it was made for."""
 
     reader: Any
-    at: list[Any]
+    places: list[Any]
+
+    def reads(self, shards: list[Any]) -> bool:
+        """Whether it was made for these shards."""
+        pairs = zip(self.places, shards, strict=True)
+        return all([place.first() is shard[0] for place, shard in pairs])

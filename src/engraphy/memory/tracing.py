@@ -1,7 +1,7 @@
-"""What records a forward to run it again: it would keep the row ids of one input as constants.
+"""A look-up refuses to be recorded: a recording would keep the row ids of one input as constants.
 
-Row ids are computed from token ids by numpy, and rows are read from stores, both outside of any
-graph. Under tracing, export, capture and the transforms of torch.func that is a named error.
+numpy computes row ids from token ids, and stores give rows, both outside of any graph. Under
+tracing, export, capture and the transforms of torch.func a look-up raises InputError.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ REASON = (
 
 def refuse_tracing(ids: Any) -> None:
     """Raises InputError while something records what is done with `ids`. Takes microseconds."""
-    what = _recorder(ids)
-    if what is not None:
+    recorder = _recorder(ids)
+    if recorder is not None:
         raise InputError(
-            f"token ids: expected an ordinary forward, found {what}, which would keep the rows of "
-            "these ids as constants: a memory looks up rows outside of the graph, for the token "
+            f"token ids: expected an ordinary forward, found {recorder}, which would keep the "
+            "rows of these ids as constants: a memory looks up rows outside of the graph, for the token "
             "ids of each call. Trace or export the model without it (engraphy.detach, or inside "
             "memory.disabled()); to compile, compile the blocks (block.compile())"
         )
 
 
 def _recorder(ids: Any) -> str | None:
-    if type(ids) is not Tensor and not _KINDS.isdisjoint(
-        kind.__name__ for kind in type(ids).__mro__
-    ):
-        return f"a {type(ids).__name__}"
+    """What records; None = nothing."""
+    if type(ids) is not Tensor:
+        kinds = {kind.__name__ for kind in type(ids).__mro__}
+        if kinds & _KINDS:
+            return f"a {type(ids).__name__}"
     if torch.compiler.is_exporting():
         return "torch.export"
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
@@ -48,9 +49,9 @@ def _recorder(ids: Any) -> str | None:
         return "a transform of torch.func (vmap, grad, jvp, functionalize)"
     if torch._C._len_torch_dispatch_stack():
         modes = _python_dispatch._get_current_dispatch_mode_stack()
-        found = _MODES.intersection(type(mode).__name__ for mode in modes)
-        if found:
-            return f"tracing ({found.pop()})"
+        tracing = _MODES.intersection(type(mode).__name__ for mode in modes)
+        if tracing:
+            return f"tracing ({tracing.pop()})"
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "the capture of a CUDA graph"
     if isinstance(ids, Tensor) and ids.is_meta:

@@ -12,11 +12,10 @@ from .optimizer import RowOptimizer
 
 
 class RowAdam(RowOptimizer):
-    """Adam on rows, lazily: moments of rows that a step does not touch rest.
+    """Adam on rows, lazily: a step leaves the moments of rows that it does not touch.
 
     Equal to torch.optim.SparseAdam (bias correction by the common step count), and to dense Adam
-    where every row is touched in every step. Keeps 2d f32 values a row. Raises ConfigError for
-    settings outside their range.
+    if every step touches every row. Keeps 2d f32 values a row.
     """
 
     name = "row_adam"
@@ -29,21 +28,38 @@ class RowAdam(RowOptimizer):
         eps: float = 1e-8,
         moments: str = "ram:",
     ):
+        """Starts with moments of zero.
+
+        Args:
+            memory: the memory whose rows learn.
+            lr: learning rate.
+            betas: decay of the mean and of the mean square, each in [0, 1).
+            eps: is added to the root of the mean square.
+            moments: "ram:" or "file:DIR".
+
+        Raises:
+            ConfigError: a setting is out of range.
+        """
         if not (lr >= 0 and 0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
             raise ConfigError(
                 f"RowAdam: expected lr >= 0, betas in [0, 1), eps > 0, found {lr}, {betas}, {eps}"
             )
-        self.betas, self.eps = betas, eps
+        self.betas = betas
+        self.eps = eps
         super().__init__(memory, lr, moments)
 
     def moment_width(self, dim: int) -> int:
+        """Mean and mean square of d values."""
         return 2 * dim
 
     def hyper(self) -> dict[str, Any]:
+        """betas and eps."""
         return {"betas": list(self.betas), "eps": self.eps}
 
     def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
-        (beta1, beta2), dim = self.betas, rows_Ud.shape[1]
+        """Moves the moments towards the gradient, then the rows."""
+        beta1, beta2 = self.betas
+        dim = rows_Ud.shape[1]
         mean, square = moments_Um[:, :dim], moments_Um[:, dim:]
         mean += (1 - beta1) * (grad_Ud - mean)
         square += (1 - beta2) * (grad_Ud * grad_Ud - square)

@@ -1,8 +1,8 @@
-"""Row optimisers: update the rows that a step has read, and nothing else.
+"""Row optimisers: they update the rows that a step has read, and nothing else.
 
-The cost of a step depends on the rows of the batch, not on the table. Moments lie in sibling stores
+The cost of a step depends on the rows of the batch, not on the table. Moments are in sibling stores
 of the same row count, one per layer. These are the plain versions: sort by row id, sum duplicates
-in a fixed order, one update a row.
+in a fixed order, make one update a row.
 """
 
 from __future__ import annotations
@@ -28,25 +28,42 @@ _TRAINABLE = ("f32", "bf16")
 
 
 class RowOptimizer:
-    """Base of the row optimisers: drains `memory.row_grads`, reads rows and moments, writes both
-    back.
+    """Base of the row optimisers: drains `memory.row_grads`, and updates rows and moments.
 
-    A subclass gives `moment_width(d)` (f32 values kept per row) and `update(rows_Ud, grad_Ud,
-    moments_Um) -> None`, in place. Rows are f32, or bf16 and then rounded to nearest after each
-    step: updates below half a unit in the last place are lost. moments: "ram:", or "file:DIR" for a
-    new table at DIR, for moments that do not fit in memory. Raises ConfigError for a table whose
-    row format cannot be trained or that is not writable.
+    A subclass gives `name`, `moment_width`, `update` and `hyper`; `engraphy.train.testing` has the
+    tests that it should pass. Rows are f32, or bf16 and then rounded to nearest after each step:
+    updates below half a unit in the last place are lost.
+
+    Attributes:
+        name: names the kind of optimiser in what `save` writes.
+        memory: the memory whose rows learn.
+        lr: learning rate of the next step.
+        steps: steps made.
+        moments: the stores of the moments, by layer.
     """
 
     name: str
 
     def __init__(self, memory: EngramMemory, lr: float, moments: str = "ram:"):
+        """Starts with moments of zero.
+
+        Args:
+            memory: the memory whose rows learn.
+            lr: learning rate.
+            moments: "ram:", or "file:DIR" for a new table at DIR, for moments that do not fit in
+                memory.
+
+        Raises:
+            ConfigError: the row format cannot be trained, or the rows cannot be written.
+        """
         if memory.format.kind not in _TRAINABLE:
             raise ConfigError(
                 f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}"
             )
         memory.stores.check_writable()
-        self.memory, self.lr, self.steps = memory, lr, 0
+        self.memory = memory
+        self.lr = lr
+        self.steps = 0
         self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
         self.moments = self._new_moments(moments)
 
@@ -60,34 +77,46 @@ class RowOptimizer:
         raise ConfigError(f"moments: expected ram: or file:DIR, found {url!r}")
 
     def moment_width(self, dim: int) -> int:
+        """m: f32 values that are kept for a row of `dim` values."""
         raise NotImplementedError
 
     def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
+        """Updates rows and moments in place.
+
+        Args:
+            rows_Ud: f32, distinct rows of one layer.
+            grad_Ud: f32, their gradients, duplicates summed.
+            moments_Um: f32, their moments.
+        """
         raise NotImplementedError
 
     def hyper(self) -> dict[str, Any]:
-        """Settings that have to be the same when a run is resumed."""
+        """Settings that have to be the same when a run is resumed, as JSON can hold them."""
         raise NotImplementedError
 
     def step(self, summed: dict[int, SummedGrad] | None = None) -> None:
-        """One update from `summed` (as `coalesce` gives, perhaps scaled), or from the memory's
-        pending gradients.
+        """Makes one update.
 
-        Raises InputError where pending gradients are not finite: they are dropped, and nothing is
-        updated.
+        Args:
+            summed: gradients by layer, as `coalesce` returns them, perhaps scaled. None = the
+                memory's pending gradients.
+
+        Raises:
+            InputError: pending gradients are not finite. They are dropped; nothing is updated.
         """
         if summed is None:
             summed = coalesce(self.memory.drain_row_grads())
             check_finite(summed)
         self.steps += 1
-        form = self.memory.format
+        row_format, moment_format = self.memory.format, self._moment_format
         for layer, (ids_U, grad_Ud) in summed.items():
-            store, moments = self.memory.stores[layer], self.moments[layer]
-            rows_Ud = form.decode(store.gather(ids_U))
-            moments_Um = self._moment_format.decode(moments.gather(ids_U))
+            store = self.memory.stores[layer]
+            moments = self.moments[layer]
+            rows_Ud = row_format.decode(store.gather(ids_U))
+            moments_Um = moment_format.decode(moments.gather(ids_U))
             self.update(rows_Ud, grad_Ud, moments_Um)
-            store.scatter(ids_U, form.encode(rows_Ud))
-            moments.scatter(ids_U, self._moment_format.encode(moments_Um))
+            store.scatter(ids_U, row_format.encode(rows_Ud))
+            moments.scatter(ids_U, moment_format.encode(moments_Um))
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and learning rate; the moments are tables (`save`)."""
@@ -95,11 +124,12 @@ class RowOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`. Raises ConfigError for another optimiser or other settings."""
-        mine = {"name": self.name, "hyper": self.hyper()}
-        found = {key: state.get(key) for key in mine}
-        if found != mine:
-            raise ConfigError(f"row optimiser: expected {mine}, found {found}")
-        self.steps, self.lr = int(state["steps"]), float(state["lr"])
+        expected = {"name": self.name, "hyper": self.hyper()}
+        found = {key: state.get(key) for key in expected}
+        if found != expected:
+            raise ConfigError(f"row optimiser: expected {expected}, found {found}")
+        self.steps = int(state["steps"])
+        self.lr = float(state["lr"])
 
     @property
     def moment_bytes(self) -> int:
@@ -107,10 +137,15 @@ class RowOptimizer:
         return self.moments.bytes
 
     def save(self, path: str | Path, table_id: str) -> None:
-        """Write moments as a sealed table at `path`, with the state; `table_id` names the rows they
-        belong to.
+        """Writes the moments as a sealed table, and the state beside it. The folder appears whole.
 
-        It appears whole. Raises ConfigError if `path` is taken, WriteFailed if the system refuses.
+        Args:
+            path: a new folder.
+            table_id: the rows that the moments belong to.
+
+        Raises:
+            ConfigError: `path` is taken.
+            WriteFailed: the system refuses.
         """
         with publish_folder(path, needed=self.moment_bytes, last="optimizer.json") as folder:
             table = self._new_table(folder)
@@ -134,12 +169,20 @@ class RowOptimizer:
         return dataclasses.replace(config, layer=layer, dim=width)
 
     def close(self) -> None:
-        """Let go of the moments. May be called again; a step afterwards raises StoreError."""
+        """Lets go of the moments. May be called again; a step afterwards raises StoreError."""
         self.moments.close()
 
     def load(self, path: str | Path, table_id: str) -> None:
-        """Read what `save` wrote. Raises ConfigError where nothing of the kind is there or the
-        optimiser is another, DigestMismatch where the moments belong to another table."""
+        """Reads what `save` wrote.
+
+        Args:
+            path: the folder.
+            table_id: the rows that the moments must belong to.
+
+        Raises:
+            ConfigError: there are no moments, or those of another optimiser.
+            DigestMismatch: the moments belong to another table.
+        """
         try:
             state = json.loads((Path(path) / "optimizer.json").read_text())
         except (OSError, ValueError) as error:
@@ -162,8 +205,7 @@ class RowOptimizer:
 def check_finite(summed: dict[int, SummedGrad]) -> None:
     """Raises InputError naming the layer and row of the first gradient that is not finite."""
     for layer, (ids_U, grad_Ud) in summed.items():
-        wrong = ~np.isfinite(grad_Ud).all(axis=1)
-        if wrong.any():
-            raise InputError(
-                f"layer {layer}, row {int(ids_U[wrong][0])}: the gradient is not finite"
-            )
+        finite = np.isfinite(grad_Ud).all(axis=1)
+        if not finite.all():
+            row = int(ids_U[~finite][0])
+            raise InputError(f"layer {layer}, row {row}: the gradient is not finite")

@@ -20,8 +20,18 @@ Schedule = Callable[[float], float]
 
 
 def warmup_cosine(warmup: float = 0.03, final: float = 0.1) -> Schedule:
-    """Share of the base learning rate at progress 0..1: linear warm-up, then a cosine down to
-    `final`."""
+    """A schedule: linear warm-up, then a cosine.
+
+    Args:
+        warmup: share of the run that warms up, in [0, 1).
+        final: share of the base learning rate at the end, in [0, 1].
+
+    Returns:
+        A function from progress, 0..1, to the share of the base learning rate.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
     if not (0 <= warmup < 1 and 0 <= final <= 1):
         raise ConfigError(
             f"warmup_cosine: expected warmup in [0, 1) and final in [0, 1], found {warmup}, {final}"
@@ -37,14 +47,8 @@ def warmup_cosine(warmup: float = 0.03, final: float = 0.1) -> Schedule:
 
 
 class OptimizerPair:
-    """Dense step first, then the rows, both at base rate x schedule(progress), clipped by their
-    common norm.
-
-    dense: any torch optimiser over `parameters()`. rows: a RowOptimizer, or None for a model
-    without memory. clip: largest allowed norm over dense and summed row gradients together; None =
-    no clipping. replicas: the group of `replica_group`, where several processes train copies of the
-    table together; the dense parameters are then those of a DistributedDataParallel model.
-    """
+    """A dense step, then a step of the rows, at base rate x schedule(progress), clipped by their
+    common norm."""
 
     def __init__(
         self,
@@ -54,22 +58,37 @@ class OptimizerPair:
         clip: float | None,
         replicas: dist.ProcessGroup | None = None,
     ):
-        self.dense, self.rows, self.schedule, self.clip, self.replicas = (
-            dense,
-            rows,
-            schedule,
-            clip,
-            replicas,
-        )
+        """The learning rates that the optimisers have now are the base rates.
+
+        Args:
+            dense: any torch optimiser over `parameters()`.
+            rows: a RowOptimizer, or None for a model without memory.
+            schedule: progress -> share of the base rates, as from `warmup_cosine`.
+            clip: largest allowed norm over dense and summed row gradients together; None = no
+                clipping.
+            replicas: the group of `replica_group`, if several processes train copies of the table
+                together. The dense parameters are then those of a DistributedDataParallel model.
+        """
+        self.dense = dense
+        self.rows = rows
+        self.schedule = schedule
+        self.clip = clip
+        self.replicas = replicas
         self._dense_rates = [group["lr"] for group in dense.param_groups]
         self._row_rate = rows.lr if rows is not None else 0.0
 
     def step(self, progress: float) -> float:
-        """One update from the gradients accumulated since the last; clears them. Returns their norm
-        before clipping.
+        """Makes one update from the gradients that have accumulated, and clears them.
 
-        progress: 0..1, share of the run that is done. Raises InputError where a gradient is not
-        finite: nothing is updated then, and all gradients of the step are dropped.
+        Args:
+            progress: share of the run that is done, 0..1.
+
+        Returns:
+            The common norm of the gradients, before clipping.
+
+        Raises:
+            InputError: a gradient is not finite. Nothing is updated, and all gradients of the step
+                are dropped.
         """
         parameters = [p for group in self.dense.param_groups for p in group["params"]]
         summed = {} if self.rows is None else drain_mean(self.rows.memory, self.replicas)
@@ -88,11 +107,18 @@ class OptimizerPair:
 def clip_together(
     parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad], clip: float | None
 ) -> tuple[float, dict[int, SummedGrad]]:
-    """(common norm before clipping, row gradients to step with); dense gradients are scaled in
-    place.
+    """Clips dense and row gradients by their common norm. Dense ones are scaled in place.
 
-    clip: largest allowed norm, None = none. Raises InputError where a gradient is not finite; dense
-    ones are dropped.
+    Args:
+        parameters: their gradients are the dense ones.
+        summed: row gradients by layer.
+        clip: largest allowed norm; None = no clipping.
+
+    Returns:
+        The norm before clipping, and the row gradients to step with.
+
+    Raises:
+        InputError: a gradient is not finite. Dense gradients are dropped.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = gradient_norm(parameters, summed)
@@ -106,10 +132,10 @@ def clip_together(
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.mul_(clip / norm)
-    return norm, {
-        layer: SummedGrad(ids, grad * np.float32(clip / norm))
-        for layer, (ids, grad) in summed.items()
-    }
+    scaled = {}
+    for layer, (ids_U, grad_Ud) in summed.items():
+        scaled[layer] = SummedGrad(ids_U, grad_Ud * np.float32(clip / norm))
+    return norm, scaled
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad]) -> float:
@@ -121,7 +147,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGr
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: matrices decay; norms, convs and biases do not. Rows never decay."""
+    """Parameter groups for AdamW: matrices decay, norms, convs and biases do not.
+
+    Rows never decay, since they are no parameters.
+    """
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

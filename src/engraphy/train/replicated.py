@@ -1,10 +1,9 @@
-"""Several processes that train copies of one table: they share their row gradients and make the
-same update.
+"""Several processes train copies of one table: they share row gradients and make the same update.
 
-The dense parameters are DistributedDataParallel's matter; the rows are no parameters, so it never
-meets them. After backward each process holds the gradients of the rows that its part of the batch
-has read. They are gathered, in the order of the ranks, and their mean is what every process steps
-with: copies that were equal stay equal bit for bit.
+DistributedDataParallel takes care of the dense parameters, and does not see the rows, which are no
+parameters. After backward each process holds the gradients of the rows that its part of the batch
+has read. They are gathered in the order of the ranks, and every process steps with their mean. So
+copies that were equal stay equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,16 +24,18 @@ _CHUNK = 65_536
 
 
 def replica_group(memory: EngramMemory) -> dist.ProcessGroup:
-    """A group of all processes over the CPU (gloo), which every process has to make, for training
-    copies of a table.
+    """A group of all processes over the CPU (gloo), for training copies of a table.
 
-    Raises ConfigError where torch.distributed is not initialised, DigestMismatch on every process
-    where their tables differ. Looks at every row once.
+    Every process has to call this. Reads every row once, to compare the tables.
+
+    Raises:
+        ConfigError: torch.distributed is not initialised.
+        DigestMismatch: the tables of the processes differ; raised in every process.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ConfigError(
-            "replica_group: expected torch.distributed to be initialised, as in a process that torchrun "
-            "started and that called init_process_group"
+            "replica_group: expected torch.distributed to be initialised, as in a process that "
+            "torchrun started and that called init_process_group"
         )
     group: Any = dist.new_group(backend="gloo")
     digests = _gather(torch.frombuffer(bytearray(_digest(memory)), dtype=torch.uint8), group)
@@ -48,54 +49,60 @@ def replica_group(memory: EngramMemory) -> dist.ProcessGroup:
 
 
 def drain_mean(memory: EngramMemory, replicas: dist.ProcessGroup | None) -> dict[int, SummedGrad]:
-    """The memory's pending row gradients, duplicates summed; with `replicas` their mean over all
-    processes.
+    """Drains the memory's pending row gradients, duplicates summed.
 
-    The mean is what DistributedDataParallel makes of dense gradients. Every process has to take
-    part in every step.
+    Args:
+        memory: the memory.
+        replicas: the group of `replica_group`. Every process of it has to take part in every step.
+
+    Returns:
+        The gradients by layer; with `replicas` their mean over all processes, which is what
+        DistributedDataParallel makes of dense gradients.
     """
-    summed = coalesce(memory.drain_row_grads())
+    own = coalesce(memory.drain_row_grads())
     if replicas is None:
-        return summed
-    none = SummedGrad(np.empty(0, np.int64), np.empty((0, memory.config.dim), np.float32))
-    mine = [summed.get(layer, none) for layer in memory.layers]
-    counts_WL = torch.stack(_gather(torch.tensor([len(ids) for ids, _ in mine]), replicas)).tolist()
-    shared = {}
+        return own
+    nothing = SummedGrad(np.empty(0, np.int64), np.empty((0, memory.config.dim), np.float32))
+    counts_L = torch.tensor([len(own.get(layer, nothing).ids) for layer in memory.layers])
+    counts_WL = torch.stack(_gather(counts_L, replicas)).tolist()  # W processes
+    mean = {}
     for index, layer in enumerate(memory.layers):
-        sizes = [counts_L[index] for counts_L in counts_WL]
-        if any(sizes):
-            ids, grads = (
-                _gather_ragged(torch.from_numpy(part), sizes, replicas) for part in mine[index]
-            )
-            ids_U, grad_Ud = coalesce(
-                RowGrad(layer, *pair) for pair in zip(ids, grads, strict=True)
-            )[layer]
-            shared[layer] = SummedGrad(ids_U, grad_Ud / np.float32(len(sizes)))
-    return shared
+        counts_W = [counts_L[index] for counts_L in counts_WL]
+        if any(counts_W):
+            mean[layer] = _mean(layer, own.get(layer, nothing), counts_W, replicas)
+    return mean
+
+
+def _mean(layer: int, own: SummedGrad, counts_W: list[int], group: dist.ProcessGroup) -> SummedGrad:
+    """Mean over all ranks. counts_W: how many rows of the layer each of them has."""
+    ids_W = _gather_ragged(torch.from_numpy(own.ids), counts_W, group)
+    grads_W = _gather_ragged(torch.from_numpy(own.grad), counts_W, group)
+    entries = [RowGrad(layer, ids, grad) for ids, grad in zip(ids_W, grads_W, strict=True)]
+    ids_U, grad_Ud = coalesce(entries)[layer]
+    return SummedGrad(ids_U, grad_Ud / np.float32(len(counts_W)))
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """The tensors of all ranks, which have one shape and dtype."""
-    found = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(found, tensor, group=group)
-    return found
+    tensors = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(tensors, tensor, group=group)
+    return tensors
 
 
-def _gather_ragged(part: Tensor, sizes: list[int], group: dist.ProcessGroup) -> list[np.ndarray]:
-    """The arrays of all ranks, of which that of rank r has sizes[r] rows."""
-    padded = part.new_zeros((max(sizes), *part.shape[1:]))
+def _gather_ragged(part: Tensor, counts_W: list[int], group: dist.ProcessGroup) -> list[np.ndarray]:
+    """The arrays of all ranks; that of rank r has counts_W[r] rows."""
+    padded = part.new_zeros((max(counts_W), *part.shape[1:]))
     padded[: len(part)] = part
-    return [each[:size].numpy() for each, size in zip(_gather(padded, group), sizes, strict=True)]
+    gathered = _gather(padded, group)
+    return [rows[:count].numpy() for rows, count in zip(gathered, counts_W, strict=True)]
 
 
 def _digest(memory: EngramMemory) -> bytes:
-    content = hashlib.blake2b(
-        f"{memory.address_digest} {memory.format.kind}".encode(), digest_size=16
-    )
-    for layer in memory.layers:
-        store = memory.stores[layer]
-        for first in range(0, store.info.rows, _CHUNK):
-            content.update(
-                store.gather(np.arange(first, min(first + _CHUNK, store.info.rows))).data
-            )
+    head = f"{memory.address_digest} {memory.format.kind}"
+    content = hashlib.blake2b(head.encode(), digest_size=16)
+    for store in memory.stores.values():
+        rows = store.info.rows
+        for first in range(0, rows, _CHUNK):
+            ids_N = np.arange(first, min(first + _CHUNK, rows))
+            content.update(store.gather(ids_N).data)
     return content.digest()
