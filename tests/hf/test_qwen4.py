@@ -1,6 +1,6 @@
-"""hf/released.py, hf/check.py and docs/serving.md: a released table served from a store gives the
-model's own outputs, is never allocated, is never lost in silence, and is refused where it is not
-the model's."""
+"""hf/qwen4.py, released/check.py and the page on serving: a released table served from a store
+gives the model's own outputs, is never allocated, is never lost in silence, and is refused if it is
+not the model's."""
 
 from __future__ import annotations
 
@@ -151,8 +151,7 @@ def released(tmp_path_factory):
     return folder / "checkpoint", folder / "table", model
 
 
-# --- the outputs are the model's own
-# ----------------------------------------------------------------------------------
+# The outputs are the model's own.
 
 
 @pytest.mark.parametrize("kind", ["url", "table", "ram"])
@@ -281,8 +280,7 @@ def test_a_quantised_table_equals_the_model_with_the_rounded_rows(released, tmp_
     assert equal(outputs(served), outputs(rounded)) and not equal(outputs(served), outputs(model))
 
 
-# --- what the model then is
-# -------------------------------------------------------------------------------------------
+# What the model then is.
 
 
 def test_parameters_and_state_dict_hold_no_table_and_the_rest_as_before(released):
@@ -347,8 +345,7 @@ def test_an_id_beyond_the_table_and_a_closed_store_are_errors(released):
         served(**batch())
 
 
-# --- saving
-# -----------------------------------------------------------------------------------------------------------
+# Saving.
 
 
 def test_saving_refuses_to_lose_the_table_in_silence(released, tmp_path):
@@ -390,8 +387,7 @@ def test_a_copy_of_a_model_saves_itself(released, tmp_path):
     assert not load_file(tmp_path / "copy" / "model.safetensors")["lm_head.weight"].any()
 
 
-# --- loading without the table
-# ----------------------------------------------------------------------------------------
+# Loading without the table.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -529,8 +525,7 @@ def test_the_table_of_the_release_is_never_allocated(released, tmp_path):
         assert np.array_equal(rows.reshape(-1, 160), store.values(ids.reshape(-1)))
 
 
-# --- identity
-# ---------------------------------------------------------------------------------------------------------
+# Identity.
 
 
 @pytest.mark.parametrize(
@@ -691,8 +686,7 @@ def test_layers_of_two_tables_are_refused(tmp_path):
         )
 
 
-# --- writing
-# ----------------------------------------------------------------------------------------------------------
+# Writing.
 
 
 @pytest.mark.parametrize(
@@ -733,8 +727,7 @@ def test_a_table_on_the_meta_device_is_served(released):
     assert isinstance(tables(served)[1], ServedRows) and equal(outputs(served), outputs(model))
 
 
-# --- check_config
-# -----------------------------------------------------------------------------------------------------
+# check_config.
 
 
 def compressed(raw: int = 64, size: int = 40) -> VocabMap:
@@ -829,13 +822,12 @@ def test_every_field_of_a_spec_is_compared(tmp_path):
     with pytest.raises(DigestMismatch) as error:
         check_config(DEEPSEEK, table=Table.open(tmp_path / "t"))
     assert (
-        "dialect: expected deepseek_v41, found demo; seed: expected 0, found 3; pad_to: expected 1, found 2"
-        in str(error.value)
+        "dialect: expected deepseek_v41, found demo; seed: expected 0, found 3; "
+        "pad_to: expected 1, found 2" in str(error.value)
     )
 
 
-# --- the page
-# ---------------------------------------------------------------------------------------------------------
+# The page.
 
 
 def test_the_code_of_the_serving_page_runs(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What stores and the prefetcher count is right, cheap, and readable for people and for Prometheus."""
+"""What stores and the prefetcher count is right, cheap, and readable by people and Prometheus."""
 
 from __future__ import annotations
 

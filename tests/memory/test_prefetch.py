@@ -460,7 +460,8 @@ from engraphy import RowFormat
 from engraphy.memory.prefetch import Prefetcher
 from engraphy.store import RamStore
 prefetcher = Prefetcher({1: (RamStore(50_000, 264), RowFormat("fp8", 256))})
-tickets = [prefetcher.submit({1: np.random.default_rng(0).integers(0, 50_000, (1, 4000, 24))}) for _ in range(5)]
+rng = np.random.default_rng(0)
+tickets = [prefetcher.submit({1: rng.integers(0, 50_000, (1, 4000, 24))}) for _ in range(5)]
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert run.returncode == 0 and not run.stderr

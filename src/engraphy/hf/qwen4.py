@@ -75,7 +75,9 @@ class ServedRows(nn.Module):
         return torch.empty(shape, dtype=self.like.dtype, device="meta")
 
     @torch.compiler.disable
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, ids: Tensor
+    ) -> Tensor:
         """Reads the rows.
 
         Raises RowOutOfRange for an id beyond the table, StoreError once the store is closed.
@@ -328,7 +330,7 @@ def _open(
     if isinstance(store, Table):
         check_config(config, table=store)
     if isinstance(store, RowStore):
-        if len(layers) > 1:
+        if len(layers) != 1:
             raise ConfigError(f"store: expected stores for layers {list(layers)}, found {store!r}")
         store = {layers[0]: store}
     stores = StoreGroup.open(memory, store, row_format)

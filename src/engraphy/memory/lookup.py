@@ -21,6 +21,7 @@ from ..errors import InputError
 from .grads import RowGrad
 from .prefetch import Ticket
 from .state import SequenceState
+from .tracing import uncompiled
 
 if TYPE_CHECKING:
     from .memory import EngramMemory
@@ -73,7 +74,7 @@ class Rows(Mapping[int, Tensor]):
         self._pending = pending
         self._ready: dict[int, Tensor] = {}
 
-    @torch.compiler.disable
+    @uncompiled
     def __getitem__(self, layer: int) -> Tensor:
         if layer not in self._ready:
             self._ready[layer] = self._pending[layer]()

@@ -33,7 +33,7 @@ from .lookup import Lookup, Trace, check_chunk, lookup_chunk, lookup_nothing
 from .prefetch import Prefetcher
 from .state import SequenceState
 from .token_reader import TokenReader
-from .tracing import REASON, refuse_tracing
+from .tracing import refuse_tracing, uncompiled
 
 __all__ = ["EngramMemory", "Lookup", "RowGrad", "Trace"]
 
@@ -187,7 +187,7 @@ class EngramMemory(nn.Module):
         """
         return state.bind(self.config.hash.order, self._windows)
 
-    @torch.compiler.disable(reason=REASON)
+    @uncompiled
     def lookup(
         self,
         ids_BT: Tensor,
@@ -376,9 +376,11 @@ class EngramMemory(nn.Module):
         """For `load_state_dict`. Raises DigestMismatch if the weights belong to other rows."""
         identity.check_extra_state(self, state)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         identity.warn_if_unnamed(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> EngramMemory:
         raise ConfigError(

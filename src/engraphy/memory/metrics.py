@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
@@ -138,7 +138,7 @@ def _identity(layer: int, store: RowStore) -> _Labels:
     }
 
 
-def _metric(name: str, kind: str, text: str, values: list[tuple[_Labels, float]]) -> list[str]:
+def _metric(name: str, kind: str, text: str, values: Sequence[tuple[_Labels, float]]) -> list[str]:
     return [
         f"# HELP {name} {text}",
         f"# TYPE {name} {kind}",
@@ -146,7 +146,7 @@ def _metric(name: str, kind: str, text: str, values: list[tuple[_Labels, float]]
     ]
 
 
-def _histogram(name: str, text: str, values: list[tuple[_Labels, Latency]]) -> list[str]:
+def _histogram(name: str, text: str, values: Sequence[tuple[_Labels, Latency]]) -> list[str]:
     lines = [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
     for labels, latency in values:
         buckets = [(f"{limit:.9g}", latency.within(limit)) for limit in _LIMITS]

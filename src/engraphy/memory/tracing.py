@@ -6,7 +6,8 @@ tracing, export, capture and the transforms of torch.func a look-up raises Input
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,15 +23,24 @@ REASON = (
 )
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """torch.compiler.disable, whose own type hides the type of what it decorates."""
+    disabled: Any = torch.compiler.disable(function, reason=REASON)
+    return disabled
+
+
 def refuse_tracing(ids: Any) -> None:
     """Raises InputError while something records what is done with `ids`. Takes microseconds."""
     recorder = _recorder(ids)
     if recorder is not None:
         raise InputError(
             f"token ids: expected an ordinary forward, found {recorder}, which would keep the "
-            "rows of these ids as constants: a memory looks up rows outside of the graph, for the token "
-            "ids of each call. Trace or export the model without it (engraphy.detach, or inside "
-            "memory.disabled()); to compile, compile the blocks (block.compile())"
+            "rows of these ids as constants: a memory looks up rows outside of the graph, for the "
+            "token ids of each call. Trace or export the model without it (engraphy.detach, or "
+            "inside memory.disabled()); to compile, compile the blocks (block.compile())"
         )
 
 
