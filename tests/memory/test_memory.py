@@ -565,6 +565,19 @@ def test_repr_says_sizes_and_identities_and_reads_no_row(tmp_path):
     assert table_id in repr(served)
 
 
+def test_made_for_follows_the_model_until_it_is_set():
+    memory, model = make_memory(), {"model_type": "llama", "vocab_size": 7}
+    assert memory.made_for is None
+    memory.follow_model(lambda: dict(model))
+    model["vocab_size"] = 8
+    assert memory.made_for == {"model_type": "llama", "vocab_size": 8}
+    memory.made_for = memory.made_for
+    model["vocab_size"] = 9
+    assert memory.made_for == {"model_type": "llama", "vocab_size": 8}
+    memory.made_for = None
+    assert memory.made_for is None
+
+
 def test_a_look_up_that_cannot_be_submitted_leaves_the_state_as_it_was():
     memory = make_memory()
     state = memory.state(2)

@@ -348,7 +348,8 @@ def _check_rows(config: Any, memory: EngramConfig, stores: StoreGroup) -> None:
         table = getattr(store, "table", None)
         if isinstance(table, Table):
             check_config(config, table=table)
-        expected, found = memory.hash.row_count(layer), store.info.rows
+        expected = memory.hash.row_count(layer)
+        found = store.info.rows
         if (found, stores.format.d) != (expected, memory.dim):
             raise DigestMismatch(
                 f"layer {layer}: expected {expected} rows of d = {memory.dim}, "

@@ -1,4 +1,4 @@
-"""Columns of buffers [B, n, ...]: one a position, of which some may be absent in some sequences."""
+"""Columns of buffers [B, n, ...], one a position; a column may be absent in some sequences."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Waiting:
         if not self._warned and (moved or self._count == _MANY_PENDING):
             self._warned = True
             warnings.warn(
-                f"{self._count} row gradients wait in row_grads; where nothing drains them no row "
+                f"{self._count} row gradients wait in row_grads; if nothing drains them, no row "
                 "learns: train with OptimizerPair or hf.trainer_kwargs, or set "
                 "rows_require_grad = False",
                 stacklevel=5,

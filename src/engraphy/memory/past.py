@@ -21,8 +21,7 @@ ABSENT = -2  # the id of a column that is no token of the sequence; a dead token
 
 
 class Past:
-    """The last ids of each sequence and where documents began: the columns before `end` of two
-    buffers."""
+    """The last ids and document starts of each sequence, in the columns before `end`."""
 
     def __init__(self, batch: int):
         self.end = 0

@@ -37,6 +37,7 @@ class _Place(NamedTuple):
 
     @classmethod
     def of(cls, buffer: Tensor) -> _Place:
+        """What is known of a buffer [B, columns, S, D]."""
         return cls(
             len(buffer),
             buffer[:, 0].numel(),
