@@ -20,6 +20,12 @@ class TestRowOptimizers(RowOptimizerSuite):
     def make(self, memory, moments="ram:"):
         return self.kind(memory, moments=moments)
 
+    def test_moments_at_a_url_are_those_at_its_path(self, tmp_path):
+        optimizer = self.make(small_memory(), f"file:{tmp_path / 'moments'}")
+        assert optimizer.moments.info.path == str(tmp_path / "moments")
+        assert optimizer.moments.writable
+        optimizer.close()
+
     def test_a_closed_optimizer_steps_no_more(self):
         memory = small_memory()
         optimizer = self.make(memory)

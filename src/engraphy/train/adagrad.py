@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,11 @@ class RowAdagrad(RowOptimizer):
     name = "row_adagrad"
 
     def __init__(
-        self, memory: EngramMemory, lr: float = 2e-2, eps: float = 1e-8, moments: str = "ram:"
+        self,
+        memory: EngramMemory,
+        lr: float = 2e-2,
+        eps: float = 1e-8,
+        moments: str | os.PathLike[str] = "ram:",
     ):
         """Starts with accumulators of zero.
 
@@ -29,7 +34,7 @@ class RowAdagrad(RowOptimizer):
             memory: the memory whose rows learn.
             lr: learning rate.
             eps: is added to the root of the accumulator.
-            moments: "ram:" or "file:DIR".
+            moments: "ram:", "file:DIR" or a folder as a Path, see RowOptimizer.
 
         Raises:
             ConfigError: a setting is out of range.

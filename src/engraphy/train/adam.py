@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class RowAdam(RowOptimizer):
         lr: float = 2e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        moments: str = "ram:",
+        moments: str | os.PathLike[str] = "ram:",
     ):
         """Starts with moments of zero.
 
@@ -35,7 +36,7 @@ class RowAdam(RowOptimizer):
             lr: learning rate.
             betas: decay of the mean and of the mean square, each in [0, 1).
             eps: is added to the root of the mean square.
-            moments: "ram:" or "file:DIR".
+            moments: "ram:", "file:DIR" or a folder as a Path, see RowOptimizer.
 
         Raises:
             ConfigError: a setting is out of range.

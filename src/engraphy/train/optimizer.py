@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,14 @@ class RowOptimizer:
 
     name: str
 
-    def __init__(self, memory: EngramMemory, lr: float, moments: str = "ram:"):
+    def __init__(self, memory: EngramMemory, lr: float, moments: str | os.PathLike[str] = "ram:"):
         """Starts with moments of zero.
 
         Args:
             memory: the memory whose rows learn.
             lr: learning rate.
-            moments: "ram:", or "file:DIR" for a new table at DIR, for moments that do not fit in
-                memory.
+            moments: "ram:", or "file:DIR" or a folder as a Path, where a new table is made, for
+                moments that do not fit in memory.
 
         Raises:
             ConfigError: the row format cannot be trained, or the rows cannot be written.
@@ -67,14 +68,15 @@ class RowOptimizer:
         self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
         self.moments = self._new_moments(moments)
 
-    def _new_moments(self, url: str) -> StoreGroup:
+    def _new_moments(self, target: str | os.PathLike[str]) -> StoreGroup:
         """Moments of all rows, all zero."""
-        if url.startswith("file:"):
-            table = self._new_table(Path(url.removeprefix("file:")))
-            return StoreGroup.of_table(table, self.memory.layers, close_table=True)
-        if url.startswith("ram:"):
-            return StoreGroup.zeros(self._moment_config(), self._moment_format, url)
-        raise ConfigError(f"moments: expected ram: or file:DIR, found {url!r}")
+        if isinstance(target, str) and target.startswith("ram:"):
+            return StoreGroup.zeros(self._moment_config(), self._moment_format, target)
+        if isinstance(target, str) and not target.startswith("file:"):
+            raise ConfigError(f"moments: expected ram:, file:DIR or a Path, found {target!r}")
+        folder = target.removeprefix("file:") if isinstance(target, str) else target
+        table = self._new_table(Path(folder))
+        return StoreGroup.of_table(table, self.memory.layers, close_table=True)
 
     def moment_width(self, dim: int) -> int:
         """m: f32 values that are kept for a row of `dim` values."""

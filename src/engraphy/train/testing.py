@@ -57,11 +57,13 @@ def random_grads(seed: int, count: int = 60) -> list[RowGrad]:
 class RowOptimizerSuite:
     """Derive a class whose name begins with Test, and give `make`."""
 
-    def make(self, memory: EngramMemory, moments: str = "ram:") -> RowOptimizer:
+    def make(self, memory: EngramMemory, moments: str | Path = "ram:") -> RowOptimizer:
         """The optimiser under test, with a learning rate above 0."""
         raise NotImplementedError
 
-    def train(self, memory: EngramMemory, seeds: range, moments: str = "ram:") -> RowOptimizer:
+    def train(
+        self, memory: EngramMemory, seeds: range, moments: str | Path = "ram:"
+    ) -> RowOptimizer:
         """An optimiser that has made one step a seed."""
         optimizer = self.make(memory, moments)
         for seed in seeds:
@@ -179,9 +181,9 @@ class RowOptimizerSuite:
     def test_moments_on_disk_equal_those_in_memory(self, tmp_path: Path) -> None:
         in_memory, on_disk = small_memory(), small_memory()
         self.train(in_memory, range(3))
-        self.train(on_disk, range(3), f"file:{tmp_path / 'moments'}").close()
+        self.train(on_disk, range(3), tmp_path / "moments").close()
         np.testing.assert_array_equal(rows_of(on_disk), rows_of(in_memory))
-        with pytest.raises(ConfigError, match="moments: expected ram: or file:DIR"):
+        with pytest.raises(ConfigError, match="moments: expected ram:, file:DIR or a Path"):
             self.make(small_memory(), "pool:moments")
 
     def test_saved_moments_continue_bit_for_bit(self, tmp_path: Path) -> None:
