@@ -21,8 +21,9 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError, EngraphyError, NativeUnavailable
+from ..system.environment import NATIVE, THREADS
 
-CHOICES = ("auto", "off", "scalar", "avx2", "avx512")
+CHOICES = NATIVE.values
 _MOST_THREADS, _USUAL_THREADS = 1024, 8  # a few threads already take what the memory gives
 
 core: Any  # the compiled module (its functions: `_core.pyi`), or None
@@ -122,14 +123,12 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 _compiled, _missing = _load()
-_demand = os.environ.get("ENGRAPHY_NATIVE") or "auto"
-core, reason = _choose(_demand, f"ENGRAPHY_NATIVE={_demand!r}")
-_wanted = os.environ.get("ENGRAPHY_THREADS") or str(
-    min(_USUAL_THREADS, len(os.sched_getaffinity(0)))
-)
+_demand = NATIVE.given() or NATIVE.default
+core, reason = _choose(_demand, f"{NATIVE.name}={_demand!r}")
+_wanted = THREADS.given() or str(min(_USUAL_THREADS, len(os.sched_getaffinity(0))))
 try:
     set_threads(int(_wanted) if _wanted.isascii() and _wanted.isdigit() else -1)
 except ConfigError:
     core, reason = _refuse(
-        ConfigError(f"ENGRAPHY_THREADS={_wanted!r}: expected an integer from 1 to {_MOST_THREADS}")
+        ConfigError(f"{THREADS.name}={_wanted!r}: expected an integer from 1 to {_MOST_THREADS}")
     )

