@@ -66,7 +66,7 @@ def test_floats_are_nan(dtype):
     ("dtype", "pattern"),
     [
         ("uint8", 0xFF),
-        ("uint16", 0xFFA5),
+        ("uint16", 0xFFFF),
         ("int16", -0x5A5B),
         ("int32", -0x5A5A5A5B),
         ("int64", -0x5A5A5A5A5A5A5A5B),

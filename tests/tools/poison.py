@@ -1,23 +1,23 @@
 """Poison in uninitialised buffers, so that a test fails if code reads what nobody wrote.
 
 `poisoned` replaces `np.empty`, `np.empty_like`, `torch.empty`, `torch.empty_like`,
-`Tensor.new_empty` and `BufferPool.take` by versions that fill what they return. Of
-numpy's and torch's functions only calls from modules of engraphy are changed: libraries and tests
-keep the originals. What `torch.compile` traces is left alone too, and so are buffers above LIMIT
-bytes, which would slow the tests. A child that is forked has the poison; a process that is started
-has not.
+`Tensor.new_empty` and `BufferPool.take` by versions that fill what they return. Only calls from
+modules of engraphy are changed: libraries and tests keep numpy's and torch's own functions.
 
-The patterns are chosen to do harm:
+Not poisoned are buffers above LIMIT bytes, which would slow the tests, tensors on a GPU, and what
+`torch.compile` traces. A child that is forked has the poison; a process that is started has not.
 
-    floats            NaN
-    uint8             0xFF: the records of every row format that are made of it decode to NaN
-    uint16            0xFFA5: NaN as bits of bfloat16 and of float16
-    other integers    bytes of 0xA5: an id far below zero, or far beyond each table
-    bool              True
+The bytes are chosen to do harm:
+
+    floats            0xFF: NaN
+    uint8, uint16     0xFF: records that decode to NaN in every row format, bits of NaNs
+    other integers    0xA5: an id far below zero, or far beyond each table
+    bool              1: True
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,40 +30,36 @@ from engraphy.memory.buffers import BufferPool
 
 LIMIT = 64 << 20
 """Bytes. Larger buffers are not poisoned."""
-PATTERNS = {"uint8": 0xFF, "uint16": 0xFFA5}
+ROWS = ("uint8", "uint16")
+"""Dtypes of records, and of bits of bfloat16."""
 
 
 def fill_array(array: np.ndarray) -> np.ndarray:
     """Fill a new array with the pattern of its dtype; returns it."""
-    if array.nbytes > LIMIT:
-        return array
-    if array.dtype.kind in "fc":
-        array.fill(np.nan)
-    elif array.dtype.kind == "b":
-        array.fill(True)
-    elif array.dtype.kind in "iu":
-        array.fill(_integer(array.dtype.name, array.dtype.itemsize, array.dtype.kind == "i"))
+    if array.nbytes <= LIMIT and array.dtype.kind in "fciub":
+        _set(array.__array_interface__["data"][0], array.dtype.name, array.nbytes)
     return array
 
 
 def fill_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Fill a new tensor with the pattern of its dtype; returns it."""
-    if tensor.device.type == "meta" or tensor.numel() * tensor.element_size() > LIMIT:
-        return tensor
-    dtype = tensor.dtype
-    with torch.no_grad():
-        if dtype.is_floating_point or dtype.is_complex:
-            tensor.fill_(torch.nan)
-        elif dtype == torch.bool:
-            tensor.fill_(True)
-        else:
-            name = str(dtype).removeprefix("torch.")
-            tensor.fill_(_integer(name, dtype.itemsize, dtype.is_signed))
+    if type(tensor) is torch.Tensor and tensor.device.type == "cpu":  # no meta, no fake tensor
+        memory = tensor.untyped_storage()
+        if memory.nbytes() <= LIMIT:
+            _set(memory.data_ptr(), str(tensor.dtype).removeprefix("torch."), memory.nbytes())
     return tensor
 
 
-def _integer(name: str, size: int, signed: bool) -> int:
-    return PATTERNS.get(name, int.from_bytes(b"\xa5" * size, "little", signed=signed))
+def _set(address: int, dtype: str, size: int) -> None:
+    """Lets no other thread of Python run, as allocating does not: tests look at that."""
+    ctypes.pythonapi.memset(ctypes.c_void_p(address), _byte(dtype), ctypes.c_size_t(size))
+
+
+def _byte(dtype: str) -> int:
+    if dtype == "bool":
+        return 1
+    integer = dtype.startswith(("int", "uint"))
+    return 0xA5 if integer and dtype not in ROWS else 0xFF
 
 
 def _filling(
