@@ -419,3 +419,8 @@ def test_read_refuses_a_format_of_another_width_and_a_closed_store():
     store.close()
     with pytest.raises(StoreError, match="closed"):
         read(store, np.array([1]), fmt_of("f32"), np.zeros((1, 64), np.float32))
+
+
+def test_the_repr_of_a_format_makes_it_again():
+    for kind in KINDS:
+        assert eval(repr(fmt_of(kind))) == fmt_of(kind)

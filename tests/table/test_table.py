@@ -974,3 +974,34 @@ def test_a_kill_at_any_step_of_creating_leaves_nothing_or_a_table_that_says_unse
             assert holds(table, 1)
         table.verify()
     assert in_order(seen, ["nothing", "unsealed", "new"])
+
+
+# What a table says of itself.
+
+
+def test_its_repr_names_path_rows_format_identity_and_state(tmp_path):
+    table = create(tmp_path / "t")
+    rows = {layer: table.rows(layer) for layer in LAYERS}
+    says = (
+        f"Table('{tmp_path}/t', rows={rows}, format=RowFormat(kind='bf16', d=4, scale=None), "
+        f"table_id='{table.table_id}', state='open', mode='w')"
+    )
+    assert repr(table) == says
+    table.seal()
+    says = says.replace("state='open', mode='w'", "state='sealed', mode='r'")
+    assert repr(table) == repr(Table.open(tmp_path / "t")) == says
+    table.close()
+    assert repr(table) == says.replace("mode='r'", "mode='closed'")
+
+
+@pytest.mark.parametrize("shard_rows", [0, -1, 2.5, True, "40"])
+def test_shard_rows_is_a_positive_integer(tmp_path, shard_rows):
+    with pytest.raises(ConfigError, match="shard_rows: expected (an integer|at least 1), found"):
+        Table.create(tmp_path / "t", config(), FMT, Words(), shard_rows=shard_rows)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("sample", [0, 1000, 1.5, True])
+def test_a_sample_of_shards_that_there_are_not_is_refused(tmp_path, sample):
+    with pytest.raises(ConfigError, match="sample of [0-9]+ shards: expected"):
+        sealed(tmp_path / "t").verify(sample)

@@ -75,6 +75,15 @@ class Manifest:
         """Shards of all layers."""
         return [shard for layer in self.config.hash.layer_ids for shard in self.shards(layer)]
 
+    def check_shards(self) -> None:
+        """Checks presence, size and header of every shard.
+
+        Raises:
+            TableError: A shard is missing, foreign, truncated or damaged.
+        """
+        for shard in self.all_shards():
+            shard.check(self.table_ids)
+
     def _check_count(self, path: Path, listed: int) -> None:
         """Before a list is made of them: shards of a row each are as many as memory holds, and
         more."""

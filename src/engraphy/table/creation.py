@@ -1,0 +1,48 @@
+"""What happens when a table is created: its parts are compared, and its files are made."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..errors import ConfigError
+from ..rows.format import RowFormat
+from ..spec.config import EngramConfig
+from .lock import WriterLock
+from .manifest import Manifest
+
+
+class Vocab(Protocol):
+    """What a table needs of a vocabulary map (`addresses.vocab.VocabMap` is one)."""
+
+    @property
+    def digest(self) -> str: ...
+    def __len__(self) -> int: ...
+
+
+def check_parts(config: EngramConfig, fmt: RowFormat, vocab: Vocab) -> None:
+    """Checks that configuration, row format and vocabulary map fit each other.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if fmt.d != config.dim:
+        raise ConfigError(f"row format: expected d = {config.dim}, the config's dim, found {fmt.d}")
+    if len(vocab) != config.hash.vocab_size:
+        raise ConfigError(
+            f"vocab: expected {config.hash.vocab_size} ids, the hash spec's vocab_size, "
+            f"found {len(vocab)}"
+        )
+
+
+def build(manifest: Manifest) -> WriterLock:
+    """Makes the files of a new table in manifest.directory, and takes its writer's lock.
+
+    Raises:
+        TableError: engram.json cannot be read back: refused now, not after hours of writing.
+        WriteFailed: The system refuses.
+    """
+    for shard in manifest.all_shards():
+        shard.create(manifest.table_id)
+    manifest.write()
+    Manifest.read(manifest.directory)
+    return WriterLock.take(manifest.directory)
