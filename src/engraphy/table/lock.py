@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import TableError
-from ..system.files import still_named, write_errors
+from ..system.temporaries import still_named
+from ..system.write_errors import write_errors
 
 LOCK_NAME = "writer.lock"
 
