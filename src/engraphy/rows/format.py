@@ -1,10 +1,9 @@
-"""Rows: how one record of bytes stands for d values, and the one way to read rows of a store as
-numbers.
+"""How one record of bytes stands for d values.
 
-A row is `row_bytes` bytes, its scales included. Knows neither tokens, files nor tensors; `read`
-asks a store for its mapped memory or for a gather. The kinds of rows stand in codecs.py. The plain
-numpy versions are the specification; the native kernel beside them (`_native/rows_kernel.cpp`)
-gives the same bits. numpy has no bfloat16: bf16 values are their bits as uint16.
+A row is `row_bytes` bytes, its scales included. This module knows neither tokens nor files nor
+tensors. codecs.py has the kinds of rows in plain numpy, which is the specification; the native
+kernel (`_native/rows_kernel.cpp`) gives the same bits. numpy has no bfloat16: bf16 values are their
+bits as uint16.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ import numpy as np
 
 from .. import _native
 from ..errors import ConfigError, InputError
-from ..system.checks import check_array, check_out
+from ..system.checks import as_int, check_array, check_out, is_number
 from .codecs import CODECS, to_bf16
 
-_F32_MIN, _F32_MAX = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
+_F32_MIN = float(np.finfo(np.float32).smallest_subnormal)
+_F32_MAX = float(np.finfo(np.float32).max)
+_FIELDS = {"kind", "d", "scale"}
 _CHUNK_VALUES = 1 << 18  # temporaries of decode stay in the cache: 1 MiB of float32
 
 
@@ -31,16 +32,23 @@ class RowFormat:
     | kind | record | encode |
     |---|---|---|
     | f32, f16, bf16 | 4d, 2d, 2d | round to nearest even; NaN and infinities kept |
-    | fp8 | d e4m3 + d/32 ue8m0 | per 32 values the smallest power of two that brings them within 448 |
+    | fp8 | d e4m3 + d/32 ue8m0 | the smallest power of two that brings 32 values within 448 |
     | fp8_scaled | d e4m3 | divided by `scale`, one float32 for the whole table |
     | int8 | d + one f16 scale | -127..127, round half to even, scale = max/127 |
-    | int4 | d/2 + one f16 scale | -7..7, scale = max/7, value 2i in the low nibble of byte i, two's complement |
+    | int4 | d/2 + one f16 scale | -7..7, scale = max/7 |
 
-    The f16 scale is rounded to nearest, or up where the nearest would clip (only below 2**-14), and
-    codes are of the rounded scale: the error of a value is at most scale / 2. Zeros are zero bytes
-    in every kind. Raises ConfigError for an unknown kind, a d that does not fit (a multiple of 32
-    for fp8, even for int4), and a scale that is missing, not a positive float32, or not used by the
-    kind.
+    Integer codes are in two's complement; value 2i of int4 lies in the low nibble of byte i. The
+    f16 scale is rounded to nearest, or up if the nearest would clip (only below 2**-14), and codes
+    are of the rounded scale: the error of a value is at most scale / 2. Zeros are zero bytes in
+    every kind.
+
+    Attributes:
+        kind: One of the kinds above.
+        d: Values of a row: a multiple of 32 for fp8, even for int4.
+        scale: The table's scale, a positive float32, for fp8_scaled; None for the other kinds.
+
+    Raises:
+        ConfigError: The kind is unknown, or d or scale do not fit it.
     """
 
     kind: str
@@ -52,31 +60,28 @@ class RowFormat:
             raise ConfigError(
                 f"row format: expected one of {', '.join(CODECS)}, found {self.kind!r}"
             )
-        if isinstance(self.d, bool) or not isinstance(self.d, (int, np.integer)) or self.d < 1:
+        d = as_int(f"row format {self.kind}: d", self.d, 1)
+        multiple = CODECS[self.kind].multiple
+        if d % multiple:
             raise ConfigError(
-                f"row format {self.kind}: expected a positive integer d, found {self.d!r}"
+                f"row format {self.kind}: expected d a multiple of {multiple}, found {d}"
             )
-        if self.d % CODECS[self.kind].multiple:
-            raise ConfigError(
-                f"row format {self.kind}: expected d a multiple of {CODECS[self.kind].multiple}, "
-                f"found {self.d}"
-            )
-        object.__setattr__(self, "d", int(self.d))
+        object.__setattr__(self, "d", d)
         object.__setattr__(self, "scale", self._checked_scale())
 
     def _checked_scale(self) -> float | None:
+        scale = self.scale
         if self.kind != "fp8_scaled":
-            if self.scale is not None:
+            if scale is not None:
                 raise ConfigError(
-                    f"row format {self.kind}: expected no table scale, found {self.scale!r}"
+                    f"row format {self.kind}: expected no table scale, found {scale!r}"
                 )
             return None
-        if isinstance(self.scale, (int, float, np.floating)) and not isinstance(self.scale, bool):
-            if _F32_MIN <= self.scale <= _F32_MAX:
-                return float(np.float32(self.scale))
-        raise ConfigError(
-            f"row format fp8_scaled: expected a positive float32 scale, found {self.scale!r}"
-        )
+        if scale is None or not is_number(scale) or not _F32_MIN <= scale <= _F32_MAX:
+            raise ConfigError(
+                f"row format fp8_scaled: expected a positive float32 scale, found {scale!r}"
+            )
+        return float(np.float32(scale))
 
     @property
     def row_bytes(self) -> int:
@@ -84,67 +89,84 @@ class RowFormat:
         return CODECS[self.kind].row_bytes(self.d)
 
     def encode(self, values_Nd: np.ndarray) -> np.ndarray:
-        """float32 [N, d] -> uint8 [N, row_bytes].
+        """Makes records of values. Nothing is clipped: a value that does not fit is an error.
 
-        Nothing is clipped: raises InputError naming row and column for a finite value that the kind
-        cannot hold, for NaN and infinities in the fp8 and integer kinds, and for another shape or
-        dtype.
+        Args:
+            values_Nd: float32 [N, d].
+
+        Returns:
+            uint8 [N, row_bytes].
+
+        Raises:
+            InputError: The kind cannot hold a value (too large, or NaN and infinities in the fp8
+                and integer kinds); names row and column. Or the shape or dtype is another.
         """
         check_array("values", values_Nd, (None, self.d), (np.float32,))
+        codec = CODECS[self.kind]
         raw_NR = np.empty((len(values_Nd), self.row_bytes), np.uint8)
         step = chunk_rows(self.d)
         with np.errstate(over="ignore", under="ignore"):
             for first in range(0, len(values_Nd), step):
                 values_nd = np.ascontiguousarray(values_Nd[first : first + step])
                 self._check_values(values_nd, first)
-                raw_NR[first : first + step] = CODECS[self.kind].encode(
-                    values_nd, self.scale or 1.0
-                )
+                raw_NR[first : first + step] = codec.encode(values_nd, self.scale or 1.0)
         return raw_NR
 
     def decode(self, raw_NR: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 [N, row_bytes] -> `out` [N, d]: float32 (the default), or uint16 for bf16 bits, to
-        nearest even.
+        """Makes values of records. Exact in float32 for every kind.
 
-        Exact in float32 for every kind. `out` has to be C-contiguous. Raises InputError before
-        anything is written.
+        Args:
+            raw_NR: uint8 [N, row_bytes].
+            out: [N, d], C-contiguous: float32, or uint16 for bf16 bits, to nearest even. By default
+                a new float32 array.
+
+        Returns:
+            `out`.
+
+        Raises:
+            InputError: A shape or dtype is another. Nothing is written then.
         """
         check_array("raw", raw_NR, (None, self.row_bytes), (np.uint8,))
         count = len(raw_NR)
         if out is None:
             out = np.empty((count, self.d), np.float32)
         check_out(out, (count, self.d), (np.float32, np.uint16))
-        if (core := _native.core) is None:
+        core = _native.core
+        if core is None:
             self.decode_plain(raw_NR, out)
-        else:
-            raw_NR = np.ascontiguousarray(raw_NR)
-            core.decode_rows(
-                self.kind,
-                self.d,
-                self.scale or 1.0,
-                core.address(raw_NR),
-                count,
-                out.dtype == np.uint16,
-                core.address(out),
-            )
+            return out
+        raw_NR = np.ascontiguousarray(raw_NR)
+        core.decode_rows(
+            self.kind,
+            self.d,
+            self.scale or 1.0,
+            core.address(raw_NR),
+            count,
+            out.dtype == np.uint16,
+            core.address(out),
+        )
         return out
 
     def decode_plain(self, raw_NR: np.ndarray, out: np.ndarray) -> None:
+        """`decode` in numpy, without checks: the specification of the native kernel."""
         if self.is_stored_as(out.dtype):
             out.view(np.uint8)[...] = raw_NR
             return
         count = len(raw_NR)
-        step, scratch_nd = chunk_rows(self.d), None
+        step = chunk_rows(self.d)
+        scratch_nd = None
         if out.dtype == np.uint16:
             scratch_nd = np.empty((min(step, count), self.d), np.float32)
-        with np.errstate(
-            over="ignore", under="ignore", invalid="ignore"
-        ):  # a record may say 448 * 2**127, or NaN
+        # A record may hold 448 * 2**127, or NaN.
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             for first in range(0, count, step):
-                raw_nR, out_nd = (
-                    np.ascontiguousarray(raw_NR[first : first + step]),
-                    out[first : first + step],
-                )
+                raw_nR = np.ascontiguousarray(raw_NR[first : first + step])
+                out_nd = out[first : first + step]
+                values_nd = out_nd if scratch_nd is None else scratch_nd[: len(out_nd)]
+                CODECS[self.kind].decode(raw_nR, values_nd, self.scale or 1.0)
+                if scratch_nd is not None:
+                    out_nd[...] = to_bf16(values_nd)
+
                 values_nd = out_nd if scratch_nd is None else scratch_nd[: len(out_nd)]
                 CODECS[self.kind].decode(raw_nR, values_nd, self.scale or 1.0)
                 if scratch_nd is not None:
@@ -156,7 +178,9 @@ class RowFormat:
         size_nd = np.abs(values_nd)
         if size_nd.max() <= limit:  # false for NaN
             return
-        bad_nd = (size_nd > limit) & (size_nd < np.inf) if codec.keeps_nan else ~(size_nd <= limit)
+        bad_nd = ~(size_nd <= limit)
+        if codec.keeps_nan:
+            bad_nd = (size_nd > limit) & (size_nd < np.inf)
         if bad_nd.any():
             row, column = (int(i) for i in np.argwhere(bad_nd)[0])
             raise InputError(
@@ -169,19 +193,20 @@ class RowFormat:
         return (self.kind, dtype) in (("f32", np.dtype(np.float32)), ("bf16", np.dtype(np.uint16)))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; `scale` only where the kind has one."""
-        return {"kind": self.kind, "d": self.d} | (
-            {} if self.scale is None else {"scale": self.scale}
-        )
+        """Plain JSON values. `scale` is there only if the kind has one."""
+        data: dict[str, Any] = {"kind": self.kind, "d": self.d}
+        if self.scale is not None:
+            data["scale"] = self.scale
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RowFormat:
-        """Inverse of `to_json`. Raises ConfigError on unknown or missing fields."""
-        if not isinstance(data, Mapping) or not {"kind", "d"} <= set(data) <= {
-            "kind",
-            "d",
-            "scale",
-        }:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: A field is unknown, missing or invalid.
+        """
+        if not isinstance(data, Mapping) or not {"kind", "d"} <= set(data) <= _FIELDS:
             raise ConfigError(
                 f"RowFormat: expected the fields kind, d and at most scale, found {data!r}"
             )
@@ -189,4 +214,5 @@ class RowFormat:
 
 
 def chunk_rows(d: int) -> int:
+    """Rows that are decoded at a time."""
     return max(1, _CHUNK_VALUES // d)

@@ -1,5 +1,7 @@
-"""Initial rows: each value a pure function of (seed, layer, row, column), whatever the chunk, shard
-or rank."""
+"""Initial rows: each value is a pure function of (seed, layer, row, column).
+
+It does not depend on the chunk, shard or rank that makes it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,21 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def normal_rows(seed: int, layer: int, ids_N: np.ndarray, dim: int, std: float) -> np.ndarray:
-    """Rows `ids_N` of a table ~ N(0, std**2): f32 [N, dim].
+    """Initial rows of a table, normally distributed.
 
     The classic sum of twelve uniforms (16 bits each, from splitmix64 over the counter): integer
     arithmetic and one multiplication, so the bits are the same on every machine. Values end at six
     standard deviations.
+
+    Args:
+        seed: Of the whole memory, from 0 to 2**64 - 1.
+        layer: The model's layer.
+        ids_N: Row ids, integers [N].
+        dim: Width of a row, d.
+        std: Standard deviation.
+
+    Returns:
+        float32 [N, dim] ~ N(0, std**2).
     """
     key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(layer))
     counter = ids_N.astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)

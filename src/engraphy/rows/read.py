@@ -1,7 +1,7 @@
 """The one way to read rows of a store as numbers: mapped memory in place, else a gather.
 
-Asks a store for its mapped memory or for a gather, and knows no file. The plain numpy versions are
-the specification; the native kernel beside them (`_native/rows_kernel.cpp`) gives the same bits.
+This module asks a store for its mapped memory or for a gather, and knows no file. The plain numpy
+versions are the specification; the native kernel (`_native/rows_kernel.cpp`) gives the same bits.
 """
 
 from __future__ import annotations
@@ -21,34 +21,53 @@ from .format import RowFormat, chunk_rows
 
 
 class Readable(Protocol):
-    """What `read` needs of a store (`store.RowStore` is one). Where it has no `in_memory`, it may
-    wait for a disk."""
+    """What `read` needs of a store (`store.RowStore` is one).
+
+    A store without the attribute `in_memory` may wait for a disk.
+    """
 
     @property
     def info(self) -> Any: ...
     def reading(self, rows: int = 0) -> AbstractContextManager[Sequence[np.ndarray] | None]:
-        """The scope of one read of `rows` rows: gives mapped memory, of which a first array is
-        followed by the same others each time, or None."""
+        """The scope of one read of `rows` rows.
+
+        Gives the mapped shards, or None if the store has none. Shards that begin with the same
+        array are the same shards.
+        """
         ...
 
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray: ...
 
 
 def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> np.ndarray:
-    """Rows `ids` of a store as numbers, in `out`, which is returned.
+    """Reads rows of a store as numbers.
 
-    ids: int64 of any shape [...]. out: float32, or uint16 for bf16 bits; C-contiguous; of shape
-    [..., d], or with the last axis of ids folded in: ids [B, T, C] -> out [B, T, C, d] or [B, T,
-    E], E = C*d. Where the store is mapped memory rows are dequantised straight from it, else
-    gathered first: the bytes are the same. Raises RowOutOfRange, InputError or StoreError before
-    anything is written, and ShardTruncated or StoreError if the memory that was read turns out to
-    be damaged.
+    Rows of mapped memory are dequantised in place. Otherwise they are gathered first: the values
+    are the same.
+
+    Args:
+        store: The store.
+        ids: Row ids, int64 of any shape [...].
+        fmt: The format of the store's rows.
+        out: float32, or uint16 for bf16 bits; C-contiguous; of shape [..., d], or with the last
+            axis of ids folded in: ids [B, T, C] -> out [B, T, C, d] or [B, T, E], E = C*d.
+
+    Returns:
+        `out`.
+
+    Raises:
+        RowOutOfRange: An id is negative or beyond the last row. Nothing is written.
+        InputError: A shape or dtype is invalid, or fmt is not the store's. Nothing is written.
+        StoreError: The store is closed or not one that can be read. If mapped memory was damaged
+            while it was read, after something was written.
+        ShardTruncated: A file of the store was cut while it was read.
     """
-    info, reading = store.info, getattr(store, "reading", None)
+    info = store.info
+    reading = getattr(store, "reading", None)
     if reading is None:
         raise StoreError(
-            f"rows.read: expected a store with reading(rows), a scope, found a {type(store).__name__} "
-            "without it: derive it from engraphy.store.RowStore"
+            "rows.read: expected a store with reading(rows), a scope, found a "
+            f"{type(store).__name__} without it: derive it from engraphy.store.RowStore"
         )
     if fmt.row_bytes != info.row_bytes:
         raise InputError(
@@ -58,9 +77,7 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
     if info.format not in (None, fmt):
         raise InputError(f"rows.read: the store's rows are of {info.format}, found {fmt}")
     _check_id_type(ids)
-    folded = ids.shape[:-1] + (ids.shape[-1] * fmt.d,) if ids.ndim else (fmt.d,)
-    shape = folded if isinstance(out, np.ndarray) and out.shape == folded else ids.shape + (fmt.d,)
-    check_out(out, shape, (np.float32, np.uint16))
+    check_out(out, _out_shape(ids, fmt.d, out), (np.float32, np.uint16))
     with reading(ids.size) as shards:
         if shards is not None:
             _read_mapped(shards, info, ids, fmt, out, waits=not getattr(store, "in_memory", False))
@@ -68,6 +85,16 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
     check_ids(ids, info.rows)
     fmt.decode(store.gather(ids.reshape(-1)), out.reshape(-1, fmt.d))
     return out
+
+
+def _out_shape(ids: np.ndarray, d: int, out: Any) -> tuple[int, ...]:
+    """The shape that `out` has to have: with the last axis of ids folded in if it looks so."""
+    folded = (d,)
+    if ids.ndim:
+        folded = (*ids.shape[:-1], ids.shape[-1] * d)
+    if isinstance(out, np.ndarray) and out.shape == folded:
+        return folded
+    return (*ids.shape, d)
 
 
 def _read_mapped(
@@ -108,8 +135,10 @@ def _read_native(
     waits: bool,
 ) -> None:
     """Ids of any shape; the kernel checks them before it writes."""
-    core, at, flat = _native.core, addresses(shards, info), np.ascontiguousarray(ids)
-    wrong = core.read_rows(
+    core = _native.core
+    at = addresses(shards, info)
+    flat = np.ascontiguousarray(ids)
+    bad = core.read_rows(
         fmt.kind,
         fmt.d,
         fmt.scale or 1.0,
@@ -122,13 +151,20 @@ def _read_native(
         core.address(out),
         waits,
     )
-    if wrong >= 0:
-        raise _bad_id(ids, wrong, at.rows)
+    if bad >= 0:
+        raise _bad_id(ids, bad, at.rows)
 
 
 class _Addresses(NamedTuple):
-    """Where shards lie: u64 [S], the address of this array itself, and the first shard, to know
-    them by."""
+    """Where shards lie.
+
+    Attributes:
+        shards_S: uint64 [S], the address of each shard.
+        address: The address of shards_S itself.
+        shard_rows: Rows of a shard but the last.
+        rows: Rows of all shards.
+        first: The first shard, by which the others are known.
+    """
 
     shards_S: np.ndarray
     address: int
@@ -137,14 +173,16 @@ class _Addresses(NamedTuple):
     first: weakref.ref[np.ndarray]
 
 
-_KNOWN: dict[
-    int, _Addresses
-] = {}  # by id of the first shard, while it lives; asking many takes longer than a read
+# By id of the first shard, while it lives: asking many shards takes longer than a read.
+_KNOWN: dict[int, _Addresses] = {}
 
 
 def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
-    """Where shards lie. Checks what kernels rely on, once. Raises StoreError where they are not
-    what the store says."""
+    """Where shards lie. Checks once what the kernels rely on.
+
+    Raises:
+        StoreError: The shards are not what the store says.
+    """
     key = id(shards[0])
     known = _KNOWN.get(key)
     if known is not None and known.first() is shards[0] and known.rows == info.rows:
@@ -156,16 +194,17 @@ def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
         and shard.flags.c_contiguous
         for shard in shards
     )
-    if not fit or sum(sizes) != info.rows or {*sizes[:-1], max(sizes)} != {sizes[0]}:
+    equal = all(size == sizes[0] for size in sizes[:-1]) and sizes[-1] <= sizes[0]
+    if not (fit and equal and sum(sizes) == info.rows):
         raise StoreError(
-            f"{info.kind} store: expected C-contiguous shards of equal sizes but the last, together uint8 "
-            f"[{info.rows}, {info.row_bytes}], found {', '.join(map(describe, shards))}"
+            f"{info.kind} store: expected C-contiguous shards of equal sizes but the last, "
+            f"together uint8 [{info.rows}, {info.row_bytes}], "
+            f"found {', '.join(map(describe, shards))}"
         )
     shards_S = np.array([_native.core.address(shard) for shard in shards], np.uint64)
     first = weakref.ref(shards[0], lambda _, forget=_KNOWN.pop: forget(key, None))
-    _KNOWN[key] = known = _Addresses(
-        shards_S, _native.core.address(shards_S), sizes[0], info.rows, first
-    )
+    known = _Addresses(shards_S, _native.core.address(shards_S), sizes[0], info.rows, first)
+    _KNOWN[key] = known
     return known
 
 
@@ -176,37 +215,49 @@ def gather_mapped(
     out_NR: np.ndarray,
     waits: bool = True,
 ) -> None:
-    """Copy rows `ids_N` (checked by the caller) of a store's mapped shards into out_NR,
-    C-contiguous.
+    """Copies rows of a store's mapped shards.
 
-    waits: reading may have to wait for a disk; else few rows are copied without letting other
-    threads of Python run, which takes longer. Raises StoreError where the shards are not what the
-    store says.
+    Args:
+        shards: uint8 [n, row_bytes] each, of equal sizes but the last.
+        info: The store's StoreInfo.
+        ids_N: Row ids, int64 [N], which the caller has checked.
+        out_NR: uint8 [N, row_bytes], C-contiguous, which is written.
+        waits: True if reading may have to wait for a disk. False: few rows are copied without
+            letting other threads of Python run, which would take longer than the copy.
+
+    Raises:
+        StoreError: The shards are not what the store says.
     """
-    if (core := _native.core) is None:
+    core = _native.core
+    if core is None:
         take(shards, ids_N, out_NR)
-    else:
-        at, flat_N = addresses(shards, info), np.ascontiguousarray(ids_N)
-        core.gather_rows(
-            at.address,
-            at.shard_rows,
-            at.rows,
-            info.row_bytes,
-            core.address(flat_N),
-            len(flat_N),
-            core.address(out_NR),
-            waits,
-        )
+        return
+    at = addresses(shards, info)
+    flat_N = np.ascontiguousarray(ids_N)
+    core.gather_rows(
+        at.address,
+        at.shard_rows,
+        at.rows,
+        info.row_bytes,
+        core.address(flat_N),
+        len(flat_N),
+        core.address(out_NR),
+        waits,
+    )
 
 
 def take(shards: Sequence[np.ndarray], ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-    """Copy rows `ids_N` (checked by the caller) of mapped shards, u8 [n, row_bytes] each, into
-    out_NR."""
+    """Copies rows of mapped shards, in numpy.
+
+    Args:
+        shards: uint8 [n, row_bytes] each, of equal sizes but the last.
+        ids_N: Row ids, int64 [N], which the caller has checked.
+        out_NR: uint8 [N, row_bytes], which is written.
+    """
     for shard, local_n, where in by_shard(shards, ids_N):
         if isinstance(where, slice):
-            np.take(
-                shard, local_n, axis=0, out=out_NR, mode="clip"
-            )  # "raise" would buffer the output
+            # mode="raise" would buffer the output.
+            np.take(shard, local_n, axis=0, out=out_NR, mode="clip")
         else:
             out_NR[where] = np.take(shard, local_n, axis=0, mode="clip")
 
@@ -214,8 +265,12 @@ def take(shards: Sequence[np.ndarray], ids_N: np.ndarray, out_NR: np.ndarray) ->
 def by_shard(
     shards: Sequence[np.ndarray], ids_N: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-    """(shard, ids within it, their positions in ids_N) for each shard that is touched; positions
-    ascend."""
+    """Divides row ids by the shard that has them.
+
+    Yields:
+        For each shard that is touched: the shard, ids within it, and their positions in ids_N,
+        which ascend.
+    """
     if len(shards) == 1:
         yield shards[0], ids_N, slice(None)
         return
@@ -229,17 +284,20 @@ def by_shard(
 
 
 def check_ids(ids: np.ndarray, rows: int) -> None:
-    """Raise InputError unless ids is an int64 array, RowOutOfRange unless all of it lies in
-    0..rows-1."""
+    """Checks row ids of any shape.
+
+    Raises:
+        InputError: `ids` is not an int64 array.
+        RowOutOfRange: An id is not in 0..rows-1; names the first one and its position.
+    """
     _check_id_type(ids)
-    if (
-        core := _native.core
-    ) is not None and ids.flags.c_contiguous:  # numpy would let other threads run for this
+    core = _native.core
+    if core is not None and ids.flags.c_contiguous:
+        # numpy would let other threads of Python run, which takes longer.
         bad = core.first_bad(core.address(ids), ids.size, rows)
     else:
-        bad_F = (
-            ids.reshape(-1).view(np.uint64) >= rows
-        )  # negative ids are the largest unsigned ones
+        # Negative ids are the largest unsigned ones.
+        bad_F = ids.reshape(-1).view(np.uint64) >= rows
         bad = int(bad_F.argmax()) if bad_F.any() else -1
     if bad >= 0:
         raise _bad_id(ids, bad, rows)
@@ -251,8 +309,6 @@ def _check_id_type(ids: np.ndarray) -> None:
 
 
 def _bad_id(ids: np.ndarray, flat: int, rows: int) -> RowOutOfRange:
-    where = tuple(int(i) for i in np.unravel_index(flat, ids.shape))
-    return RowOutOfRange(
-        f"row id {ids[where]} at position {where[0] if len(where) == 1 else where}: "
-        f"expected 0 to {rows - 1}"
-    )
+    position = tuple(int(i) for i in np.unravel_index(flat, ids.shape))
+    place = position[0] if len(position) == 1 else position
+    return RowOutOfRange(f"row id {ids[position]} at position {place}: expected 0 to {rows - 1}")
