@@ -19,7 +19,7 @@ settings.load_profile("engraphy")
 
 @pytest.fixture(scope="session", autouse=True)
 def poison():
-    """Whoever reads a buffer of engraphy's that nobody filled gets NaN, or ids that no table has."""
+    """Code that reads a buffer of engraphy's before it is filled gets NaN, or ids of no table."""
     with poisoned():
         yield
 

@@ -497,7 +497,7 @@ def test_tensors_that_overlap_or_leave_a_gap_are_a_corrupt_header(tmp_path, entr
 def test_a_shape_that_would_take_long_to_multiply_is_a_corrupt_header(tmp_path, shape):
     text = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 4]}}).encode()
     (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with bounded(), pytest.raises(EngraphyError, match="an entry that cannot be"):
+    with bounded(), pytest.raises(EngraphyError, match="invalid entry"):
         read_header(tmp_path / "x")
 
 

@@ -111,7 +111,7 @@ def test_rows_that_were_never_written_take_no_disk_and_have_no_norms(tmp_path):
 def test_a_sample_of_nothing_is_refused(tmp_path):
     make(tmp_path / "t")
     for sample in (0, -1):
-        with pytest.raises(ConfigError, match="at least 1 row"):
+        with pytest.raises(ConfigError, match="sample: expected at least 1, found"):
             statistics(tmp_path / "t", sample)
 
 

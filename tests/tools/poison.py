@@ -1,4 +1,4 @@
-"""Poison in uninitialised buffers, so that a test fails if code reads what nobody wrote.
+"""Poison in uninitialised buffers, so that a test fails if code reads what was never written.
 
 `poisoned` replaces `np.empty`, `np.empty_like`, `torch.empty`, `torch.empty_like`,
 `Tensor.new_empty` and `BufferPool.take` by versions that fill what they return. Only calls from
@@ -65,7 +65,7 @@ def _byte(dtype: str) -> int:
 def _filling(
     owner: Any, original: Callable[..., Any], fill: Callable[[Any], Any]
 ) -> Callable[..., Any]:
-    """`original`, whose result is filled if it is engraphy's, or if a module of engraphy calls it."""
+    """`original`, with its result filled if it is engraphy's own or called by engraphy."""
 
     def poisoning(*arguments: Any, **keywords: Any) -> Any:
         made = original(*arguments, **keywords)

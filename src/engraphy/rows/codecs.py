@@ -147,11 +147,10 @@ def _decode_fp8_scaled(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> 
 def _integer_codes(values_Nd: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """int8 codes [N, d] within -top..top, and the f16 scales as bytes [N, 2]."""
     largest_N1 = np.abs(values_Nd).max(axis=1, keepdims=True)
-    nearest_N1 = (largest_N1 / np.float32(top)).astype(np.float16)
-    next_N1 = np.nextafter(nearest_N1, np.float16(np.inf))
-    first_clipped_N1 = np.float32(top + 0.5) * nearest_N1.astype(np.float32)
+    half_N1 = (largest_N1 / np.float32(top)).astype(np.float16)
+    first_clipped_N1 = np.float32(top + 0.5) * half_N1.astype(np.float32)
     clips_N1 = (largest_N1 > 0) & (largest_N1 >= first_clipped_N1)
-    half_N1: np.ndarray = np.where(clips_N1, next_N1, nearest_N1)
+    np.copyto(half_N1, np.nextafter(half_N1, np.float16(np.inf)), where=clips_N1)
     scale_N1 = half_N1.astype(np.float32)
     divisor_N1 = np.where(scale_N1 > 0, scale_N1, np.float32(1))
     codes_Nd = np.rint(values_Nd / divisor_N1).clip(-top, top)

@@ -6,6 +6,9 @@ kernel (`_native/rows_kernel.cpp`) gives the same bits. numpy has no bfloat16: b
 bits as uint16.
 """
 
+# Annotations do not bind users: what they pass in is checked.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping

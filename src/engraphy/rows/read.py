@@ -4,6 +4,9 @@ This module asks a store for its mapped memory or for a gather, and knows no fil
 versions are the specification; the native kernel (`_native/rows_kernel.cpp`) gives the same bits.
 """
 
+# Annotations do not bind users: what they pass in is checked.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import itertools
@@ -87,7 +90,7 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
     return out
 
 
-def _out_shape(ids: np.ndarray, d: int, out: Any) -> tuple[int, ...]:
+def _out_shape(ids: np.ndarray, d: int, out: np.ndarray) -> tuple[int, ...]:
     """The shape that `out` has to have: with the last axis of ids folded in if it looks so."""
     folded = (d,)
     if ids.ndim:

@@ -15,27 +15,29 @@ _BF16 = {  # CPU flag: name
 
 
 def bf16_instructions() -> str | None:
-    """Name of this CPU's instructions for bfloat16 matmuls. Returns None if it has none, or if that
-    is not known."""
+    """Name of this CPU's instructions for bfloat16 matmuls.
+
+    Returns None if it has none, or if that is not known.
+    """
     flags = _flags(_cpuinfo())
     return next((name for flag, name in _BF16.items() if flag in flags), None)
 
 
 def facts(cpuinfo: dict[str, str] | None = None) -> dict[str, Any]:
-    """Name of the processor, and whether it has each instruction set; None = not known.
+    """Name of the processor, and whether it has each instruction set.
 
-    cpuinfo: one entry of /proc/cpuinfo; by default this machine's.
+    Args:
+        cpuinfo: One entry of /proc/cpuinfo; by default this machine's.
+
+    Returns:
+        "model", "avx2", "avx512", "amx" and "bf16"; None = not known.
     """
-    cpuinfo = _cpuinfo() if cpuinfo is None else cpuinfo
+    if cpuinfo is None:
+        cpuinfo = _cpuinfo()
     flags = _flags(cpuinfo)
     if not flags:
-        return {
-            "model": platform.processor() or None,
-            "avx2": None,
-            "avx512": None,
-            "amx": None,
-            "bf16": None,
-        }
+        unknown = dict.fromkeys(("avx2", "avx512", "amx", "bf16"))
+        return {"model": platform.processor() or None, **unknown}
     return {
         "model": cpuinfo.get("model name") or platform.machine(),
         "avx2": "avx2" in flags,
@@ -46,7 +48,7 @@ def facts(cpuinfo: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    """The first processor's entry of /proc/cpuinfo; empty if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -10,7 +10,7 @@ _BEGINS = b"version https://git-lfs"
 
 
 def is_pointer(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as pointers do; False for what cannot be read."""
+    """Whether a file begins as pointers do. False if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(len(_BEGINS)) == _BEGINS
@@ -19,9 +19,17 @@ def is_pointer(path: str | os.PathLike[str]) -> bool:
 
 
 def refuse_pointer(path: str | os.PathLike[str], error: type[EngraphyError]) -> None:
-    """Raise `error` if a file is a pointer. For whoever found that a file is not what it should be."""
+    """Refuses a file that is a pointer. For callers that found that a file is not as it should be.
+
+    Args:
+        path: The file.
+        error: The class to raise.
+
+    Raises:
+        EngraphyError: The file is a pointer; of class `error`.
+    """
     if is_pointer(path):
         raise error(
-            f"{os.fspath(path)}: expected the file itself, found a Git LFS pointer to it: run `git lfs pull` "
-            "in its folder"
+            f"{os.fspath(path)}: expected the file itself, found a Git LFS pointer to it: "
+            "run `git lfs pull` in its folder"
         )

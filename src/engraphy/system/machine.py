@@ -1,9 +1,8 @@
-"""Memory that this process can still get: what the machine has, and what its control groups leave
-of it.
+"""Memory that this process can still get: what the machine has, as far as control groups allow.
 
 A container's limit stands in a group of /proc/self/cgroup or in any group above it, so all of them
-are asked. Version 2 and the memory controller of version 1 may stand side by side. `root` is "/"
-but in tests, which make up such a tree.
+are read. Version 2 and the memory controller of version 1 may be there side by side. `root` is "/"
+except in tests, which make up such a tree.
 """
 
 from __future__ import annotations
@@ -22,8 +21,14 @@ VARIABLE = FREE_MEMORY.name
 
 
 class _Kind(NamedTuple):
-    """Names of one version of control groups. kept: lines of memory.stat that no reclaim gives
-    back."""
+    """Names of one version of control groups.
+
+    Attributes:
+        limit: The file with the limit.
+        usage: The file with the usage.
+        reclaimable: Lines of memory.stat that count as usage, but can be given back.
+        usual: Where this version is usually mounted.
+    """
 
     limit: str
     usage: str
@@ -46,34 +51,45 @@ _V1 = _Kind(
 
 
 def free_memory(root: str | os.PathLike[str] = "/") -> int | None:
-    """Bytes of memory that this process can still get; None where the system does not say.
+    """Bytes of memory that this process can still get.
 
-    The least of MemAvailable of /proc/meminfo (the page cache counts as available) and of what each
-    control group on the way up leaves: its limit less its usage, without page cache that can be
-    given back. ENGRAPHY_FREE_MEMORY in the environment, in bytes, is the answer whatever the system
-    says. Raises ConfigError for a value of it that is no number of bytes.
+    The minimum of MemAvailable of /proc/meminfo (the page cache counts as available) and of what
+    each control group on the way up leaves: its limit less its usage, without page cache that can
+    be given back. ENGRAPHY_FREE_MEMORY in the environment, in bytes, replaces it.
+
+    Args:
+        root: Folder that holds proc and sys.
+
+    Returns:
+        Bytes, or None if the system does not say.
+
+    Raises:
+        ConfigError: ENGRAPHY_FREE_MEMORY is not a number of bytes.
     """
     given = FREE_MEMORY.given()
     if given:
         if not (given.isascii() and given.isdigit()):
             raise ConfigError(f"{VARIABLE}: expected a number of bytes, found {given!r}")
         return int(given)
-    found = [
-        _meminfo(Path(root), "MemAvailable"),
-        *(_left(folder, kind) for folder, kind in _groups(Path(root))),
-    ]
-    return min((size for size in found if size is not None), default=None)
+    left = [_left(folder, kind) for folder, kind in _groups(Path(root))]
+    sizes = [_meminfo(Path(root), "MemAvailable"), *left]
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def total_memory(root: str | os.PathLike[str] = "/") -> int | None:
-    """Bytes of memory that this process could have were it alone: MemTotal or the least limit of
-    its control groups.
+    """Bytes of memory that this process could have if it were alone.
 
-    None where the system does not say.
+    The minimum of MemTotal and the limits of its control groups.
+
+    Args:
+        root: Folder that holds proc and sys.
+
+    Returns:
+        Bytes, or None if the system does not say.
     """
     limits = [_number(folder / kind.limit) for folder, kind in _groups(Path(root))]
-    found = [_meminfo(Path(root), "MemTotal"), *limits]
-    return min((size for size in found if size is not None), default=None)
+    sizes = [_meminfo(Path(root), "MemTotal"), *limits]
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, _Kind]]:
@@ -91,20 +107,22 @@ def _groups(root: Path) -> Iterator[tuple[Path, _Kind]]:
             continue
         for mount, top in _mounts(root, kind):
             inside = PurePosixPath(os.path.relpath(path, top))
-            if (
-                ".." in inside.parts
-            ):  # a group that this mount does not show: its own top is all that can be seen
+            if ".." in inside.parts:
+                # This mount does not show the group: only its own top can be seen.
                 inside = PurePosixPath()
             yield from ((mount / place, kind) for place in (inside, *inside.parents))
 
 
 def _mounts(root: Path, kind: _Kind) -> list[tuple[Path, str]]:
-    """Where a version is mounted, and which group is the top of the mount; the usual place if that
-    is not said."""
-    found = []
+    """Where a version is mounted, and which group is the top of the mount.
+
+    The usual place if mountinfo does not say.
+    """
+    mounts: list[tuple[Path, str]] = []
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
-        fields, about = before.split(" "), after.split(" ")
+        fields = before.split(" ")
+        about = after.split(" ")
         if len(fields) < 5 or len(about) < 3:
             continue
         if kind is _V2:
@@ -112,22 +130,23 @@ def _mounts(root: Path, kind: _Kind) -> list[tuple[Path, str]]:
         else:
             suits = about[0] == "cgroup" and "memory" in about[2].split(",")
         if suits:
-            top, place = (_plain(field) for field in fields[3:5])
-            found.append((root / place.lstrip("/"), top))
-    return found or [(root / kind.usual, "/")]
+            top = _plain(fields[3])
+            place = _plain(fields[4])
+            mounts.append((root / place.lstrip("/"), top))
+    return mounts or [(root / kind.usual, "/")]
 
 
 def _left(folder: Path, kind: _Kind) -> int | None:
-    """What the limit of one group leaves; None without a limit."""
+    """Bytes that the limit of one group leaves; None without a limit."""
     limit = _number(folder / kind.limit)
     if limit is None:
         return None
     counts = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
-    given_back = sum(
+    reclaimable = sum(
         int(counts[name]) for name in kind.reclaimable if counts.get(name, "").isdigit()
     )
-    used = max(0, (_number(folder / kind.usage) or 0) - given_back)
-    return max(0, limit - used)
+    used = _number(folder / kind.usage) or 0
+    return max(0, limit - max(0, used - reclaimable))
 
 
 def _meminfo(root: Path, name: str) -> int | None:
@@ -140,7 +159,7 @@ def _meminfo(root: Path, name: str) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None for "max", or where there is none."""
+    """The number in a file; None for "max", or if there is no file."""
     text = next(iter(_lines(path)), "")
     return int(text) if text.isdigit() else None
 
@@ -154,4 +173,4 @@ def _lines(path: Path) -> list[str]:
 
 def _plain(field: str) -> str:
     """A path as mountinfo writes it, without its octal escapes."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -1,4 +1,4 @@
-"""The names that modules had before they were put into folders. They work, and warn.
+"""The names that modules had before they were put into folders. They still work, with a warning.
 
 Importing `engraphy.layer` gives a module that forwards to `engraphy.fusion.layer`, after a
 DeprecationWarning that names it. `moved_names` does the same for single names of a package.
@@ -81,7 +81,15 @@ _MODULES = {  # before: now, both under engraphy
 
 
 def moved_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A `__getattr__` for a package: names that it had, by the module under engraphy that has them."""
+    """A `__getattr__` for a package from which names have moved.
+
+    Args:
+        package: The package's name.
+        names: Each old name, and the module under engraphy that has it now.
+
+    Returns:
+        The function to assign to the package's `__getattr__`.
+    """
 
     def __getattr__(name: str) -> Any:
         if name not in names:
@@ -94,7 +102,7 @@ def moved_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def install() -> None:
-    """Lets the import system find the old names. Asked last, so that it costs no other import."""
+    """Lets the import system find the old names, after all others: no other import gets slower."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
@@ -106,8 +114,11 @@ class _Forwarding(ModuleType):
         return getattr(importlib.import_module(_now(self.__name__)), name)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """`engraphy.convert` and `engraphy.quantize` are functions; importing the modules of that
-        name puts these in their place."""
+        """`engraphy.convert` and `engraphy.quantize` are functions.
+
+        Importing the old modules of these names puts the modules in their place, so a module can be
+        called as its function.
+        """
         return getattr(self, self.__name__.rpartition(".")[2])(*arguments, **keywords)
 
 

@@ -9,19 +9,22 @@ from pathlib import Path
 
 @cache
 def commit() -> str | None:
-    """Short hash of the commit that this package was at when first asked, with "-dirty" after it
-    where the package's files differ from that commit; None outside a repository that holds the
-    package, or without git."""
-    if (
-        _git("ls-files", "--error-unmatch", "__init__.py") is None
-    ):  # an installed copy below somebody's repository
-        return None
+    """The commit of this package at the first call.
+
+    Returns:
+        Its short hash, with "-dirty" after it if the package's files differ from that commit. None
+        outside a repository that holds the package, or without git.
+    """
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # an installed copy, perhaps below another repository
     head = _git("rev-parse", "--short", "HEAD")
-    return head and head + ("-dirty" if _git("diff", "--quiet", "HEAD", "--", "..") is None else "")
+    if head and _git("diff", "--quiet", "HEAD", "--", "..") is None:
+        return f"{head}-dirty"
+    return head
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command that changes nothing, run beside this file; None where it fails."""
+    """Output of a git command that changes nothing, run beside this file; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments],

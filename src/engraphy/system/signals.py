@@ -1,9 +1,10 @@
-"""SIGTERM is taken as Ctrl-C is: what a long run has done is saved first.
+"""SIGTERM works as Ctrl-C does: a long run saves what it has done first.
 
-`terminable` makes SIGTERM an exception, a KeyboardInterrupt of its own kind, so that whatever
-cleans up or saves on Ctrl-C does so then. `stopping` is for loops: the first signal lets the step
-end, a second one ends it at once. In a worker process no second one counts, since Ctrl-C, a service
-manager and the parent may all tell it the same: the parent kills it if need be.
+`terminable` turns SIGTERM into an exception, a kind of KeyboardInterrupt, so that code that cleans
+up or saves on Ctrl-C runs then too. `stopping` is for loops: after the first signal the step ends
+normally, a second one ends it at once. In a worker process only the first one counts, since it may
+get the same signal from the terminal, a service manager and its parent; the parent kills it if it
+has to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a signal has come. Handed out by `stopping`."""
+    """Whether a signal has come: true once it has. `stopping` gives it to its block.
+
+    Attributes:
+        number: The signal's number, or None.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -30,14 +35,16 @@ class Stop:
         return self.number is not None
 
     def error(self, message: str) -> KeyboardInterrupt:
-        """The exception to raise once all is saved: Terminated for SIGTERM."""
+        """The exception to raise after saving: Terminated for SIGTERM, else KeyboardInterrupt."""
         return _exception(self.number or signal.SIGINT)(message)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated within, as SIGINT raises KeyboardInterrupt. Only in the main
-    thread."""
+    """Within the block SIGTERM raises Terminated, as SIGINT raises KeyboardInterrupt.
+
+    Does nothing outside the main thread.
+    """
 
     def end(number: int, frame: Any) -> None:
         raise Terminated
@@ -48,9 +55,11 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set the Stop that is handed out, so that no step is cut in half; a second
-    one raises KeyboardInterrupt or Terminated at once, but in a worker process. Only in the main
-    thread."""
+    """Within the block SIGINT and SIGTERM set the Stop, so that no step is cut in half.
+
+    A second signal raises KeyboardInterrupt or Terminated at once, except in a worker process. Does
+    nothing outside the main thread.
+    """
     stop = Stop()
 
     def note(number: int, frame: Any) -> None:
@@ -63,8 +72,10 @@ def stopping() -> Iterator[Stop]:
 
 
 def end_workers(workers: Iterable[Any]) -> None:
-    """Ask processes (of `multiprocessing`) to end, and wait until they have saved; interrupted
-    meanwhile, kill them."""
+    """Asks processes (of `multiprocessing`) to end, and waits until they have saved.
+
+    If this process is interrupted meanwhile, it kills them.
+    """
     workers = list(workers)
     try:
         for worker in workers:
@@ -78,7 +89,7 @@ def end_workers(workers: Iterable[Any]) -> None:
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """What a shell expects of a process that ended so: 128 and the signal's number."""
+    """The exit code that a shell expects: 128 plus the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 

@@ -7,36 +7,35 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .safetensors import StoredTensor, read_rows
-from .shards import HEADER_BYTES
+from .shards import HEADER_BYTES, Shard
 from .table import Table
 
 CHUNK_VALUES = 1 << 18  # decoded at a time: 1 MiB of float32, which stays in the cache
 
-
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, bytes done, bytes in all."""
+"""Called with the name of the work, bytes done, and bytes in all."""
 
 
 def row_chunks(table: Table, layer: int) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and rows, uint8 [n, row_bytes], of all chunks of a layer, in an array that the next
-    chunk overwrites.
+    """All rows of a layer in order, a chunk at a time.
 
-    Read in order, past the mapping, which is made for rows here and there.
+    They are read from the files, not through the mapping, which is made for rows here and there.
+
+    Yields:
+        The first row of the chunk, and its rows, uint8 [n, row_bytes], in an array that the next
+        chunk overwrites.
     """
-    rows, step = table.rows(layer), max(1, CHUNK_VALUES // table.fmt.d)
-    shards = [
-        StoredTensor(
-            shard.path,
-            "rows",
-            "U8",
-            (shard.rows, shard.row_bytes),
-            HEADER_BYTES,
-            shard.rows * shard.row_bytes,
-        )
-        for shard in table.shards(layer)
-    ]
+    rows = table.rows(layer)
+    step = max(1, CHUNK_VALUES // table.fmt.d)
+    tensors = [_tensor(shard) for shard in table.shards(layer)]
     buffer_nR = np.empty((min(step, rows), table.row_bytes), np.uint8)
     for first in range(0, rows, step):
         raw_nR = buffer_nR[: min(step, rows - first)]
-        read_rows(shards, first, raw_nR)
+        read_rows(tensors, first, raw_nR)
         yield first, raw_nR
+
+
+def _tensor(shard: Shard) -> StoredTensor:
+    size = shard.rows * shard.row_bytes
+    shape = (shard.rows, shard.row_bytes)
+    return StoredTensor(shard.path, "rows", "U8", shape, HEADER_BYTES, size)

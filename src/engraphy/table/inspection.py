@@ -1,7 +1,7 @@
-"""What is in a table: statistics of its rows, and whether it is what it says. Knows neither tokens
-nor models.
+"""What is in a table: statistics of its rows, and whether the table is what it says.
 
-Rows are looked at all, or a sample of each layer that depends on the seed alone.
+Knows neither tokens nor models. All rows are looked at, or a sample of each layer that depends on
+the seed alone.
 """
 
 from __future__ import annotations
@@ -13,23 +13,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ConfigError, TableError
+from ..errors import TableError
+from ..rows.format import RowFormat
 from ..rows.read import take
 from ..spec.dialects import is_prime
+from ..system.checks import as_int
 from .chunks import Progress, row_chunks
 from .safetensors import read_header
 from .table import Table
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 _STEP = 65_536
+_MOST_NAMED = 10  # rows that are named one by one
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer. disk_bytes: what its shards take, which is less than `bytes` while rows were never
-    written. scanned: rows looked at. zero: those of them whose bytes are all zero: never written,
-    or trained to nothing. norms: quantile -> Euclidean norm of the other rows; empty where there
-    are none."""
+    """Statistics of one layer.
+
+    Attributes:
+        layer: The model's layer.
+        rows: Rows of the layer.
+        bytes: Bytes of these rows.
+        disk_bytes: Bytes that its shards take on disk: fewer while rows were never written.
+        scanned: Rows that were looked at.
+        zero: Those of them whose bytes are all zero: never written, or trained to nothing.
+        norms: Quantile -> Euclidean norm of the other rows; empty if there are none.
+    """
 
     layer: int
     rows: int
@@ -42,8 +52,16 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class LayerChecked:
-    """One layer that has been verified. primes: smallest and largest of `columns`. decoded: rows
-    looked at. not_finite: those of them that hold NaN or infinities, the first ten."""
+    """One layer that has been verified.
+
+    Attributes:
+        layer: The model's layer.
+        rows: Rows of the layer.
+        columns: Number of its columns, each of which has a prime.
+        primes: The smallest and the largest of these.
+        decoded: Rows that were looked at.
+        not_finite: Those of them that hold NaN or infinities; the first ten.
+    """
 
     layer: int
     rows: int
@@ -55,7 +73,15 @@ class LayerChecked:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` has looked at: shards hashed of how many, bytes hashed, layers."""
+    """What `verify` has looked at.
+
+    Attributes:
+        table_id: The table's id.
+        shards: Number of shards that were hashed.
+        of: Number of shards that the table has.
+        bytes: Bytes of rows that were hashed.
+        layers: What was found in each layer.
+    """
 
     table_id: str
     shards: int
@@ -65,7 +91,7 @@ class Verification:
 
     @property
     def sound(self) -> bool:
-        """Whether all decoded rows are numbers. Everything else that may be wrong is raised."""
+        """Whether all decoded rows are numbers. Every other damage is raised as an error."""
         return not any(layer.not_finite for layer in self.layers)
 
 
@@ -76,117 +102,147 @@ def statistics(
     *,
     progress: Progress | None = None,
 ) -> list[LayerStatistics]:
-    """Look at `sample` rows of each layer of a sealed table, None = at all of them.
+    """Statistics of the rows of each layer of a sealed table.
 
-    Raises what `Table.open` raises, ConfigError for a sample below 1.
+    Args:
+        path: The table's directory.
+        sample: Rows of each layer to look at; None = all.
+        seed: Of the choice of rows.
+        progress: Called as rows are read.
+
+    Raises:
+        TableError: What `Table.open` raises.
+        ConfigError: `sample` is below 1.
     """
     table = Table.open(path)
-    found = []
-    for layer in table.layers:
-        rows, width = table.rows(layer), table.row_bytes
-        scanned, zero, norms = 0, 0, []
-        for _, raw_nR in _looked_at(table, layer, sample, seed):
-            kept_nR = raw_nR[raw_nR.any(axis=1)]
-            scanned, zero = scanned + len(raw_nR), zero + len(raw_nR) - len(kept_nR)
-            values_nd = table.fmt.decode(kept_nR)
-            norms.append(
-                np.sqrt(np.einsum("nd,nd->n", values_nd, values_nd, dtype=np.float64)).astype(
-                    np.float32
-                )
-            )
-            if progress:
-                progress(f"layer {layer}", scanned * width, min(rows, sample or rows) * width)
-        norms_n = np.concatenate(norms)
-        disk = sum(shard.path.stat().st_blocks * 512 for shard in table.shards(layer))
-        found.append(
-            LayerStatistics(
-                layer,
-                rows,
-                rows * width,
-                disk,
-                scanned,
-                zero,
-                dict(zip(QUANTILES, np.quantile(norms_n, QUANTILES).tolist(), strict=True))
-                if len(norms_n)
-                else {},
-            )
-        )
-    return found
+    return [_layer_statistics(table, layer, sample, seed, progress) for layer in table.layers]
+
+
+def _layer_statistics(
+    table: Table, layer: int, sample: int | None, seed: int, progress: Progress | None
+) -> LayerStatistics:
+    rows = table.rows(layer)
+    width = table.row_bytes
+    total = min(rows, sample or rows) * width
+    scanned = zero = 0
+    norms: list[np.ndarray] = []
+    for _, raw_nR in _chosen_rows(table, layer, sample, seed):
+        kept_nR = raw_nR[raw_nR.any(axis=1)]
+        scanned += len(raw_nR)
+        zero += len(raw_nR) - len(kept_nR)
+        norms.append(_norms(table.fmt, kept_nR))
+        if progress:
+            progress(f"layer {layer}", scanned * width, total)
+    return LayerStatistics(
+        layer=layer,
+        rows=rows,
+        bytes=rows * width,
+        disk_bytes=sum(shard.path.stat().st_blocks * 512 for shard in table.shards(layer)),
+        scanned=scanned,
+        zero=zero,
+        norms=_quantiles(np.concatenate(norms)),
+    )
+
+
+def _norms(fmt: RowFormat, raw_nR: np.ndarray) -> np.ndarray:
+    """Euclidean norms of rows, float32 [n], summed in float64."""
+    values_nd = fmt.decode(raw_nR)
+    squares_n = np.einsum("nd,nd->n", values_nd, values_nd, dtype=np.float64)
+    return np.sqrt(squares_n).astype(np.float32)
+
+
+def _quantiles(norms_n: np.ndarray) -> dict[float, float]:
+    if not len(norms_n):
+        return {}
+    return dict(zip(QUANTILES, np.quantile(norms_n, QUANTILES).tolist(), strict=True))
 
 
 def verify(
     path: str | os.PathLike[str], shards: int | None = None, decode: int = 65_536, seed: int = 0
 ) -> Verification:
-    """Look whether a sealed table is what it says: shards and headers, counts from the primes,
-    digests, numbers.
+    """Checks whether a sealed table is what it says.
 
-    shards: how many to hash, drawn at random; None = all. decode: rows of each layer to decode.
     engram.json is compared with what follows from its own config, shard headers with engram.json,
-    and the rows that the headers tell of with the sum of primes, each of which is tried. Raises
-    what `Table.open` and `Table.verify` raise, TableError for counts.
+    and the number of rows in the headers with the sum of the primes, each of which is tested. Rows
+    are hashed, and some are decoded.
+
+    Args:
+        path: The table's directory.
+        shards: Number of shards to hash, drawn at random; None = all.
+        decode: Rows of each layer to decode.
+        seed: Of the choice of rows to decode.
+
+    Raises:
+        TableError: What `Table.open` and `Table.verify` raise; or the counts are wrong.
+        ConfigError: `shards` or `decode` is out of range.
     """
     table = Table.open(path)
     checked = table.verify(shards)
-    layers = []
-    for layer in table.layers:
-        primes = _check_counts(table, layer)
-        bad, decoded = [], 0
-        for ids_n, raw_nR in _looked_at(table, layer, decode, seed):
-            finite_n = np.isfinite(table.fmt.decode(raw_nR)).all(axis=1)
-            bad += ids_n[~finite_n].tolist()
-            decoded += len(raw_nR)
-        layers.append(
-            LayerChecked(
-                layer,
-                table.rows(layer),
-                len(primes),
-                (min(primes), max(primes)),
-                decoded,
-                tuple(bad[:10]),
-            )
-        )
-    return Verification(table.table_id, checked.shards, checked.of, checked.bytes, tuple(layers))
+    layers = tuple(_check_layer(table, layer, decode, seed) for layer in table.layers)
+    return Verification(table.table_id, checked.shards, checked.of, checked.bytes, layers)
+
+
+def _check_layer(table: Table, layer: int, decode: int, seed: int) -> LayerChecked:
+    primes = _check_counts(table, layer)
+    not_finite: list[int] = []
+    decoded = 0
+    for ids_n, raw_nR in _chosen_rows(table, layer, decode, seed):
+        finite_n = np.isfinite(table.fmt.decode(raw_nR)).all(axis=1)
+        not_finite += ids_n[~finite_n].tolist()
+        decoded += len(raw_nR)
+    return LayerChecked(
+        layer=layer,
+        rows=table.rows(layer),
+        columns=len(primes),
+        primes=(min(primes), max(primes)),
+        decoded=decoded,
+        not_finite=tuple(not_finite[:_MOST_NAMED]),
+    )
 
 
 def _check_counts(table: Table, layer: int) -> tuple[int, ...]:
+    """The primes of a layer's columns, once they and the rows of its shards agree."""
     spec = table.config.hash
     primes = spec.primes(layer)
-    least = np.repeat(spec.rows_per_head, spec.heads).tolist()
-    wrong = [
-        prime
-        for prime, low in zip(primes, least, strict=True)
-        if prime < low or not is_prime(prime)
-    ]
+    lowest = np.repeat(spec.rows_per_head, spec.heads).tolist()
+    pairs = zip(primes, lowest, strict=True)
+    invalid = [prime for prime, low in pairs if prime < low or not is_prime(prime)]
     expected = math.ceil(sum(primes) / spec.pad_to) * spec.pad_to
     found = sum(read_header(shard.path)["rows"].rows for shard in table.shards(layer))
-    if wrong or len(set(primes)) != len(primes) or found != expected:
+    if invalid or len(set(primes)) != len(primes) or found != expected:
         raise TableError(
-            f"{table.path}: layer {layer}: expected {expected} rows from {len(primes)} distinct primes, "
-            f"found {found} rows, numbers that cannot be meant: {wrong}"
+            f"{table.path}: layer {layer}: expected {expected} rows from {len(primes)} distinct "
+            f"primes, found {found} rows, invalid primes: {invalid}"
         )
     return primes
 
 
-def _looked_at(
+def _chosen_rows(
     table: Table, layer: int, sample: int | None, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row ids int64 [n] and rows uint8 [n, row_bytes], a chunk at a time."""
+    """All rows of a layer, or a sample, in order.
+
+    Yields:
+        Row ids, int64 [n], and rows, uint8 [n, row_bytes], a chunk at a time.
+    """
     rows = table.rows(layer)
-    if sample is not None and sample < 1:
-        raise ConfigError(f"sample: expected at least 1 row, found {sample}")
+    if sample is not None:
+        sample = as_int("sample", sample, 1)
     if sample is None or sample >= rows:
         for first, raw_nR in row_chunks(table, layer):
             yield np.arange(first, first + len(raw_nR)), raw_nR
         return
-    bounds = (
-        np.arange(sample + 1) * rows // sample
-    )  # one row of each part: as many rows as asked for, in order
-    ids_N = bounds[:-1] + (
-        np.random.default_rng((seed, layer)).random(sample) * np.diff(bounds)
-    ).astype(np.int64)
+    ids_N = _sampled_ids(rows, sample, (seed, layer))
     shards = table.shard_arrays(layer)
     for first in range(0, sample, _STEP):
         ids_n = ids_N[first : first + _STEP]
         raw_nR = np.empty((len(ids_n), table.row_bytes), np.uint8)
         take(shards, ids_n, raw_nR)
         yield ids_n, raw_nR
+
+
+def _sampled_ids(rows: int, sample: int, seed: tuple[int, int]) -> np.ndarray:
+    """int64 [sample], ascending: one row of each of `sample` parts of about equal size."""
+    bounds = np.arange(sample + 1) * rows // sample
+    shares_N = np.random.default_rng(seed).random(sample)
+    return bounds[:-1] + (shares_N * np.diff(bounds)).astype(np.int64)

@@ -66,5 +66,5 @@ class WriterLock:
         self._close()
 
     def drop(self) -> None:
-        """Closes the file as a kill would: it stays where it is, and no longer protects anything."""
+        """Closes the file as a kill would: it stays where it is, and protects nothing."""
         self._close()

@@ -1,8 +1,8 @@
 """engram.json: what a table says of itself, as a frozen value that is written and read as a whole.
 
-Everything that follows from the configuration (rows, shards, sizes, digest) is written for readers
-without this library, and on reading has to be what follows from it: a field that was changed by
-hand is found. What follows from nothing else is under a checksum of all fields.
+Rows, shards, sizes and digest follow from the configuration. They are written for readers without
+this library, and compared on reading, so a field that was changed by hand is found. A checksum of
+all fields protects what follows from nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import ConfigError, DigestMismatch, TableError
 from ..rows.format import RowFormat
@@ -41,9 +41,16 @@ _FIELDS = {
 class Manifest:
     """One state of a table.
 
-    next_id: the table_id that the next seal gives if rows have changed; None = sealed. parent: the
-    table_id before the present one. sha256: of the rows of each shard, by file name, as last
-    sealed; None = never sealed.
+    Attributes:
+        directory: The table's folder.
+        config: The memory that the table belongs to.
+        fmt: Format of the rows.
+        vocab_digest: Identity of the vocabulary map.
+        shard_rows: Rows of every shard but a layer's last.
+        table_id: Identity of the rows, 32 hex digits.
+        parent: The table_id before the present one, or None.
+        next_id: The table_id that the next seal gives if rows have changed; None = sealed.
+        sha256: Of the rows of each shard, by file name, as last sealed; None = never sealed.
     """
 
     directory: Path
@@ -63,11 +70,17 @@ class Manifest:
 
     @property
     def table_ids(self) -> tuple[str, ...]:
-        """What may stand in a shard: the table_id, and while open also the next one."""
-        return (self.table_id,) if self.next_id is None else (self.table_id, self.next_id)
+        """The ids that a shard may have: the table_id, and while open also the next one."""
+        if self.next_id is None:
+            return (self.table_id,)
+        return (self.table_id, self.next_id)
 
     def shards(self, layer: int) -> list[Shard]:
-        """Shards of a layer. Raises ConfigError for a layer without memory."""
+        """Shards of a layer.
+
+        Raises:
+            ConfigError: The layer has no memory.
+        """
         rows = self.config.hash.row_count(layer)
         return shards_of(self.directory, layer, rows, self.shard_rows, self.fmt.row_bytes)
 
@@ -85,12 +98,12 @@ class Manifest:
             shard.check(self.table_ids)
 
     def _check_count(self, path: Path, listed: int) -> None:
-        """Before a list is made of them: shards of a row each are as many as memory holds, and
-        more."""
-        count = sum(
-            -(-self.config.hash.row_count(layer) // self.shard_rows)
-            for layer in self.config.hash.layer_ids
-        )
+        """Checks the number of shards before a list of them is made.
+
+        An invalid shard_rows, such as 1, can mean more shards than memory holds.
+        """
+        spec = self.config.hash
+        count = sum(-(-spec.row_count(layer) // self.shard_rows) for layer in spec.layer_ids)
         if count != listed:
             raise TableError(
                 f"{path}: layers: expected {count} shards of {self.shard_rows} rows, found {listed}"
@@ -112,35 +125,40 @@ class Manifest:
             "row_bytes": self.fmt.row_bytes,
             "shard_rows": self.shard_rows,
             "hot_rows": 0,
-            "layers": [
-                {
-                    "layer": layer,
-                    "rows": self.config.hash.row_count(layer),
-                    "shards": [
-                        {
-                            "name": shard.name,
-                            "rows": shard.rows,
-                            "bytes": shard.size,
-                            "sha256": self.sha256.get(shard.name),
-                        }
-                        for shard in self.shards(layer)
-                    ],
-                }
-                for layer in self.config.hash.layer_ids
-            ],
+            "layers": [self._layer_to_json(layer) for layer in self.config.hash.layer_ids],
+        }
+
+    def _layer_to_json(self, layer: int) -> dict[str, Any]:
+        rows = self.config.hash.row_count(layer)
+        shards = [self._shard_to_json(shard) for shard in self.shards(layer)]
+        return {"layer": layer, "rows": rows, "shards": shards}
+
+    def _shard_to_json(self, shard: Shard) -> dict[str, Any]:
+        return {
+            "name": shard.name,
+            "rows": shard.rows,
+            "bytes": shard.size,
+            "sha256": self.sha256.get(shard.name),
         }
 
     def write(self) -> None:
-        """Replace engram.json in one step that survives a crash. Raises WriteFailed."""
+        """Replaces engram.json in one step that survives a crash.
+
+        Raises:
+            WriteFailed: The system refuses.
+        """
         data = self.to_json()
-        write_file(
-            self.directory / FILE_NAME, json.dumps(data | {"checksum": _checksum(data)}, indent=1)
-        )
+        data["checksum"] = _checksum(data)
+        write_file(self.directory / FILE_NAME, json.dumps(data, indent=1))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """engram.json of a directory. Raises TableError naming the field, DigestMismatch for a
-        digest not its own."""
+        """Reads engram.json of a directory.
+
+        Raises:
+            TableError: There is no file, or a field is invalid; names the field.
+            DigestMismatch: Its digest is not the one that its own configuration gives.
+        """
         path = directory / FILE_NAME
         try:
             data = json.loads(path.read_bytes())
@@ -153,22 +171,18 @@ class Manifest:
             raise TableError(f"{path}: expected JSON, found something else ({error})") from error
         try:
             return cls._of(directory, path, data)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # numbers too long to be told, values nested too deep
+        except (ValueError, RecursionError) as error:
+            # Numbers too long to be printed, or values nested too deep.
             raise TableError(f"{path}: {error}") from error
 
     @classmethod
     def _of(cls, directory: Path, path: Path, data: Any) -> Manifest:
         _check_fields(path, data)
-        checksum = data.pop("checksum", None)  # tables of before there was one have none
+        checksum = data.pop("checksum", None)  # old tables have none
         hashes = _hashes(path, data["layers"])
         try:
-            config, fmt = (
-                EngramConfig.from_json(data["config"]),
-                RowFormat.from_json(data["row_format"]),
-            )
+            config = EngramConfig.from_json(data["config"])
+            fmt = RowFormat.from_json(data["row_format"])
         except (ConfigError, TypeError, OverflowError) as error:
             raise TableError(f"{path}: {error}") from error
         if fmt.d != config.dim:
@@ -179,12 +193,12 @@ class Manifest:
             directory,
             config,
             fmt,
-            data["vocab_digest"],
-            data["shard_rows"],
-            data["table_id"],
-            data["parent"],
-            data["next_id"],
-            hashes,
+            vocab_digest=data["vocab_digest"],
+            shard_rows=data["shard_rows"],
+            table_id=data["table_id"],
+            parent=data["parent"],
+            next_id=data["next_id"],
+            sha256=hashes,
         )
         if data["address_digest"] != manifest.address_digest:
             raise DigestMismatch(
@@ -199,18 +213,19 @@ class Manifest:
             raise TableError(
                 f"{path}: sha256: expected one for each shard of a sealed table, found null"
             )
-        if checksum not in (
-            None,
-            _checksum(data),
-        ):  # the row format, say, follows from nothing else
+        # The row format, for example, follows from nothing else.
+        expected = _checksum(data)
+        if checksum is not None and checksum != expected:
             raise TableError(
-                f"{path}: checksum: expected {_checksum(data)} of its other fields, found {checksum!r}"
+                f"{path}: checksum: expected {expected} of its other fields, found {checksum!r}"
             )
         return manifest
 
 
 def _check_fields(path: Path, data: Any) -> None:
-    found = (data.get("format"), data.get("version")) if isinstance(data, dict) else data
+    found = data
+    if _is_object(data):
+        found = (data.get("format"), data.get("version"))
     if found != (FORMAT, VERSION):
         raise TableError(f"{path}: expected format {FORMAT}, version {VERSION}; found {found!r}")
     for name, kind in _FIELDS.items():
@@ -227,46 +242,61 @@ def _check_fields(path: Path, data: Any) -> None:
 
 def _checksum(data: dict[str, Any]) -> str:
     """SHA-256 of the fields as JSON with sorted keys and no spaces, as hex."""
-    return hashlib.sha256(
-        json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hashes(path: Path, layers: list[Any]) -> dict[str, str | None]:
+    hashes: dict[str, Any] = {}
     try:
-        hashes = {shard["name"]: shard["sha256"] for layer in layers for shard in layer["shards"]}
+        for layer in layers:
+            hashes |= {shard["name"]: shard["sha256"] for shard in layer["shards"]}
     except (TypeError, KeyError) as error:
         raise TableError(
             f"{path}: layers: expected shards with name and sha256 ({error!r})"
         ) from error
     for name, sha256 in hashes.items():
-        if sha256 is not None and not (
-            isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
-        ):
+        is_digest = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
+        if sha256 is not None and not is_digest:
             raise TableError(
                 f"{path}: sha256 of {name}: expected 64 hex digits or null, found {sha256!r}"
             )
     return hashes
 
 
-def _first_difference(expected: Any, found: Any, where: str = "") -> str | None:
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted(expected.keys() | found.keys()):
-            if key not in expected or key not in found:
-                return (
-                    f"{where}{key}: {'unknown field' if key in found else 'the field is missing'}"
-                )
-        pairs = [(f"{where}{key}", expected[key], found[key]) for key in expected]
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        pairs = [(f"{where}[{i}]", expected[i], found[i]) for i in range(len(expected))]
-    elif type(expected) is type(found) and expected == found:
+def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def _first_difference(expected: Any, found: Any, name: str = "") -> str | None:
+    """What first differs between two JSON values, for the message of an error; None if nothing."""
+    if _is_object(expected) and _is_object(found):
+        return _first_different_field(expected, found, f"{name}." if name else "")
+    if _is_list(expected) and _is_list(found) and len(expected) == len(found):
+        for index, pair in enumerate(zip(expected, found, strict=True)):
+            difference = _first_difference(*pair, f"{name}[{index}]")
+            if difference:
+                return difference
         return None
-    else:
-        return f"{where}: expected {expected!r}, found {found!r}"
-    differences = (
-        _first_difference(a, b, name)
-        if not isinstance(a, dict)
-        else _first_difference(a, b, name + ".")
-        for name, a, b in pairs
-    )
-    return next((difference for difference in differences if difference), None)
+    if type(expected) is type(found) and expected == found:
+        return None
+    return f"{name}: expected {expected!r}, found {found!r}"
+
+
+def _first_different_field(
+    expected: dict[str, Any], found: dict[str, Any], prefix: str
+) -> str | None:
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in expected:
+            return f"{prefix}{key}: unknown field"
+        if key not in found:
+            return f"{prefix}{key}: the field is missing"
+    for key, value in expected.items():
+        difference = _first_difference(value, found[key], f"{prefix}{key}")
+        if difference:
+            return difference
+    return None

@@ -1,7 +1,6 @@
-"""Tables of the same addresses in other row formats: made (`quantize`), and compared row by row
-(`compare`).
+"""Tables of the same addresses in other row formats: made by `quantize`, compared by `compare`.
 
-What a format costs a model is its loss on text, which needs the model; what it costs the rows is
+What a format costs a model is its loss on text, which needs the model. What it costs the rows is
 measured here, while they are written.
 """
 
@@ -27,11 +26,18 @@ from .table import Table
 class Difference:
     """How rows differ from the reference they were made from.
 
-    different: rows of which any value differs. not_finite: rows with NaN or infinities on either
-    side (or a difference beyond float32), which are left out of what follows. max_abs, mean_abs: of
-    the differences of values. relative_rms: root of the sum of their squares over that of the
-    reference's values. mean_cosine, min_cosine: of each row with its reference, over rows whose
-    reference is not zero. The last three are None where the reference is zero everywhere.
+    Attributes:
+        rows: Number of rows.
+        different: Rows of which at least one value differs.
+        not_finite: Rows with NaN or infinities on either side, or a difference beyond float32. They
+            are left out of what follows.
+        max_abs: The largest difference of two values.
+        mean_abs: The mean difference of two values.
+        relative_rms: Root of the sum of squared differences over that of the reference's values.
+        mean_cosine: Mean cosine of a row and its reference, over rows whose reference is not zero.
+        min_cosine: The smallest such cosine.
+
+    The last three are None if the reference is zero everywhere.
     """
 
     rows: int
@@ -46,7 +52,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A table in another row format. difference: of its rows to the parent's, by layer."""
+    """A table in another row format.
+
+    Attributes:
+        path: The new table's directory.
+        table_id: The new table's id.
+        parent: The id of the table that it was made from.
+        kind: The kind of its rows.
+        bytes: Bytes of its rows.
+        parent_bytes: Bytes of the parent's rows.
+        difference: Of its rows to the parent's, by layer.
+    """
 
     path: str
     table_id: str
@@ -59,8 +75,16 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two tables. difference: of the second's rows to the first's, by layer; None where addresses
-    differ, since then rows of one id mean different n-grams."""
+    """Two tables, the first of which is the reference.
+
+    Attributes:
+        table_ids: Their ids.
+        parents: The ids of the tables that they were made from.
+        address_digests: Identities of their addresses.
+        kinds: Kinds of their rows.
+        difference: Of the second's rows to the first's, by layer. None if addresses differ: then
+            rows of one id mean different n-grams.
+    """
 
     table_ids: tuple[str, str]
     parents: tuple[str | None, str | None]
@@ -71,9 +95,9 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """Whether both have the same rows at the same addresses, as numbers."""
-        return self.difference is not None and not any(
-            layer.different for layer in self.difference.values()
-        )
+        if self.difference is None:
+            return False
+        return not any(layer.different for layer in self.difference.values())
 
 
 def quantize(
@@ -83,37 +107,34 @@ def quantize(
     *,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Write the rows of a sealed table to a new one of rows of `kind`, with the old one as
-    `parent`.
+    """Writes the rows of a sealed table to a new table, in another row format.
 
-    Memory stays at some MB. An unfinished table is removed on an error, and after a kill says
-    "open": it never reads as sealed. Raises ConfigError for a kind that the rows cannot have
-    (fp8_scaled has a scale that only a release knows), InputError naming the rows where a value
-    does not fit, TableError where `out` is taken or cannot be written.
+    The old table is the `parent` of the new one. Memory stays at some MB. After an error the
+    unfinished table is removed; after a kill it is "open", and never reads as sealed.
+
+    Args:
+        path: The sealed table's directory.
+        out: A new or empty directory.
+        kind: Kind of the new rows; not fp8_scaled, whose scale only a release knows.
+        progress: Called as rows are written.
+
+    Raises:
+        ConfigError: The rows cannot have this kind, or have it already.
+        InputError: A value does not fit the kind; names the rows.
+        TableError: `out` is taken or cannot be written, such as on a full disk; or what
+            `Table.open` raises.
     """
-    source, out = Table.open(path), Path(os.path.abspath(out))
+    source = Table.open(path)
+    out = Path(os.path.abspath(out))
     fmt = RowFormat(kind, source.fmt.d)
     if fmt == source.fmt:
         raise ConfigError(f"{source.path}: expected another row format than its own, found {kind}")
+    total = source.config.row_count()
     try:
-        check_folder(out, source.config.row_count() * fmt.row_bytes, taken=TableError)
+        check_folder(out, total * fmt.row_bytes, taken=TableError)
         table = Table.create(out, source.config, fmt, _Vocab.of(source), parent=source.table_id)
         try:
-            total, before, differences = source.config.row_count(), 0, {}
-            for layer in source.layers:
-                counter = _Counter()
-                for first, raw_nR in row_chunks(source, layer):
-                    values_nd = source.fmt.decode(raw_nR)
-                    written_nR = _encode(fmt, values_nd, layer, first)
-                    table.write_rows(layer, first, written_nR)
-                    counter.add(values_nd, fmt.decode(written_nR))
-                    if progress:
-                        progress(
-                            "quantising",
-                            (before + first + len(raw_nR)) * fmt.row_bytes,
-                            total * fmt.row_bytes,
-                        )
-                differences[layer], before = counter.result(), before + source.rows(layer)
+            differences = _write_rows(source, table, progress)
             if progress:
                 progress("sealing", 0, 0)
             table.seal()
@@ -124,14 +145,34 @@ def quantize(
     except OSError as error:
         raise TableError(f"{out}: the table cannot be written ({error})") from error
     return Quantized(
-        str(out),
-        table.table_id,
-        source.table_id,
-        kind,
-        total * fmt.row_bytes,
-        total * source.row_bytes,
-        differences,
+        path=str(out),
+        table_id=table.table_id,
+        parent=source.table_id,
+        kind=kind,
+        bytes=total * fmt.row_bytes,
+        parent_bytes=total * source.row_bytes,
+        difference=differences,
     )
+
+
+def _write_rows(source: Table, table: Table, progress: Progress | None) -> dict[int, Difference]:
+    """Writes all rows of one table to another, in its format; returns how they differ, by layer."""
+    width = table.row_bytes
+    total = source.config.row_count()
+    before = 0
+    differences: dict[int, Difference] = {}
+    for layer in source.layers:
+        counter = _Counter()
+        for first, raw_nR in row_chunks(source, layer):
+            values_nd = source.fmt.decode(raw_nR)
+            written_nR = _encode(table.fmt, values_nd, layer, first)
+            table.write_rows(layer, first, written_nR)
+            counter.add(values_nd, table.fmt.decode(written_nR))
+            if progress:
+                progress("quantising", (before + first + len(raw_nR)) * width, total * width)
+        differences[layer] = counter.result()
+        before += source.rows(layer)
+    return differences
 
 
 def compare(
@@ -140,31 +181,45 @@ def compare(
     *,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Identities of two sealed tables and, where their addresses are the same, how their rows
-    differ as numbers.
+    """Compares two sealed tables: their identities, and their rows if their addresses are the same.
 
-    Raises what `Table.open` raises.
+    Args:
+        first: The directory of the table that is the reference.
+        second: The directory of the other one.
+        progress: Called as rows are read.
+
+    Raises:
+        TableError: What `Table.open` raises.
     """
-    a, b = Table.open(first), Table.open(second)
+    a = Table.open(first)
+    b = Table.open(second)
     differences = None
     if a.address_digest == b.address_digest:
-        differences, before, total = {}, 0, a.config.row_count() * a.row_bytes
-        for layer in a.layers:
-            counter = _Counter()
-            for (row, raw_nR), (_, other_nR) in zip(
-                row_chunks(a, layer), row_chunks(b, layer), strict=True
-            ):
-                counter.add(a.fmt.decode(raw_nR), b.fmt.decode(other_nR))
-                if progress:
-                    progress("comparing", before + (row + len(raw_nR)) * a.row_bytes, total)
-            differences[layer], before = counter.result(), before + a.rows(layer) * a.row_bytes
+        differences = _compare_rows(a, b, progress)
     return Comparison(
-        (a.table_id, b.table_id),
-        (a.parent, b.parent),
-        (a.address_digest, b.address_digest),
-        (a.fmt.kind, b.fmt.kind),
-        differences,
+        table_ids=(a.table_id, b.table_id),
+        parents=(a.parent, b.parent),
+        address_digests=(a.address_digest, b.address_digest),
+        kinds=(a.fmt.kind, b.fmt.kind),
+        difference=differences,
     )
+
+
+def _compare_rows(a: Table, b: Table, progress: Progress | None) -> dict[int, Difference]:
+    width = a.row_bytes
+    total = a.config.row_count() * width
+    before = 0
+    differences: dict[int, Difference] = {}
+    for layer in a.layers:
+        counter = _Counter()
+        chunks = zip(row_chunks(a, layer), row_chunks(b, layer), strict=True)
+        for (row, raw_nR), (_, other_nR) in chunks:
+            counter.add(a.fmt.decode(raw_nR), b.fmt.decode(other_nR))
+            if progress:
+                progress("comparing", before + (row + len(raw_nR)) * width, total)
+        differences[layer] = counter.result()
+        before += a.rows(layer) * width
+    return differences
 
 
 @dataclass(frozen=True)
@@ -193,54 +248,75 @@ class _Counter:
     """Adds up a Difference over chunks of rows: differences in float32, sums in float64."""
 
     def __init__(self) -> None:
-        self.rows = self.different = self.not_finite = self.values = self.directions = 0
-        self.max_abs = self.sum_abs = self.squares = self.reference = self.cosines = 0.0
+        self.rows = 0
+        self.different = 0
+        self.not_finite = 0
+        self.values = 0
+        self.cosines = 0  # number of rows that have one
+        self.max_abs = 0.0
+        self.sum_abs = 0.0
+        self.sum_squares = 0.0  # of differences
+        self.sum_reference = 0.0  # of squares of the reference
+        self.sum_cosines = 0.0
         self.min_cosine = math.inf
 
     def add(self, old_nd: np.ndarray, new_nd: np.ndarray) -> None:
-        """Reference and rows, float32 [n, d]."""
+        """Adds reference and rows, float32 [n, d]."""
+        self.rows += len(old_nd)
         with np.errstate(over="ignore", invalid="ignore"):
             error_nd = np.abs(new_nd - old_nd)
         largest_n = error_nd.max(axis=1)
-        finite_n = np.isfinite(
-            largest_n
-        )  # NaN and infinities on either side come through both steps
-        self.rows += len(old_nd)
+        finite_n = np.isfinite(largest_n)  # NaN and infinities of either side are still there
         if not finite_n.all():
-            old_md, new_md = old_nd[~finite_n], new_nd[~finite_n]
-            same_md = (old_md == new_md) | (np.isnan(old_md) & np.isnan(new_md))
-            self.different += int((~same_md.all(axis=1)).sum())
-            self.not_finite += len(old_md)
-            old_nd, new_nd, error_nd, largest_n = (
-                x[finite_n] for x in (old_nd, new_nd, error_nd, largest_n)
-            )
+            self._add_not_finite(old_nd[~finite_n], new_nd[~finite_n])
+            old_nd = old_nd[finite_n]
+            new_nd = new_nd[finite_n]
+            error_nd = error_nd[finite_n]
+            largest_n = largest_n[finite_n]
         self.different += int((largest_n > 0).sum())
         self.values += error_nd.size
         self.max_abs = max(self.max_abs, float(largest_n.max(initial=0.0)))
         self.sum_abs += float(error_nd.sum(dtype=np.float64))
-        pairs = ((error_nd, error_nd), (old_nd, new_nd), (old_nd, old_nd), (new_nd, new_nd))
-        error_n, dot_n, old_n, new_n = (
-            np.einsum("nd,nd->n", a, b, dtype=np.float64) for a, b in pairs
-        )
-        self.squares += float(error_n.sum())
-        self.reference += float(old_n.sum())
+        self.sum_squares += float(_dot(error_nd, error_nd).sum())
+        self._add_cosines(old_nd, new_nd)
+
+    def _add_not_finite(self, old_md: np.ndarray, new_md: np.ndarray) -> None:
+        same_md = (old_md == new_md) | (np.isnan(old_md) & np.isnan(new_md))
+        self.different += int((~same_md.all(axis=1)).sum())
+        self.not_finite += len(old_md)
+
+    def _add_cosines(self, old_nd: np.ndarray, new_nd: np.ndarray) -> None:
+        dot_n = _dot(old_nd, new_nd)
+        old_n = _dot(old_nd, old_nd)
+        new_n = _dot(new_nd, new_nd)
+        self.sum_reference += float(old_n.sum())
         kept_n = old_n > 0
         size_n = np.sqrt(old_n[kept_n]) * np.sqrt(new_n[kept_n])
         cosine_n = np.divide(dot_n[kept_n], size_n, out=np.zeros_like(size_n), where=size_n > 0)
-        self.directions += len(cosine_n)
-        self.cosines += float(cosine_n.sum())
+        self.cosines += len(cosine_n)
+        self.sum_cosines += float(cosine_n.sum())
         self.min_cosine = min(self.min_cosine, float(cosine_n.min(initial=math.inf)))
 
     def result(self) -> Difference:
         """What has been added."""
-        some = self.directions > 0
+        relative_rms = mean_cosine = min_cosine = None
+        if self.sum_reference:
+            relative_rms = math.sqrt(self.sum_squares / self.sum_reference)
+        if self.cosines:
+            mean_cosine = self.sum_cosines / self.cosines
+            min_cosine = self.min_cosine
         return Difference(
-            self.rows,
-            self.different,
-            self.not_finite,
-            self.max_abs,
-            self.sum_abs / max(1, self.values),
-            math.sqrt(self.squares / self.reference) if self.reference else None,
-            self.cosines / self.directions if some else None,
-            self.min_cosine if some else None,
+            rows=self.rows,
+            different=self.different,
+            not_finite=self.not_finite,
+            max_abs=self.max_abs,
+            mean_abs=self.sum_abs / max(1, self.values),
+            relative_rms=relative_rms,
+            mean_cosine=mean_cosine,
+            min_cosine=min_cosine,
         )
+
+
+def _dot(a_nd: np.ndarray, b_nd: np.ndarray) -> np.ndarray:
+    """Products of rows, float64 [n]."""
+    return np.einsum("nd,nd->n", a_nd, b_nd, dtype=np.float64)

@@ -1,5 +1,4 @@
-"""Tensors in safetensors files, where they lie: headers and index read here, rows by offset,
-nothing loaded.
+"""Where tensors lie in safetensors files: reads headers and index, and rows by their offset.
 
 The `safetensors` library has no numpy dtype for F8_E4M3, F8_E8M0 or BF16; a table needs their bytes
 and no numbers. Every way in which a file can contradict itself is found before a row is read.
@@ -48,7 +47,16 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file. offset: of its first byte in the file. size: its bytes."""
+    """One tensor of a safetensors file.
+
+    Attributes:
+        path: The file.
+        name: The tensor's name.
+        dtype: As the header has it, such as "BF16".
+        shape: The tensor's shape.
+        offset: Place of its first byte in the file.
+        size: Its bytes.
+    """
 
     path: Path
     name: str
@@ -59,7 +67,7 @@ class StoredTensor:
 
     @property
     def rows(self) -> int:
-        """First dimension."""
+        """The first dimension."""
         return self.shape[0]
 
     @property
@@ -68,11 +76,18 @@ class StoredTensor:
         return math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
 
     def read(self, first: int, out_nR: np.ndarray) -> None:
-        """Rows from row `first` on into uint8 [n, row_bytes], C-contiguous, past the mapping.
+        """Reads rows from the file.
 
-        Raises ShardTruncated where the file has become shorter, TableError where it cannot be read.
+        Args:
+            first: The first row.
+            out_nR: uint8 [n, row_bytes], C-contiguous, which is written.
+
+        Raises:
+            ShardTruncated: The file has become shorter.
+            TableError: The system cannot read it.
         """
-        left, at = out_nR.reshape(-1).data, self.offset + first * self.row_bytes
+        left = out_nR.reshape(-1).data
+        at = self.offset + first * self.row_bytes
         try:
             with open(self.path, "rb", buffering=0) as file:
                 while left:
@@ -81,14 +96,24 @@ class StoredTensor:
                         raise ShardTruncated(
                             f"{self.path}: expected {len(left)} more bytes at {at}, found the end"
                         )
-                    left, at = left[count:], at + count
+                    left = left[count:]
+                    at += count
         except OSError as error:
             raise TableError(f"{self.path}: rows cannot be read ({error})") from error
 
 
 def read_rows(tensors: Sequence[StoredTensor], first: int, out_nR: np.ndarray) -> None:
-    """Rows of tensors that follow each other, of equal rows but the last, from row `first` on:
-    uint8 [n, row_bytes]."""
+    """Reads rows of several tensors as if they were one.
+
+    Args:
+        tensors: Tensors with the same number of rows, but the last may have fewer.
+        first: The first row, counted over all tensors.
+        out_nR: uint8 [n, row_bytes], C-contiguous, which is written.
+
+    Raises:
+        ShardTruncated: A file has become shorter.
+        TableError: The system cannot read a file.
+    """
     done = 0
     while done < len(out_nR):
         number, local = divmod(first + done, tensors[0].rows)
@@ -98,11 +123,15 @@ def read_rows(tensors: Sequence[StoredTensor], first: int, out_nR: np.ndarray) -
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name; those of dtypes that no table has are left out.
+    """The tensors of a safetensors file, by name.
 
-    Raises ShardMissing, ShardTruncated (too short or too long for its header), ShardCorrupt (the
-    header: tensors that overlap or leave gaps, too), TableError for what cannot be read and for a
-    Git LFS pointer.
+    Tensors of dtypes that no table has are left out.
+
+    Raises:
+        ShardMissing: There is no file.
+        ShardTruncated: It is too short or too long for its header.
+        ShardCorrupt: The header is damaged, or tensors overlap or leave gaps.
+        TableError: The system cannot read it, or it is a Git LFS pointer.
     """
     parsed, data = _parse_header(path)
     tensors = {
@@ -111,20 +140,47 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if dtype in _ITEM_BYTES
     }
     for tensor in tensors.values():
-        if tensor.size != math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
+        expected = math.prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]
+        if tensor.size != expected:
             raise ShardCorrupt(
-                f"{path}: {tensor.name}: {tensor.dtype} {list(tensor.shape)} is not {tensor.size} bytes"
+                f"{path}: {tensor.name}: {tensor.dtype} {list(tensor.shape)} is not "
+                f"{tensor.size} bytes"
             )
     return tensors
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of all tensors of a safetensors file, of any dtype. Raises what `read_header` raises."""
+    """Names of all tensors of a safetensors file, of any dtype.
+
+    Raises:
+        TableError: What `read_header` raises.
+    """
     return list(_parse_header(path)[0])
 
 
-def _parse_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], int]:
+_Entry = tuple[str, tuple[int, ...], int, int]
+"""dtype, shape, and where the tensor begins and ends after the header."""
+
+
+def _parse_header(path: Path) -> tuple[dict[str, _Entry], int]:
     """Entries by name, and where the data begins."""
+    text, size = _header_text(path)
+    try:
+        fields: Any = json.loads(text)
+        fields.pop("__metadata__", None)
+        entries = {name: _entry(entry) for name, entry in fields.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ShardCorrupt(
+            f"{path}: expected a safetensors header, found {text[:32]!r}... "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    data = 8 + len(text)
+    _check_spans(path, sorted((begin, end) for _, _, begin, end in entries.values()), data, size)
+    return entries, data
+
+
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """The header's JSON, and the size of the file."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -139,69 +195,57 @@ def _parse_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int
                 raise ShardCorrupt(
                     f"{path}: expected a header of at most {_MAX_HEADER} bytes, found {length}"
                 )
-            text = file.read(length)
+            return file.read(length), size
     except FileNotFoundError:
         raise ShardMissing(f"{path}: expected a safetensors file, found none") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise TableError(f"{str(path)!r}: it cannot be read ({error})") from error
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        parsed = {name: _entry(entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ShardCorrupt(
-            f"{path}: expected a safetensors header, found {text[:32]!r}... "
-            f"({type(error).__name__}: {error})"
-        ) from None
-    data, end = 8 + length, max((end for _, _, _, end in parsed.values()), default=0)
-    if size != data + end:
-        raise ShardTruncated(
-            f"{path}: expected {data + end} bytes, as its header says, found {size}"
-        )
-    spans = sorted((begin, end) for _, _, begin, end in parsed.values())
-    if any(
-        begin != before
-        for (begin, _), before in zip(spans, [0, *(end for _, end in spans)], strict=False)
-    ):
-        raise ShardCorrupt(
-            f"{path}: expected tensors that lie one after the other, found some that overlap or a gap"
-        )
-    return parsed, data
 
 
-def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    (begin, end), shape = entry["data_offsets"], entry["shape"]
+def _check_spans(path: Path, spans: list[tuple[int, int]], data: int, size: int) -> None:
+    """Checks that tensors fill the file: each begins where the one before it ends.
+
+    Args:
+        path: The file.
+        spans: Where each tensor begins and ends after the header, in order.
+        data: Bytes before the first tensor.
+        size: Bytes of the file.
+    """
+    expected = data + max((end for _, end in spans), default=0)
+    if size != expected:
+        raise ShardTruncated(f"{path}: expected {expected} bytes, as its header says, found {size}")
+    before = 0
+    for begin, end in spans:
+        if begin != before:
+            raise ShardCorrupt(
+                f"{path}: expected tensors that lie one after the other, "
+                "found some that overlap or a gap"
+            )
+        before = end
+
+
+def _entry(entry: Mapping[str, Any]) -> _Entry:
+    begin, end = entry["data_offsets"]
+    shape = entry["shape"]
+    dtype = entry["dtype"]
     numbers = [begin, end, *shape]
-    impossible = (
-        any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)
-        or len(shape) > _MAX_DIMENSIONS
-    )
-    if not isinstance(entry["dtype"], str) or impossible or begin > end:
-        raise ValueError(f"an entry that cannot be: {dict(entry)}")
-    return entry["dtype"], tuple(shape), begin, end
+    valid = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    if not valid or len(shape) > _MAX_DIMENSIONS or begin > end or not isinstance(dtype, str):
+        raise ValueError(f"invalid entry: {dict(entry)}")
+    return dtype, tuple(shape), begin, end
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
-    """File of every tensor of a checkpoint, from its index or its single file.
+    """The file of every tensor of a checkpoint, from its index or its single file.
 
-    Raises TableError for an index that is none, or where there is neither; what `read_header`
-    raises.
+    Raises:
+        TableError: The index is invalid, or there is neither; or what `read_header` raises.
     """
     path = directory / INDEX_NAME
     if not path.exists():
-        if not (directory / SINGLE_NAME).exists():
-            others = sorted(directory.glob("*.safetensors"))
-            beside = (
-                f": {len(others)} files such as {others[0].name}, whose index is missing"
-                if others
-                else ""
-            )
-            raise TableError(
-                f"{directory}: expected {INDEX_NAME} or {SINGLE_NAME}, found neither{beside}"
-            )
-        return dict.fromkeys(tensor_names(directory / SINGLE_NAME), directory / SINGLE_NAME)
+        return _single_file(directory)
     try:
-        names = json.loads(path.read_bytes())["weight_map"]
+        names: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
         files = {name: directory / file for name, file in names.items()}
         outside = [file for file in names.values() if Path(file).name != file]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -213,3 +257,14 @@ def weight_files(directory: Path) -> dict[str, Path]:
     if outside:
         raise TableError(f"{path}: expected names of files beside it, found {outside[0]!r}")
     return files
+
+
+def _single_file(directory: Path) -> dict[str, Path]:
+    path = directory / SINGLE_NAME
+    if path.exists():
+        return dict.fromkeys(tensor_names(path), path)
+    beside = ""
+    others = sorted(directory.glob("*.safetensors"))
+    if others:
+        beside = f": {len(others)} files such as {others[0].name}, whose index is missing"
+    raise TableError(f"{directory}: expected {INDEX_NAME} or {SINGLE_NAME}, found neither{beside}")

@@ -87,7 +87,7 @@ def verify_table(path: Path, table_id: str, sample: int | None) -> Verified:
     shards = now.all_shards()
     chosen = shards
     if sample is not None:
-        count = as_int(f"sample of {len(shards)} shards", sample, 1, len(shards))
+        count = as_int("sample", sample, 1, len(shards))
         chosen = random.sample(shards, count)
     _verify_shards(now, chosen)
     size = sum(shard.rows * shard.row_bytes for shard in chosen)

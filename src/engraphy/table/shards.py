@@ -1,9 +1,8 @@
-"""One shard: a safetensors file with the tensor `rows`, U8 [rows, row_bytes], and its header padded
-to 4096 bytes.
+"""One shard: a safetensors file with the tensor `rows`, U8 [rows, row_bytes].
 
-Knows what a shard must look like, byte for byte, and says by name in which way a file does not. The
-header is the same for the same shard and table_id, so checking it is a comparison; a look inside is
-only for the message.
+Its header is padded to 4096 bytes. This module knows what a shard must look like, byte for byte,
+and names the way in which a file does not. The header is the same for the same shard and table_id,
+so checking it is a comparison; it is parsed only for the message of an error.
 
 Source: the safetensors format (8 bytes of header length, JSON that may end in spaces, data).
 """
@@ -14,25 +13,30 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import ShardCorrupt, ShardForeign, ShardMissing, ShardTruncated, TableError
 from ..system.lfs import refuse_pointer
 
-HEADER_BYTES = (
-    4096  # row 0 lies at this byte: a page, so that mappings and O_DIRECT reads can begin there
-)
+HEADER_BYTES = 4096  # a page, so that mappings and O_DIRECT reads can begin at row 0
 MAX_SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where one shard of a table lies and what is in it."""
+    """Where one shard of a table lies, and what is in it.
+
+    Attributes:
+        path: The file.
+        rows: Its number of rows.
+        row_bytes: Bytes of a row.
+    """
 
     path: Path
     rows: int
@@ -40,7 +44,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Name of the file, which its metadata repeats: a shard in the place of another is found."""
+        """Name of the file. Its metadata repeats it, so that misplaced shards are found."""
         return self.path.name
 
     @property
@@ -49,24 +53,22 @@ class Shard:
         return HEADER_BYTES + self.rows * self.row_bytes
 
     def header(self, table_id: str) -> bytes:
-        """The 4096 bytes before row 0. The table_id comes first: it is rewritten in place within
-        one disk sector."""
-        text = json.dumps(
-            {
-                "__metadata__": {"table_id": table_id, "shard": self.name},
-                "rows": {
-                    "dtype": "U8",
-                    "shape": [self.rows, self.row_bytes],
-                    "data_offsets": [0, self.rows * self.row_bytes],
-                },
-            },
-            separators=(",", ":"),
-        )
+        """The 4096 bytes before row 0.
+
+        The table_id comes first: it is rewritten in place within one disk sector.
+        """
+        rows = {
+            "dtype": "U8",
+            "shape": [self.rows, self.row_bytes],
+            "data_offsets": [0, self.rows * self.row_bytes],
+        }
+        metadata = {"table_id": table_id, "shard": self.name}
+        text = json.dumps({"__metadata__": metadata, "rows": rows}, separators=(",", ":"))
         length = HEADER_BYTES - 8
         return length.to_bytes(8, "little") + text.encode().ljust(length)
 
     def create(self, table_id: str) -> None:
-        """Make the file, synced: all rows zero and sparse, so that they take no space."""
+        """Makes the file and syncs it. All rows are zero and sparse: they take no space."""
         with open(self.path, "xb") as file:
             file.write(self.header(table_id))
             file.truncate(self.size)
@@ -74,16 +76,26 @@ class Shard:
             os.fsync(file.fileno())
 
     def check(self, table_ids: Collection[str]) -> str:
-        """The table_id in the header, one of `table_ids`.
+        """Checks presence, header and size of the file.
 
-        Raises ShardMissing, ShardForeign, ShardTruncated (too short or too long) or ShardCorrupt
-        (the header).
+        Args:
+            table_ids: The ids of the table that are valid.
+
+        Returns:
+            The table_id in the header, one of `table_ids`.
+
+        Raises:
+            ShardMissing: There is no file.
+            ShardForeign: It belongs to another table, or to another place in this one.
+            ShardTruncated: It is too short or too long.
+            ShardCorrupt: Its header is damaged.
+            TableError: The system cannot read it.
         """
         with self._open(os.O_RDONLY) as fd:
             return self._check(fd, table_ids)
 
     def open(self, table_ids: Collection[str], writable: bool) -> int:
-        """A file descriptor, which the caller closes; checked like `check`."""
+        """A file descriptor, which the caller closes. Checks as `check` does."""
         fd = self._open_fd(os.O_RDWR if writable else os.O_RDONLY)
         try:
             self._check(fd, table_ids)
@@ -93,40 +105,47 @@ class Shard:
         return fd
 
     def map(self, table_ids: Collection[str], writable: bool) -> np.ndarray:
-        """Rows as uint8 [rows, row_bytes] over the file's pages, without read-ahead; checked like
-        `check`."""
+        """Rows as uint8 [rows, row_bytes] over the file's pages, without read-ahead.
+
+        Checks as `check` does.
+        """
         with self._open(os.O_RDWR if writable else os.O_RDONLY) as fd:
             self._check(fd, table_ids)
-            access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            access = mmap.PROT_READ
+            if writable:
+                access |= mmap.PROT_WRITE
             memory = mmap.mmap(fd, self.size, flags=mmap.MAP_SHARED, prot=access)
         memory.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(memory, np.uint8, offset=HEADER_BYTES).reshape(
-            self.rows, self.row_bytes
-        )
+        rows_F = np.frombuffer(memory, np.uint8, offset=HEADER_BYTES)
+        return rows_F.reshape(self.rows, self.row_bytes)
 
     def write(self, first: int, rows_NR: np.ndarray) -> None:
-        """Write rows from row `first` of this shard on; the caller has checked bounds and dtype."""
+        """Writes rows from row `first` of this shard on. The caller checks bounds and dtype."""
         data = np.ascontiguousarray(rows_NR).reshape(-1).data
         offset = HEADER_BYTES + first * self.row_bytes
         with self._open(os.O_RDWR) as fd:
             while data:
                 written = os.pwrite(fd, data, offset)
-                data, offset = data[written:], offset + written
+                data = data[written:]
+                offset += written
 
     def write_id(self, table_id: str) -> None:
-        """Put another table_id into the header, synced."""
+        """Writes another table_id into the header and syncs it."""
         with self._open(os.O_RDWR) as fd:
             os.pwrite(fd, self.header(table_id), 0)
             os.fsync(fd)
 
     def sync(self) -> None:
-        """Bring to disk what was written to the file or to a mapping of it."""
+        """Brings to disk what was written to the file or to a mapping of it."""
         with self._open(os.O_RDWR) as fd:
             os.fsync(fd)
 
     def hash_rows(self) -> str:
-        """SHA-256 of the rows (all bytes after the header), as hex. Raises TableError where they
-        cannot be read."""
+        """SHA-256 of the rows (all bytes after the header), as hex.
+
+        Raises:
+            TableError: The system cannot read them.
+        """
         try:
             with open(self.path, "rb") as file:
                 file.seek(HEADER_BYTES)
@@ -135,7 +154,7 @@ class Shard:
             raise self._unreadable(error) from error
 
     @contextmanager
-    def _open(self, flags: int) -> Iterator[int]:
+    def _open(self, flags: int) -> Generator[int]:
         fd = self._open_fd(flags)
         try:
             yield fd
@@ -154,12 +173,13 @@ class Shard:
 
     def _check(self, fd: int, table_ids: Collection[str]) -> str:
         try:
-            found, size = os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size
+            header = os.pread(fd, HEADER_BYTES, 0)
+            size = os.fstat(fd).st_size
         except OSError as error:  # a directory in its place, a broken disk
             raise self._unreadable(error) from error
-        matching = [table_id for table_id in table_ids if found == self.header(table_id)]
+        matching = [table_id for table_id in table_ids if header == self.header(table_id)]
         if not matching:
-            raise self._diagnosis(found, size, table_ids)
+            raise self._diagnosis(header, size, table_ids)
         if size != self.size:
             raise ShardTruncated(
                 f"{self.path}: expected {self.size} bytes ({self.rows} rows of {self.row_bytes}), "
@@ -170,24 +190,22 @@ class Shard:
     def _unreadable(self, error: OSError) -> TableError:
         return TableError(f"{self.path}: the shard cannot be read ({error})")
 
-    def _diagnosis(self, found: bytes, size: int, table_ids: Collection[str]) -> Exception:
+    def _diagnosis(self, header: bytes, size: int, table_ids: Collection[str]) -> TableError:
+        """The error that says in which way a header is not that of this shard."""
         refuse_pointer(self.path, TableError)
         if size < HEADER_BYTES:
             return ShardTruncated(
                 f"{self.path}: expected {self.size} bytes, found {size}: less than the header"
             )
         try:
-            header = json.loads(found[8:])
-            metadata, rows = header["__metadata__"], header["rows"]
-            table_id, name, shape = (
-                str(metadata["table_id"]),
-                str(metadata["shard"]),
-                str(list(rows["shape"])),
-            )
+            fields: Any = json.loads(header[8:])
+            table_id = str(fields["__metadata__"]["table_id"])
+            name = str(fields["__metadata__"]["shard"])
+            shape = str(list(fields["rows"]["shape"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             return ShardCorrupt(
                 f"{self.path}: expected a shard's header of {HEADER_BYTES} bytes, found "
-                f"{found[:32]!r}... ({type(error).__name__}: {error})"
+                f"{header[:32]!r}... ({type(error).__name__}: {error})"
             )
         if table_id not in table_ids:
             return ShardForeign(
@@ -208,14 +226,14 @@ class Shard:
 def shards_of(
     directory: Path, layer: int, rows: int, shard_rows: int, row_bytes: int
 ) -> list[Shard]:
-    """The shards of a layer: `shard_rows` rows each, the last one what is left. Their names count
-    from 1."""
+    """The shards of a layer: `shard_rows` rows each, the last one what is left.
+
+    The numbers in their names count from 1.
+    """
     count = -(-rows // shard_rows)
-    return [
-        Shard(
-            directory / f"layer-{layer:05d}-{index + 1:05d}-of-{count:05d}.safetensors",
-            min(shard_rows, rows - index * shard_rows),
-            row_bytes,
-        )
-        for index in range(count)
-    ]
+    shards: list[Shard] = []
+    for index in range(count):
+        name = f"layer-{layer:05d}-{index + 1:05d}-of-{count:05d}.safetensors"
+        kept = min(shard_rows, rows - index * shard_rows)
+        shards.append(Shard(directory / name, kept, row_bytes))
+    return shards

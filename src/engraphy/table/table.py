@@ -49,12 +49,8 @@ class Table:
         self._lock = lock
         self.mode = "r" if lock is None else "w"
         self._dirty = {shard.name for shard in dirty}
-        self._make_gate()
+        self._gate = threading.RLock()  # no row is written while shards are hashed
         _ALL.add(self)
-
-    def _make_gate(self) -> None:
-        """Writers hold the gate: no row is written while shards are hashed."""
-        self._gate = threading.RLock()
 
     def __repr__(self) -> str:
         rows = {layer: self.rows(layer) for layer in self.layers}
@@ -382,12 +378,14 @@ class Table:
             self._lock.release(self.path)
             self._lock = None
 
-    @classmethod
-    def _renew_gates(cls) -> None:
-        """In a forked child: the thread that held a gate may not be there."""
-        for table in list(_ALL):
-            table._make_gate()
-
 
 _ALL: weakref.WeakSet[Table] = weakref.WeakSet()
-os.register_at_fork(after_in_child=Table._renew_gates)
+
+
+def _after_fork() -> None:
+    for table in list(_ALL):
+        # The thread that held it may not be in the child.
+        table._gate = threading.RLock()  # pyright: ignore[reportPrivateUsage]
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,14 +1,13 @@
-"""What a text does with a table: rows that it touches, n-grams that share one, rows that are asked
-for most.
+"""What a text does with a table: rows that it touches, n-grams that share a row, the hottest rows.
 
-The text is one sequence of token ids; documents in it are not told apart, as released models do
-not.
+The text is one sequence of token ids. Documents in it are not separated, as in released models.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..addresses.tokenizers import load_map
 from ..addresses.vocab import VocabMap
 from ..errors import InputError
 from ..spec.hash import HashSpec
+from ..system.checks import describe
 from .table import Table
 
 _STEP = 1 << 16
@@ -27,8 +27,16 @@ _GIANT = 2**56
 
 @dataclass(frozen=True)
 class HeadUsage:
-    """One head of one n-gram order. ngrams: distinct ones in the text. rows, used: rows that the
-    head has, and those touched. sharing: distinct n-grams whose row is also that of another one."""
+    """One head of one n-gram order.
+
+    Attributes:
+        order: The n-gram order.
+        head: The head, from 0.
+        ngrams: Distinct n-grams in the text.
+        rows: Rows that the head has.
+        used: Rows that are touched.
+        sharing: Distinct n-grams whose row another one has too.
+    """
 
     order: int
     head: int
@@ -40,7 +48,15 @@ class HeadUsage:
 
 @dataclass(frozen=True)
 class HotRow:
-    """A row that is asked for often. reads: times. ngrams: distinct n-grams behind them."""
+    """A row that is read often.
+
+    Attributes:
+        row: Row id in the layer.
+        order: The n-gram order.
+        head: The head, from 0.
+        reads: How often it is read.
+        ngrams: Distinct n-grams that read it.
+    """
 
     row: int
     order: int
@@ -51,8 +67,16 @@ class HotRow:
 
 @dataclass(frozen=True)
 class LayerUsage:
-    """One layer. tokens: positions of the text. rows, used: rows of the layer, and those touched.
-    hottest: of all heads, most reads first."""
+    """One layer.
+
+    Attributes:
+        layer: The model's layer.
+        tokens: Positions of the text.
+        rows: Rows of the layer.
+        used: Rows that are touched.
+        heads: What each head of each order does.
+        hottest: Rows of all heads, most reads first.
+    """
 
     layer: int
     tokens: int
@@ -63,57 +87,69 @@ class LayerUsage:
 
 
 def usage(table: Table, vocab: VocabMap, ids_T: np.ndarray, hottest: int = 5) -> list[LayerUsage]:
-    """Count what the raw ids of a text (integers [T], one sequence) touch in each layer.
+    """Counts what a text touches in each layer of a table.
 
-    Takes about 100 bytes a token. n-grams are told apart by 64 bits that the table's own rules of
-    look-back give, so two of U are taken for one with a chance of U**2 / 2**65. Raises
-    DigestMismatch unless the map is the table's, InputError for ids that it does not have.
+    Takes about 100 bytes a token. n-grams are distinguished by 64 bits that the table's own rules
+    of look-back give, so two of U count as one with a probability of U**2 / 2**65.
+
+    Args:
+        table: The table.
+        vocab: Its vocabulary map.
+        ids_T: Raw token ids, integers [T], one sequence.
+        hottest: Number of hot rows to name in each layer.
+
+    Raises:
+        DigestMismatch: The map is not the table's.
+        InputError: The map does not have an id, or `ids_T` has another shape.
     """
     table.check_address(table.config.address_digest(vocab.digest))
     if ids_T.ndim != 1 or not len(ids_T):
-        raise InputError(f"ids: expected integers [T], found {ids_T.dtype} {list(ids_T.shape)}")
+        raise InputError(f"ids: expected integers [T], found {describe(ids_T)}")
     spec = table.config.hash
     addresser = Addresser(spec, vocab)
     names_TO = _ngram_names(spec, vocab, ids_T)
-    found = {layer: ([], []) for layer in spec.layer_ids}
+    heads: dict[int, list[HeadUsage]] = {layer: [] for layer in spec.layer_ids}
+    hot: dict[int, list[HotRow]] = {layer: [] for layer in spec.layer_ids}
     for index, order in enumerate(spec.orders):
         _, first_U, reads_U = np.unique(names_TO[:, index], return_index=True, return_counts=True)
         columns = slice(index * spec.heads, (index + 1) * spec.heads)
         for layer in spec.layer_ids:
             rows_UK = _rows_at(addresser, layer, ids_T, first_U, columns)
-            heads, hot = found[layer]
-            for head in range(spec.heads):
-                column = index * spec.heads + head
-                _count(
-                    rows_UK[:, head],
-                    reads_U,
-                    order,
-                    head,
-                    spec.primes(layer)[column],
-                    hottest,
-                    heads,
-                    hot,
-                )
+            primes = spec.primes(layer)[columns]
+            for head, rows in enumerate(primes):
+                count = _Count.of(rows_UK[:, head], reads_U)
+                heads[layer].append(count.head(order, head, rows))
+                hot[layer] += count.hottest(order, head, hottest)
     return [
         LayerUsage(
-            layer,
-            len(ids_T),
-            table.rows(layer),
-            sum(head.used for head in heads),
-            tuple(heads),
-            tuple(sorted(hot, key=lambda row: (-row.reads, row.row))[:hottest]),
+            layer=layer,
+            tokens=len(ids_T),
+            rows=table.rows(layer),
+            used=sum(head.used for head in heads[layer]),
+            heads=tuple(heads[layer]),
+            hottest=tuple(sorted(hot[layer], key=_most_reads_first)[:hottest]),
         )
-        for layer, (heads, hot) in found.items()
+        for layer in spec.layer_ids
     ]
+
+
+def _most_reads_first(row: HotRow) -> tuple[int, int]:
+    return -row.reads, row.row
 
 
 def find_vocab(
     table: Table, saved: str | os.PathLike[str] | None, tokenizer: Tokenizer | None
 ) -> VocabMap:
-    """The table's vocabulary map: a saved one, else that of a tokenizer, else none at all
-    (Qwen4-Exp).
+    """The table's vocabulary map.
 
-    Raises DigestMismatch where that is not the table's.
+    Args:
+        table: The table.
+        saved: A saved map, which counts if it is given.
+        tokenizer: Else the map is this tokenizer's, or the identity if that is the table's. Without
+            both it is the identity (Qwen4-Exp).
+
+    Raises:
+        DigestMismatch: The map is not the table's.
     """
     size = table.config.hash.vocab_size
     identity = VocabMap.identity(size)
@@ -128,20 +164,19 @@ def find_vocab(
 
 
 def _ngram_names(spec: HashSpec, vocab: VocabMap, ids_T: np.ndarray) -> np.ndarray:
-    """uint64 [T, orders]: what tells n-grams apart. Two rows each of a table too large to fit
-    anywhere."""
+    """uint64 [T, orders]: what distinguishes n-grams.
+
+    Each name is made of two row ids, in a table too large to fit anywhere.
+    """
     giant = dataclasses.replace(
         spec, layer_ids=(0, 1), heads=1, rows_per_head=(_GIANT,) * len(spec.orders), pad_to=1
     )
-    addresser, names_TO = (
-        Addresser(giant, vocab),
-        np.empty((len(ids_T), len(spec.orders)), np.uint64),
-    )
+    addresser = Addresser(giant, vocab)
+    names_TO = np.empty((len(ids_T), len(spec.orders)), np.uint64)
     for first in range(0, len(ids_T), _STEP):
-        pair_LnO = _addresses(addresser, ids_T, first, min(first + _STEP, len(ids_T))).view(
-            np.uint64
-        )
-        names_TO[first : first + _STEP] = pair_LnO[0] * np.uint64(0x9E3779B97F4A7C15) + pair_LnO[1]
+        last = min(first + _STEP, len(ids_T))
+        high_nO, low_nO = _addresses(addresser, ids_T, first, last).view(np.uint64)
+        names_TO[first:last] = high_nO * np.uint64(0x9E3779B97F4A7C15) + low_nO
     return names_TO
 
 
@@ -169,30 +204,32 @@ def _addresses(addresser: Addresser, ids_T: np.ndarray, first: int, last: int) -
     return addresser.all_rows(ids_T[None, first:last], history_1P)[:, 0]
 
 
-def _count(
-    rows_U: np.ndarray,
-    reads_U: np.ndarray,
-    order: int,
-    head: int,
-    size: int,
-    hottest: int,
-    heads: list[HeadUsage],
-    hot: list[HotRow],
-) -> None:
-    used, where_U, ngrams = np.unique(rows_U, return_inverse=True, return_counts=True)
-    heads.append(
-        HeadUsage(order, head, len(rows_U), size, len(used), int(ngrams[ngrams > 1].sum()))
-    )
-    reads = np.bincount(where_U, reads_U).astype(np.int64)
-    top = np.argsort(-reads, kind="stable")[:hottest]
-    hot += [
-        HotRow(*values)
-        for values in zip(
-            used[top].tolist(),
-            [order] * len(top),
-            [head] * len(top),
-            reads[top].tolist(),
-            ngrams[top].tolist(),
-            strict=True,
-        )
-    ]
+@dataclass(frozen=True)
+class _Count:
+    """What the distinct n-grams of one order do in one head: by row, R rows that are touched."""
+
+    total: int  # distinct n-grams
+    rows_R: np.ndarray
+    ngrams_R: np.ndarray
+    reads_R: np.ndarray
+
+    @classmethod
+    def of(cls, rows_U: np.ndarray, reads_U: np.ndarray) -> _Count:
+        """rows_U: the row of each n-gram. reads_U: how often the text has it."""
+        rows_R, row_U, ngrams_R = np.unique(rows_U, return_inverse=True, return_counts=True)
+        reads_R = np.bincount(row_U, reads_U).astype(np.int64)
+        return cls(len(rows_U), rows_R, ngrams_R, reads_R)
+
+    def head(self, order: int, head: int, rows: int) -> HeadUsage:
+        sharing = int(self.ngrams_R[self.ngrams_R > 1].sum())
+        return HeadUsage(order, head, self.total, rows, len(self.rows_R), sharing)
+
+    def hottest(self, order: int, head: int, most: int) -> Iterator[HotRow]:
+        for index in np.argsort(-self.reads_R, kind="stable")[:most]:
+            yield HotRow(
+                row=int(self.rows_R[index]),
+                order=order,
+                head=head,
+                reads=int(self.reads_R[index]),
+                ngrams=int(self.ngrams_R[index]),
+            )
