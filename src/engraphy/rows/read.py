@@ -257,12 +257,12 @@ def take(shards: Sequence[np.ndarray], ids_N: np.ndarray, out_NR: np.ndarray) ->
         ids_N: Row ids, int64 [N], which the caller has checked.
         out_NR: uint8 [N, row_bytes], which is written.
     """
-    for shard, local_n, where in by_shard(shards, ids_N):
-        if isinstance(where, slice):
+    for shard, local_n, positions in by_shard(shards, ids_N):
+        if isinstance(positions, slice):
             # mode="raise" would buffer the output.
             np.take(shard, local_n, axis=0, out=out_NR, mode="clip")
         else:
-            out_NR[where] = np.take(shard, local_n, axis=0, mode="clip")
+            out_NR[positions] = np.take(shard, local_n, axis=0, mode="clip")
 
 
 def by_shard(
@@ -282,8 +282,8 @@ def by_shard(
     bounds = np.searchsorted(number_N[order_N], np.arange(len(shards) + 1))
     for shard, (first, last) in zip(shards, itertools.pairwise(bounds), strict=True):
         if first < last:
-            where = order_N[first:last]
-            yield shard, local_N[where], where
+            positions_n = order_N[first:last]
+            yield shard, local_N[positions_n], positions_n
 
 
 def check_ids(ids: np.ndarray, rows: int) -> None:

@@ -23,7 +23,8 @@ from ..system.lfs import refuse_pointer
 from .shards import Shard, shards_of
 
 FILE_NAME = "engram.json"
-FORMAT, VERSION = "engraphy-table", 1
+FORMAT = "engraphy-table"
+VERSION = 1
 _FIELDS = {
     "table_id": str,
     "parent": (str, type(None)),

@@ -22,7 +22,8 @@ import numpy as np
 from ..errors import ShardCorrupt, ShardMissing, ShardTruncated, TableError
 from ..system.lfs import refuse_pointer
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS = 64  # what torch and numpy have
 _ITEM_BYTES = {

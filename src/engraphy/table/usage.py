@@ -116,21 +116,18 @@ def usage(table: Table, vocab: VocabMap, ids_T: np.ndarray, hottest: int = 5) ->
         for layer in spec.layer_ids:
             rows_UK = _rows_at(addresser, layer, ids_T, first_U, columns)
             primes = spec.primes(layer)[columns]
-            for head, rows in enumerate(primes):
+            for head, prime in enumerate(primes):
                 count = _Count.of(rows_UK[:, head], reads_U)
-                heads[layer].append(count.head(order, head, rows))
+                heads[layer].append(count.head(order, head, prime))
                 hot[layer] += count.hottest(order, head, hottest)
-    return [
-        LayerUsage(
-            layer=layer,
-            tokens=len(ids_T),
-            rows=table.rows(layer),
-            used=sum(head.used for head in heads[layer]),
-            heads=tuple(heads[layer]),
-            hottest=tuple(sorted(hot[layer], key=_most_reads_first)[:hottest]),
+    layers: list[LayerUsage] = []
+    for layer in spec.layer_ids:
+        used = sum(head.used for head in heads[layer])
+        rows = sorted(hot[layer], key=_most_reads_first)[:hottest]
+        layers.append(
+            LayerUsage(layer, len(ids_T), table.rows(layer), used, tuple(heads[layer]), tuple(rows))
         )
-        for layer in spec.layer_ids
-    ]
+    return layers
 
 
 def _most_reads_first(row: HotRow) -> tuple[int, int]:
