@@ -6,8 +6,8 @@ kernel (`_native/rows_kernel.cpp`) gives the same bits. numpy has no bfloat16: b
 bits as uint16.
 """
 
-# Annotations do not bind users: what they pass in is checked.
-# pyright: reportUnnecessaryIsInstance=false
+# Annotations do not bind users: what they pass in is checked. _native is private to engraphy.
+# pyright: reportUnnecessaryIsInstance=false, reportPrivateUsage=false
 
 from __future__ import annotations
 

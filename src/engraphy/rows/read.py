@@ -4,8 +4,8 @@ This module asks a store for its mapped memory or for a gather, and knows no fil
 versions are the specification; the native kernel (`_native/rows_kernel.cpp`) gives the same bits.
 """
 
-# Annotations do not bind users: what they pass in is checked.
-# pyright: reportUnnecessaryIsInstance=false
+# Annotations do not bind users: what they pass in is checked. _native is private to engraphy.
+# pyright: reportUnnecessaryIsInstance=false, reportPrivateUsage=false
 
 from __future__ import annotations
 
