@@ -89,3 +89,9 @@ def test_libraries_large_buffers_and_meta_tensors_are_left_alone(monkeypatch):
     assert (poison.fill_tensor(torch.zeros(5)) == 0).all()
     assert np.isnan(poison.fill_array(np.zeros(2))).all()
     assert poison.fill_tensor(torch.empty(3, device="meta")).device.type == "meta"
+
+
+def test_the_device_of_a_with_block_still_counts():
+    with torch.device("meta"):
+        assert torch.empty(3).device.type == "meta"
+        assert torch.nn.Linear(3, 3).weight.device.type == "meta"

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._device import _device_constructors
 
 from engraphy.memory.buffers import BufferPool
 
@@ -92,6 +93,8 @@ def poisoned() -> Iterator[None]:
         (torch.Tensor, "new_empty", fill_tensor),
         (BufferPool, "take", fill_array),  # a buffer used again still holds old rows
     ]
+    # torch keeps the functions for which `with torch.device(...)` counts: ask before they change.
+    _device_constructors()
     originals = [getattr(owner, name) for owner, name, _ in places]
     try:
         for (owner, name, fill), original in zip(places, originals, strict=True):
