@@ -21,8 +21,8 @@ from engraphy import _native
 from engraphy.errors import ConfigError, InputError, RowOutOfRange, StoreError
 from engraphy.rows import RowFormat, read
 from engraphy.store import RamStore, RowStore, StoreInfo, open_store
-from engraphy.store import cache as cache_module
 from engraphy.store.cache import CacheStore
+from engraphy.store.options import parse_size
 from engraphy.store.reload import ReloadableStore
 from engraphy.store.sets import GHOSTS, SMALL, WAYS, place, set_bytes
 from engraphy.table import Table
@@ -376,7 +376,7 @@ def test_a_url_puts_a_cache_in_front_of_a_table(tmp_path, mode):
     ("text", "size"), [("2GiB", 2**31), ("1.5MiB", 3 * 2**19), ("64KiB", 2**16), ("5000", 5000)]
 )
 def test_sizes_in_urls_are_in_binary_units(text, size):
-    assert cache_module.parse_size("file:x", text) == size
+    assert parse_size("file:x", text) == size
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ what is read often."""
 from __future__ import annotations
 
 import dataclasses
-import re
 import threading
 
 import numpy as np
@@ -139,15 +138,3 @@ def _is_free(lock: threading.Lock) -> bool:
         return False
     lock.release()
     return True
-
-
-def parse_size(url: str, text: str) -> int:
-    """ "2GiB" in bytes; KiB, MiB, GiB, or none of them for bytes. Raises ConfigError for anything
-    else."""
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(|KiB|MiB|GiB)", text, re.ASCII)
-    if found is None:
-        raise ConfigError(
-            f"store {url!r}, cache: expected a size such as 2GiB, 512MiB or 1000000, found {text!r}"
-        )
-    number, unit = found.groups()
-    return int(float(number) * 1024 ** ("", "KiB", "MiB", "GiB").index(unit))

@@ -1,8 +1,8 @@
-"""What follows the "?" of a store's URL, and how a file: store gets at its rows where nobody says
-it."""
+"""Options of a store's URL, and how a file: store reads if its URL does not say."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,17 +11,22 @@ from ..system.machine import free_memory
 from ..table.table import Table
 
 READS = ("auto", "mmap", "pread")
-THREADS, MAX_THREADS = 128, 1024
+THREADS = 128
+MAX_THREADS = 1024
 _SHARE_OF_MEMORY = 0.9  # the rest is for what else runs
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(|KiB|MiB|GiB)", re.ASCII)
+_UNITS = ("", "KiB", "MiB", "GiB")
 
 
 @dataclass(frozen=True)
 class FileOptions:
     """How a file: store reads.
 
-    read: "mmap" (the page cache as memory), "pread" (blocking reads by threads), or "auto".
-    threads: how many blocking threads at most, for pread alone. direct: pread past the page cache
-    (O_DIRECT). populate: mmap, all rows brought into memory when it is opened.
+    Attributes:
+        read: "mmap" (the page cache as memory), "pread" (blocking reads by threads), or "auto".
+        threads: at most so many blocking threads, for pread only.
+        direct: pread past the page cache (O_DIRECT).
+        populate: for mmap: bring all rows into memory when the store is opened.
     """
 
     read: str = "auto"
@@ -30,44 +35,50 @@ class FileOptions:
     populate: bool = False
 
     @classmethod
-    def parse(cls, url: str, given: Mapping[str, str]) -> FileOptions:
-        """From the options of a URL. Raises ConfigError naming what is expected, also for what
-        excludes each other."""
-        read = given.get("read", "auto")
+    def parse(cls, url: object, values: Mapping[str, str]) -> FileOptions:
+        """Reads the options of a URL.
+
+        Args:
+            url: the URL or path, for messages.
+            values: the options by name, as `split_options` returns them.
+
+        Raises:
+            ConfigError: if a value is invalid, or two options exclude each other.
+        """
+        read = values.get("read", "auto")
         if read not in READS:
             raise ConfigError(
                 f"store {url!r}, read: expected one of {', '.join(READS)}, found {read!r}"
             )
-        options = cls(
-            read,
-            positive(url, "threads", given.get("threads", str(THREADS)), MAX_THREADS),
-            flag(url, "direct", given.get("direct", "0")),
-            flag(url, "populate", given.get("populate", "0")),
-        )
-        if options.direct and (options.populate or read == "mmap"):
+        threads = positive(url, "threads", values.get("threads", str(THREADS)), MAX_THREADS)
+        direct = flag(url, "direct", values.get("direct", "0"))
+        populate = flag(url, "populate", values.get("populate", "0"))
+        is_mapped = read == "mmap" or populate
+        if direct and is_mapped:
             raise ConfigError(
                 f"store {url!r}: expected direct=1 with read=pread, populate=1 with read=mmap"
             )
-        if (
-            options.populate
-            and read == "pread"
-            or "threads" in given
-            and (read == "mmap" or options.populate)
-        ):
+        if (populate and read == "pread") or ("threads" in values and is_mapped):
             raise ConfigError(
                 f"store {url!r}: expected populate=1 with read=mmap, threads= with read=pread"
             )
-        return options
+        return cls(read, threads, direct, populate)
 
     def choose(self, table: Table) -> str:
-        """ "mmap" or "pread".
+        """Decides between "mmap" and "pread" for a table.
 
-        "auto" is pread with direct=1, mmap with populate=1 or for a table that is open for writing;
-        else mmap where the rows of all layers fit into nine tenths of the memory that is free, and
-        pread where they do not: a mapping reads a page at a time, many threads read many. Raises
-        StoreError where populate=1 finds too little memory.
+        "auto" is pread with direct=1. It is mmap with populate=1 or for a table that is open for
+        writing. Otherwise it is mmap if the rows of all layers fit into nine tenths of the free
+        memory, and pread if they do not: a mapping reads one page at a time, many threads read
+        many.
+
+        Returns:
+            "mmap" or "pread".
+
+        Raises:
+            StoreError: if populate=1 and the rows do not fit into the free memory.
         """
-        if self.read == "pread" or self.read == "auto" and self.direct:
+        if self.read == "pread" or (self.read == "auto" and self.direct):
             return "pread"
         if self.populate and not fits_in_memory(table):
             raise StoreError(
@@ -79,37 +90,59 @@ class FileOptions:
         return "pread"
 
 
-def split_options(url: str, text: str, names: Sequence[str]) -> dict[str, str]:
-    """ "a=1&b=2" as {"a": "1", "b": "2"}. Raises ConfigError for a name that is not in `names`, or
-    comes twice."""
-    found: dict[str, str] = {}
+def split_options(url: object, text: str, names: Sequence[str]) -> dict[str, str]:
+    """Splits "a=1&b=2" into {"a": "1", "b": "2"}.
+
+    Args:
+        url: the URL or path, for messages.
+        text: what follows the "?".
+        names: the options that the scheme has.
+
+    Raises:
+        ConfigError: if a name is not in `names` or occurs twice.
+    """
+    values: dict[str, str] = {}
     for part in text.split("&") if text else ():
         name, equals, value = part.partition("=")
         if name not in names or not equals:
-            raise ConfigError(
-                f"store {url!r}: expected options {', '.join(f'{known}=' for known in names)} "
-                f"found {part!r}"
-            )
-        if name in found:
+            known = ", ".join(f"{option}=" for option in names)
+            raise ConfigError(f"store {url!r}: expected options {known}, found {part!r}")
+        if name in values:
             raise ConfigError(f"store {url!r}: expected {name}= once, found it twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
-def flag(url: str, name: str, value: str) -> bool:
-    """ "0" or "1". Raises ConfigError for anything else."""
+def flag(url: object, name: str, value: str) -> bool:
+    """Reads "0" or "1". Raises ConfigError for any other value."""
     if value not in ("0", "1"):
         raise ConfigError(f"store {url!r}, {name}: expected 0 or 1, found {value!r}")
     return value == "1"
 
 
-def positive(url: str, name: str, value: str, most: int) -> int:
-    """An integer from 1 to `most`. Raises ConfigError for anything else."""
-    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= most):
+def positive(url: object, name: str, value: str, most: int) -> int:
+    """Reads an integer from 1 to `most`. Raises ConfigError for any other value."""
+    is_number = value.isascii() and value.isdigit()
+    if not (is_number and 1 <= int(value) <= most):
         raise ConfigError(
             f"store {url!r}, {name}: expected an integer from 1 to {most}, found {value!r}"
         )
     return int(value)
+
+
+def parse_size(url: object, text: str) -> int:
+    """Reads "2GiB" as bytes; KiB, MiB, GiB, or no unit for bytes.
+
+    Raises:
+        ConfigError: if the text is no such size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"store {url!r}, cache: expected a size such as 2GiB, 512MiB or 1000000, found {text!r}"
+        )
+    number, unit = match.groups()
+    return int(float(number) * 1024 ** _UNITS.index(unit))
 
 
 def table_bytes(table: Table) -> int:
@@ -118,6 +151,8 @@ def table_bytes(table: Table) -> int:
 
 
 def fits_in_memory(table: Table) -> bool:
-    """Whether the rows of all layers fit into nine tenths of the free memory; not if that is not
-    known."""
+    """Whether the rows of all layers fit into nine tenths of the free memory.
+
+    False if the free memory is not known.
+    """
     return table_bytes(table) <= _SHARE_OF_MEMORY * (free_memory() or 0)

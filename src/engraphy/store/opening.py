@@ -1,0 +1,168 @@
+"""Opens a store by URL or path: `open_store`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..table.table import Table
+from .base import RowStore
+from .cache import CacheStore
+from .checkpoint import open_checkpoint
+from .file import open_layer
+from .options import FileOptions, flag, parse_size, split_options
+from .pool import open_pool
+from .ram import RamStore
+
+
+def open_store(
+    url: str | os.PathLike[str],
+    layer: int | None = None,
+    rows: int | None = None,
+    row_bytes: int | None = None,
+    mode: str = "r",
+) -> RowStore:
+    """Opens the store that a URL names.
+
+    A URL is divided at its first "?". To open a folder whose name has a "?", give its path, here
+    or to `open_checkpoint` or `open_pool`. The schemes:
+
+    - "ram:" holds `rows` rows of `row_bytes` bytes. They are zero at first and always writable.
+    - "file:DIR" serves `layer` of the table at DIR (a path as it is, not percent-encoded). With
+      mode "w" it opens the table for writing, `store.table.seal()` ends that, and closing the
+      store closes the table. Options: read=mmap|pread|auto, threads=128 and direct=0|1 (for
+      pread), populate=0|1 (for mmap); see `FileOptions`, whose `choose` says what "auto" does.
+      `info.reads` says what was chosen. cache=2GiB keeps the rows that are requested often in so
+      much memory for this layer (KiB, MiB, GiB, or bytes).
+    - "checkpoint:DIR" serves `layer` of a released checkpoint from its own shards, read-only.
+      vocab=FILE: a saved vocabulary map; by default the map of the checkpoint's tokenizer.
+    - "pool:PATH" serves `layer` of a table that all processes of this host share at PATH,
+      read-only. from=DIR: a pool that does not exist yet is filled with the table at DIR, and one
+      that exists has to hold that table. populate=0|1: see `open_pool`.
+
+    Args:
+        url: the URL, or a path (`pathlib.Path`), which is "file:DIR" without options.
+        layer: the model's layer, 0-based. For "ram:" it is only a label.
+        rows: number of rows, for "ram:" only.
+        row_bytes: bytes of a row, for "ram:" only.
+        mode: "r", or "w" to write the rows of "file:DIR".
+
+    Returns:
+        The store, which the caller closes.
+
+    Raises:
+        ConfigError: if the scheme or an option is unknown, or an argument does not go with the
+            scheme.
+        TableError: if the table cannot be used.
+    """
+    if not isinstance(url, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"store: expected a URL or a path, found {url!r}")
+    if mode not in ("r", "w"):
+        raise ConfigError(f"store {url!r}: expected mode 'r' or 'w', found {mode!r}")
+    wanted = _Wanted(url, layer, rows, row_bytes, mode)
+    if not isinstance(url, str):
+        return _open_table(wanted, os.fspath(url), FileOptions(), None)
+    scheme, colon, rest = url.partition(":")
+    opener = _OPENERS.get(scheme) if colon else None
+    if opener is None:
+        raise ConfigError(f"store {url!r}: expected ram:, file:DIR, checkpoint:DIR or pool:PATH")
+    return opener(wanted, rest)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `open_store`. url: the URL or path, as messages show it."""
+
+    url: str | os.PathLike[str]
+    layer: int | None
+    rows: int | None
+    row_bytes: int | None
+    mode: str
+
+    def expected(self, what: str) -> ConfigError:
+        """A ConfigError that says what was expected, and what the arguments are."""
+        return ConfigError(
+            f"store {self.url!r}: expected {what}, found layer={self.layer!r}, "
+            f"mode={self.mode!r}, rows={self.rows!r}, row_bytes={self.row_bytes!r}"
+        )
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the caller gave sizes, which only "ram:" takes."""
+        return self.rows is not None or self.row_bytes is not None
+
+
+def _open_ram(wanted: _Wanted, rest: str) -> RowStore:
+    if rest:
+        raise ConfigError(f"store {wanted.url!r}: expected nothing after ram:, found {rest!r}")
+    if wanted.rows is None or wanted.row_bytes is None:
+        raise wanted.expected("rows and row_bytes")
+    return RamStore(wanted.rows, wanted.row_bytes, wanted.layer)
+
+
+def _open_file(wanted: _Wanted, rest: str) -> RowStore:
+    path, _, text = rest.partition("?")
+    values = split_options(wanted.url, text, ("read", "threads", "direct", "populate", "cache"))
+    budget = None
+    if "cache" in values:
+        budget = parse_size(wanted.url, values.pop("cache"))
+    options = FileOptions.parse(wanted.url, values)
+    if not path:
+        raise ConfigError(f"store {wanted.url!r}: expected the directory of a table after file:")
+    return _open_table(wanted, path, options, budget)
+
+
+def _open_table(wanted: _Wanted, path: str, options: FileOptions, budget: int | None) -> RowStore:
+    """A layer of the table at `path`, behind a cache of `budget` bytes unless that is None."""
+    if wanted.layer is None:
+        raise wanted.expected("a layer")
+    if wanted.has_sizes:
+        raise wanted.expected("neither rows nor row_bytes, which the table knows")
+    table = Table.open(path, wanted.mode)
+    try:
+        store = open_layer(table, wanted.layer, options)
+        return store if budget is None else CacheStore(store, budget)
+    except BaseException:
+        table.close()
+        raise
+
+
+def _open_checkpoint(wanted: _Wanted, rest: str) -> RowStore:
+    path, _, text = rest.partition("?")
+    values = split_options(wanted.url, text, ("vocab",))
+    if not path:
+        raise ConfigError(
+            f"store {wanted.url!r}: expected the folder of a checkpoint after checkpoint:"
+        )
+    layer = _read_only_layer(wanted)
+    return open_checkpoint(path, layer, values.get("vocab"))
+
+
+def _open_pool(wanted: _Wanted, rest: str) -> RowStore:
+    path, _, text = rest.partition("?")
+    values = split_options(wanted.url, text, ("from", "populate"))
+    source = values.get("from")
+    if not path or source == "":
+        raise ConfigError(
+            f"store {wanted.url!r}: expected the directory of a pool after pool:, "
+            "and that of a table after from="
+        )
+    layer = _read_only_layer(wanted)
+    populate = flag(wanted.url, "populate", values.get("populate", "1"))
+    return open_pool(path, layer, source, populate)
+
+
+def _read_only_layer(wanted: _Wanted) -> int:
+    """The layer, for schemes that only read and know their sizes."""
+    if wanted.layer is None or wanted.mode != "r" or wanted.has_sizes:
+        raise wanted.expected("a layer, mode 'r' and neither rows nor row_bytes")
+    return wanted.layer
+
+
+_OPENERS = {
+    "ram": _open_ram,
+    "file": _open_file,
+    "checkpoint": _open_checkpoint,
+    "pool": _open_pool,
+}
