@@ -420,7 +420,7 @@ def test_a_forked_child_reads_the_right_rows_whatever_other_threads_were_doing(a
         behind.rows_NR[:5] = 7
     if amid == "a change":  # or were half-way through one of the cache
         cache._sets.lock.acquire()
-        behind._count_lock.acquire()
+        behind._counters._lock.acquire()
         cache._sets.rows[...] = 0xA5
     child = fork()
     if not child:

@@ -23,7 +23,7 @@ from engraphy.store import (
     RamStore,
     ReloadableStore,
     RowStore,
-    base,
+    mapped,
     mapping,
     open_store,
 )
@@ -130,7 +130,7 @@ def test_gathering_from_a_table_that_is_cut_and_exchanged_meanwhile_is_an_error(
 ):
     old, new, expected = two(name, tmp_path)
     store = ReloadableStore(old)
-    call_after(monkeypatch, base, "gather_mapped", lambda: (cut(old), store.reload(new)) and None)
+    call_after(monkeypatch, mapped, "gather_mapped", lambda: (cut(old), store.reload(new)) and None)
     with pytest.raises(ShardTruncated):
         store.gather(last_row(store))
     np.testing.assert_array_equal(store.gather(last_row(store))[0], expected[-1])
@@ -157,7 +157,7 @@ def test_a_cache_keeps_no_row_of_a_table_that_was_cut_while_it_was_read(
 ):
     behind, _, _ = two(name, tmp_path)
     cache = CacheStore(behind, 1 << 20)
-    call_after(monkeypatch, base, "gather_mapped", lambda: cut(behind))
+    call_after(monkeypatch, mapped, "gather_mapped", lambda: cut(behind))
     with pytest.raises(ShardTruncated):
         number(cache, name)
     assert not len(cache.kept()) and cache.stats.gathers == 0

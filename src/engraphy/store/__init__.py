@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .base import MappedStore, RowStore, StoreInfo, StoreStats, copy_rows
+from .base import RowStore, StoreInfo, StoreStats, copy_rows
 from .cache import CacheStore
 from .checkpoint import open_checkpoint
 from .file import FileStore, write_layer
+from .mapped import MappedStore
 from .names import follow, names_of
 from .opening import open_store
 from .pool import PoolStore, open_pool

@@ -1,189 +1,89 @@
-"""What a store is: rows of bytes by row id, whatever holds them. No tokens, no numbers, no model.
+"""What a store is: rows of bytes by row id. A store knows no tokens, no numbers and no model.
 
-`RowStore` checks and counts; a store fills in `_gather` and `_scatter`. `MappedStore` is the one
-for memory that can be addressed, and wrappers (caches, overlays) are stores around a store.
-`Reading` is the scope of one read of memory.
+`RowStore` checks and counts; a store implements `info`, `_gather` and `_scatter`. `MappedStore`
+(mapped.py) is the base of stores whose memory can be addressed, `WrapperStore` (wrapper.py) that
+of stores around a store. The folder testing/ has the tests that every store has to pass.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import threading
 import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError, StoreError
-from ..rows.format import RowFormat
-from ..rows.read import by_shard, check_ids, gather_mapped
+from ..rows.read import check_ids
 from ..system.checks import check_array, check_out
-from ..table.table import Table
-from .latency import BUCKETS, Latency, bucket_of, latency_of
-from .mapping import Watch
+from .info import Counters, StoreInfo, StoreStats
 from .names import RowNames, name_copy
+from .scopes import Reading, ReadingAll, Shards, Updating
 
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """What a store holds. kind: its URL scheme. The rest is None where a store does not know it:
-    the identities of the table behind it, its row format, layer and path; reads: in words, how it
-    gets at rows, where it had a choice."""
-
-    kind: str
-    rows: int
-    row_bytes: int
-    writable: bool
-    table_id: str | None = None
-    layer: int | None = None
-    path: str | None = None
-    format: RowFormat | None = None
-    address_digest: str | None = None
-    reads: str | None = None
-
-    @classmethod
-    def of_layer(cls, kind: str, table: Table, layer: int, reads: str) -> StoreInfo:
-        """Of a store over one layer of a table. Raises ConfigError for a layer that the table does
-        not have."""
-        return cls(
-            kind,
-            table.rows(layer),
-            table.row_bytes,
-            table.mode == "w",
-            table.table_id,
-            layer,
-            str(table.path),
-            table.fmt,
-            table.address_digest,
-            reads,
-        )
-
-    def as_of_now(self, table: Table) -> StoreInfo:
-        """The same after a seal, which ends writing and may change the table_id."""
-        writable, table_id = table.mode == "w", table.table_id
-        if (writable, table_id) == (self.writable, self.table_id):
-            return self
-        return dataclasses.replace(self, writable=writable, table_id=table_id)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all rows."""
-        return self.rows * self.row_bytes
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """What has been read since the store was opened: calls, rows, bytes. And what the system was
-    asked for, by stores that read files instead of mapping them: reads, and their bytes, which
-    divided by `bytes` is the amplification.
-
-    hits, misses: of a cache, rows that it had, and rows that it read from the store behind it.
-    under_way: calls of `gather` that have not returned, now. latency: of the calls.
-    """
-
-    gathers: int
-    rows: int
-    bytes: int
-    reads: int = 0
-    read_bytes: int = 0
-    hits: int | None = None
-    misses: int | None = None
-    under_way: int = field(default=0, compare=False)
-    latency: Latency = field(default=Latency(), compare=False)
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of the rows that a cache had; None for other stores and before the first row."""
-        return None if self.hits is None or not self.rows else self.hits / self.rows
-
-    @property
-    def amplification(self) -> float | None:
-        """Bytes that the system was asked for, for each byte of rows; None where files are not read
-        but mapped."""
-        return self.read_bytes / self.bytes if self.read_bytes and self.bytes else None
+__all__ = [
+    "Reading",
+    "ReadingAll",
+    "RowStore",
+    "Shards",
+    "StoreInfo",
+    "StoreStats",
+    "Updating",
+    "copy_rows",
+]
 
 
 class RowStore(ABC):
-    """Rows of one layer. Reading is safe from many threads; writing beside reading may show
-    half-written rows.
+    """Rows of one layer.
 
-    inner: of a wrapper, the store behind it. names: of the rows, where somebody follows them
-    (names.py). in_memory: reading never waits for a disk or a network, so that a few rows are read
-    faster here than by another thread. tells_residency: of mapped memory of which mincore tells
-    whether a row is there now.
+    Reading is safe from many threads. A read beside a write may show half-written rows.
+
+    Attributes:
+        inner: the store behind a wrapper; None for other stores.
+        names: names of the rows (names.py); None until something follows them.
+        in_memory: True if reading never waits for a disk or a network. A few rows are then read
+            faster by the calling thread than by another one.
+        tells_residency: True if mincore() reports reliably which rows of the mapped memory are in
+            RAM now.
     """
 
     inner: RowStore | None = None
     names: RowNames | None = None
-    in_memory = False
-    tells_residency = False
+    in_memory: bool = False
+    tells_residency: bool = False
 
     def __init__(self) -> None:
         self._closed = False
-        self._count_lock = threading.Lock()
-        self._gathers = self._rows_read = self._reads = self._read_bytes = self._nanoseconds = (
-            self._under_way
-        ) = 0
-        self._buckets = [0] * BUCKETS
+        self._counters = Counters()
         _ALL.add(self)
 
     @property
     @abstractmethod
     def info(self) -> StoreInfo:
-        """What the store holds; answers on a closed store too."""
-
-    def reading(self, rows: int = 0) -> AbstractContextManager[Sequence[np.ndarray] | None]:
-        """`with store.reading(rows) as shards:`, the scope of one read of `rows` rows straight from
-        mapped memory.
-
-        shards: read-only uint8 [n, row_bytes], equal sizes but the last; None if rows are not
-        mapped, and then nothing is counted. The memory stays mapped within the scope, whatever is
-        closed or reloaded meanwhile. Leaving it checks that this memory was whole, and counts a
-        call of `rows` rows; after an exception it does neither. Raises StoreError on entering a
-        closed store, ShardTruncated or StoreError on leaving damaged memory.
-        """
-        return Reading(self, rows)
-
-    @property
-    def shards(self) -> Sequence[np.ndarray] | None:
-        """Deprecated: `reading()`, which also tells whether the memory was whole while it was read."""
-        warnings.warn(
-            "store.shards is deprecated: use `with store.reading(rows) as shards:`, which keeps the memory "
-            "mapped and checks it for damage",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        shards, pin = self._begin_read()
-        self._end_read(pin, None, 0)
-        return shards
+        """What the store holds. Works on a closed store, too."""
 
     @property
     def stats(self) -> StoreStats:
-        """Counters so far."""
-        with self._count_lock:
-            return StoreStats(
-                self._gathers,
-                self._rows_read,
-                self._rows_read * self.info.row_bytes,
-                self._reads,
-                self._read_bytes,
-                under_way=self._under_way,
-                latency=latency_of(self._buckets, self._nanoseconds),
-            )
+        """The counters so far."""
+        return self._counters.stats(self.info.row_bytes)
 
     def gather(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows `ids_N` (int64 [N]) as uint8 [N, row_bytes], in `out` (C-contiguous) where it is
-        given.
+        """Reads rows.
 
-        Raises RowOutOfRange, InputError (dtype, shape) or StoreError (closed) before anything is
-        written.
+        Args:
+            ids_N: int64 [N], the row ids.
+            out: uint8 [N, row_bytes], C-contiguous, to read into; None for a new array.
+
+        Returns:
+            uint8 [N, row_bytes]: `out`, or the new array.
+
+        Raises:
+            RowOutOfRange: if an id is out of range; nothing is written then.
+            InputError: if a dtype or a shape is wrong; nothing is written then.
+            StoreError: if the store is closed, or the rows cannot be read.
         """
         begun = time.perf_counter_ns()
         self._check_open()
@@ -192,200 +92,209 @@ class RowStore(ABC):
         if out is None:
             out = np.empty((len(ids_N), info.row_bytes), np.uint8)
         check_out(out, (len(ids_N), info.row_bytes), (np.uint8,))
-        with self._count_lock:
-            self._under_way += 1
+        self._counters.begin()
         try:
             self._gather(ids_N, out)
         finally:
-            with self._count_lock:
-                self._under_way -= 1
+            self._counters.end()
         self._count_read(len(ids_N), begun)
         return out
 
     def scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        """Write uint8 [N, row_bytes] to rows `ids_N` (int64 [N]). Of an id given twice the last row
-        stays.
+        """Writes rows. If an id occurs twice, its last row stays.
 
-        Raises RowOutOfRange, InputError (dtype, shape) or StoreError (closed, read-only) before
-        anything is written.
+        Args:
+            ids_N: int64 [N], the row ids.
+            rows_NR: uint8 [N, row_bytes], the rows.
+
+        Raises:
+            RowOutOfRange: if an id is out of range; nothing is written then.
+            InputError: if a dtype or a shape is wrong; nothing is written then.
+            StoreError: if the store is closed or read-only, or the rows cannot be written.
         """
-        self._check_open()
-        info = self.info
-        if not info.writable:
-            raise StoreError(
-                f"{info.kind} store of {info.path or 'rows'}: expected one opened for writing, "
-                "found it read-only"
-            )
-        _check_flat_ids(ids_N, info.rows)
+        info = self._check_writable(ids_N)
         check_array("rows", rows_NR, (len(ids_N), info.row_bytes), (np.uint8,))
-        if self.names is None or not len(ids_N):
+        if not len(ids_N):
             self._scatter(ids_N, rows_NR)
             return
-        self.names.forget()
+        self._forget_names()
         try:
             self._scatter(ids_N, rows_NR)
         finally:
-            self.names.forget()  # a name that was drawn meanwhile
+            self._forget_names()  # names that the rows were given while they were written
 
-    def _count_read(self, rows: int, begun: int) -> None:
-        """Count a call that began at `begun` (perf_counter_ns) and read `rows` rows."""
-        taken = time.perf_counter_ns() - begun
-        bucket = bucket_of(taken)
-        with self._count_lock:
-            self._gathers += 1
-            self._rows_read += rows
-            self._nanoseconds += taken
-            self._buckets[bucket] += 1
+    def reading(self, rows: int = 0) -> AbstractContextManager[Shards | None]:
+        """The scope of one read straight from mapped memory.
 
-    def _begin_read(self) -> tuple[Sequence[np.ndarray] | None, Any]:
-        """What `reading` gives on entering, and what `_end_read` has to be given. Raises StoreError
-        if closed."""
+            with store.reading(rows) as shards:
+
+        `shards` are read-only uint8 [n, row_bytes] arrays, equal sizes but the last. They are None
+        if the rows are not mapped; nothing is counted then. The memory stays mapped within the
+        scope, even if the store is closed or reloaded meanwhile. Leaving the scope checks that
+        the memory was whole and counts a call of `rows` rows. After an exception it does neither.
+
+        Args:
+            rows: how many rows the caller reads, for `stats`.
+
+        Raises:
+            StoreError: on entering, if the store is closed; on leaving, if the memory could not
+                be read.
+            ShardTruncated: on leaving, if a file behind the memory was truncated.
+        """
+        return Reading(self, rows)
+
+    def updating(
+        self, rows: int = 0, ids: np.ndarray | None = None
+    ) -> AbstractContextManager[Shards | None]:
+        """The scope of one update of rows in place, the writable twin of `reading`.
+
+            with store.updating(rows, ids) as shards:
+
+        `shards` are writable uint8 [n, row_bytes] arrays, equal sizes but the last. They are None
+        if the rows cannot be written in place; use `gather` and `scatter` then. That is so if the
+        rows are not mapped, if a cache keeps copies of them, or if `ids` is None and a sparse file
+        has no disk space yet for some row: space is reserved before the first write, since a full
+        disk would end the process.
+
+        The memory stays mapped within the scope, even if the store is closed or reloaded
+        meanwhile. The rows lose their names, as in `scatter`. Leaving the scope checks that the
+        memory was whole and counts a call of `rows` rows, as the `gather` before a `scatter`
+        would. After an exception it does neither. The thread that entered the scope has to leave
+        it. Other threads that write the same table, or seal or close it, wait meanwhile.
+
+        Args:
+            rows: how many rows the caller updates, for `stats`.
+            ids: int64 [N], the rows that the caller may write: only their shards are marked as
+                changed, and space is reserved for them alone. None if any row may be written.
+
+        Raises:
+            StoreError: on entering, if the store is closed or read-only, or the disk is full; on
+                leaving, if the memory could not be read or written.
+            RowOutOfRange: on entering, if an id is out of range.
+            InputError: on entering, if dtype or shape of the ids are wrong.
+            ShardTruncated: if a file behind the memory was truncated.
+        """
+        return Updating(self, rows, ids)
+
+    @property
+    def shards(self) -> Shards | None:
+        """Deprecated: use `reading()`, which also checks the memory for damage."""
+        warnings.warn(
+            "store.shards is deprecated: use `with store.reading(rows) as shards:`, which keeps "
+            "the memory mapped and checks it for damage",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        shards, pin = self._begin_read()
+        self._end_read(pin, None, 0)
+        return shards
+
+    def close(self) -> None:
+        """Lets go of files and memory; every later use raises StoreError. May be called again."""
+        self._closed = True
+
+    def __repr__(self) -> str:
+        """Kind, place, layer, sizes, format, and whether the store is writable or closed."""
+        info = self.info
+        head = f"{info.kind} store"
+        if info.path is not None:
+            head += f" of {info.path}"
+        elif self.in_memory:
+            head += " in memory"
+        if info.layer is not None:
+            head += f", layer {info.layer}"
+        facts = [f"{info.rows} rows of {info.row_bytes} bytes"]
+        if info.format is not None:
+            facts[0] += f" ({info.format.kind}, d = {info.format.d})"
+        if info.reads is not None:
+            facts.append(info.reads)
+        facts.append("writable" if info.writable else "read-only")
+        if self._closed:
+            facts.append("closed")
+        return f"<{head}: {', '.join(facts)}>"
+
+    # What a store implements.
+
+    @abstractmethod
+    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
+        """Reads rows into `out_NR`. Both arguments have been checked."""
+
+    @abstractmethod
+    def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
+        """Writes rows. The arguments have been checked, and the store is writable."""
+
+    # What a store with mapped memory implements besides.
+
+    def _begin_read(self) -> tuple[Shards | None, Any]:
+        """Enters `reading`. Returns its memory, and what `_end_read` needs.
+
+        Raises StoreError if the store is closed.
+        """
         self._check_open()
         return None, None
 
     def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
-        """Leave what `_begin_read` began, while its memory is still held. rows: None if nothing
-        came of it."""
+        """Leaves `reading`; the memory is still held. rows: None after an exception."""
         return  # nothing is mapped
 
-    def __repr__(self) -> str:
-        info = self.info
-        layer = "" if info.layer is None else f", layer {info.layer}"
-        details = "".join(
-            f", {text}" for text in (info.reads, "writable" if info.writable else None) if text
-        )
-        return (
-            f"<{info.kind} store{' of ' + info.path if info.path else ''}{layer}: {info.rows} rows of "
-            f"{info.row_bytes} bytes{details}>"
-        )
+    def _begin_update(self, ids_N: np.ndarray | None) -> tuple[Shards | None, Any]:
+        """Enters `updating`. Returns its memory, and what `_end_update` needs.
 
-    def close(self) -> None:
-        """Let go of files and memory; every later use raises StoreError. May be called again."""
-        self._closed = True
+        Raises StoreError if the store is closed or read-only, and what invalid ids raise.
+        """
+        self._check_writable(ids_N)
+        return None, None
+
+    def _end_update(self, pin: Any, rows: int, begun: int, error: BaseException | None) -> None:
+        """Leaves `updating`; the memory is still held. error: what was raised in the scope."""
+        return  # nothing was given
+
+    # Helpers of stores.
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StoreError(f"{self.info.kind} store of {self.info.path or 'rows'}: it is closed")
+            raise StoreError(f"{self.info.name}: it is closed")
+
+    def _check_writable(self, ids_N: np.ndarray | None) -> StoreInfo:
+        """Raises unless these rows (None: any) may be written. Returns `info`."""
+        self._check_open()
+        info = self.info
+        if not info.writable:
+            raise StoreError(f"{info.name}: expected one opened for writing, found it read-only")
+        if ids_N is not None:
+            _check_flat_ids(ids_N, info.rows)
+        return info
+
+    def _count_read(self, rows: int, begun: int) -> None:
+        """Counts a call that began at `begun` (perf_counter_ns) and read `rows` rows."""
+        self._counters.add_call(rows, begun)
+
+    def _forget_names(self) -> None:
+        """The rows are about to change, or have changed."""
+        if self.names is not None:
+            self.names.forget()
 
     def _after_fork(self) -> None:
-        """In a forked child: the threads are gone that held locks."""
-        self._count_lock, self._under_way = threading.Lock(), 0
+        """In a forked child: the threads that held locks are gone."""
+        self._counters.after_fork()
         if self.names is not None:
             self.names.after_fork()
 
-    @abstractmethod
-    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None: ...
-
-    @abstractmethod
-    def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None: ...
-
-
-class MappedStore(RowStore):
-    """A store whose rows can be addressed: uint8 [n, row_bytes] arrays, equal sizes but the last.
-    watch: of the files that the memory is of, asked before and after each read."""
-
-    def __init__(self, memory: Sequence[np.ndarray], watch: Watch | None = None) -> None:
-        super().__init__()
-        self._watch = watch
-        self._memory = tuple(memory)
-        self._readonly = tuple(shard.view() for shard in memory)
-        for shard in self._readonly:
-            shard.flags.writeable = False
-
-    def _begin_read(self) -> tuple[Sequence[np.ndarray], None]:
-        shards = (
-            self._readonly
-        )  # before the check: closing marks the store first, and then lets go of the memory
-        if self._closed:
-            self._check_open()
-        if self._watch is not None:
-            self._watch.before()
-        return shards, None
-
-    def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
-        if rows is not None:
-            if self._watch is not None:
-                self._watch.after()
-            self._count_read(rows, begun)
-
-    def close(self) -> None:
-        super().close()
-        # Memory is unmapped when the last array over it dies, so a reader in another thread
-        # finishes in peace.
-        self._memory = self._readonly = ()
-
-    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        shards, _ = self._begin_read()
-        gather_mapped(shards, self.info, ids_N, out_NR, waits=not self.in_memory)
-        if self._watch is not None:
-            self._watch.after()
-
-    def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        for shard, local_n, where in by_shard(self._memory, ids_N):
-            shard[local_n] = rows_NR[where]
-
-
-class Reading:
-    """The scope that `RowStore.reading` gives. An object, since a generator takes longer than
-    reading a few rows."""
-
-    __slots__ = ("_begun", "_pin", "_rows", "_shards", "_store")
-
-    def __init__(self, store: RowStore, rows: int) -> None:
-        self._store, self._rows = store, rows
-
-    def __enter__(self) -> Sequence[np.ndarray] | None:
-        self._begun = time.perf_counter_ns()
-        self._shards, self._pin = self._store._begin_read()
-        return self._shards
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._store._end_read(self._pin, self._rows if kind is None else None, self._begun)
-        self._shards = self._pin = None
-
-
-class ReadingAll:
-    """The scopes of several stores as one, which gives a list of what each gives. For the few rows
-    of a token: it makes no object for a store, and one time is counted for all."""
-
-    __slots__ = ("_begun", "_entered", "_rows", "_shards", "_stores")
-
-    def __init__(self, stores: Iterable[RowStore], rows: int) -> None:
-        """rows: of each store."""
-        self._stores, self._rows = stores, rows
-
-    def __enter__(self) -> list[Sequence[np.ndarray] | None]:
-        self._begun = time.perf_counter_ns()
-        self._entered, self._shards = [], []
-        try:
-            for store in self._stores:
-                shards, pin = store._begin_read()
-                self._entered.append((store, pin))
-                self._shards.append(shards)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self._shards
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        rows, first = self._rows if kind is None else None, None
-        for store, pin in self._entered:
-            try:
-                store._end_read(pin, rows, self._begun)
-            except BaseException as damage:  # the others are left, too
-                first = first or damage
-        if first is not None:
-            raise first
-
 
 def copy_rows(source: RowStore, target: RowStore, chunk: int = 65_536) -> None:
-    """Copy all rows of a store into another of the same size, `chunk` rows at a time, in bounded
-    memory.
+    """Copies all rows of a store into another of the same size, in bounded memory.
 
-    Raises InputError where rows, row_bytes or (if both stores know it) the row format differ,
-    StoreError where the target is read-only.
+    Args:
+        source: the store to read.
+        target: the store to write.
+        chunk: rows that are copied at a time.
+
+    Raises:
+        InputError: if rows, row_bytes or (if both stores know it) the row format differ.
+        StoreError: if the target is read-only.
     """
-    ours, theirs = source.info, target.info
+    ours = source.info
+    theirs = target.info
     if (ours.rows, ours.row_bytes) != (theirs.rows, theirs.row_bytes):
         raise InputError(
             f"copy_rows: the source has {ours.rows} rows of {ours.row_bytes} bytes, "

@@ -19,7 +19,8 @@ from ..errors import ShardMissing, StoreError
 from ..released.checkpoint import Checkpoint
 from ..rows.read import take
 from ..table.safetensors import StoredTensor
-from .base import MappedStore, RowStore, StoreInfo
+from .base import RowStore, StoreInfo
+from .mapped import MappedStore
 from .mapping import MappedFile, Watch
 
 

@@ -1,14 +1,18 @@
-"""Files as memory, and whether the memory still is what the files held.
+"""Files as memory, and whether that memory still is what the files held.
 
-Touching a page that a truncated file no longer has, or that the disk cannot read, is a SIGBUS,
-which ends the process; the rest of the page in which a shortened file now ends reads as zeros. With
-the native part such a fault is caught: it is noted, and the memory reads as zeros from then on
-(`_native/guard.cpp`). A `Watch` asks for that after each read, when it has looked at the last byte
-of each file: wherever a file was cut, that byte is gone or zero, and where it is zero the size
-tells. Every 50 ms it asks for the sizes of all files. Without the native part it looks at the sizes
-before and after each read; a file that is truncated between the first look and the read still ends
-the process. A file that another is renamed over is not damaged: the old one stays mapped until the
-store is closed.
+Touching a page that a truncated file no longer has, or that the disk cannot read, raises SIGBUS,
+which ends the process. The rest of the page in which a shortened file now ends reads as zeros.
+
+With the native part such a fault is caught and noted, and the memory reads as zeros from then on
+(`_native/guard.cpp`). A `Watch` asks for faults after each read, once it has looked at the last
+byte of each file: wherever a file was cut, that byte is gone or zero, and if it is zero the size
+of the file decides. Every 50 ms it also asks for the sizes of all files.
+
+Without the native part it compares the sizes before and after each read. A file that is truncated
+between the first comparison and the read still ends the process.
+
+A file that another one is renamed over is not damaged: the old one stays mapped until the store is
+closed.
 """
 
 from __future__ import annotations
@@ -29,34 +33,46 @@ from ..system.environment import RESIDENCY, switch
 
 PAGE = mmap.PAGESIZE
 _POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
-_POPULATE_STEP = 1 << 26  # the GIL is held during one step
+_POPULATE_STEP = 1 << 26  # bytes; the GIL is held during one step
 _LOOK_EVERY = 0.05  # seconds
 
 
 class MappedFile:
-    """The first `size` bytes of an open file, shared with all who map it and without read-ahead.
+    """The first bytes of an open file as memory, shared with all who map it, without read-ahead.
 
-    fd: is duplicated; the caller may close it. The memory is given back when the last array over it
-    dies. tells_residency: whether mincore tells which pages are in memory. Linux tells it to those
-    who own a file or may write to it; to others it says that all are. ENGRAPHY_RESIDENCY=off: it is
-    not asked. Raises StoreError where the system refuses.
+    The memory is given back when the last array over it dies.
+
+    Args:
+        fd: the open file. It is duplicated; the caller may close it.
+        path: the file's path, for messages.
+        size: how many bytes to map.
+        writable: whether the memory can be written.
+
+    Attributes:
+        tells_residency: whether mincore() reports which pages are in memory. Linux reports that
+            to processes that own the file or may write to it; to others it says that all are.
+            Always False with ENGRAPHY_RESIDENCY=off.
+
+    Raises:
+        StoreError: if the system refuses.
     """
 
     def __init__(self, fd: int, path: str, size: int, writable: bool = False) -> None:
-        self.path, self.size, self._writable = path, size, writable
+        self.path = path
+        self.size = size
+        self._writable = writable
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
-            self._memory = mmap.mmap(
-                fd, size, flags=mmap.MAP_SHARED, prot=access
-            )  # keeps a duplicate of its own
+            # mmap keeps a duplicate of the descriptor of its own.
+            self._memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=access)
             self.fd = os.dup(fd) if writable else -1
         except (OSError, ValueError) as error:
             raise StoreError(f"{path}: the system refuses to map {size} bytes ({error})") from error
         if writable:
             weakref.finalize(self, os.close, self.fd).atexit = False
         self._memory.madvise(mmap.MADV_RANDOM)
-        told = os.fstat(fd).st_uid == os.geteuid() or os.access(path, os.W_OK)
-        self.tells_residency = told and switch(RESIDENCY) == "auto"
+        is_ours = os.fstat(fd).st_uid == os.geteuid() or os.access(path, os.W_OK)
+        self.tells_residency = is_ours and switch(RESIDENCY) == "auto"
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
         self._core = _native.core
         if self._core is not None:
@@ -69,7 +85,7 @@ class MappedFile:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """uint8 [size]; what numpy needs to keep this object alive as long as an array over it."""
+        """uint8 [size]: numpy keeps this object alive as long as an array over it."""
         return {
             "shape": (self.size,),
             "typestr": "|u1",
@@ -82,36 +98,42 @@ class MappedFile:
         return np.asarray(self)[offset : offset + rows * row_bytes].reshape(rows, row_bytes)
 
     def check_size(self) -> None:
-        """Raise ShardTruncated unless the file still has the size that was mapped."""
+        """Raises ShardTruncated unless the file still has the size that was mapped."""
         check_size(self.path, self.size, self._memory.size())
 
     def check_end(self) -> None:
-        """Raise ShardTruncated if its last byte is one of the zeros that a file which is cut in a
-        page ends with.
+        """Raises ShardTruncated if the file was cut within its last page.
 
-        Where that page is gone, looking is a fault, which `check_memory` tells of.
+        Such a file ends with zeros, so its size is looked at only if the last byte is zero. If the
+        page of the last byte is gone, reading it is a fault, which `check_memory` reports.
         """
         if not self._memory[-1]:
             self.check_size()
 
     def check_memory(self) -> None:
-        """Raise ShardTruncated or StoreError if a page of it could not be had."""
+        """Raises ShardTruncated or StoreError if the system could not provide one of its pages."""
         if self._core is not None and self._core.damaged(self._guard):
             self.check_size()
             raise StoreError(
-                f"{self.path}: the system could not read a page of it, or had no space for one; what was "
-                "read or written since is lost"
+                f"{self.path}: the system could not read a page of it, or had no space for one; "
+                "what was read or written since is lost"
             )
 
     def populate(self) -> str:
-        """Bring all of it into memory and the page table. Returns how, in words.
+        """Brings the whole file into memory and the page table.
 
-        Raises ShardTruncated or StoreError where the system cannot read the file.
+        Returns:
+            How it was done, in words.
+
+        Raises:
+            ShardTruncated: if the file was truncated.
+            StoreError: if the system cannot read the file.
         """
         self._memory.madvise(mmap.MADV_NORMAL)  # with read-ahead
         try:
             for first in range(0, self.size, _POPULATE_STEP):
-                self._memory.madvise(_POPULATE_READ, first, min(_POPULATE_STEP, self.size - first))
+                step = min(_POPULATE_STEP, self.size - first)
+                self._memory.madvise(_POPULATE_READ, first, step)
             return "populated"
         except OSError as error:
             self.check_size()
@@ -126,18 +148,17 @@ class MappedFile:
 
 
 class Watch:
-    """Asks mapped files whether they are still whole, without keeping them mapped."""
+    """Checks that mapped files are still whole, without keeping them mapped."""
 
     def __init__(self, files: Sequence[MappedFile]) -> None:
         self._files = [weakref.ref(file) for file in files]
         self._core = _native.core
-        self._seen = (
-            0 if self._core is None else -1
-        )  # faults in this process that were none of these files'
+        # Faults of this process that were known to be in other files; -1: not asked yet.
+        self._seen = -1 if self._core is not None else 0
         self._next_look = 0.0
 
     def before(self) -> None:
-        """To be called before memory is read or written. Raises ShardTruncated."""
+        """Call this before memory is read or written. Raises ShardTruncated."""
         if self._core is not None:
             if time.monotonic() < self._next_look:
                 return
@@ -147,15 +168,20 @@ class Watch:
         self._next_look = time.monotonic() + _LOOK_EVERY
 
     def after(self) -> None:
-        """To be called after memory was read or written. Raises ShardTruncated or StoreError if
-        that went wrong."""
+        """Call this after memory was read or written.
+
+        Raises:
+            ShardTruncated: if a file was truncated meanwhile.
+            StoreError: if the system could not provide a page.
+        """
         if self._core is None:
             for file in self._alive():
                 file.check_size()
             return
         for file in self._alive():
             file.check_end()
-        if (faults := self._core.damage_count()) != self._seen:
+        faults = self._core.damage_count()
+        if faults != self._seen:
             for file in self._alive():
                 file.check_memory()
             self._seen = faults
@@ -165,7 +191,7 @@ class Watch:
 
 
 def check_size(path: str, expected: int, found: int) -> None:
-    """Raise ShardTruncated unless a file that is being served has its size."""
+    """Raises ShardTruncated unless a file that is being served has its size."""
     if found != expected:
         raise ShardTruncated(
             f"{path}: expected {expected} bytes, found {found}: it was changed while it was served"
@@ -173,39 +199,48 @@ def check_size(path: str, expected: int, found: int) -> None:
 
 
 class Reserved:
-    """Disk space of the pages that are about to be written: a full disk is an error, not a SIGBUS.
+    """Disk space of pages that are about to be written: a full disk is an error, not a SIGBUS.
 
     Mapped memory of a sparse file takes space page by page as it is written. Each page is reserved
-    once, before its first write. File systems that write to new places (btrfs, ZFS) promise nothing
-    by that.
+    once, before its first write. On file systems that write to new places (btrfs, ZFS) that is no
+    guarantee.
+
+    Args:
+        files: the mapped files.
+        written: how many bytes at the beginning of each file have their space already.
     """
 
-    def __init__(self, files: Sequence[MappedFile]) -> None:
+    def __init__(self, files: Sequence[MappedFile], written: int) -> None:
         self._files = files
-        self._known = [np.zeros(-(-file.size // PAGE), bool) for file in files]
-        for file, known in zip(files, self._known, strict=True):
-            known[:] = (
-                os.lseek(file.fd, 0, os.SEEK_HOLE) == file.size
-            )  # no hole: all of it has its space
+        # bool [pages] a file: whether the page has its space. A file without holes has it all.
+        self._known = [np.full(-(-file.size // PAGE), not _has_holes(file)) for file in files]
+        for known in self._known:
+            known[: written // PAGE] = True
+        self._is_complete = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all pages of all files have their space."""
+        if not self._is_complete:
+            self._is_complete = all(bool(known.all()) for known in self._known)
+        return self._is_complete
 
     def take(self, number: int, begins_N: np.ndarray, length: int) -> None:
-        """Reserve bytes [begin, begin + length) of file `number` for each of `begins_N` (int64 [N],
-        not empty).
+        """Reserves bytes [begin, begin + length) of a file for each of `begins_N`.
 
-        Raises StoreError on a full disk, before anything is written.
+        Args:
+            number: which file, from 0.
+            begins_N: int64 [N], N > 0, positions in the file.
+            length: bytes from each position on.
+
+        Raises:
+            StoreError: if the disk is full; nothing has been written then.
         """
-        file, known = self._files[number], self._known[number]
-        first_N, last_N = begins_N // PAGE, (begins_N + length - 1) // PAGE
-        steps = np.arange(int((last_N - first_N).max()) + 1)
-        pages = np.minimum(first_N[:, None] + steps, last_N[:, None]).reshape(-1)
-        new = np.unique(pages[~known[pages]])
-        breaks = np.flatnonzero(np.diff(new) > 1)
-        firsts, lasts = (
-            new[np.r_[0, breaks + 1]] if len(new) else new,
-            new[np.r_[breaks, -1]] if len(new) else new,
-        )
-        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            begin, end = first * PAGE, min((last + 1) * PAGE, file.size)
+        file = self._files[number]
+        known = self._known[number]
+        for first, last in _runs(_missing_pages(known, begins_N, length)):
+            begin = first * PAGE
+            end = min((last + 1) * PAGE, file.size)
             try:
                 os.posix_fallocate(file.fd, begin, end - begin)
             except OSError as error:
@@ -213,3 +248,27 @@ class Reserved:
                     f"{file.path}: no space for bytes {begin} to {end} ({error})"
                 ) from error
             known[first : last + 1] = True
+
+
+def _has_holes(file: MappedFile) -> bool:
+    return os.lseek(file.fd, 0, os.SEEK_HOLE) != file.size
+
+
+def _missing_pages(known: np.ndarray, begins_N: np.ndarray, length: int) -> np.ndarray:
+    """int64 [pages]: distinct pages of these bytes that are not known yet, ascending."""
+    first_N = begins_N // PAGE
+    last_N = (begins_N + length - 1) // PAGE
+    steps_S = np.arange(int((last_N - first_N).max()) + 1)
+    pages_NS = np.minimum(first_N[:, None] + steps_S, last_N[:, None])
+    pages = pages_NS.reshape(-1)
+    return np.unique(pages[~known[pages]])
+
+
+def _runs(pages: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last page of each run of consecutive pages."""
+    if not len(pages):
+        return
+    breaks = np.flatnonzero(np.diff(pages) > 1)
+    firsts = pages[np.r_[0, breaks + 1]].tolist()
+    lasts = pages[np.r_[breaks, -1]].tolist()
+    yield from zip(firsts, lasts, strict=True)

@@ -91,9 +91,7 @@ class PreadStore(RowStore):
                 )
             else:
                 reads, read_bytes = self._read_native(core, files, ids_N, out_NR)
-            with self._count_lock:
-                self._reads += reads
-                self._read_bytes += read_bytes
+            self._counters.add_reads(reads, read_bytes)
 
     def _read_native(
         self, core: Any, files: _Files, ids_N: np.ndarray, out_NR: np.ndarray

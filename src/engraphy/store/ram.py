@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import ConfigError, StoreError
 from ..system.environment import HUGE_PAGES, switch
-from .base import MappedStore, StoreInfo
+from .base import StoreInfo
+from .mapped import MappedStore
 
 
 class RamStore(MappedStore):

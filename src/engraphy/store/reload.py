@@ -4,71 +4,76 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Mapping
 
 from ..errors import ConfigError, DigestMismatch
-from .base import RowStore, StoreInfo
+from .base import RowStore
+from .wrapper import Held, WrapperStore
 
 _SAME = ("rows", "row_bytes", "format", "layer")
 
 
-class ReloadableStore(RowStore):
-    """The rows of `store`, until `reload` puts another in its place. Owns the store that is served:
-    closing closes it.
+class ReloadableStore(WrapperStore):
+    """The rows of a store, until `reload` puts another one in its place.
 
-    A cache belongs inside, around each table: `ReloadableStore(CacheStore(...))`.
+    It owns the store that is served: closing closes it when the last call that reads it is done.
+    Put a cache inside, around each table: `ReloadableStore(CacheStore(...))`.
+
+    Args:
+        store: the store to serve first.
     """
 
     def __init__(self, store: RowStore) -> None:
-        super().__init__()
+        super().__init__(store)
         self._switch = threading.Lock()
-        self._serve(store)
-
-    def _serve(self, store: RowStore) -> None:
-        self.inner: RowStore = store
-        self.in_memory, self.tells_residency = store.in_memory, store.tells_residency
         self._readers = _Readers(store)
 
-    @property
-    def info(self) -> StoreInfo:
-        return self.inner.info
-
     def check(self, new: RowStore) -> None:
-        """Raise DigestMismatch unless `new` is addressed like the store that is served, ConfigError
-        unless it has as many rows, of the same size and format, of the same layer, and is another
-        one."""
-        ours, theirs = self.info, new.info
+        """Checks whether a store may take the place of the one that is served.
+
+        Raises:
+            DigestMismatch: if it is addressed in another way.
+            ConfigError: if its rows, row_bytes, format or layer differ, or if it is the store that
+                is served.
+        """
+        ours = self.info
+        theirs = new.info
+        name = theirs.path or theirs.kind
         if ours.address_digest != theirs.address_digest:
             raise DigestMismatch(
-                f"reload: expected address digest {ours.address_digest}, {theirs.path or theirs.kind} "
-                f"has {theirs.address_digest}"
+                f"reload: expected address digest {ours.address_digest}, "
+                f"{name} has {theirs.address_digest}"
             )
-        for name in _SAME:
-            if getattr(ours, name) != getattr(theirs, name):
-                raise ConfigError(
-                    f"reload, {name}: expected {getattr(ours, name)}, "
-                    f"{theirs.path or theirs.kind} has {getattr(theirs, name)}"
-                )
+        for field in _SAME:
+            expected = getattr(ours, field)
+            found = getattr(theirs, field)
+            if expected != found:
+                raise ConfigError(f"reload, {field}: expected {expected}, {name} has {found}")
         if new is self or new is self.inner:
             raise ConfigError(
                 f"reload: expected another store, found the one that is served, {new!r}"
             )
 
     def reload(self, new: RowStore) -> None:
-        """Serve `new` from now on. The old store is closed when the last call that reads it is
-        done.
+        """Serves another store from now on.
 
-        For the layers of one memory use `reload_layers`. Raises what `check` raises, StoreError
-        once closed: the old store stays then, and `new` is the caller's to close.
+        The old store is closed when the last call that reads it is done. For the layers of one
+        memory use `reload_layers`.
+
+        Args:
+            new: the store to serve. After an error it is still the caller's to close, and the old
+                one is served.
+
+        Raises:
+            DigestMismatch, ConfigError: as `check` does.
+            StoreError: if this store is closed.
         """
         self.check(new)
         with self._switch:
             self._check_open()
             old = self._readers
-            self._serve(new)
+            self.inner = new
+            self._readers = _Readers(new)
         logging.getLogger("engraphy").info(
             "layer %s: table %s instead of %s, %r",
             new.info.layer,
@@ -80,59 +85,41 @@ class ReloadableStore(RowStore):
 
     def close(self) -> None:
         with self._switch:
-            super().close()
+            self._closed = True
         self._readers.retire()
+
+    def _title(self) -> str:
+        return "reloadable store"
 
     def _after_fork(self) -> None:
         super()._after_fork()
         self._switch = threading.Lock()
-        self._readers = _Readers(self.inner)
+        self._readers = _Readers(self.wrapped)
 
-    def _pinned(self) -> _Readers:
-        """The store that is served, which is not closed until the scope of what is returned is
-        left."""
+    def _hold(self) -> Held:
         with self._switch:
             self._check_open()
             self._readers.begin()
             return self._readers
 
-    def _begin_read(self) -> tuple[Sequence[np.ndarray] | None, Any]:
-        readers = self._pinned()
-        try:
-            shards, pin = readers.store._begin_read()
-        except BaseException:
-            readers.end()
-            raise
-        return shards, (readers, pin, shards is not None)
-
-    def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
-        readers, inner, mapped = pin  # of the store that was read, whatever is served now
-        try:
-            readers.store._end_read(inner, rows, begun)
-        finally:
-            readers.end()
-        if mapped and rows is not None:
-            self._count_read(rows, begun)
-
-    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        with self._pinned() as store:
-            store.gather(ids_N, out_NR)
-
-    def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        with self._pinned() as store:
-            store.scatter(ids_N, rows_NR)
-
 
 def reload_layers(stores: Mapping[int, ReloadableStore], new: Mapping[int, RowStore]) -> None:
-    """Exchange the stores of all layers, or of none: everything is checked first. A batch that is
-    being read meanwhile may see both tables.
+    """Exchanges the stores of all layers, or of none: everything is checked first.
 
-    Raises what `ReloadableStore.check` raises; ConfigError where layers are missing, DigestMismatch
-    where the new stores are not of one table.
+    A batch that is being read meanwhile may see both tables.
+
+    Args:
+        stores: the stores by layer.
+        new: the store that takes the place of each.
+
+    Raises:
+        ConfigError: if the layers differ, or a store does not fit (`ReloadableStore.check`).
+        DigestMismatch: if the new stores are not of one table, or addressed in another way.
     """
     if set(stores) != set(new):
         raise ConfigError(f"reload: expected layers {sorted(stores)}, found {sorted(new)}")
-    if len(tables := {store.info.table_id for store in new.values()}) > 1:
+    tables = {store.info.table_id for store in new.values()}
+    if len(tables) > 1:
         raise DigestMismatch(
             f"reload: expected rows of one table, found {sorted(map(str, tables))}"
         )
@@ -142,34 +129,31 @@ def reload_layers(stores: Mapping[int, ReloadableStore], new: Mapping[int, RowSt
         store.reload(new[layer])
 
 
-class _Readers:
-    """A store, and how many calls are reading it; it is closed when it is retired and none is."""
+class _Readers(Held):
+    """A store, and how many calls read it. Once retired, it is closed when no call reads it."""
 
     def __init__(self, store: RowStore) -> None:
-        self.store = store
+        super().__init__(store)
         self._lock = threading.Lock()
-        self._count, self._retired = 0, False
+        self._count = 0
+        self._retired = False
 
     def begin(self) -> None:
+        """A call reads the store, until `end`."""
         with self._lock:
             self._count += 1
-
-    def __enter__(self) -> RowStore:
-        return self.store
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
     def end(self) -> None:
         with self._lock:
             self._count -= 1
-            last = self._retired and self._count == 0
-        if last:
+            is_last = self._retired and self._count == 0
+        if is_last:
             self.store.close()
 
     def retire(self) -> None:
+        """No further call will read the store."""
         with self._lock:
-            last = not self._retired and self._count == 0
+            is_last = not self._retired and self._count == 0
             self._retired = True
-        if last:
+        if is_last:
             self.store.close()
