@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +16,12 @@ import pytest
 from engraphy.rows import RowFormat
 from engraphy.spec import EngramConfig, HashSpec, LayerSpec
 from engraphy.store import CacheStore, RamStore, ReloadableStore, RowStore, StoreInfo, open_store
+from engraphy.store.testing import in_children
+from engraphy.store.testing import random_ids as some_ids
 from engraphy.table import Table
 from tests.tools import releases
-from tests.tools.forking import fork
+
+__all__ = ["some_ids"]
 
 LAYER, D = 3, 32
 KINDS = ("f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4")
@@ -218,30 +220,9 @@ def shards_of(store: RowStore) -> Sequence[np.ndarray] | None:
         return shards
 
 
-def some_ids(rows: int, count: int = 500, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, rows, count)
-
-
 def check_in_child(check: Callable[[], bool]) -> None:
     """Assert that `check()` is true in a forked child, which is killed where it hangs."""
-    check_in_children([check])
-
-
-def check_in_children(checks: Sequence[Callable[[], bool]]) -> None:
-    """The same in as many children at once."""
-    children = []
-    for check in checks:
-        child = fork()
-        if not child:
-            signal.alarm(60)  # a busy machine is slow
-            good = False
-            try:
-                good = check()
-            finally:
-                os._exit(0 if good else 1)
-        children.append(child)
-    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert not any(ends), f"children ended with {ends}: 1 is a check that fails, -14 one that hangs"
+    in_children([check])
 
 
 def open_fds() -> int:
