@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engraphy import _native
 from engraphy.errors import EngraphyError, StoreError
-from engraphy.store import PreadStore, open_store, pread
+from engraphy.store import PreadStore, open_store, pread_plain
 from engraphy.table import Table
 from engraphy.table.shards import HEADER_BYTES
 from tests.tools.store_builders import (
@@ -54,7 +54,7 @@ def opened(path, how: str = "read=pread", mode: str = "r") -> PreadStore:
     shard_rows=st.integers(1, 40_000),
 )
 def test_every_row_lies_in_a_read_and_no_page_is_read_twice(ids, whole, row_bytes, shard_rows):
-    reads = pread.plan(np.array(ids), shard_rows, row_bytes, whole)
+    reads = pread_plain.plan(np.array(ids), shard_rows, row_bytes, whole)
     which = np.searchsorted(reads.first, np.arange(len(ids)), side="right") - 1
     assert reads.first[0] == 0 and reads.first[-1] == len(ids) and (np.diff(reads.first) > 0).all()
     begin = reads.begin[which] + reads.at - reads.place[which]
@@ -112,7 +112,7 @@ def test_direct_reads_are_of_whole_pages(tmp_path):
 @pytest.mark.parametrize("how", ["read=pread&threads=3", "direct=1"])
 @pytest.mark.parametrize(("kind", "d"), [("f32", 1024), ("f32", 1500), ("int8", 31)])
 def test_a_batch_of_many_chunks_is_read_whole(tmp_path, monkeypatch, how, kind, d):
-    monkeypatch.setattr(pread, "_CHUNK", 20_000)
+    monkeypatch.setattr(pread_plain, "_CHUNK", 20_000)
     expected = sealed(tmp_path / "t", fmt_of(kind, d), shard_rows=33)
     ids = np.random.default_rng(0).integers(0, len(expected), 1000)
     out = np.full((1000, expected.shape[1]), 0xA5, np.uint8)

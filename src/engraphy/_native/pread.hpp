@@ -1,4 +1,4 @@
-// Rows of files, read with pread by several blocking threads. The plain version in engraphy/store/pread.py is its
+// Rows of files, read with pread by several blocking threads. The plain version in engraphy/store/pread_plain.py is its
 // specification: the same reads, the same rows.
 #pragma once
 
