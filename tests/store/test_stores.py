@@ -256,6 +256,47 @@ def test_info_says_what_is_held(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ram", "<ram store in memory: {rows}, writable>"),
+        ("file", "<file store of {table}: {rows} {int8}, mmap, read-only>"),
+        ("file open for writing", "<file store of {table}: {rows} {int8}, mmap, writable>"),
+        (
+            "pread direct",
+            "<file store of {table}: {rows} {int8}, pread, 128 threads, direct, read-only>",
+        ),
+        ("pool", "<pool store of {path}/pool, layer 3: {rows} {int8}, mmap, populated, read-only>"),
+        (
+            "checkpoint with scales",
+            "<checkpoint store of {path}/release, layer 3: {rows} (fp8, d = 32), mmap, read-only>",
+        ),
+        (
+            "tiny cache around ram",
+            "<cache of 32 rows around <ram store in memory: {rows}, writable>>",
+        ),
+        (
+            "reloadable file",
+            "<reloadable store around <file store of {table}: {rows} {int8}, mmap, read-only>>",
+        ),
+    ],
+)
+def test_repr_says_kind_place_layer_sizes_format_and_whether_it_is_writable(
+    name, expected, tmp_path
+):
+    store, rows_NR = build(name, tmp_path)
+    rows, row_bytes = rows_NR.shape
+    words = {
+        "rows": f"{rows} rows of {row_bytes} bytes",
+        "int8": "(int8, d = 32)",
+        "table": f"{tmp_path / 'table'}, layer 3",
+        "path": tmp_path,
+    }
+    assert repr(store) == expected.format(**words)
+    store.close()
+    assert repr(store).rstrip(">").endswith(", closed")
+
+
 def test_new_ram_is_zero():
     store = open_store("ram:", rows=10**8, row_bytes=8)
     assert not store.gather(np.array([0, 10**8 - 1])).any()

@@ -14,6 +14,7 @@ from .pread import PreadStore
 from .ram import RamStore
 from .reload import ReloadableStore, reload_layers
 from .warming import Warmed, warm
+from .wrapper import WrapperStore
 
 __all__ = [
     "CacheStore",
@@ -27,6 +28,7 @@ __all__ = [
     "StoreInfo",
     "StoreStats",
     "Warmed",
+    "WrapperStore",
     "copy_rows",
     "follow",
     "names_of",

@@ -316,7 +316,7 @@ _ALL: weakref.WeakSet[RowStore] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for store in list(_ALL):
-        store._after_fork()
+        store._after_fork()  # pyright: ignore[reportPrivateUsage]
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -6,6 +6,7 @@ It is exact, and rows that are read once do not push out rows that are read ofte
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -50,13 +51,16 @@ class CacheStore(WrapperStore):
         self._count = _sets_within(budget, info.row_bytes)
         self._writer = threading.Lock()
         self._counters.add_looks(0, 0)  # from now on `stats` has hits and misses
-        self._sets: Sets | None = self._make()
+        self._sets: Sets | None = None
+        self._make()
 
-    def _make(self) -> Sets:
+    def _make(self) -> None:
+        """Begins with an empty cache."""
         row_bytes = self.info.row_bytes
         if _native.core is None:
-            return Sets(self._count, row_bytes)
-        return NativeSets(_native.core, self._count, row_bytes)
+            self._sets = Sets(self._count, row_bytes)
+        else:
+            self._sets = NativeSets(_native.core, self._count, row_bytes)
 
     @property
     def capacity(self) -> int:
@@ -91,7 +95,7 @@ class CacheStore(WrapperStore):
         super()._after_fork()
         is_whole = self._sets is None or (_is_free(self._sets.lock) and _is_free(self._writer))
         if not is_whole:
-            self._sets = self._make()  # a thread that is gone was in the middle of a change
+            self._make()  # a thread that is gone was in the middle of a change
         self._writer = threading.Lock()
 
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
@@ -132,7 +136,7 @@ class CacheStore(WrapperStore):
                 sets.write(ids_N, written)
 
 
-def _sets_within(budget: int, row_bytes: int) -> int:
+def _sets_within(budget: Any, row_bytes: int) -> int:
     """How many sets a budget is enough for. Raises ConfigError if it is not enough for one."""
     least = set_bytes(row_bytes)
     is_number = isinstance(budget, (int, np.integer)) and not isinstance(budget, bool)

@@ -1,7 +1,6 @@
-"""One layer of a released checkpoint, served from its own shards in place: nothing is copied,
-nothing written.
+"""One layer of a released checkpoint, served from its own shards: nothing is copied or written.
 
-Where a tensor holds whole records (Qwen4-Exp) its parts are mapped memory like a table's shards.
+If a tensor holds whole records (Qwen4-Exp), its parts are mapped memory like a table's shards.
 DeepSeek-V4.1 keeps the scales in a tensor of their own: a gather reads both and joins them to the
 records that a converted table has.
 """
@@ -25,7 +24,13 @@ from .mapping import MappedFile, Watch
 
 
 class MappedCheckpoint(MappedStore):
-    """A layer whose tensors hold whole records. vocab: the checkpoint's map (`Checkpoint.vocab`)."""
+    """A layer whose tensors hold whole records.
+
+    Args:
+        checkpoint: the open checkpoint.
+        layer: the model's layer, 0-based.
+        vocab: the checkpoint's vocabulary map (`Checkpoint.vocab`).
+    """
 
     def __init__(self, checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> None:
         files = _map_files(checkpoint.weights[layer])
@@ -38,13 +43,18 @@ class MappedCheckpoint(MappedStore):
 
 
 class InterleavedCheckpoint(RowStore):
-    """A layer of weights and scales in two tensors, joined to records as they are read."""
+    """A layer of weights and scales in two tensors, joined to records as they are read.
+
+    Takes the arguments of `MappedCheckpoint`.
+    """
 
     def __init__(self, checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> None:
         super().__init__()
-        weights, scales = checkpoint.weights[layer], checkpoint.scales[layer]
+        weights = checkpoint.weights[layer]
+        scales = checkpoint.scales[layer]
         files = _map_files([*weights, *scales])
-        self._both = _map(files, weights), _map(files, scales)
+        # One attribute, so that a reader takes both at once while another thread closes the store.
+        self._tensors = (_map(files, weights), _map(files, scales))
         self._watch = Watch(list(files.values()))
         self._info = _info(checkpoint, layer, vocab)
 
@@ -54,10 +64,11 @@ class InterleavedCheckpoint(RowStore):
 
     def close(self) -> None:
         super().close()
-        self._both = [], []  # unmapped when the last gather that is under way lets go of them
+        # The files are unmapped when the last gather that is under way lets go of the arrays.
+        self._tensors = (list[np.ndarray](), list[np.ndarray]())
 
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        weights, scales = self._both
+        weights, scales = self._tensors
         self._check_open()
         self._watch.before()
         width = weights[0].shape[1]
@@ -72,10 +83,16 @@ class InterleavedCheckpoint(RowStore):
 def open_checkpoint(
     path: str | os.PathLike[str], layer: int, vocab: str | os.PathLike[str] | None = None
 ) -> RowStore:
-    """The store of `layer` of the checkpoint in the folder `path`; vocab: the file of a saved
-    vocabulary map.
+    """Opens the store of one layer of a checkpoint.
 
-    Raises ConfigError for a layer without memory, and what `Checkpoint.open` and `.vocab` raise.
+    Args:
+        path: the folder of the checkpoint.
+        layer: the model's layer, 0-based.
+        vocab: the file of a saved vocabulary map; None for the map of the checkpoint's tokenizer.
+
+    Raises:
+        ConfigError: if the layer has no memory.
+        EngraphyError: as `Checkpoint.open` and `Checkpoint.vocab` raise it.
     """
     checkpoint = Checkpoint.open(path)
     checkpoint.config.hash.layer_index(layer)
@@ -84,24 +101,28 @@ def open_checkpoint(
 
 
 def _info(checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> StoreInfo:
+    config = checkpoint.config
     return StoreInfo(
         "checkpoint",
-        checkpoint.config.hash.row_count(layer),
+        config.hash.row_count(layer),
         checkpoint.fmt.row_bytes,
         False,
         checkpoint.source_id,
         layer,
         str(checkpoint.directory),
         checkpoint.fmt,
-        checkpoint.config.address_digest(vocab.digest),
+        config.address_digest(vocab.digest),
         "mmap",
     )
 
 
 def _map_files(tensors: Sequence[StoredTensor]) -> dict[Path, MappedFile]:
-    """Each file once, however many of the tensors it holds."""
+    """Maps each file once, however many of the tensors it holds."""
     files: dict[Path, MappedFile] = {}
-    for path in {tensor.path: None for tensor in tensors}:
+    for tensor in tensors:
+        path = tensor.path
+        if path in files:
+            continue
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

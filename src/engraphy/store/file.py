@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -76,7 +76,7 @@ class FileStore(MappedStore):
         return reserved is not None and reserved.is_complete
 
     @contextmanager
-    def _writing(self, ids_N: np.ndarray | None) -> Iterator[None]:
+    def _writing(self, ids_N: np.ndarray | None) -> Generator[None, None, None]:
         memory = self._memory
         reserved = self._reserved
         self._check_open()

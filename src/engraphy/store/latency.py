@@ -1,5 +1,7 @@
-"""How long calls took: counted in fixed buckets, four to a doubling, since counting must cost next
-to nothing."""
+"""How long calls took, counted in fixed buckets.
+
+There are four buckets to a doubling, since counting has to cost next to nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +9,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BUCKETS = 64 * 4
-_LEAST = 4  # ns; below it the three leading bits are not there
+_LEAST = 4  # ns; shorter durations do not have the three leading bits that choose a bucket
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Durations of calls. counts: calls per bucket. seconds: their sum."""
+    """Durations of calls.
+
+    Attributes:
+        counts: calls per bucket.
+        seconds: their sum.
+    """
 
     counts: tuple[int, ...] = (0,) * BUCKETS
     seconds: float = 0.0
 
     @property
     def calls(self) -> int:
-        """Calls that were counted."""
+        """How many calls were counted."""
         return sum(self.counts)
 
     def quantile(self, q: float) -> float | None:
-        """Seconds that a share `q` of the calls did not exceed, up to a quarter too high; None
-        before the first call."""
-        rank, seen = q * self.calls, 0
+        """Seconds that a share of the calls did not exceed; up to a quarter too high.
+
+        Args:
+            q: the share, from 0 to 1.
+
+        Returns:
+            The seconds, or None before the first call.
+        """
+        rank = q * self.calls
+        seen = 0
         for bucket, count in enumerate(self.counts):
             seen += count
             if count and seen >= rank:
@@ -33,11 +47,11 @@ class Latency:
         return None
 
     def within(self, seconds: float) -> int:
-        """Calls known to have taken at most `seconds`: exact where that is a limit of buckets, as
-        powers of two of a nanosecond are."""
-        return sum(
-            count for bucket, count in enumerate(self.counts) if count and limit(bucket) <= seconds
-        )
+        """How many calls are known to have taken at most `seconds`.
+
+        Exact if `seconds` is a limit of a bucket, as powers of two of a nanosecond are.
+        """
+        return sum(count for bucket, count in enumerate(self.counts) if limit(bucket) <= seconds)
 
 
 def bucket_of(nanoseconds: int) -> int:

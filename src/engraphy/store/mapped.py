@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -96,7 +96,7 @@ class MappedStore(RowStore):
         return True
 
     @contextmanager
-    def _writing(self, ids_N: np.ndarray | None) -> Iterator[None]:
+    def _writing(self, ids_N: np.ndarray | None) -> Generator[None, None, None]:
         """The scope in which rows are written; ids_N: int64 [N], which; None: any.
 
         Raises on entering if they cannot be written, on leaving if the memory was damaged.

@@ -1,9 +1,9 @@
-"""A table that all processes of a host share: one copy in memory, made by whoever comes first.
+"""A table that all processes of a host share: one copy in memory, made by the first process.
 
-A pool is a directory of a table, on a file system that is memory (tmpfs such as /dev/shm, or DAX
-over a CXL or persistent memory device). It is filled beside its place, under a lock that the system
-takes back from a process that dies, and renamed when it is whole: what is there under its name is
-complete, and half a pool is begun anew.
+A pool is the directory of a table, on a file system that is memory (tmpfs such as /dev/shm, or DAX
+over a CXL or persistent memory device). It is filled under a temporary name and renamed when it is
+complete, so a pool under its own name is always whole, and one that was left half filled is begun
+anew. The process that fills it holds a lock, which the system releases if the process dies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..table.table import Table
 from .file import FileStore
 from .mapping import check_size
 
-_STEP = 1 << 26  # bytes that are copied at a time: between two steps the process can be interrupted
+_STEP = 1 << 26  # bytes that are copied at a time; the process can be interrupted in between
 
 
 class PoolStore(FileStore):
@@ -37,23 +37,30 @@ def open_pool(
     source: str | os.PathLike[str] | None = None,
     populate: bool = True,
 ) -> PoolStore:
-    """The store of `layer` of the pool at `path`; source: the directory of the table that it has to
-    hold.
+    """Opens the store of one layer of a pool.
 
-    With a source a pool that is not there is filled, all layers of it; other processes that open it
-    wait meanwhile. populate: put all pages into this process' page table now, or the first reads
-    take a fault each. Raises StoreError where there is no pool and no source, or no room for it;
-    DigestMismatch where the pool holds another table; and what `Table.open` raises.
+    Args:
+        path: the directory of the pool.
+        layer: the model's layer, 0-based.
+        source: the directory of the table that the pool has to hold. A pool that does not exist
+            is filled with all layers of that table; other processes that open it wait meanwhile.
+        populate: put all pages into this process' page table now; otherwise the first read of
+            each page takes a page fault.
+
+    Raises:
+        StoreError: if there is no pool and no source, or no room for the pool.
+        DigestMismatch: if the pool holds another table.
+        TableError: as `Table.open` raises it.
     """
     directory = Path(os.path.abspath(path))
     wanted = None if source is None else Table.open(source)
     if not (directory / FILE_NAME).exists():
         if wanted is None:
             raise StoreError(
-                f"pool {directory}: expected a pool that has been filled, found none; from=DIR fills it "
-                "with the table at DIR"
+                f"pool {directory}: expected a pool that has been filled, found none; "
+                "from=DIR fills it with the table at DIR"
             )
-        wanted.rows(layer)  # before a long copy: whether there is such a layer
+        wanted.rows(layer)  # raises now, before a long copy, if there is no such layer
         _fill(directory, wanted)
     table = Table.open(directory)
     try:
@@ -69,15 +76,14 @@ def open_pool(
 
 
 def _fill(directory: Path, source: Table) -> None:
-    """Put a copy of the source at `directory`, unless another process has."""
+    """Puts a copy of the source at `directory`, unless another process has."""
+    lock_path = directory.with_name(f".{directory.name}.lock")
     try:
-        lock = os.open(
-            directory.with_name(f".{directory.name}.lock"),
-            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
-            0o666,
-        )
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the process that fills it is done, or dies
+            fcntl.flock(
+                lock, fcntl.LOCK_EX
+            )  # waits until the process that fills it is done, or dies
             if not (directory / FILE_NAME).exists():
                 _fill_locked(directory, source)
         finally:
@@ -93,13 +99,12 @@ def _fill_locked(directory: Path, source: Table) -> None:
 
 
 def _copy(source: Table, target: Path) -> None:
-    """A whole copy, engram.json last. Raises TableError where the source was written meanwhile."""
+    """Copies a whole table, engram.json last. Raises TableError if it was written meanwhile."""
     shards = [shard for layer in source.layers for shard in source.shards(layer)]
     for shard in shards:
         with open(target / shard.name, "xb") as file:
-            os.posix_fallocate(
-                file.fileno(), 0, shard.size
-            )  # reading a hole of a tmpfs takes memory, too
+            # All of it at once: reading a hole of a tmpfs takes memory, too.
+            os.posix_fallocate(file.fileno(), 0, shard.size)
     for shard in shards:
         fd = source.open_shard(shard)
         try:
@@ -109,33 +114,34 @@ def _copy(source: Table, target: Path) -> None:
     now = Manifest.read(source.path)
     if now.next_id is not None or now.table_id != source.table_id:
         raise TableError(
-            f"{source.path}: expected table {source.table_id} to stay as it is while a pool is filled "
-            "with it, found it written"
+            f"{source.path}: expected table {source.table_id} to stay as it is while a pool is "
+            "filled with it, found it written"
         )
     dataclasses.replace(now, directory=target).write()
     Table.open(target).close()
 
 
 def _copy_data(fd: int, size: int, target: Path) -> None:
-    """What is not a hole, into a file of zeros. Raises ShardTruncated where the source has become
-    shorter."""
+    """Copies all but holes into a file of zeros. Raises ShardTruncated if the source was cut."""
     with open(target, "r+b", buffering=0) as file:
         end = 0
         while (begin := _next_data(fd, end)) is not None:
             end = os.lseek(fd, begin, os.SEEK_HOLE)
             file.seek(begin)
-            while begin < end and (
-                copied := os.sendfile(file.fileno(), fd, begin, min(_STEP, end - begin))
-            ):
+            while begin < end:
+                copied = os.sendfile(file.fileno(), fd, begin, min(_STEP, end - begin))
+                if not copied:
+                    break
                 begin += copied
         check_size(target.name, size, os.fstat(fd).st_size)
         os.fchmod(file.fileno(), 0o444)
 
 
 def _next_data(fd: int, position: int) -> int | None:
+    """Where the next data begin; None if there is only a hole up to the end."""
     try:
         return os.lseek(fd, position, os.SEEK_DATA)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a hole up to the end
+        if error.errno == errno.ENXIO:
             return None
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from typing import Any
 
 import numpy as np
 
@@ -14,21 +15,26 @@ from .mapped import MappedStore
 
 
 class RamStore(MappedStore):
-    """`rows` rows of `row_bytes` bytes, zero at first, in private anonymous memory, on huge pages
-    if the kernel has any and ENGRAPHY_HUGE_PAGES is not "off".
+    """Rows in private anonymous memory, zero at first.
 
-    layer: only a label in `info`. Memory is taken as rows are touched. Raises ConfigError for sizes
-    that cannot be meant, StoreError where the system refuses the mapping.
+    The memory lies on huge pages if the kernel has any and ENGRAPHY_HUGE_PAGES is not "off". It is
+    taken as rows are touched.
+
+    Args:
+        rows: number of rows.
+        row_bytes: bytes of a row.
+        layer: only a label in `info`.
+
+    Raises:
+        ConfigError: if a size is not a positive integer.
+        StoreError: if the system refuses the memory.
     """
 
     in_memory = True
 
     def __init__(self, rows: int, row_bytes: int, layer: int | None = None) -> None:
-        for name, value in (("rows", rows), ("row_bytes", row_bytes)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ConfigError(
-                    f"ram store, {name}: expected a positive integer, found {value!r}"
-                )
+        _check_positive("rows", rows)
+        _check_positive("row_bytes", row_bytes)
         self._info = StoreInfo("ram", int(rows), int(row_bytes), writable=True, layer=layer)
         super().__init__([zeros(self._info.rows, self._info.row_bytes)])
 
@@ -38,8 +44,11 @@ class RamStore(MappedStore):
 
 
 def zeros(rows: int, row_bytes: int) -> np.ndarray:
-    """uint8 [rows, row_bytes] in memory of this process, taken as it is touched. Raises StoreError
-    where the system refuses."""
+    """uint8 [rows, row_bytes] in memory of this process, taken as it is touched.
+
+    Raises:
+        StoreError: if the system refuses.
+    """
     size = rows * row_bytes
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -51,3 +60,9 @@ def zeros(rows: int, row_bytes: int) -> np.ndarray:
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
         memory.madvise(advice)
     return np.frombuffer(memory, np.uint8).reshape(rows, row_bytes)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_number or value < 1:
+        raise ConfigError(f"ram store, {name}: expected a positive integer, found {value!r}")

@@ -1,10 +1,14 @@
-"""The rows that a cache keeps, in sets of 16, each with a policy of its own: the plain version and
-the native calls.
+"""The rows that a cache keeps, in sets of 16 with an eviction policy for each set.
 
-A row's set follows from its id. Each set keeps S3-FIFO (Yang et al., SOSP 2023) for itself: what is
-new waits in a small queue, at least 4 long, what was read there joins the main queue, and 12
-ghosts, fingerprints of rows that left unread, let those that come back join it too.
-bench/cache_policy.py says why this and not another.
+This file has the plain version and the native calls. A row's set follows from its id. Each set
+evicts by S3-FIFO (Yang et al., SOSP 2023) on its own:
+
+- A new row waits in a small queue, which has at least 4 places.
+- A row that was read while it waited there moves on to the main queue.
+- 12 ghosts are fingerprints of rows that left the small queue unread. A row that comes back and
+  has a ghost joins the main queue at once.
+
+bench/cache_policy.py compares this policy with others.
 """
 
 from __future__ import annotations
@@ -16,16 +20,23 @@ import numpy as np
 
 from .ram import zeros
 
-WAYS, SMALL, GHOSTS = 16, 4, 12
-_MOST_READS = 3  # as far as reads of a row are counted
+WAYS = 16  # rows of a set
+SMALL = 4
+GHOSTS = 12
+_MOST_READS = 3  # the count of reads of a row ends here
 _EMPTY = 0
-_MAIN = 16  # added to the order of what is in the main queue
+_MAIN = 16  # added to the order of rows in the main queue
 
-# version: changes whenever rows of the set do, odd meanwhile. ghost_next: the ghost that is
-# forgotten next. taken: rows that the call under way keeps here, 16 while rows of the set are being
-# written. order: 0 to 15, in which rows came to the end of their queue. reads: of each row since
-# then. ghosts, tags: 0 = none. tags: row id + 1, negative: held. Two cache lines. The rows follow
-# at once, so that a row and what is noted of it mostly lie in one page.
+# The record of a set, two cache lines:
+#   version     changes whenever rows of the set change, and is odd meanwhile
+#   ghost_next  the ghost that is replaced next
+#   taken       rows that the call under way keeps here; 16 while rows of the set are written
+#   order       0 to 15: the order in which rows came to the end of their queue; 16 more in the
+#               main queue
+#   reads       reads of each row since it came there
+#   ghosts      fingerprints; 0 = none
+#   tags        row id + 1; 0 = none, negative = held, while the row is written
+# The rows of the set follow at once, so that a row and its record mostly lie in one page.
 SET = np.dtype(
     [
         ("version", "<u4"),
@@ -38,23 +49,26 @@ SET = np.dtype(
         ("tags", "<i4", WAYS),
     ]
 )
-MOST_ROWS = 2**31 - 2  # of a store: its ids have to fit the tags
+MOST_ROWS = 2**31 - 2  # of a store behind a cache, so that ids fit into the tags
 _LINE = 64
 
 
 def set_bytes(row_bytes: int) -> int:
-    """What a set takes: its record and 16 rows, in whole cache lines."""
+    """Bytes of a set: its record and 16 rows, in whole cache lines."""
     return -(-(SET.itemsize + WAYS * row_bytes) // _LINE) * _LINE
 
 
 class Sets:
-    """`count` sets of 16 rows. Many threads may use them at once: whoever changes rows holds
-    `lock`, and the native `look` takes none. It looks at `version` before and after, and adds to
-    `reads`, which is for hints alone.
+    """Sets of 16 rows. The methods are the plain version, the specification of the native one.
 
-    memory: uint8 [count, set_bytes(row_bytes)], taken as it is used; records: SET [count], and
-    rows: uint8 [count, 16, row_bytes], are views of it. The methods are the plain version, which is
-    the native one's specification.
+    Many threads may use them at once. A thread that changes rows holds `lock`. The native `look`
+    takes no lock: it compares `version` before and after. It also adds to `reads`, which may miss
+    a count, since it is only a hint for evictions.
+
+    Attributes:
+        memory: uint8 [count, set_bytes(row_bytes)], taken as it is used.
+        records: SET [count], a view of the memory.
+        rows: uint8 [count, 16, row_bytes], a view of the memory.
     """
 
     def __init__(self, count: int, row_bytes: int) -> None:
@@ -62,25 +76,26 @@ class Sets:
         self.memory = zeros(count, set_bytes(row_bytes))
         self.records = self.memory[:, : SET.itemsize].view(SET)[:, 0]
         rows = self.memory[:, SET.itemsize : SET.itemsize + WAYS * row_bytes]
-        self.rows = np.lib.stride_tricks.as_strided(
-            rows, (count, WAYS, row_bytes), (*rows.strides[:1], row_bytes, 1)
-        )
+        strides = (rows.strides[0], row_bytes, 1)
+        self.rows = np.lib.stride_tricks.as_strided(rows, (count, WAYS, row_bytes), strides)
 
     def kept(self) -> np.ndarray:
-        """Ids, int64 [N]: the main queues' first, and of these the most read first."""
+        """Ids of the rows, int64 [N]: first those in main queues, and of these the most read."""
         with self.lock:
             set_N, way_N = np.nonzero(self.records["tags"] > _EMPTY)
-            worth_N = (
-                self.records["order"][set_N, way_N] // _MAIN * WAYS
-                + self.records["reads"][set_N, way_N]
-            )
+            is_main_N = self.records["order"][set_N, way_N] // _MAIN
+            worth_N = is_main_N * WAYS + self.records["reads"][set_N, way_N]
             tag_N = self.records["tags"][set_N, way_N].astype(np.int64)
-            return tag_N[np.argsort(-worth_N.astype(np.int64), kind="stable")] - 1
+            best_first_N = np.argsort(-worth_N.astype(np.int64), kind="stable")
+            return tag_N[best_first_N] - 1
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copy the rows that are here to their places in out_NR. Returns the positions of the
-        others, int64 [M], ascending, and the versions of their sets, int64 [M], by which `keep`
-        knows whether they changed."""
+        """Copies the rows that are here to their places in out_NR.
+
+        Returns:
+            The positions of the other rows, int64 [M], ascending; and the versions of their sets,
+            int64 [M], by which `keep` knows whether a set has changed since.
+        """
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
             hit_N, slot_N = self._find(ids_N, set_N, held=False)
@@ -95,16 +110,22 @@ class Sets:
     def keep(
         self, ids_M: np.ndarray, version_M: np.ndarray, reads_M: np.ndarray, rows_MR: np.ndarray
     ) -> None:
-        """Keep distinct rows that a `look` missed: of each set the first 16, one after the other.
+        """Keeps rows that a `look` missed: of each set the first 16, one after the other.
 
-        Where a set has changed since, what was read may be old, or be here already: it is not kept,
-        and neither are rows of a set that are being written. reads_M: int64, how often each row was
-        asked for.
+        If a set has changed since, the rows that were read may be old, or be here already: they are
+        not kept. Rows of a set that is being written are not kept either.
+
+        Args:
+            ids_M: int64 [M], distinct ids.
+            version_M: int64 [M], versions of their sets, from `look`.
+            reads_M: int64 [M], how often each row was requested.
+            rows_MR: uint8 [M, row_bytes], the rows.
         """
         here = place(ids_M, len(self.records))
         with self.lock:
             same_M = self.records["version"][here.set_N] == version_M
-            index = np.flatnonzero(same_M & (self.records["taken"][here.set_N] == 0))
+            is_free_M = self.records["taken"][here.set_N] == 0
+            index = np.flatnonzero(same_M & is_free_M)
             index = index[np.argsort(here.set_N[index], kind="stable")]
             set_n = here.set_N[index]
             turn_n = np.arange(len(index)) - np.searchsorted(set_n, set_n)
@@ -113,9 +134,12 @@ class Sets:
                 self._insert(ids_M[now], here.take(now), reads_M[now], rows_MR[now])
 
     def hold(self, ids_N: np.ndarray) -> None:
-        """Rows are going to be written: until they are `look` misses them, and nothing new of their
-        sets is kept. So a row never becomes older between two calls, whether the store or the cache
-        has the new one first."""
+        """Holds rows that are going to be written, until `write`.
+
+        Meanwhile `look` misses these rows, and no new row of their sets is kept. So a reader never
+        gets a new row first and the old one in a later call, whether the store or the cache has the
+        new one first.
+        """
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
             self.records["version"][set_N] += 2
@@ -124,34 +148,44 @@ class Sets:
             self.records["tags"][np.divmod(slot_N[hit_N], WAYS)] = -(ids_N[hit_N] + 1)
 
     def write(self, ids_N: np.ndarray, rows_NR: np.ndarray | None) -> None:
-        """Rows that `hold` was told of have been written: give those that are here the bytes
-        `rows_NR`, of an id given twice the last ones; None: nobody knows what was written, so
-        forget them."""
+        """Ends a `hold`: the rows have been written, and those that are here get their new bytes.
+
+        Args:
+            ids_N: int64 [N], the ids that `hold` had. If an id occurs twice, its last row counts.
+            rows_NR: uint8 [N, row_bytes], the new rows; None if the write failed: it is unknown
+                what was written, so the rows are dropped.
+        """
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
             self.records["version"][set_N] += 2  # what is being read now is not kept
             self.records["taken"][set_N] = 0
             hit_N, slot_N = self._find(ids_N, set_N)
-            self.records["tags"][np.divmod(slot_N[hit_N], WAYS)] = (
-                _EMPTY if rows_NR is None else ids_N[hit_N] + 1
-            )
-            if rows_NR is not None:
-                self.rows[np.divmod(slot_N[hit_N], WAYS)] = rows_NR[hit_N]
+            places = np.divmod(slot_N[hit_N], WAYS)
+            if rows_NR is None:
+                self.records["tags"][places] = _EMPTY
+            else:
+                self.records["tags"][places] = ids_N[hit_N] + 1
+                self.rows[places] = rows_NR[hit_N]
 
     def _find(
         self, ids_N: np.ndarray, set_N: np.ndarray, held: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which rows are here, bool [N], and in which slot: set * 16 + way. held: count those too."""
+        """Finds rows: whether each is here, bool [N], and its slot, set * 16 + way, int64 [N].
+
+        held: find rows that are held, too.
+        """
         tags_NW = self.records["tags"][set_N]
-        same_NW = (np.abs(tags_NW) if held else tags_NW) == (ids_N + 1)[:, None]
+        if held:
+            tags_NW = np.abs(tags_NW)
+        same_NW = tags_NW == (ids_N + 1)[:, None]
         return same_NW.any(axis=1), set_N * WAYS + same_NW.argmax(axis=1)
 
     def _insert(
         self, ids_N: np.ndarray, here: _Place, reads_N: np.ndarray, rows_NR: np.ndarray
     ) -> None:
-        """Rows of distinct sets: to the main queue where a ghost remembers them, else to the small
-        one."""
-        records, set_N = self.records, here.set_N
+        """Puts in rows of distinct sets: in the main queue if they have a ghost, else the small."""
+        records = self.records
+        set_N = here.set_N
         records["version"][set_N] += 2
         same_NG = records["ghosts"][set_N] == here.print_N[:, None]
         known_N = same_NG.any(axis=1)
@@ -161,13 +195,15 @@ class Sets:
         records["reads"][set_N, way_N] = np.minimum(reads_N - 1, _MOST_READS)
         self.rows[set_N, way_N] = rows_NR
         self._to_the_end(set_N, _only(way_N))
-        records["order"][set_N, way_N] = records["order"][set_N, way_N] % WAYS + known_N * _MAIN
+        order_N = records["order"][set_N, way_N] % WAYS
+        records["order"][set_N, way_N] = order_N + known_N * _MAIN
 
     def _free_way(self, set_N: np.ndarray) -> np.ndarray:
-        """A way of each set that nothing is in any more, int64 [N]."""
+        """A way of each set that is free, int64 [N]; evicts a row if the set is full."""
         records = self.records
         free_NW = records["tags"][set_N] == _EMPTY
-        way_N, full_n = free_NW.argmax(axis=1), np.flatnonzero(~free_NW.any(axis=1))
+        way_N = free_NW.argmax(axis=1)
+        full_n = np.flatnonzero(~free_NW.any(axis=1))
         while len(full_n):
             set_n = set_N[full_n]
             order_nW = records["order"][set_n]
@@ -184,56 +220,62 @@ class Sets:
         return way_N
 
     def _promote(self, set_N: np.ndarray, way_N: np.ndarray) -> None:
-        """From the small queue to the end of the main one."""
+        """Moves rows from the small queue to the end of the main one."""
         self._to_the_end(set_N, _only(way_N))
         self.records["order"][set_N, way_N] += _MAIN
         self.records["reads"][set_N, way_N] = 0
 
     def _leave_ghost(self, set_N: np.ndarray, way_N: np.ndarray) -> None:
-        records, next_N = self.records, self.records["ghost_next"][set_N]
-        records["ghosts"][set_N, next_N] = place(
-            records["tags"][set_N, way_N] - 1, len(records)
-        ).print_N
+        """Keeps the fingerprints of rows that are about to leave."""
+        records = self.records
+        next_N = records["ghost_next"][set_N]
+        ids_N = records["tags"][set_N, way_N] - 1
+        records["ghosts"][set_N, next_N] = place(ids_N, len(records)).print_N
         records["ghost_next"][set_N] = (next_N + 1) % GHOSTS
 
     def _least_read(self, set_N: np.ndarray) -> np.ndarray:
-        """The way that leaves the main queue of each set, int64 [N]: the first that is not read any
-        more while the oldest, each time, goes to the end with one read less."""
+        """The way that leaves the main queue of each set, int64 [N].
+
+        In S3-FIFO the oldest row leaves if it has no reads left; otherwise it goes to the end with
+        one read less, and the next one is looked at. This is the result of all these steps.
+        """
         records = self.records
-        order_NW, reads_NW = records["order"][set_N], records["reads"][set_N].astype(np.int64)
+        order_NW = records["order"][set_N]
+        reads_NW = records["reads"][set_N].astype(np.int64)
         main_NW = order_NW >= _MAIN
         least_N1 = np.where(main_NW, reads_NW, 255).min(axis=1, keepdims=True, initial=255)
         way_N = np.where(main_NW & (reads_NW == least_N1), order_NW, 255).argmin(axis=1)
         passed_NW = main_NW & (order_NW < np.take_along_axis(order_NW, way_N[:, None], axis=1))
-        records["reads"][set_N] = np.where(main_NW, reads_NW - least_N1 - passed_NW, reads_NW)
+        left_NW = reads_NW - least_N1 - passed_NW
+        records["reads"][set_N] = np.where(main_NW, left_NW, reads_NW)
         self._to_the_end(set_N, passed_NW)
         return way_N
 
     def _to_the_end(self, set_N: np.ndarray, moved_NW: np.ndarray) -> None:
-        """Make some rows of each set its latest, in the order in which they are."""
+        """Moves some rows of each set to the end, in the order that they have."""
         order_NW = self.records["order"][set_N]
         by_age_NW = np.argsort(order_NW % WAYS + moved_NW * WAYS, axis=1, kind="stable")
         self.records["order"][set_N] = np.argsort(by_age_NW, axis=1) + order_NW // _MAIN * _MAIN
 
 
 class NativeSets(Sets):
-    """The same by native kernels. Reading rows that are here waits for nobody but who is just
-    changing their set.
+    """The same by native kernels. A reader waits only for a thread that is just changing its set.
 
-    changes: uint64 [1], a version of all sets together, odd while a call changes some. A reader
-    that finds it as it was need not look at the version of each set again.
+    Attributes:
+        changes: uint64 [1], a version of all sets together, odd while a call changes some. A reader
+            that finds it unchanged does not compare the version of each set again.
     """
 
     def __init__(self, core: Any, count: int, row_bytes: int) -> None:
         super().__init__(count, row_bytes)
         self._core = core
-        self.changes = np.zeros(2 * _LINE // 8, np.uint64)[
-            7:8
-        ]  # amid two lines, so that its own is nobody else's
-        self._place = core.address(self.memory), core.address(self.changes), count, row_bytes
+        # In the middle of two cache lines, so that no other data lies in its own.
+        self.changes = np.zeros(2 * _LINE // 8, np.uint64)[7:8]
+        self._place = (core.address(self.memory), core.address(self.changes), count, row_bytes)
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at, ids_N = self._core.address, np.ascontiguousarray(ids_N)
+        at = self._core.address
+        ids_N = np.ascontiguousarray(ids_N)
         missing_2N = np.empty((2, len(ids_N)), np.int64)
         count = self._core.cache_look(
             *self._place, at(ids_N), len(ids_N), at(out_NR), at(missing_2N)
@@ -256,15 +298,16 @@ class NativeSets(Sets):
 
     def write(self, ids_N: np.ndarray, rows_NR: np.ndarray | None) -> None:
         ids_N = np.ascontiguousarray(ids_N)
-        rows_NR = None if rows_NR is None else np.ascontiguousarray(rows_NR)
-        rows = 0 if rows_NR is None else self._core.address(rows_NR)
+        rows = 0  # no address
+        if rows_NR is not None:
+            rows_NR = np.ascontiguousarray(rows_NR)
+            rows = self._core.address(rows_NR)
         with self.lock:
             self._core.cache_write(*self._place, self._core.address(ids_N), rows, len(ids_N))
 
 
 class _Place(NamedTuple):
-    """Where rows may be: their sets, int64 [N], and the fingerprints that ghosts have of them,
-    uint16 [N], never 0."""
+    """The sets of some rows, int64 [N], and their fingerprints as ghosts, uint16 [N], never 0."""
 
     set_N: np.ndarray
     print_N: np.ndarray
@@ -274,7 +317,7 @@ class _Place(NamedTuple):
 
 
 def place(ids_N: np.ndarray, sets: int) -> _Place:
-    """Where rows may be in a cache of so many sets."""
+    """The sets and fingerprints of rows in a cache of `sets` sets."""
     mixed_N = ids_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed_N = (mixed_N ^ mixed_N >> 32) * np.uint64(0xD6E8FEB86659FD93)
     set_N = ((mixed_N >> 32) * np.uint64(sets) >> 32).astype(np.int64)
@@ -282,4 +325,5 @@ def place(ids_N: np.ndarray, sets: int) -> _Place:
 
 
 def _only(way_N: np.ndarray) -> np.ndarray:
+    """bool [N, 16]: True for one way of each set."""
     return way_N[:, None] == np.arange(WAYS)

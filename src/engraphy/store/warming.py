@@ -1,11 +1,11 @@
-"""Reading rows before anybody waits for them, so that caches and page tables are full when the
-first request comes."""
+"""Reads rows before a request needs them: caches and page tables are full when the first comes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +14,22 @@ from .base import RowStore
 from .cache import CacheStore
 
 _CHUNK = 65_536  # rows
-_KEPT = 0.8  # sets fill unevenly: as many rows as a cache has places leave a tenth of them empty
+# Sets fill unevenly: after reading as many rows as a cache has places, a tenth of them are empty.
+_KEPT = 0.8
 
 
 @dataclass(frozen=True)
 class Warmed:
-    """rows, bytes: what was read. kept: how many of these rows the cache keeps; None where there is
-    no cache. ready: all of it was read, and the cache keeps at least 80 % of what it has places
-    for."""
+    """What `warm` has done.
+
+    Attributes:
+        rows: rows that were read.
+        bytes: their bytes.
+        seconds: how long it took.
+        kept: how many of these rows the cache keeps; None if there is no cache.
+        ready: True if the cache keeps at least 80 % of the rows that it has places for, or there
+            is no cache.
+    """
 
     rows: int
     bytes: int
@@ -33,22 +41,28 @@ class Warmed:
 def warm(
     store: RowStore, what: np.ndarray | float, progress: Callable[[int, int], None] | None = None
 ) -> Warmed:
-    """Read rows and drop them. what: row ids, int64 [N], those that matter most first
-    (`CacheStore.kept` of an earlier run, say), or a share of all rows, from the first on.
+    """Reads rows and drops them.
 
-    progress: called with rows read and rows to be read. Raises ConfigError for a share outside
-    0..1, and what `gather` raises.
+    Args:
+        store: the store to read, or a wrapper around a cache.
+        what: int64 [N], row ids, those that matter most first (`CacheStore.kept` of an earlier
+            run, say); or a share of all rows, from the first on.
+        progress: called with the rows that were read so far, and the rows to read.
+
+    Raises:
+        ConfigError: if the share is not within 0..1.
+        RowOutOfRange, InputError, StoreError: as `gather` does.
     """
-    total = len(what) if isinstance(what, np.ndarray) else _rows(store, what)
-    begun, row_bytes = time.monotonic(), store.info.row_bytes
+    row_bytes = store.info.row_bytes
+    total = len(what) if isinstance(what, np.ndarray) else _rows_of(store, what)
+    begun = time.monotonic()
     buffer_nR = np.empty((min(_CHUNK, total), row_bytes), np.uint8)
     for first in range(0, total, _CHUNK):
         last = min(first + _CHUNK, total)
-        ids_n = (
-            what[first:last]
-            if isinstance(what, np.ndarray)
-            else np.arange(first, last, dtype=np.int64)
-        )
+        if isinstance(what, np.ndarray):
+            ids_n = what[first:last]
+        else:
+            ids_n = np.arange(first, last, dtype=np.int64)
         store.gather(ids_n, out=buffer_nR[: last - first])
         if progress is not None:
             progress(last, total)
@@ -58,18 +72,21 @@ def warm(
         return Warmed(total, total * row_bytes, seconds, None, True)
     distinct = np.unique(what) if isinstance(what, np.ndarray) else np.arange(total)
     kept = int(np.isin(cache.kept(), distinct, assume_unique=True).sum())
-    return Warmed(
-        total, total * row_bytes, seconds, kept, kept >= _KEPT * min(len(distinct), cache.capacity)
-    )
+    wanted = min(len(distinct), cache.capacity)
+    return Warmed(total, total * row_bytes, seconds, kept, kept >= _KEPT * wanted)
 
 
-def _rows(store: RowStore, share: float) -> int:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+def _rows_of(store: RowStore, share: Any) -> int:
+    """How many rows a share is. Raises ConfigError unless it is a number within 0..1."""
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not is_number or not 0 <= share <= 1:
         raise ConfigError(f"warm: expected row ids or a share from 0 to 1, found {share!r}")
     return int(share * store.info.rows)
 
 
-def _cache_of(store: RowStore | None) -> CacheStore | None:
-    while store is not None and not isinstance(store, CacheStore):
-        store = store.inner
-    return store
+def _cache_of(store: RowStore) -> CacheStore | None:
+    """The cache within a store, if there is one."""
+    behind: RowStore | None = store
+    while behind is not None and not isinstance(behind, CacheStore):
+        behind = behind.inner
+    return behind

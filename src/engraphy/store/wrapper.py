@@ -20,10 +20,10 @@ from .base import RowStore, Shards, StoreInfo
 class WrapperStore(RowStore):
     """A store that forwards everything to the store behind it, and owns it: closing closes both.
 
-    A subclass that overrides `_gather` changes how rows are read. Its mapped memory would go past
-    that, so `reading` gives None, and `in_memory` and `tells_residency` are False. One that overrides `_gather` or
-    `_scatter` gives None from `updating` for the same reason. A subclass that wants otherwise
-    overrides `_begin_read`, `_begin_update` or `in_memory`, too.
+    A subclass that overrides `_gather` changes how rows are read. Mapped memory would go past that,
+    so `reading` gives None then, and `in_memory` and `tells_residency` are False. A subclass that
+    overrides `_gather` or `_scatter` gives None from `updating`, for the same reason. A subclass
+    that wants otherwise overrides `_begin_read`, `_begin_update` or these properties, too.
 
     `stats` counts the calls of the wrapper; the store behind it counts its own.
 
