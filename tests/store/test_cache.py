@@ -348,7 +348,9 @@ def test_wrong_ids_are_refused_before_anything_is_asked(wrong, error):
 
 def test_a_store_whose_ids_do_not_fit_the_tags_is_refused():
     class Huge(Behind):
-        info = StoreInfo("behind", 2**31 - 1, WIDTH, writable=True)  # pyright: ignore[reportAssignmentType]
+        @property
+        def info(self):
+            return StoreInfo("behind", 2**31 - 1, WIDTH, writable=True)
 
     with pytest.raises(ConfigError, match="at most 2147483646 rows, found 2147483647"):
         CacheStore(Huge(10), 10 * SET_BYTES)

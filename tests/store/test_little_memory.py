@@ -24,7 +24,8 @@ from engraphy.rows import read
 from engraphy.store import open_store
 
 def size() -> int:
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
 
 store = open_store(f"file:{sys.argv[1]}?{sys.argv[4]}", layer=3)
 expected = open_store(f"file:{sys.argv[1]}?read=mmap", layer=3).gather(np.arange(20_000))

@@ -222,7 +222,8 @@ path, source, shards = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 real, done = pool._copy_data, []
 def copy(*arguments):
     if len(done) == shards:
-        print("half", sorted(each.name for each in path.parent.iterdir() if "pool" in each.name), flush=True)
+        names = sorted(other.name for other in path.parent.iterdir() if "pool" in other.name)
+        print("half", names, flush=True)
         if sys.argv[4] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         sys.stdin.readline()

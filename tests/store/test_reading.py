@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,4 +303,5 @@ def test_a_store_without_the_scope_is_refused_by_name():
         shards = None
 
     with pytest.raises(StoreError, match=r"Older.*RowStore"):
-        read(Older(), np.array([0]), fmt_of("f32", 2), np.empty((1, 2), np.float32))  # type: ignore[arg-type]
+        older: Any = Older()
+        read(older, np.array([0]), fmt_of("f32", 2), np.empty((1, 2), np.float32))

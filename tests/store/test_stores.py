@@ -1,5 +1,4 @@
-"""One suite for every store: rows come back as written, are counted, and nothing is touched before
-the checks."""
+"""The suite for every store (`engraphy.store.testing`) on ours, and what only ours have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public suite: a stranger uses it as its docstring says, and it finds stores that are wrong."""
+"""The public suite: its docstring is enough to use it, and it finds stores that are wrong."""
 
 from __future__ import annotations
 

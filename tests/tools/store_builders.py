@@ -1,4 +1,4 @@
-"""Small tables and stores of every kind, with the records that they hold, for the tests of stores."""
+"""Small tables and stores of every kind, with the records that they hold, for tests of stores."""
 
 from __future__ import annotations
 

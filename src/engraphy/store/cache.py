@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _native
+from .. import _native  # pyright: ignore[reportPrivateUsage]
 from ..errors import ConfigError
 from .base import RowStore
 from .reload import ReloadableStore
@@ -139,13 +139,16 @@ class CacheStore(WrapperStore):
 def _sets_within(budget: Any, row_bytes: int) -> int:
     """How many sets a budget is enough for. Raises ConfigError if it is not enough for one."""
     least = set_bytes(row_bytes)
-    is_number = isinstance(budget, (int, np.integer)) and not isinstance(budget, bool)
-    if not is_number or budget < least:
+    if not _is_integer(budget) or budget < least:
         raise ConfigError(
             f"cache: expected a budget of {least} bytes or more, {WAYS} rows of {row_bytes} bytes "
             f"and what is noted of them, found {budget!r}"
         )
     return int(budget) // least
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _is_free(lock: threading.Lock) -> bool:

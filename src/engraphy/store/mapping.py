@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _native
+from .. import _native  # pyright: ignore[reportPrivateUsage]
 from ..errors import ShardTruncated, StoreError
 from ..system.environment import RESIDENCY, switch
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _native
+from .. import _native  # pyright: ignore[reportPrivateUsage]
 from ..errors import ConfigError
 from ..table.table import Table
 from .base import RowStore, StoreInfo
