@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -95,14 +95,16 @@ class MappedStore(RowStore):
         """Whether each row can be written without reserving space for it."""
         return True
 
-    @contextmanager
-    def _writing(self, ids_N: np.ndarray | None) -> Generator[None, None, None]:
+    def _writing(self, ids_N: np.ndarray | None) -> AbstractContextManager[None]:
         """The scope in which rows are written; ids_N: int64 [N], which; None: any.
 
         Raises on entering if they cannot be written, on leaving if the memory was damaged.
         """
-        if self._watch is not None:
-            self._watch.before()
-        yield
-        if self._watch is not None:
-            self._watch.after()
+        return nullcontext() if self._watch is None else _watched(self._watch)
+
+
+@contextmanager
+def _watched(watch: Watch) -> Generator[None, None, None]:
+    watch.before()
+    yield
+    watch.after()
