@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -68,6 +69,19 @@ class FirstStays(NotMapped):
         self._rows_NR[ids_N[::-1]] = rows_NR[::-1]
 
 
+class Homebound(NotMapped):
+    """Has no rows in a forked child."""
+
+    def __init__(self, rows, row_bytes):
+        super().__init__(rows, row_bytes)
+        self._home = os.getpid()
+
+    def _gather(self, ids_N, out_NR):
+        super()._gather(ids_N, out_NR)
+        if os.getpid() != self._home:
+            out_NR[...] = 0
+
+
 class Hasty(NotMapped):
     def _check_writable(self, ids_N):
         return self.info
@@ -109,6 +123,8 @@ class Silent(NotMapped):
 
 
 WRONG = [
+    (Homebound, "a_forked_child_reads_the_same_rows"),
+    (Homebound, "four_forked_children_and_their_parent_read_every_row_at_once"),
     (Shuffled, "gather_gives_the_rows_in_the_order_of_the_ids_and_fills_a_poisoned_buffer", 500),
     (Forgetful, "scattered_rows_are_gathered_and_the_others_stay"),
     (FirstStays, "of_an_id_given_twice_the_last_row_stays"),

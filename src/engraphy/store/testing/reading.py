@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..base import RowStore, copy_rows
 from ..ram import RamStore
 from .tools import check_parts, in_children, in_threads, random_ids, random_rows
 
+# Ids that are wrong, the error that they raise, and a pattern of its message.
 BAD_IDS: list[tuple[Any, type[Exception], str]] = [
     (np.array([3, 10**6, 4]), RowOutOfRange, "row id 1000000 at position 1: expected 0 to {last}"),
     (np.array([-1]), RowOutOfRange, "row id -1 at position 0: expected 0 to {last}"),
@@ -28,13 +30,11 @@ BAD_IDS: list[tuple[Any, type[Exception], str]] = [
     ([1, 2], InputError, "found list"),
     (None, InputError, "found NoneType"),
 ]
-
-
 Filled = tuple[RowStore, np.ndarray]  # a store, and uint8 [rows, row_bytes], the rows in it
 
 
 class StoreTests:
-    """What holds for every store. Derive from one of the two classes below instead.
+    """What holds for every store. Derive from the read-only or the writable kind instead.
 
     Attributes:
         rows: how many rows `make_store` is given.
@@ -119,20 +119,10 @@ class StoreTests:
     ) -> None:
         store, expected = filled
         store.gather(random_ids(len(expected)))
-
-        def children() -> None:
-            if self.forks:
-                in_children(
-                    [lambda seed=s: self.check_every_row(store, expected, seed) for s in range(4)]
-                )
-
-        def run(number: int) -> None:
-            if number:
-                self.check_every_row(store, expected, 9)
-            else:
-                children()
-
-        in_threads(2, run)
+        count = 4 if self.forks else 0
+        checks = [partial(self.check_every_row, store, expected, seed) for seed in range(count)]
+        acts = [partial(in_children, checks), partial(self.check_every_row, store, expected, 9)]
+        in_threads(2, lambda number: acts[number]())
 
     def test_stats_count_gathers_and_reads_alike(self, filled: Filled) -> None:
         store, _ = filled

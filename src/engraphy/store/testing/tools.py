@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -83,15 +85,23 @@ def in_children(checks: Sequence[Callable[[], object]]) -> None:
     for check in checks:
         child = _fork()
         if not child:
-            signal.alarm(_CHILD_SECONDS)
-            is_good = False
-            try:
-                is_good = check() is not False
-            finally:
-                os._exit(0 if is_good else 1)
+            _run_and_exit(check)
         children.append(child)
     ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert not any(ends), f"children ended with {ends}: 1 is a check that fails, -14 one that hangs"
+
+
+def _run_and_exit(check: Callable[[], object]) -> NoReturn:
+    """Ends the process: 0 if the check passes, 1 if it does not, a signal if it hangs."""
+    signal.alarm(_CHILD_SECONDS)
+    code = 1
+    try:
+        if check() is not False:
+            code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def _fork() -> int:
