@@ -48,7 +48,7 @@ APART = {
     **{folder: set(WINGS["hosts"]) for folder in WINGS["research"]},
 }
 EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers"}
-OPTIONAL = {  # package: the folders, or folders in them, that may import it
+OPTIONAL = {  # package: the folders, or modules, that may import it
     "transformers": {"hf", "recipes", "data"},
     "huggingface_hub": {"hf"},
     "peft": {"hf", "recipes"},
@@ -116,7 +116,7 @@ def test_foreign_packages_are_imported_only_where_they_may_be(file):
     here = folder_of(file)
     names = {name.split(".")[0] for name in imported(file)}
     for name in names - {"engraphy", "__future__"} - sys.stdlib_module_names:
-        places = {here, file.parent.as_posix()}
+        places = {here, file.parent.as_posix(), file.with_suffix("").as_posix()}
         assert name in EVERYWHERE or places & OPTIONAL.get(name, set()), f"{file} imports {name}"
         assert name != "torch" or here not in WINGS["core"], f"{file} imports torch; core is numpy"
 
