@@ -23,17 +23,17 @@ ids = torch.randint(0, 500, (1, 12))
 x = torch.randn(1, 12, 1, 16)  # [batch, tokens, streams, hidden]
 with torch.no_grad():
     trace = Trace()
-    whole = memory.apply(0, x, memory.lookup(ids, trace=trace))
+    whole = memory.fuse(0, x, memory.lookup(ids, trace=trace))
 
     state = memory.state(batch=1, margin=4)
-    prompt = memory.apply(0, x[:, :8], memory.lookup(ids[:, :8], state=state))
+    prompt = memory.fuse(0, x[:, :8], memory.lookup(ids[:, :8], state=state))
     draft = torch.randint(0, 500, (1, 3))  # is rejected
-    memory.apply(0, x[:, 8:11], memory.lookup(draft, state=state))
+    memory.fuse(0, x[:, 8:11], memory.lookup(draft, state=state))
     state.crop(3)
     steps = []
     for t in range(8, 12):
         lookup = memory.lookup(ids[:, t : t + 1], state=state)
-        steps.append(memory.apply(0, x[:, t : t + 1], lookup))
+        steps.append(memory.fuse(0, x[:, t : t + 1], lookup))
 
 print("largest difference:", float((torch.cat([prompt, *steps], dim=1) - whole).abs().max()))
 print("gates:", [round(float(gate), 3) for gate in trace.gates[0][0, :, 0]])

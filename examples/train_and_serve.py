@@ -37,7 +37,7 @@ head = torch.nn.Linear(HIDDEN, VOCAB)
 def logits(memory: EngramMemory, ids_BT: torch.Tensor) -> torch.Tensor:
     lookup = memory.lookup(ids_BT)  # reads the rows of every memory layer
     x_BTD = embed(ids_BT)
-    return head(memory.apply(1, x_BTD[:, :, None], lookup)[:, :, 0])  # one residual stream: S = 1
+    return head(memory.fuse(1, x_BTD[:, :, None], lookup)[:, :, 0])  # one residual stream: S = 1
 
 
 # A text in which each token follows from the two before it. Only the memory sees the one that is

@@ -116,6 +116,6 @@ def tidy(output: Path) -> None:
 
 def _table_choice(memory: EngramMemory, rows: RowOptimizer | None) -> str:
     """ "copy", or "link" to a sealed table that nothing changes."""
-    info = next(iter(memory.stores.values())).info
+    info = memory.stores.info
     sealed = rows is None and info.table_id is not None and not info.writable
     return "link" if sealed else "copy"

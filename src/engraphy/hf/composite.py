@@ -357,7 +357,7 @@ def _check_table(memory: EngramMemory, target: Path, table: str, pushed: bool) -
             'table: expected "copy" or "link" for a model that is to load as one, found "skip"'
         )
     saved.check_choice(memory, table)
-    served = next(iter(memory.stores.values())).info.path
+    served = memory.stores.info.path
     if table == "link" and served and Path(served).is_relative_to(os.path.abspath(target)):
         raise ConfigError(
             f'{target}: table="link" to the table in it, which would be replaced; save to another '

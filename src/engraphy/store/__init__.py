@@ -6,6 +6,7 @@ from .base import RowStore, StoreInfo, StoreStats, copy_rows
 from .cache import CacheStore
 from .checkpoint import open_checkpoint
 from .file import FileStore, write_layer
+from .group import StoreGroup
 from .mapped import MappedStore
 from .names import follow, names_of
 from .opening import open_store
@@ -25,6 +26,7 @@ __all__ = [
     "RamStore",
     "ReloadableStore",
     "RowStore",
+    "StoreGroup",
     "StoreInfo",
     "StoreStats",
     "Warmed",

@@ -10,10 +10,10 @@ from ..errors import ConfigError, DigestMismatch
 from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
 from ..table.table import Table
-from . import open_store
 from .base import RowStore, StoreInfo, copy_rows
 from .file import FileStore, write_layer
 from .names import follow, names_of
+from .opening import open_store
 
 StoreSource = str | os.PathLike[str] | Table | Mapping[int, RowStore]
 
