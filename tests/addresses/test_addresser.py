@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import pickle
@@ -556,8 +557,12 @@ def test_remainders_next_to_multiples_of_a_prime_are_exact(monkeypatch):
         for off in (-1, 0, 1)
     ]
     grid = [(p, mix) for p, mix in grid if 0 < mix < 2**63]
-    monkeypatch.setitem(dialects._MULTIPLIERS, "demo", lambda _, index: (grid[index][1],))
-    monkeypatch.setitem(dialects._PRIMES, "demo", lambda _: tuple((p,) * 7 for p, _ in grid))
+    rules = dataclasses.replace(
+        dialects.DIALECTS["demo"],
+        multipliers=lambda _, index: (grid[index][1],),
+        primes=lambda _: tuple((p,) * 7 for p, _ in grid),
+    )
+    monkeypatch.setitem(dialects.DIALECTS, "demo", rules)
     spec = HashSpec.demo(range(len(grid)), (1,), 7, 2, vocab_size=2, pad_id=0, seed=seed)
     rows = Addresser(spec, VocabMap.identity(2)).all_rows([[1, 0]])
     assert rows[:, 0, 0].tolist() == [[mix % p + c * p for c in range(7)] for p, mix in grid]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engraphy import _native
-from engraphy.fusion.decode import Columns
+from engraphy.fusion.decode import NO_COLUMNS, Columns
 from engraphy.fusion.layer import EngramLayer
 from engraphy.memory.state import SequenceState
 from engraphy.spec import LayerSpec
@@ -282,9 +282,43 @@ def test_columns_are_refused_where_a_document_begins_in_sight_or_the_chunk_is_an
 
 
 def test_the_kernel_refuses_what_is_missing():
+    make, no_weights, weights = _native.core.FusePlan, [0] * 8, [64] * 6
     with pytest.raises(ValueError, match="positive"):
-        _native.core.fuse_token(0, 1, 0, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
+        make(0, 1, 0, 1, 0, 1, 1e-6, 1e-6, False, *no_weights)
     with pytest.raises(ValueError, match="kind"):
-        _native.core.fuse_token(3, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
+        make(3, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *no_weights)
     with pytest.raises(ValueError, match="present"):
-        _native.core.fuse_token(0, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *[0] * 8, 1, *[0] * 8)
+        make(0, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *no_weights)
+    with pytest.raises(ValueError, match="present"):
+        make(0, 1, 1, 1, 4, 3, 1e-6, 1e-6, False, *weights, 0, 0)
+    plan = make(0, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, *weights, 0, 0)
+    with pytest.raises(ValueError, match="positive"):
+        plan.fuse(0, *[0] * 8)
+    with pytest.raises(ValueError, match="present"):
+        plan.fuse(1, *[0] * 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copied_layer_decodes_with_weights_of_its_own(copied):
+    layer = make(SPECS["deepseek_v41"], torch.float32)
+    x, rows = sample(layer, 1)
+    before = layer.decode(x, rows, None, NO_COLUMNS)
+    other = copied(layer)
+    assert torch.equal(other.decode(x, rows, None, NO_COLUMNS), before)
+    other.zero_value()
+    assert torch.equal(other.decode(x, rows, None, NO_COLUMNS), x)
+    assert torch.equal(layer.decode(x, rows, None, NO_COLUMNS), before)
+
+
+@torch.no_grad()
+def test_weights_that_have_moved_are_used_where_they_are_now():
+    layer = make(SPECS["deepseek_v41"], torch.float32)
+    x, rows = sample(layer, 1)
+    before = layer.decode(x, rows, None, NO_COLUMNS)
+    layer.value.weight = nn.Parameter(torch.zeros_like(layer.value.weight))
+    assert not torch.equal(before, x) and torch.equal(layer.decode(x, rows, None, NO_COLUMNS), x)
+    layer.double()
+    assert layer.decode(x, rows, None, NO_COLUMNS) is None
+    out = layer.decode(x.double(), rows, None, NO_COLUMNS)
+    assert out.dtype == torch.float64 and torch.equal(out, x.double())

@@ -99,7 +99,7 @@ def fusion(level: str, rng: np.random.Generator) -> None:
     sizes = 0, streams, hidden, width, taps, order, 1e-6, 1e-6, False
     pointers = at(x), at(rows), at(columns), inputs, columns[0].size, 0, at(out), at(gate)
     with _native.forced(level):
-        _native.core.fuse_token(*sizes, *map(at, weights), batch, *pointers)
+        _native.core.FusePlan(*sizes, *map(at, weights)).fuse(batch, *pointers)
     assert np.isfinite(out).all() and ((gate > 0) & (gate < 1)).all()
 
 

@@ -62,45 +62,6 @@ def gather_rows(
     """Writes rows `ids` as they are to out: uint8 [count, row_bytes]. Arguments as of `read_rows`; the caller has
     checked the ids. Raises ValueError for sizes that cannot be."""
 
-def fuse_token(
-    kind: int,
-    streams: int,
-    hidden: int,
-    width: int,
-    taps: int,
-    dilation: int,
-    eps: float,
-    conv_eps: float,
-    unit_offset: bool,
-    key: int,
-    key_bias: int,
-    value: int,
-    value_bias: int,
-    query_norm: int,
-    key_norm: int,
-    conv_norm: int,
-    conv: int,
-    batch: int,
-    x: int,
-    rows: int,
-    window: int,
-    inputs: int,
-    stride: int,
-    live: int,
-    out: int,
-    gate: int,
-) -> None:
-    """The fusion layer for one token of each of `batch` sequences; B, S, D, E, K = batch, streams, hidden, width, taps.
-
-    kind: 0 float32, 1 float64, 2 bfloat16, of all arrays; of kind 2, window, inputs and gate are float32. Weights as
-    EngramLayer has them, biases 0 where there are none, conv_norm, conv, window and inputs 0 where taps is. x: [B, S,
-    D]. rows: [B, E]. window: where the first sequence's oldest conv input [S, D] lies, (taps - 1) * dilation columns
-    before the present; `stride` values further lie the next sequence's. live: bool [B]; 0 = all. Writes x and what the
-    layer adds to out [B, S, D], the gate to gate [B, S] (0 = nobody asks), and the present's conv inputs to inputs, [S,
-    D] for each sequence, as far apart as the window's. Raises ValueError for sizes that cannot be and for what is
-    missing.
-    """
-
 def cache_look(
     memory: int,
     changes: int,
@@ -230,6 +191,59 @@ class HashPlan:
         ids: int64 [batch, tokens] raw. history: int64 [batch, N - 1] raw, -1 = nothing there; 0 = all of it. live,
         starts: bool [batch, tokens]; 0 = all live, no starts. Returns -1. Otherwise nothing is written and an id is
         outside [0, vocab): p >= 0 is its flat position in ids, p <= -2 means position -2 - p in history.
+        """
+
+class FusePlan:
+    """What does not change between the tokens of a fusion layer. It keeps addresses: the caller
+    keeps the weights alive, and makes another plan if they move."""
+
+    def __init__(
+        self,
+        kind: int,
+        streams: int,
+        hidden: int,
+        width: int,
+        taps: int,
+        dilation: int,
+        eps: float,
+        conv_eps: float,
+        unit_offset: bool,
+        key: int,
+        key_bias: int,
+        value: int,
+        value_bias: int,
+        query_norm: int,
+        key_norm: int,
+        conv_norm: int,
+        conv: int,
+    ) -> None:
+        """S, D, E, K = streams, hidden, width, taps.
+
+        kind: 0 float32, 1 float64, 2 bfloat16, of weights, x, rows and out. Weights: as EngramLayer
+        has them; biases may be 0; conv_norm and conv are 0 if taps is 0. Raises ValueError if sizes
+        are invalid or a weight is missing.
+        """
+
+    def fuse(
+        self,
+        batch: int,
+        x: int,
+        rows: int,
+        window: int,
+        inputs: int,
+        stride: int,
+        live: int,
+        out: int,
+        gate: int,
+    ) -> None:
+        """One token of each of `batch` (B) sequences. Of kind 2, window, inputs and gate are
+        float32.
+
+        x: [B, S, D]. rows: [B, E]. window: the first sequence's oldest conv input [S, D], (taps -
+        1) * dilation columns before the present; the next sequence's lies `stride` values further.
+        live: bool [B]; 0 = all. Writes x and what the layer adds to out [B, S, D]; the gate to gate
+        [B, S] unless it is 0; the present conv inputs to inputs, [S, D] for each sequence, as far
+        apart as the windows. Raises ValueError if batch is not positive or an array is missing.
         """
 
 class TokenReader:

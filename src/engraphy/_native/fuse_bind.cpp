@@ -10,36 +10,76 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
-void fuse_token(int kind, int64_t streams, int64_t hidden, int64_t width, int64_t taps, int64_t dilation, double eps,
-                double conv_eps, bool unit_offset, uintptr_t key, uintptr_t key_bias, uintptr_t value,
-                uintptr_t value_bias, uintptr_t query_norm, uintptr_t key_norm, uintptr_t conv_norm, uintptr_t conv,
-                int64_t batch, uintptr_t x, uintptr_t rows, uintptr_t window, uintptr_t inputs, int64_t stride,
-                uintptr_t live, uintptr_t out, uintptr_t gate) {
-    if (kind < 0 || kind > int(FuseKind::bf16)) throw std::invalid_argument("unknown kind of values");
-    if (batch < 1 || streams < 1 || hidden < 1 || width < 1 || taps < 0 || dilation < 1)
-        throw std::invalid_argument("sizes must be positive");
-    if (!x || !rows || !key || !value || !query_norm || !key_norm || !out ||
-        (taps && !(conv_norm && conv && window && inputs)))
-        throw std::invalid_argument("x, rows, weights and outputs must be present");
-    const int64_t size = FuseKind(kind) == FuseKind::f64 ? sizeof(double) : sizeof(float);
-    const int64_t keys = batch * streams * hidden * size, values = batch * hidden * size;
-    const std::unique_ptr<char[]> scratch(new char[keys + values + batch * width * size]);
-    const auto at = [](uintptr_t address) { return (void *)address; };
-    kernels().fuse({FuseKind(kind), streams, hidden, width, taps, dilation, eps, conv_eps, unit_offset, at(key),
-                    at(key_bias), at(value), at(value_bias), at(query_norm), at(key_norm), at(conv_norm), at(conv),
-                    batch, at(x), at(rows), (const bool *)live, at(out), at(window), at(inputs), stride, at(gate),
-                    scratch.get(), scratch.get() + keys, scratch.get() + keys + values});
+void require(bool condition, const char *message) {
+    if (!condition) throw std::invalid_argument(message);
 }
+
+// FusePlan as a Python object. It keeps addresses: the weights stay the caller's.
+class LayerPlan {
+  public:
+    LayerPlan(int kind, int64_t streams, int64_t hidden, int64_t width, int64_t taps, int64_t dilation,
+         double eps, double conv_eps, bool unit_offset, uintptr_t key, uintptr_t key_bias,
+         uintptr_t value, uintptr_t value_bias, uintptr_t query_norm, uintptr_t key_norm,
+         uintptr_t conv_norm, uintptr_t conv) {
+        require(kind >= 0 && kind <= int(FuseKind::bf16), "unknown kind of values");
+        require(streams >= 1 && hidden >= 1 && width >= 1 && taps >= 0 && dilation >= 1,
+                "sizes must be positive");
+        require(key && value && query_norm && key_norm && (!taps || (conv_norm && conv)),
+                "weights must be present");
+        plan_.kind = FuseKind(kind);
+        plan_.streams = streams;
+        plan_.hidden = hidden;
+        plan_.width = width;
+        plan_.taps = taps;
+        plan_.dilation = dilation;
+        plan_.eps = eps;
+        plan_.conv_eps = conv_eps;
+        plan_.unit_offset = unit_offset;
+        plan_.key = (const void *)key;
+        plan_.key_bias = (const void *)key_bias;
+        plan_.value = (const void *)value;
+        plan_.value_bias = (const void *)value_bias;
+        plan_.query_norm = (const void *)query_norm;
+        plan_.key_norm = (const void *)key_norm;
+        plan_.conv_norm = (const void *)conv_norm;
+        plan_.conv = (const void *)conv;
+    }
+    LayerPlan(const LayerPlan &) = delete;
+
+    void fuse(int64_t batch, uintptr_t x, uintptr_t rows, uintptr_t window, uintptr_t inputs,
+              int64_t stride, uintptr_t live, uintptr_t out, uintptr_t gate) const {
+        require(batch >= 1, "sizes must be positive");
+        require(x && rows && out && (!plan_.taps || (window && inputs)),
+                "x, rows, outputs and the conv's columns must be present");
+        const int64_t size = plan_.kind == FuseKind::f64 ? sizeof(double) : sizeof(float);
+        const int64_t keys = batch * plan_.streams * plan_.hidden * size;
+        const int64_t values = batch * plan_.hidden * size;
+        const int64_t widened = batch * plan_.width * size;
+        const std::unique_ptr<char[]> scratch(new char[keys + values + widened]);
+        kernels().fuse({plan_, batch, (const void *)x, (const void *)rows, (const bool *)live,
+                        (void *)out, (const void *)window, (void *)inputs, stride, (void *)gate,
+                        scratch.get(), scratch.get() + keys, scratch.get() + keys + values});
+    }
+
+  private:
+    FusePlan plan_;
+};
 
 }  // namespace
 
 void bind_fuse(nb::module_ &m) {
     using nb::arg;
-    m.def("fuse_token", &fuse_token, nb::call_guard<nb::gil_scoped_release>(), arg("kind"), arg("streams"),
-          arg("hidden"), arg("width"), arg("taps"), arg("dilation"), arg("eps"), arg("conv_eps"), arg("unit_offset"),
-          arg("key"), arg("key_bias"), arg("value"), arg("value_bias"), arg("query_norm"), arg("key_norm"),
-          arg("conv_norm"), arg("conv"), arg("batch"), arg("x"), arg("rows"), arg("window"), arg("inputs"),
-          arg("stride"), arg("live"), arg("out"), arg("gate"));
+    using Address = uintptr_t;
+    nb::class_<LayerPlan>(m, "FusePlan")
+        .def(nb::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, bool,
+                      Address, Address, Address, Address, Address, Address, Address, Address>(),
+             arg("kind"), arg("streams"), arg("hidden"), arg("width"), arg("taps"), arg("dilation"),
+             arg("eps"), arg("conv_eps"), arg("unit_offset"), arg("key"), arg("key_bias"),
+             arg("value"), arg("value_bias"), arg("query_norm"), arg("key_norm"), arg("conv_norm"),
+             arg("conv"))
+        .def("fuse", &LayerPlan::fuse, nb::call_guard<nb::gil_scoped_release>(), arg("batch"), arg("x"),
+             arg("rows"), arg("window"), arg("inputs"), arg("stride"), arg("live"), arg("out"),
+             arg("gate"));
 }
 
 }  // namespace engraphy

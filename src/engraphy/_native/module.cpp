@@ -15,7 +15,8 @@ NB_MODULE(_core, m) {
         return nb::tuple(names);
     });
     m.def("level", [] { return engraphy::current_level(); });
-    m.def("set_level", [](const std::string &name) { return engraphy::select_level(name.c_str()); });
+    m.def("set_level", [](const std::string &name) { return engraphy::select_level(name.c_str()); },
+          nb::arg("name"));
     engraphy::bind_cache(m);
     engraphy::bind_fuse(m);
     engraphy::bind_gather(m);

@@ -47,7 +47,7 @@ class Addresser:
             )
         self.spec, self.vocab = spec, vocab
         self.filler = filler
-        self.stop_id = spec.filler_id if spec.dialect == "qwen4" else -1
+        self.stop_id = spec.filler_id if spec.rules.stops_at_filler else -1
         self._multipliers_LN = np.array(
             [spec.multipliers(layer) for layer in spec.layer_ids], dtype=np.int64
         )

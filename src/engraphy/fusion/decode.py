@@ -1,18 +1,155 @@
-"""One decoded token: where the inputs of the conv of each sequence lie."""
+"""One decoded token, fused by one native call.
+
+`EngramLayer.forward` is the specification. What the kernel cannot do is left to it.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _native
+from ..spec.layer import LayerSpec
+
+if TYPE_CHECKING:
+    from .._native._core import FusePlan
+
+# Sequences that are decoded natively. For more, a matrix product is faster, since it keeps weights
+# in registers.
+_MOST_SEQUENCES = 8
+_KINDS = (torch.float32, torch.float64, torch.bfloat16)  # as FuseKind in fuse.hpp
+
+
+Weights = Sequence[nn.Parameter | None]
 
 
 class Columns(NamedTuple):
-    """Addresses of two columns of a buffer, those of the first sequence: the oldest that is looked
-    at now, and the next one to be written; `stride` values further lie those of the second
-    sequence."""
+    """Where the conv inputs of a few sequences lie: addresses of two columns of a buffer.
+
+    Attributes:
+        oldest: The first sequence's oldest column that the conv looks at.
+        next: The first sequence's next column, which is to be written.
+        stride: Values from one sequence's columns to the next one's.
+    """
 
     oldest: int
     next: int
     stride: int
 
 
-NO_COLUMNS = Columns(0, 0, 0)  # of a layer without a conv
+NO_COLUMNS = Columns(0, 0, 0)  # for a layer without a conv
+
+
+class TokenFuser:
+    """The native form of one layer: its sizes and where its weights lie.
+
+    The plan is made with the first token and made again when weights have moved. A copy of the
+    layer starts without one.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self._spec = spec
+        self._plan: FusePlan | None = None
+        self._made_for: tuple[list[Any], torch.dtype] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenFuser, (self._spec,)
+
+    def __call__(
+        self,
+        weights: Weights,
+        x_B1SD: Tensor,
+        rows_B1E: Tensor,
+        live: Tensor | None,
+        columns: Columns,
+        gate_B1S: Tensor | None,
+    ) -> Tensor | None:
+        """x + update for one token of each sequence, or None if the kernel cannot do it.
+
+        Args:
+            weights: key weight and bias, value weight and bias, query_norm, key_norm, conv_norm and
+                conv; None for those that the layer does not have.
+            x_B1SD: Hidden states; [B, 1, D] is accepted for one stream.
+            rows_B1E: Rows, of any float dtype.
+            live: bool [B, 1], None = all.
+            columns: Where the conv inputs lie.
+            gate_B1S: Is filled if it is given.
+        """
+        core, dtype = _native.core, x_B1SD.dtype
+        if core is None or not self._accepts(x_B1SD, len(rows_B1E)):
+            return None
+        made_for = [None if weight is None else weight.data_ptr() for weight in weights]
+        made_for += [None if weight is None else weight.dtype for weight in weights]
+        if self._made_for != made_for or self._dtype is not dtype:
+            self._plan = self._new_plan(core.FusePlan, weights, dtype)
+            self._made_for = made_for
+            self._dtype = dtype
+        plan = self._plan
+        if plan is None:
+            return None
+        if rows_B1E.dtype is not dtype:
+            rows_B1E = rows_B1E.to(dtype)
+        rows_B1E = rows_B1E.contiguous()
+        if live is not None:
+            live = live.contiguous()
+        out_B1SD = torch.empty_like(x_B1SD)
+        plan.fuse(
+            len(rows_B1E),
+            x_B1SD.data_ptr(),
+            rows_B1E.data_ptr(),
+            *columns,
+            0 if live is None else live.data_ptr(),
+            out_B1SD.data_ptr(),
+            0 if gate_B1S is None else gate_B1S.data_ptr(),
+        )
+        return out_B1SD
+
+    def _accepts(self, x: Tensor, batch: int) -> bool:
+        spec = self._spec
+        return (
+            not torch.is_grad_enabled()
+            and 0 < batch <= _MOST_SEQUENCES
+            and not torch.compiler.is_compiling()
+            and x.shape[:: x.ndim - 1] == (batch, spec.hidden_size)
+            and x.numel() == batch * spec.streams * spec.hidden_size
+            and type(x) is Tensor
+            and x.is_cpu
+            and x.is_contiguous()
+        )
+
+    def _new_plan(
+        self, make: type[FusePlan], weights: Weights, dtype: torch.dtype
+    ) -> FusePlan | None:
+        """A plan for these weights, None if the kernel does not take them."""
+        if dtype not in _KINDS:
+            return None
+        if not all(weight is None or _is_plain(weight, dtype) for weight in weights):
+            return None
+        spec = self._spec
+        eps = spec.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        return make(
+            _KINDS.index(dtype),
+            spec.streams,
+            spec.hidden_size,
+            spec.width,
+            spec.kernel,
+            spec.order,
+            eps,
+            spec.conv_eps,
+            spec.unit_offset,
+            *[0 if weight is None else weight.data_ptr() for weight in weights],
+        )
+
+
+def _is_plain(weight: nn.Parameter, dtype: torch.dtype) -> bool:
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype is dtype
+        and weight.is_cpu
+        and weight.is_contiguous()
+    )

@@ -28,6 +28,7 @@ from ..released.check import check_config
 from ..rows.format import RowFormat
 from ..rows.read import read
 from ..spec.config import EngramConfig
+from ..spec.dialects.qwen4 import QWEN4
 from ..spec.hash import HashSpec
 from ..store.base import RowStore
 from ..store.group import StoreGroup
@@ -35,7 +36,7 @@ from ..table.table import Table
 
 _KEYS = r"\.ngram_embedding\."  # the checkpoint's names of the table and its parts
 # Buffers that the model computes from its config.
-_COMPUTED = ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets")
+_COMPUTED = tuple(QWEN4.released.hash_tensors)
 _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CHUNK_ROWS = 65_536
 
@@ -296,12 +297,7 @@ def _check_hash(layer: int, module: Any, spec: HashSpec) -> None:
             f"with {module.eos_token_id}; end texts with another id by generation_config, or "
             "load the model with that config"
         )
-    numbers = {
-        "layer_multipliers": spec.multipliers(layer),
-        "ngram_heads_vocab_sizes": spec.primes(layer),
-        "ngram_heads_offsets": spec.offsets(layer),
-    }
-    for name, expected in numbers.items():
+    for name, expected in QWEN4.released.hash_values(spec, layer).items():
         buffer = getattr(module, name)
         if buffer.is_meta:
             raise ConfigError(

@@ -47,7 +47,6 @@ from ..table.safetensors import (
     weight_files,
 )
 
-_TABLES = {"deepseek_v41": "engram.embed", "qwen4": "ple.ple_embedding.ngram_embedding"}
 _PLAIN_KINDS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _SAMPLED_ROWS = 64
 
@@ -81,13 +80,9 @@ class Checkpoint:
         directory = Path(os.path.abspath(directory))
         data = _read_config(directory)
         config = EngramConfig.from_hf(data)
-        if config.hash.dialect not in _TABLES:
-            raise ConfigError(
-                f"{directory}: expected a release of {' or '.join(_TABLES)}, found {config.hash.dialect}"
-            )
         tensors = _Tensors(directory, weight_files(directory))
         tables = {layer: _table(tensors, config, layer) for layer in config.hash.layer_ids}
-        tensors.check_all_found(_TABLES[config.hash.dialect])
+        tensors.check_all_found(config.hash.rules.released.table)
         formats = {fmt for fmt, _, _ in tables.values()}
         if len(formats) > 1:
             raise TableError(
@@ -121,12 +116,13 @@ class Checkpoint:
         """
         size = self.config.hash.vocab_size
         vocab = load_map(saved) if saved is not None else None
-        if self.config.hash.dialect == "qwen4":
+        if self.config.hash.rules.raw_ids:
             identity = VocabMap.identity(size)
             if vocab is not None and vocab.digest != identity.digest:
                 raise DigestMismatch(
-                    f"{saved}: expected the identity map of {size} ids, which Qwen4-Exp hashes, "
-                    f"found another map of {len(vocab)}"
+                    f"{saved}: expected the identity map of {size} ids, which "
+                    f"{self.config.hash.rules.released.title} hashes, found another map of "
+                    f"{len(vocab)}"
                 )
             return identity
         if vocab is None:
@@ -237,11 +233,12 @@ def _table(
     tensors: _Tensors, config: EngramConfig, layer: int
 ) -> tuple[RowFormat, tuple[StoredTensor, ...], tuple[StoredTensor, ...]]:
     """Row format, weights and scales of one layer, checked against the config."""
-    stem, names = _names(tensors, _TABLES[config.hash.dialect], layer)
+    release = config.hash.rules.released
+    stem, names = _names(tensors, release.table, layer)
     weights = [tensors.find(name) for name in names]
     _check_rows(weights, config, layer, lambda: tensors.left_out(_weight_pattern(re.escape(stem))))
     dtype, where = weights[0].dtype, f"{weights[0].path}: {names[0]}"
-    if config.hash.dialect == "deepseek_v41":
+    if release.block_scales:
         if dtype != "F8_E4M3":
             raise TableError(f"{where}: dtype: expected F8_E4M3, found {dtype}")
         fmt = RowFormat("fp8", config.dim)
@@ -343,13 +340,8 @@ def _table_scale(tensor: StoredTensor) -> float:
 
 
 def _check_hash(tensors: _Tensors, base: str, config: EngramConfig, layer: int) -> None:
-    """Qwen4-Exp keeps its multipliers, primes and offsets among the weights: they have to be ours."""
-    spec = config.hash
-    ours = {
-        "layer_multipliers": spec.multipliers(layer),
-        "ngram_heads_vocab_sizes": spec.primes(layer),
-        "ngram_heads_offsets": spec.offsets(layer),
-    }
+    """Multipliers, primes and offsets that a release keeps among the weights have to be ours."""
+    ours = config.hash.rules.released.hash_values(config.hash, layer)
     for name, expected in ours.items():
         if f"{base}.{name}" not in tensors:
             continue

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..system.checks import as_int, as_ints, fields_of, known_fields
 from .hash import HashSpec, sha256_of
 from .layer import LayerSpec
-from .model_config import config_fields, first, layer_arguments, need
+from .model_config import config_fields, first, need
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ class EngramConfig:
         d is `engram_head_dim` of DeepSeek-V4.1, `ple_embed_dim` (by default hidden_size) over the
         columns of Qwen. Raises ConfigError like `HashSpec.from_hf`.
         """
-        spec, fields = HashSpec.from_hf(config), config_fields(config)
-        dim, sizes = layer_arguments(fields, spec.columns)
-        make = LayerSpec.deepseek_v41 if spec.dialect == "deepseek_v41" else LayerSpec.qwen4
-        return cls(spec, make(width=spec.columns * dim, order=spec.order, **sizes), dim)
+        spec = HashSpec.from_hf(config)
+        fields = config_fields(config)
+        dim, sizes = spec.rules.released.layer_arguments(fields, spec.columns)
+        layer = spec.rules.layer(width=spec.columns * dim, order=spec.order, **sizes)
+        return cls(spec, layer, dim)
 
     def row_count(self) -> int:
         """Rows of all layers together."""

@@ -20,8 +20,9 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..system.checks import as_int, as_ints, fields_of, known_fields
-from .dialects import DIALECTS, all_primes, multipliers
-from .model_config import MOST_IDS, config_fields, hash_arguments
+from . import dialects
+from .dialects import Dialect
+from .model_config import MOST_IDS, config_fields
 
 _MOST_COLUMNS = 4096  # each takes the search for a prime
 
@@ -125,15 +126,16 @@ class HashSpec:
         (`engram_num_embeddings`) that are not those computed here.
         """
         fields = config_fields(config)
-        spec = cls(**hash_arguments(fields))
-        told = fields.get("engram_num_embeddings") if spec.dialect == "deepseek_v41" else None
-        found = tuple(spec.row_count(layer) for layer in spec.layer_ids)
-        if told is not None and as_ints("engram_num_embeddings", told) != found:
-            raise ConfigError(
-                f"engram_num_embeddings: the config says {list(told)}, its other fields give "
-                f"{list(found)}"
-            )
+        dialect = dialects.described_by(fields)
+        spec = cls(dialect=dialect.name, **dialect.released.hash_arguments(fields))
+        if dialect.released.row_counts is not None:
+            _check_row_counts(spec, dialect.released.row_counts, fields)
         return spec
+
+    @property
+    def rules(self) -> Dialect:
+        """The record of the dialect: how multipliers and primes are drawn, what ends look-back."""
+        return dialects.named(self.dialect)
 
     @property
     def order(self) -> int:
@@ -147,11 +149,11 @@ class HashSpec:
 
     def multipliers(self, layer: int) -> tuple[int, ...]:
         """N odd int64 multipliers of a layer; no product with an id below vocab_size overflows."""
-        return multipliers(self, self.layer_index(layer))
+        return dialects.multipliers(self, self.layer_index(layer))
 
     def primes(self, layer: int) -> tuple[int, ...]:
         """C moduli of a layer, in column order."""
-        return all_primes(self)[self.layer_index(layer)]
+        return dialects.all_primes(self)[self.layer_index(layer)]
 
     def offsets(self, layer: int) -> tuple[int, ...]:
         """C first rows of a layer's heads: the running sum of its primes."""
@@ -188,8 +190,7 @@ class HashSpec:
 
 
 def _check_hash_spec(spec: HashSpec) -> None:
-    if spec.dialect not in DIALECTS:
-        raise ConfigError(f"dialect: expected one of {DIALECTS}, found {spec.dialect!r}")
+    rules = dialects.named(spec.dialect)
     if (
         not spec.layer_ids
         or len(set(spec.layer_ids)) != len(spec.layer_ids)
@@ -213,7 +214,7 @@ def _check_hash_spec(spec: HashSpec) -> None:
             f"rows_per_head: expected one positive int, or one per order ({len(spec.orders)}), "
             f"found {list(spec.rows_per_head)}"
         )
-    if spec.dialect != "demo" and len(set(spec.rows_per_head)) != 1:
+    if rules.one_size and len(set(spec.rows_per_head)) != 1:
         raise ConfigError(
             f"rows_per_head: dialect {spec.dialect} has one size for all orders, "
             f"found {list(spec.rows_per_head)}"
@@ -234,6 +235,18 @@ def _check_hash_spec(spec: HashSpec) -> None:
     if max(spec.rows_per_head) * spec.columns >= 2**62:
         raise ConfigError(
             f"rows_per_head: {max(spec.rows_per_head)} rows a head do not fit int64 row ids"
+        )
+
+
+def _check_row_counts(spec: HashSpec, name: str, fields: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the field `name`, which may be missing, has other row counts."""
+    if fields.get(name) is None:
+        return
+    stated = fields[name]
+    computed = tuple(spec.row_count(layer) for layer in spec.layer_ids)
+    if as_ints(name, stated) != computed:
+        raise ConfigError(
+            f"{name}: the config says {list(stated)}, its other fields give {list(computed)}"
         )
 
 
