@@ -8,8 +8,8 @@
 
 namespace engraphy {
 
-// Releases the GIL for work on so many bytes of memory, unless they are few: with other threads about, handing it over
-// and getting it back would take longer than the work.
+// Releases the GIL for work on so many bytes of memory, unless they are few: with other threads
+// about, handing it over and getting it back would take longer than the work.
 class Unlocked {
   public:
     explicit Unlocked(int64_t bytes) {

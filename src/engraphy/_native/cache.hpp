@@ -1,5 +1,5 @@
-// The rows that a cache keeps: sets of 16, read without locks. The plain version, and what the fields mean, are in
-// engraphy/store/sets.py.
+// The rows that a cache keeps: sets of 16, read without locks. The plain version, and what the
+// fields mean, are in engraphy/store/sets.py.
 #pragma once
 
 #include <stdint.h>
@@ -17,13 +17,15 @@ struct CacheSet {
 };
 static_assert(sizeof(CacheSet) == 128, "as in sets.py");
 
-// Behind each record its rows, and the next one where a line begins.
+// Each record is followed by its rows; the next record begins on a cache line.
 struct CacheMemory {
     uint8_t *begin;
     uint64_t *changes;  // a version of all sets together, with a cache line of its own
     int64_t count, row_bytes;
 
-    int64_t set_bytes() const { return ((int64_t)sizeof(CacheSet) + cache_ways * row_bytes + 63) / 64 * 64; }
+    int64_t set_bytes() const {
+        return ((int64_t)sizeof(CacheSet) + cache_ways * row_bytes + 63) / 64 * 64;
+    }
 };
 
 // ids, rows and out may begin at any byte; ids have been checked.
@@ -53,6 +55,7 @@ struct CacheKeep {
 // One of these three at a time.
 using CacheKeepFunction = void(const CacheKeep &);
 using CacheHoldFunction = void(const CacheMemory &, const int64_t *ids, int64_t count);
-using CacheWriteFunction = void(const CacheMemory &, const int64_t *ids, const uint8_t *rows, int64_t count);
+using CacheWriteFunction = void(const CacheMemory &, const int64_t *ids, const uint8_t *rows,
+                                int64_t count);
 
 }  // namespace engraphy

@@ -1,17 +1,21 @@
-// The row cache, compiled once per instruction set (see kernels.hpp for what that forbids).
+// The row cache, compiled once per instruction set (kernels.hpp says what that forbids).
 //
-// Readers take no lock. Whoever changes sets makes the changes of the cache odd, and the version of each set meanwhile,
-// and even again when that is done. A reader notes the changes before it looks at anything (acquire), copies, and looks
-// at them again (behind a fence, so that on no machine that look overtakes what it vouches for). The same even number:
-// all that was read between is of one moment. It was there when that number came (release), and whoever sees anything
-// of the next change sees its odd number too (release fence). Only where they differ does the version of the row's set
-// have to say so, in the same way, and until it does the row is looked for and copied anew. What was copied meanwhile
-// may be torn, tags may be of two moments: nothing is believed, nothing followed out of the memory of the set. `reads`
-// alone is written by readers: a byte at a time; one that is lost, or counts for the next row there, does not matter.
+// Readers take no lock. A writer makes two versions odd while it works, and even again afterwards:
+// that of the whole cache (`changes`) and that of each set it changes. A reader
+//   1. loads `changes` (acquire) before it looks at anything,
+//   2. copies,
+//   3. loads `changes` again, behind a fence, so that on no machine this load overtakes the copies.
+// If both loads give the same even number, everything between them is of one moment: it was there
+// when that number was stored (release), and a reader that sees anything of the next change also
+// sees its odd number (release fence). If they differ, the version of the row's set decides in the
+// same way, and until it does the row is looked up and copied again. What was copied meanwhile may
+// be torn, and tags may be of two moments. So the reader believes nothing and follows nothing out
+// of the set's memory. Readers write only `reads`, a byte at a time. If a count is lost, or counts
+// for the next row in that place, it does not matter.
 //
-// Two things of each row are waited for, its set and then the row itself: both are prefetched some way ahead. A few
-// rows at a time take each step together, and little is noted of a row on its way: loads of one step amid the stores of
-// another, which wait for memory, were seen to take far longer.
+// A reader waits for two things of each row: its set, then the row itself. Both are prefetched some
+// way ahead. A few rows take each step together, and little is stored about a row on its way: loads
+// of one step between stores of another, which wait for memory, were measured to take far longer.
 #include <sched.h>
 #include <stdint.h>
 
@@ -41,19 +45,22 @@ inline Place place_of(const CacheMemory &memory, int64_t id) {
 }
 
 inline void prefetch_set(const CacheSet *set) {
-    for (int at = 0; at < (int)sizeof(CacheSet); at += line) __builtin_prefetch((const uint8_t *)set + at);
+    for (int at = 0; at < (int)sizeof(CacheSet); at += line)
+        __builtin_prefetch((const uint8_t *)set + at);
 }
 
 // The first way that a tag is in, -1: in none.
 inline int way_of(const CacheSet &set, int32_t tag) {
 #if defined(__AVX512F__)
-    const uint32_t same = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(set.tags), _mm512_set1_epi32(tag));
+    const uint32_t same =
+        _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(set.tags), _mm512_set1_epi32(tag));
     return same ? __builtin_ctz(same) : -1;
 #elif defined(__AVX2__)
     const __m256i wanted = _mm256_set1_epi32(tag);
     uint32_t same = 0;
     for (int w = 0; w < ways; w += 8) {
-        const __m256i equal = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i *)(set.tags + w)), wanted);
+        const __m256i equal =
+            _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i *)(set.tags + w)), wanted);
         same |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(equal)) << w;
     }
     return same ? __builtin_ctz(same) : -1;
@@ -99,8 +106,8 @@ inline const uint8_t *find(const CacheMemory &memory, int64_t id) {
     return prefetched(row_of(memory, set, way), memory.row_bytes);
 }
 
-// Put the row in its place, or know that it is missing, at a moment when its set did not change. The set's version at
-// that moment, where it is missing; -1: it is here.
+// Put the row in its place, or know that it is missing, at a moment when its set did not change.
+// Returns the set's version at that moment if the row is missing, -1 if it is here.
 template <bool past> int64_t settle(const CacheMemory &memory, int64_t id, uint8_t *out) {
     CacheSet &set = *place_of(memory, id).set;
     for (int tries = 1;; tries++) {
@@ -109,14 +116,16 @@ template <bool past> int64_t settle(const CacheMemory &memory, int64_t id, uint8
             const int way = way_of(set, tag_of(id));
             if (way >= 0) put<past>(out, row_of(memory, set, way), memory.row_bytes);
             __atomic_thread_fence(__ATOMIC_ACQUIRE);
-            if (__atomic_load_n(&set.version, __ATOMIC_RELAXED) == version) return way < 0 ? (int64_t)version : -1;
+            if (__atomic_load_n(&set.version, __ATOMIC_RELAXED) == version)
+                return way < 0 ? (int64_t)version : -1;
         }
         if (tries % patience == 0) sched_yield();
     }
 }
 
 template <bool past> ALWAYS int64_t look(const CacheLook &call, int64_t row_bytes) {
-    const CacheMemory memory = {call.memory.begin, call.memory.changes, call.memory.count, row_bytes};
+    const CacheMemory memory = {call.memory.begin, call.memory.changes, call.memory.count,
+                                row_bytes};
     const int64_t first = call.first, last = call.last;
     int64_t *missing = call.missing + first, *versions = call.versions + first;
     uint64_t seen = changes_of(memory);
@@ -126,7 +135,8 @@ template <bool past> ALWAYS int64_t look(const CacheLook &call, int64_t row_byte
             step(i, ((const I64 *)call.ids)[i], coming[i & (2 * block - 1)]);
     };
     for (int64_t begin = first - 2 * block; begin < last; begin += block) {
-        each(begin + 2 * block, [&](int64_t, int64_t id, auto &) { prefetch_set(place_of(memory, id).set); });
+        each(begin + 2 * block,
+             [&](int64_t, int64_t id, auto &) { prefetch_set(place_of(memory, id).set); });
         each(begin + block, [&](int64_t, int64_t id, auto &row) { row = find(memory, id); });
         each(begin, [&](int64_t i, int64_t id, auto &row) {
             uint8_t *const out = call.out + i * row_bytes;
@@ -158,8 +168,8 @@ template <bool past> int64_t look_for(const CacheLook &call) {
     }
 }
 
-// While it lives what a version is of is being changed: a set, or, outside of that, the cache. Nobody else changes
-// anything, so versions need no exchange.
+// While it lives, the owner of a version is being changed: a set, or around that the cache. There
+// is one writer at a time, so versions need no exchange.
 template <class Version> class Change {
   public:
     explicit Change(Version &version) : version_(version), before_(version) {
@@ -177,24 +187,28 @@ template <class Version> class Change {
 // Make some ways (bits) the latest, in the order in which they are.
 void to_the_end(CacheSet &set, uint32_t moved) {
     uint8_t by_age[ways], rank = 0;
-    const bool fresh = set.order[0] % ways == set.order[1] % ways;  // zeros, in the order of their ways
+    const bool fresh =
+        set.order[0] % ways == set.order[1] % ways;  // zeros, in the order of their ways
     for (int w = 0; w < ways; w++) by_age[fresh ? w : set.order[w] % ways] = w;
     for (uint32_t last = 0; last < 2; last++)
         for (int age = 0; age < ways; age++) {
             const int w = by_age[age];
-            if ((moved >> w & 1) == last) set.order[w] = set.order[w] / main_queue * main_queue + rank++;
+            if ((moved >> w & 1) == last)
+                set.order[w] = set.order[w] / main_queue * main_queue + rank++;
         }
 }
 
-// The way that leaves the main queue: the first that is not read any more while the oldest, each time, goes to the end
-// with one read less.
+// The way that leaves the main queue: the first that is not read any more while the oldest, each
+// time, goes to the end with one read less.
 int least_read(CacheSet &set) {
     uint8_t reads[ways];  // readers go on counting
     for (int w = 0; w < ways; w++) reads[w] = __atomic_load_n(set.reads + w, __ATOMIC_RELAXED);
     int way = -1;
     for (int w = 0; w < ways; w++) {
         if (set.order[w] < main_queue) continue;
-        if (way < 0 || reads[w] < reads[way] || (reads[w] == reads[way] && set.order[w] < set.order[way])) way = w;
+        if (way < 0 || reads[w] < reads[way] ||
+            (reads[w] == reads[way] && set.order[w] < set.order[way]))
+            way = w;
     }
     uint32_t passed = 0;
     for (int w = 0; w < ways; w++) {
@@ -241,14 +255,16 @@ void insert(const CacheMemory &memory, int64_t id, int64_t reads, const uint8_t 
         }
     const int way = free_way(memory, set);
     set.tags[way] = tag_of(id);
-    __atomic_store_n(set.reads + way, (uint8_t)(reads - 1 < most_reads ? reads - 1 : most_reads), __ATOMIC_RELAXED);
+    __atomic_store_n(set.reads + way, (uint8_t)(reads - 1 < most_reads ? reads - 1 : most_reads),
+                     __ATOMIC_RELAXED);
     copy(row_of(memory, set, way), row, memory.row_bytes);
     to_the_end(set, 1u << way);
     set.order[way] = set.order[way] % main_queue + known * main_queue;
 }
 
 // work(i, set of ids[i]) for all of them, one after the other.
-template <class Work> void each_set(const CacheMemory &memory, const int64_t *ids, int64_t count, Work work) {
+template <class Work>
+void each_set(const CacheMemory &memory, const int64_t *ids, int64_t count, Work work) {
     for (int64_t i = 0; i < count + block; i++) {
         if (i < count) prefetch_set(place_of(memory, ((const I64 *)ids)[i]).set);
         if (i >= block) work(i - block, *place_of(memory, ((const I64 *)ids)[i - block]).set);
@@ -258,7 +274,8 @@ template <class Work> void each_set(const CacheMemory &memory, const int64_t *id
 }  // namespace
 
 int64_t cache_look(const CacheLook &call) {
-    const bool past = call.stream && call.memory.row_bytes % line == 0 && (uintptr_t)call.out % line == 0;
+    const bool past =
+        call.stream && call.memory.row_bytes % line == 0 && (uintptr_t)call.out % line == 0;
     const int64_t missing = past ? look_for<true>(call) : look_for<false>(call);
     if (past) streamed();
     return missing;
@@ -288,7 +305,8 @@ void cache_hold(const CacheMemory &memory, const int64_t *ids, int64_t count) {
     });
 }
 
-void cache_write(const CacheMemory &memory, const int64_t *ids, const uint8_t *rows, int64_t count) {
+void cache_write(const CacheMemory &memory, const int64_t *ids, const uint8_t *rows,
+                 int64_t count) {
     const Change change(*memory.changes);
     each_set(memory, ids, count, [&](int64_t i, CacheSet &set) {
         const Change change(set.version);

@@ -23,14 +23,17 @@ ALWAYS void copy(uint8_t *to, const uint8_t *from, int64_t size) {
         memcpy(to, from, size);
         return;
     }
-    for (int64_t at = 0; at + wide <= size; at += wide) *(Wide *)(to + at) = *(const Wide *)(from + at);
+    for (int64_t at = 0; at + wide <= size; at += wide)
+        *(Wide *)(to + at) = *(const Wide *)(from + at);
     *(Wide *)(to + size - wide) = *(const Wide *)(from + size - wide);
 }
 
-// Whole lines, to where a line begins, past the caches. `streamed` has to follow before others may look.
+// Whole lines, to where a line begins, past the caches. `streamed` has to follow before others may
+// look.
 ALWAYS void stream(uint8_t *to, const uint8_t *from, int64_t size) {
 #if defined(__AVX512F__)
-    for (int64_t at = 0; at < size; at += 64) _mm512_stream_si512((__m512i *)(to + at), _mm512_loadu_si512(from + at));
+    for (int64_t at = 0; at < size; at += 64)
+        _mm512_stream_si512((__m512i *)(to + at), _mm512_loadu_si512(from + at));
 #elif defined(__AVX2__)
     for (int64_t at = 0; at < size; at += 32)
         _mm256_stream_si256((__m256i *)(to + at), _mm256_loadu_si256((const __m256i *)(from + at)));

@@ -1,5 +1,5 @@
-// Which instruction set the kernels use. The environment variable that forces one is read in Python: an exception
-// here, while the module is loaded, would look like a missing module.
+// Which instruction set the kernels use. The environment variable that forces one is read in
+// Python: an exception here, while the module is loaded, would look like a missing module.
 #include <cstring>
 
 #include "kernels.hpp"
@@ -15,7 +15,8 @@ struct Level {
 bool runs_here(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!std::strcmp(name, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (!std::strcmp(name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");

@@ -17,10 +17,10 @@ void require(bool condition, const char *message) {
 // FusePlan as a Python object. It keeps addresses: the weights stay the caller's.
 class LayerPlan {
   public:
-    LayerPlan(int kind, int64_t streams, int64_t hidden, int64_t width, int64_t taps, int64_t dilation,
-         double eps, double conv_eps, bool unit_offset, uintptr_t key, uintptr_t key_bias,
-         uintptr_t value, uintptr_t value_bias, uintptr_t query_norm, uintptr_t key_norm,
-         uintptr_t conv_norm, uintptr_t conv) {
+    LayerPlan(int kind, int64_t streams, int64_t hidden, int64_t width, int64_t taps,
+              int64_t dilation, double eps, double conv_eps, bool unit_offset, uintptr_t key,
+              uintptr_t key_bias, uintptr_t value, uintptr_t value_bias, uintptr_t query_norm,
+              uintptr_t key_norm, uintptr_t conv_norm, uintptr_t conv) {
         require(kind >= 0 && kind <= int(FuseKind::bf16), "unknown kind of values");
         require(streams >= 1 && hidden >= 1 && width >= 1 && taps >= 0 && dilation >= 1,
                 "sizes must be positive");
@@ -77,9 +77,9 @@ void bind_fuse(nb::module_ &m) {
              arg("eps"), arg("conv_eps"), arg("unit_offset"), arg("key"), arg("key_bias"),
              arg("value"), arg("value_bias"), arg("query_norm"), arg("key_norm"), arg("conv_norm"),
              arg("conv"))
-        .def("fuse", &LayerPlan::fuse, nb::call_guard<nb::gil_scoped_release>(), arg("batch"), arg("x"),
-             arg("rows"), arg("window"), arg("inputs"), arg("stride"), arg("live"), arg("out"),
-             arg("gate"));
+        .def("fuse", &LayerPlan::fuse, nb::call_guard<nb::gil_scoped_release>(), arg("batch"),
+             arg("x"), arg("rows"), arg("window"), arg("inputs"), arg("stride"), arg("live"),
+             arg("out"), arg("gate"));
 }
 
 }  // namespace engraphy

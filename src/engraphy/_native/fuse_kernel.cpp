@@ -38,7 +38,9 @@ template <class F> struct Vector {
     typedef F Type __attribute__((vector_size(ENGRAPHY_LANES * 8)));
 };
 
-template <class F> inline void load(const F *from, typename Vector<F>::Type &to) { memcpy(&to, from, sizeof(to)); }
+template <class F> inline void load(const F *from, typename Vector<F>::Type &to) {
+    memcpy(&to, from, sizeof(to));
+}
 
 inline void load(const Bf16 *from, Vector<float>::Type &to) {
     typedef uint16_t Halves __attribute__((vector_size(ENGRAPHY_LANES * 4)));

@@ -1,9 +1,10 @@
-// Rows of mapped memory as they are, compiled once per instruction set (see kernels.hpp for what that forbids).
+// Rows of mapped memory as they are, compiled once per instruction set (kernels.hpp says what that
+// forbids).
 //
-// Rows some way ahead are prefetched. A large output of whole cache lines is written past the caches, which it would
-// sweep clean for nothing. That pays only where each row begins and ends with a line: putting other rows together in
-// lines first costs more than it gains. The sizes that rows usually have are constants for the compiler, which makes
-// straight code of them.
+// Rows some way ahead are prefetched. A large output of whole cache lines is written past the
+// caches, so that it does not evict what is in them. That pays only if each row begins and ends
+// with a line: joining other rows into lines first costs more than it gains. The usual row sizes
+// are constants for the compiler, so that copies become straight code.
 #include <stdint.h>
 
 #include "copy.hpp"
@@ -23,7 +24,8 @@ template <bool past> ALWAYS void each_row(const GatherCall &call, int64_t row_by
         coming[i % ahead] = prefetched(row_at(call, i, row_bytes), row_bytes);
     for (int64_t i = call.first; i < last; i++, out += row_bytes) {
         const uint8_t *row = coming[i % ahead];
-        if (i + ahead < last) coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
+        if (i + ahead < last)
+            coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
         if (past) stream(out, row, row_bytes);
         else copy(out, row, row_bytes);
     }

@@ -1,12 +1,14 @@
-// A page of a mapped file that the file no longer has, that the disk cannot read or has no room for, is a SIGBUS at the
-// instruction that touches it, which ends the process. The handler here looks whether the address lies in a mapping of
-// ours. If so it puts zero pages in the place of the whole mapping, notes the damage and lets the instruction repeat;
-// whoever reads or writes asks for damage before believing what it did. The whole mapping and not one page, since a
-// large batch would meet many missing pages, and each makes a mapping, of which a process has a limited number.
+// A page of a mapped file can be missing: the file was truncated, or the disk cannot read the page
+// or has no room for it. The instruction that touches such a page raises SIGBUS, which ends the
+// process. The handler here checks if the address lies in one of our mappings. If so, it replaces
+// the whole mapping by zero pages, notes the damage, and lets the instruction run again. Readers
+// and writers ask for damage before they believe what they did. The handler replaces the whole
+// mapping, not one page: a large batch would meet many missing pages, each would become a mapping
+// of its own, and a process has a limited number of mappings.
 //
-// The handler takes no lock. Slots are published like this: the version is odd while a slot changes, and a reader that
-// finds it odd or changed does not use what it read. Whoever touches memory keeps it mapped, so a slot with the address
-// of a fault cannot vanish.
+// The handler takes no lock. A slot's version is odd while the slot changes, and a reader that
+// finds it odd or changed does not use what it read. A caller keeps memory mapped while it touches
+// it, so the slot with the address of a fault cannot vanish.
 #include "guard.hpp"
 
 #include <errno.h>
@@ -39,7 +41,8 @@ Slot *slot_of(uintptr_t address) {
         Slot &slot = slots[i];
         const uint32_t version = slot.version.load();
         const uintptr_t begin = slot.begin.load(), size = slot.size.load();
-        if (address - begin < size && !(version & 1) && slot.version.load() == version) return &slot;
+        if (address - begin < size && !(version & 1) && slot.version.load() == version)
+            return &slot;
     }
     return nullptr;
 }
@@ -52,8 +55,9 @@ bool replaced(Slot &slot) {
     return mmap((void *)slot.begin.load(), slot.size, access, how, -1, 0) != MAP_FAILED;
 }
 
-// What would have happened without us. A handler that raises the signal again, as faulthandler does, or that was
-// installed over ours and calls it in turn, is not called twice: the second time the process ends.
+// What would have happened without us. A handler that raises the signal again, as faulthandler
+// does, or that was installed over ours and calls it in turn, is not called twice: the second time
+// the process ends.
 void pass_on(int signal, siginfo_t *info, void *context) {
     const auto plain = previous.sa_handler;
     if (!passing_on.exchange(true)) {
@@ -77,7 +81,8 @@ void pass_on(int signal, siginfo_t *info, void *context) {
 
 void on_fault(int signal, siginfo_t *info, void *context) {
     const int before = errno;
-    Slot *slot = info->si_code > 0 ? slot_of((uintptr_t)info->si_addr) : nullptr;  // above 0: from the kernel
+    Slot *slot = info->si_code > 0 ? slot_of((uintptr_t)info->si_addr)
+                                   : nullptr;  // above 0: from the kernel
     if (!slot || !replaced(*slot)) pass_on(signal, info, context);
     errno = before;
 }
@@ -86,7 +91,8 @@ void on_fault(int signal, siginfo_t *info, void *context) {
 
 void arm_guard() {
     struct sigaction current, ours = {};
-    if (sigaction(SIGBUS, nullptr, &current) || ((current.sa_flags & SA_SIGINFO) && current.sa_sigaction == on_fault))
+    if (sigaction(SIGBUS, nullptr, &current) ||
+        ((current.sa_flags & SA_SIGINFO) && current.sa_sigaction == on_fault))
         return;
     ours.sa_sigaction = on_fault;
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
@@ -106,7 +112,8 @@ int guard(uintptr_t begin, uintptr_t size, bool writable) {
         slot.writable = writable;
         slot.damaged = false;
         slot.version++;
-        for (int used = slots_used.load(); used <= i && !slots_used.compare_exchange_weak(used, i + 1);) {}
+        for (int used = slots_used.load();
+             used <= i && !slots_used.compare_exchange_weak(used, i + 1);) {}
         return i;
     }
     return -1;

@@ -1,11 +1,12 @@
-// Mapped files that shrink, or cannot be read, while they are served: the fault is caught and noted.
+// Mapped files that shrink, or cannot be read, while they are served: the fault is caught and
+// noted.
 #pragma once
 
 #include <stdint.h>
 
 namespace engraphy {
 
-// Watch over a mapping of a file. Returns a number to know it by, -1 where there are too many.
+// Watches a mapping of a file. Returns its slot, -1 if there are too many.
 int guard(uintptr_t begin, uintptr_t size, bool writable);
 
 // To be called before it is unmapped.

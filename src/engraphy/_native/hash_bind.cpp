@@ -12,12 +12,15 @@ namespace engraphy {
 void bind_hash(nb::module_ &m) {
     using nb::arg;
     nb::class_<Plan>(m, "HashPlan")
-        .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, std::vector<int>, int, int, uintptr_t, uintptr_t, uintptr_t>(),
-             arg("map"), arg("vocab"), arg("filler"), arg("stop"), arg("orders"), arg("heads"), arg("layers"),
-             arg("multipliers"), arg("primes"), arg("offsets"))
-        .def("rows", &Plan::rows, nb::call_guard<nb::gil_scoped_release>(), arg("ids"), arg("batch"), arg("tokens"),
-             arg("history"), arg("live"), arg("starts"), arg("out"), arg("layer") = -1)
-        // It never changes, so a copy of the object around it (copy.deepcopy of a model, say) may share it.
+        .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, std::vector<int>, int, int, uintptr_t,
+                      uintptr_t, uintptr_t>(),
+             arg("map"), arg("vocab"), arg("filler"), arg("stop"), arg("orders"), arg("heads"),
+             arg("layers"), arg("multipliers"), arg("primes"), arg("offsets"))
+        .def("rows", &Plan::rows, nb::call_guard<nb::gil_scoped_release>(), arg("ids"),
+             arg("batch"), arg("tokens"), arg("history"), arg("live"), arg("starts"), arg("out"),
+             arg("layer") = -1)
+        // It never changes, so a copy of the object around it (copy.deepcopy of a model, say) may
+        // share it.
         .def("__deepcopy__", [](nb::object self, nb::handle) { return self; });
 }
 

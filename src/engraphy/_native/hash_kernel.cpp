@@ -1,15 +1,18 @@
-// Row addresses, compiled once per instruction set (see kernels.hpp for what that forbids).
+// Row addresses, compiled once per instruction set (kernels.hpp says what that forbids).
 //
 // The remainder mix mod p, for 0 <= mix < 2**63, without a division. With u = 2**-53:
-//   z = (double(mix) * inverse) rounded; double(mix), inverse and the product are each off by at most a factor
-//   1 +- u, so |z - mix/p| <= (mix/p) * ((1+u)**3 - 1) =: e (less when the product is fused into the next sum).
-//   Adding 2**52 + 2**51 leaves round-to-nearest(z) = q in the low bits of the mantissa as long as z < 2**51.
-//   So |mix/p - q| <= 1/2 + e and r = mix - q*p has |r| <= (1/2 + e) * p, which is below p when e < 1/2.
-//   With mix < 2**63: e < 2**63 * 3.0000001 * 2**-53 / p < 1/2 for every p >= 6145; then z < 2**51 as well.
-// One addition of p where r is negative is therefore enough. And since |r| < p < 2**31, r is known from its low
-// 32 bits, so 32-bit products do; as unsigned numbers min(r, r + p) is that addition without a comparison.
-// Each 64-bit lane carries its value in the low half with zeros above, so the whole lane needs no masking.
-// The other primes (tiny tables, or 2**31 and above) take the plain remainder.
+//   z = (double(mix) * inverse), rounded. double(mix), inverse and the product are each off by a
+//   factor of at most 1 +- u, so |z - mix/p| <= (mix/p) * ((1+u)**3 - 1) =: e. (It is less if the
+//   product is fused into the next sum.)
+//   Adding 2**52 + 2**51 leaves q = round-to-nearest(z) in the low bits of the mantissa, if
+//   z < 2**51.
+//   So |mix/p - q| <= 1/2 + e, and r = mix - q*p has |r| <= (1/2 + e) * p: below p if e < 1/2.
+//   With mix < 2**63: e < 2**63 * 3.0000001 * 2**-53 / p < 1/2 for every p >= 6145. Then z < 2**51
+//   holds too.
+// So one addition of p is enough if r is negative. And since |r| < p < 2**31, the low 32 bits of r
+// determine it, and 32-bit products are enough. As unsigned numbers, min(r, r + p) is that addition
+// without a comparison. Each 64-bit lane carries its value in the low half with zeros above, so the
+// lane needs no mask. Other primes (of tiny tables, or 2**31 and above) take the plain remainder.
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
@@ -40,7 +43,8 @@ template <class T> inline T load(const void *from) {
 // A tile's positions, after the longest - 1 positions before it. Truth values are masks: 0 or -1.
 struct Window {
     int64_t x[max_order - 1 + tile];      // compressed ids, -1 = dead
-    int64_t reset[max_order + tile];      // nothing before this position may be seen from it or from later ones
+    int64_t reset[max_order +
+                  tile];  // nothing before this position may be seen from it or from later ones
 };
 
 struct Tile {
@@ -50,10 +54,10 @@ struct Tile {
     double mix_f64[tile];
 };
 
-// Positions [at, at + count) of the window, and whether position at + count is reset by the last of them.
-// A negative id that passed the check is absent history.
-void resolve(const HashPlan &plan, Window &w, int at, const int64_t *ids, const uint8_t *live, const uint8_t *starts,
-             int count) {
+// Positions [at, at + count) of the window, and whether position at + count is reset by the last of
+// them. A negative id that passed the check is absent history.
+void resolve(const HashPlan &plan, Window &w, int at, const int64_t *ids, const uint8_t *live,
+             const uint8_t *starts, int count) {
     int64_t *x = w.x + at, *reset = w.reset + at;
     const int32_t *map = plan.map;
     const int64_t stop = plan.stop;
@@ -93,19 +97,20 @@ void fill_terms(const HashPlan &plan, Window &w, int count, Tile &t) {
     memmove(w.reset, w.reset + count, (before + 1) * sizeof(int64_t));
 }
 
-// (double)mix in steps that every instruction set has for vectors: the halves become the low mantissa bits of 2**84 and
-// 2**52, the first difference is exact, the sum rounds once.
+// (double)mix in steps that every instruction set has for vectors: the halves become the low
+// mantissa bits of 2**84 and 2**52, the first difference is exact, the sum rounds once.
 inline double to_double(uint64_t mix) {
     const double high = __builtin_bit_cast(double, mix >> 32 | 0x4530000000000000);
     const double low = __builtin_bit_cast(double, (mix & 0xffffffff) | 0x4330000000000000);
     return (high - 19342813118337666422669312.0) + low;  // 2**84 + 2**52
 }
 
-// Columns of one order for a whole tile: P vectors of W columns at a time, the rest with fewer or narrower ones.
+// Columns of one order for a whole tile: P vectors of W columns at a time, the rest with fewer or
+// narrower ones.
 template <int W, int P>
-__attribute__((noinline)) void fast_columns(const Tile &t, int count, int heads, const uint64_t *primes,
-                                            const double *inverses, const uint64_t *offsets, int64_t *out,
-                                            int64_t stride) {
+__attribute__((noinline)) void fast_columns(const Tile &t, int count, int heads,
+                                            const uint64_t *primes, const double *inverses,
+                                            const uint64_t *offsets, int64_t *out, int64_t stride) {
     using V = Vec<W>;
     int c = 0;
     for (; c + W * P <= heads; c += W * P) {
@@ -131,13 +136,15 @@ __attribute__((noinline)) void fast_columns(const Tile &t, int count, int heads,
     }
     if constexpr (W > 1 || P > 1)
         if (c < heads)
-            fast_columns<(P > 1 ? W : W / 2), 1>(t, count, heads - c, primes + c, inverses + c, offsets + c, out + c, stride);
+            fast_columns<(P > 1 ? W : W / 2), 1>(t, count, heads - c, primes + c, inverses + c,
+                                                 offsets + c, out + c, stride);
 }
 
-void plain_columns(const Tile &t, int count, int heads, const uint64_t *primes, const uint64_t *offsets, int64_t *out,
-                   int64_t stride) {
+void plain_columns(const Tile &t, int count, int heads, const uint64_t *primes,
+                   const uint64_t *offsets, int64_t *out, int64_t stride) {
     for (int j = 0; j < count; j++)
-        for (int c = 0; c < heads; c++) out[j * stride + c] = (int64_t)(t.mix[j] % primes[c] + offsets[c]);
+        for (int c = 0; c < heads; c++)
+            out[j * stride + c] = (int64_t)(t.mix[j] % primes[c] + offsets[c]);
 }
 
 void write_layer(const HashPlan &plan, int layer, Tile &t, int count, int64_t *out) {
@@ -151,15 +158,17 @@ void write_layer(const HashPlan &plan, int layer, Tile &t, int count, int64_t *o
             const int64_t first = layer * columns + o * plan.heads;
             int64_t *target = out + o * plan.heads;
             if (!plan.fast[layer * plan.order_count + o]) {
-                plain_columns(t, count, plan.heads, plan.primes + first, plan.offsets + first, target, columns);
+                plain_columns(t, count, plan.heads, plan.primes + first, plan.offsets + first,
+                              target, columns);
                 continue;
             }
             for (int j = 0; j < count; j++) {
                 t.mix_low[j] = t.mix[j] & 0xffffffff;
                 t.mix_f64[j] = to_double(t.mix[j]);
             }
-            fast_columns<ENGRAPHY_LANES, 2>(t, count, plan.heads, plan.primes + first, plan.inverses + first,
-                                            plan.offsets + first, target, columns);
+            fast_columns<ENGRAPHY_LANES, 2>(t, count, plan.heads, plan.primes + first,
+                                            plan.inverses + first, plan.offsets + first, target,
+                                            columns);
         }
     }
 }
@@ -195,11 +204,13 @@ int64_t hash(const HashPlan &plan, const HashCall &call) {
         for (int64_t at = 0; at < call.tokens; at += tile) {
             const int64_t k = b * call.tokens + at;
             const int count = (int)(call.tokens - at < tile ? call.tokens - at : tile);
-            resolve(plan, window, plan.longest - 1, call.ids + k, call.live ? call.live + k : nullptr,
-                    call.starts ? call.starts + k : nullptr, count);
+            resolve(plan, window, plan.longest - 1, call.ids + k,
+                    call.live ? call.live + k : nullptr, call.starts ? call.starts + k : nullptr,
+                    count);
             fill_terms(plan, window, count, t);
             for (int l = 0; l < call.layer_count; l++)
-                write_layer(plan, call.first_layer + l, t, count, call.out + l * layer_size + k * columns);
+                write_layer(plan, call.first_layer + l, t, count,
+                            call.out + l * layer_size + k * columns);
         }
     }
     return -1;

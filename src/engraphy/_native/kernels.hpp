@@ -1,8 +1,9 @@
 // The kernels behind the binding: one table of functions for each instruction set.
 //
-// Files named *_kernel.cpp are compiled once per level with other compiler flags, so they must include no header of
-// the C++ library that has inline functions: the linker would keep one copy of each, possibly one that the
-// machine cannot run. Plain C headers and compiler builtins only.
+// Files named *_kernel.cpp are compiled once per level, each time with other compiler flags. So
+// they must include no header of the C++ library that has inline functions: the linker would keep
+// one copy of each, possibly one that the machine cannot run. They use plain C headers and compiler
+// builtins only.
 #pragma once
 
 #include <stdint.h>
@@ -27,13 +28,19 @@ struct Kernels {
 };
 
 // What the kernel files define, each once per level.
-#define ENGRAPHY_KERNELS(level)                                                                                  \
-    namespace level {                                                                                            \
-    HashFunction hash; FirstBadFunction first_bad; RowsFunction read_rows; GatherFunction gather_rows;           \
-    FuseFunction fuse; CacheLookFunction cache_look; CacheKeepFunction cache_keep; CacheHoldFunction cache_hold; \
-    CacheWriteFunction cache_write;                                                                              \
-    constexpr Kernels kernels = {hash, first_bad, read_rows, gather_rows, fuse, cache_look, cache_keep,          \
-                                 cache_hold, cache_write};                                                       \
+#define ENGRAPHY_KERNELS(level)                                                         \
+    namespace level {                                                                   \
+    HashFunction hash;                                                                  \
+    FirstBadFunction first_bad;                                                         \
+    RowsFunction read_rows;                                                             \
+    GatherFunction gather_rows;                                                         \
+    FuseFunction fuse;                                                                  \
+    CacheLookFunction cache_look;                                                       \
+    CacheKeepFunction cache_keep;                                                       \
+    CacheHoldFunction cache_hold;                                                       \
+    CacheWriteFunction cache_write;                                                     \
+    constexpr Kernels kernels = {hash,       first_bad,  read_rows,  gather_rows, fuse, \
+                                 cache_look, cache_keep, cache_hold, cache_write};      \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)
@@ -46,7 +53,8 @@ ENGRAPHY_KERNELS(avx512)
 const Kernels &kernels();
 const char *current_level();
 
-// Levels that are compiled in and that this CPU can run, weakest first; the list ends with a null pointer.
+// Levels that are compiled in and that this CPU can run, weakest first; the list ends with a null
+// pointer.
 const char *const *available_levels();
 
 // False when the level is not available; then nothing changes.

@@ -1,4 +1,5 @@
-// Where rows of mapped shards lie, and bringing them near. For kernel files: each instruction set has its own copy.
+// Where rows of mapped shards lie, and bringing them near. For kernel files: each instruction set
+// has its own copy.
 #pragma once
 
 #include <stdint.h>
@@ -10,12 +11,14 @@ typedef int64_t I64 __attribute__((aligned(1), may_alias));  // ids may begin at
 
 constexpr int line = 64;  // bytes that one prefetch brings
 
-// The row that is number i of a call, whose ids are 0, 1, 2, ... where it has none.
+// Row number i of a call. A call without ids asks for rows 0, 1, 2, ...
 template <class Call> inline const uint8_t *row_at(const Call &call, int64_t i, int64_t row_bytes) {
-    const uint64_t id = (uint64_t)(call.ids ? ((const I64 *)call.ids)[i] : i), per_shard = (uint64_t)call.shard_rows;
+    const uint64_t id = (uint64_t)(call.ids ? ((const I64 *)call.ids)[i] : i),
+                   per_shard = (uint64_t)call.shard_rows;
     if (call.rows <= call.shard_rows) return call.shards[0] + id * row_bytes;
     // A division of 32 bits is the faster one, by much on older machines.
-    const uint64_t shard = (id | per_shard) >> 32 ? id / per_shard : (uint32_t)id / (uint32_t)per_shard;
+    const uint64_t shard =
+        (id | per_shard) >> 32 ? id / per_shard : (uint32_t)id / (uint32_t)per_shard;
     return call.shards[shard] + (id - shard * per_shard) * row_bytes;
 }
 

@@ -7,11 +7,13 @@
 namespace nb = nanobind;
 
 NB_MODULE(_core, m) {
-    nb::set_leak_warnings(false);  // objects may be alive when the interpreter exits: that is no leak
+    nb::set_leak_warnings(
+        false);  // objects may be alive when the interpreter exits: that is no leak
     m.doc() = "Native kernels of Engraphy; see _core.pyi.";
     m.def("levels", [] {
         nb::list names;
-        for (const char *const *name = engraphy::available_levels(); *name; name++) names.append(*name);
+        for (const char *const *name = engraphy::available_levels(); *name; name++)
+            names.append(*name);
         return nb::tuple(names);
     });
     m.def("level", [] { return engraphy::current_level(); });

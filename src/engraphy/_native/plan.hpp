@@ -1,4 +1,5 @@
-// HashPlan as a Python object. It copies what it is built from, so its life depends on no array, and never changes.
+// HashPlan as a Python object. It copies what it is built from, so its life depends on no array,
+// and never changes.
 #pragma once
 
 #include <stdexcept>
@@ -14,11 +15,12 @@ inline void require(bool condition, const char *message) {
 
 class Plan {
   public:
-    Plan(uintptr_t map, int64_t vocab, int64_t filler, int64_t stop, std::vector<int> orders, int heads, int layers,
-         uintptr_t multipliers, uintptr_t primes, uintptr_t offsets)
+    Plan(uintptr_t map, int64_t vocab, int64_t filler, int64_t stop, std::vector<int> orders,
+         int heads, int layers, uintptr_t multipliers, uintptr_t primes, uintptr_t offsets)
         : orders_(std::move(orders)) {
-        require(vocab > 0 && filler >= 0 && heads > 0 && layers > 0 && !orders_.empty(),
-                "vocab, heads, layers and the number of orders must be positive, filler not negative");
+        require(
+            vocab > 0 && filler >= 0 && heads > 0 && layers > 0 && !orders_.empty(),
+            "vocab, heads, layers and the number of orders must be positive, filler not negative");
         int longest = 0;
         for (int order : orders_) {
             require(order >= 1 && order <= max_order, "orders must lie in 1..32");
@@ -26,7 +28,8 @@ class Plan {
         }
         if (map) map_.assign((const int32_t *)map, (const int32_t *)map + vocab);
         const size_t count = size_t(layers) * orders_.size() * heads;
-        multipliers_.assign((const int64_t *)multipliers, (const int64_t *)multipliers + size_t(layers) * longest);
+        multipliers_.assign((const int64_t *)multipliers,
+                            (const int64_t *)multipliers + size_t(layers) * longest);
         primes_.assign((const uint64_t *)primes, (const uint64_t *)primes + count);
         offsets_.assign((const uint64_t *)offsets, (const uint64_t *)offsets + count);
         inverses_.resize(count);
@@ -37,18 +40,36 @@ class Plan {
             inverses_[i] = 1.0 / double(prime);
             if (prime <= fast_above || prime >= fast_below) fast_[i / heads] = 0;
         }
-        plan_ = {map ? map_.data() : nullptr, vocab, stop, filler, longest, heads, int(orders_.size()),
-                 orders_.data(), layers, multipliers_.data(), primes_.data(), inverses_.data(), offsets_.data(),
+        plan_ = {map ? map_.data() : nullptr,
+                 vocab,
+                 stop,
+                 filler,
+                 longest,
+                 heads,
+                 int(orders_.size()),
+                 orders_.data(),
+                 layers,
+                 multipliers_.data(),
+                 primes_.data(),
+                 inverses_.data(),
+                 offsets_.data(),
                  fast_.data()};
     }
     Plan(const Plan &) = delete;
 
-    int64_t rows(uintptr_t ids, int64_t batch, int64_t tokens, uintptr_t history, uintptr_t live, uintptr_t starts,
-                 uintptr_t out, int layer) const {
+    int64_t rows(uintptr_t ids, int64_t batch, int64_t tokens, uintptr_t history, uintptr_t live,
+                 uintptr_t starts, uintptr_t out, int layer) const {
         require(batch >= 0 && tokens >= 0 && layer >= -1 && layer < plan_.layers,
-                "batch and tokens must not be negative, layer must be -1 or an index of the plan's layers");
-        const HashCall call = {(const int64_t *)ids, batch, tokens, (const int64_t *)history, (const uint8_t *)live,
-                               (const uint8_t *)starts, layer < 0 ? 0 : layer, layer < 0 ? plan_.layers : 1,
+                "batch and tokens must not be negative, layer must be -1 or an index of the plan's "
+                "layers");
+        const HashCall call = {(const int64_t *)ids,
+                               batch,
+                               tokens,
+                               (const int64_t *)history,
+                               (const uint8_t *)live,
+                               (const uint8_t *)starts,
+                               layer < 0 ? 0 : layer,
+                               layer < 0 ? plan_.layers : 1,
                                (int64_t *)out};
         return kernels().hash(plan_, call);
     }

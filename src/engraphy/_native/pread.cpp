@@ -13,7 +13,8 @@ namespace engraphy {
 namespace {
 
 constexpr int64_t page = 4096;
-constexpr int64_t longest_read = 1 << 17;  // give or take a row: what is longer is work for several threads
+constexpr int64_t longest_read =
+    1 << 17;  // give or take a row: what is longer is work for several threads
 constexpr int too_early = -1;              // instead of an errno
 
 // Returns 0, an errno, or too_early.
@@ -40,10 +41,17 @@ struct RowFiles::Read {
     int64_t first, last;  // of the sorted rows
 };
 
-RowFiles::RowFiles(const std::vector<int> &files, const std::vector<int64_t> &sizes, int64_t file_rows,
-                   int64_t row_bytes, int64_t offset, int threads, bool whole_pages)
-    : files_(files), sizes_(sizes), file_rows_(file_rows), row_bytes_(row_bytes), offset_(offset), threads_(threads),
-      whole_pages_(whole_pages), kept_(new std::atomic<uint8_t *>[threads] {}) {}
+RowFiles::RowFiles(const std::vector<int> &files, const std::vector<int64_t> &sizes,
+                   int64_t file_rows, int64_t row_bytes, int64_t offset, int threads,
+                   bool whole_pages)
+    : files_(files),
+      sizes_(sizes),
+      file_rows_(file_rows),
+      row_bytes_(row_bytes),
+      offset_(offset),
+      threads_(threads),
+      whole_pages_(whole_pages),
+      kept_(new std::atomic<uint8_t *>[threads] {}) {}
 
 RowFiles::~RowFiles() {
     for (int i = 0; i < threads_; i++)
@@ -51,13 +59,16 @@ RowFiles::~RowFiles() {
 }
 
 // A read begins in a window and ends with a row that does, both at whole pages.
-size_t RowFiles::scratch_bytes() const { return (longest_read + row_bytes_ + 3 * page - 1) / page * page; }
+size_t RowFiles::scratch_bytes() const {
+    return (longest_read + row_bytes_ + 3 * page - 1) / page * page;
+}
 
 // Null memory if the system has none.
 uint8_t *RowFiles::take_scratch() {
     for (int i = 0; i < threads_; i++)
         if (kept_[i].load(std::memory_order_relaxed))
-            if (uint8_t *const memory = kept_[i].exchange(nullptr, std::memory_order_acquire)) return memory;
+            if (uint8_t *const memory = kept_[i].exchange(nullptr, std::memory_order_acquire))
+                return memory;
     const int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANONYMOUS;
     void *const memory = mmap(nullptr, scratch_bytes(), access, kind, -1, 0);
     return memory == MAP_FAILED ? nullptr : (uint8_t *)memory;
@@ -73,13 +84,14 @@ void RowFiles::keep_scratch(uint8_t *memory) {
     munmap(memory, scratch_bytes());
 }
 
-// One read ends where the next row begins neither in its last page nor in the page after it, and where a window of
-// longest_read bytes of the file ends.
+// One read ends where the next row begins neither in its last page nor in the page after it, and
+// where a window of longest_read bytes of the file ends.
 std::vector<RowFiles::Read> RowFiles::plan(const std::vector<Wanted> &rows) const {
     std::vector<Read> reads;
     int64_t previous = 0;
     for (int64_t i = 0; i < int64_t(rows.size()); i++) {
-        const int64_t file = rows[i].id / file_rows_, begin = offset_ + rows[i].id % file_rows_ * row_bytes_;
+        const int64_t file = rows[i].id / file_rows_,
+                      begin = offset_ + rows[i].id % file_rows_ * row_bytes_;
         const int64_t last_page = (previous + row_bytes_ - 1) / page;
         if (i == 0 || file != reads.back().file || begin / page > last_page + 1 ||
             begin / longest_read != previous / longest_read)
@@ -98,8 +110,10 @@ std::vector<RowFiles::Read> RowFiles::plan(const std::vector<Wanted> &rows) cons
 }
 
 int RowFiles::perform(const Read &read, const Wanted *rows, uint8_t *out, uint8_t *bytes) const {
-    const int64_t wanted = std::min(read.length, sizes_[read.file] - read.begin);  // the last page may not be whole
-    if (const int code = read_whole(files_[read.file], bytes, read.begin, read.length, wanted)) return code;
+    const int64_t wanted =
+        std::min(read.length, sizes_[read.file] - read.begin);  // the last page may not be whole
+    if (const int code = read_whole(files_[read.file], bytes, read.begin, read.length, wanted))
+        return code;
     for (int64_t i = read.first; i < read.last; i++) {
         const int64_t begin = offset_ + rows[i].id % file_rows_ * row_bytes_;
         memcpy(out + rows[i].place * row_bytes_, bytes + (begin - read.begin), row_bytes_);

@@ -1,5 +1,5 @@
-// Rows of files, read with pread by several blocking threads. The plain version in engraphy/store/pread_plain.py is its
-// specification: the same reads, the same rows.
+// Rows of files, read with pread by several blocking threads. The plain version in
+// engraphy/store/pread_plain.py is its specification: the same reads, the same rows.
 #pragma once
 
 #include <stdint.h>
@@ -23,11 +23,11 @@ struct ReadReport {
 
 class RowFiles {
   public:
-    // files, sizes: open file descriptors, which stay the caller's, and the bytes of each file. Row r is the row
-    // r % file_rows of file r / file_rows; the first one of a file begins at `offset`. threads: reads under way at a
-    // time. whole_pages: as direct reads need them.
-    RowFiles(const std::vector<int> &files, const std::vector<int64_t> &sizes, int64_t file_rows, int64_t row_bytes,
-             int64_t offset, int threads, bool whole_pages);
+    // files, sizes: open file descriptors, which stay the caller's, and the bytes of each file. Row
+    // r is the row r % file_rows of file r / file_rows; the first one of a file begins at `offset`.
+    // threads: reads under way at a time. whole_pages: as direct reads need them.
+    RowFiles(const std::vector<int> &files, const std::vector<int64_t> &sizes, int64_t file_rows,
+             int64_t row_bytes, int64_t offset, int threads, bool whole_pages);
     ~RowFiles();
 
     // Rows ids[0..count), which the caller has checked, to out [count, row_bytes].
@@ -47,7 +47,8 @@ class RowFiles {
     const int64_t file_rows_, row_bytes_, offset_;
     const int threads_;
     const bool whole_pages_;
-    // What threads read into, kept from call to call; without a lock, which a fork could leave held.
+    // What threads read into, kept from call to call; without a lock, which a fork could leave
+    // held.
     const std::unique_ptr<std::atomic<uint8_t *>[]> kept_;
     ThreadPool pool_;
 };

@@ -13,12 +13,13 @@ namespace {
 
 class RowReader {
   public:
-    RowReader(const std::vector<int> &files, const std::vector<int64_t> &sizes, int64_t file_rows, int64_t row_bytes,
-              int64_t offset, int threads, bool whole_pages)
+    RowReader(const std::vector<int> &files, const std::vector<int64_t> &sizes, int64_t file_rows,
+              int64_t row_bytes, int64_t offset, int threads, bool whole_pages)
         : files_(files, sizes, file_rows, row_bytes, offset, threads, whole_pages) {
-        if (files.empty() || files.size() != sizes.size() || file_rows < 1 || row_bytes < 1 || offset < 0 ||
-            threads < 1)
-            throw std::invalid_argument("sizes and threads must be positive, and there must be a size for each file");
+        if (files.empty() || files.size() != sizes.size() || file_rows < 1 || row_bytes < 1 ||
+            offset < 0 || threads < 1)
+            throw std::invalid_argument(
+                "sizes and threads must be positive, and there must be a size for each file");
     }
 
     nb::tuple read(uintptr_t ids, int64_t count, uintptr_t out) {
@@ -39,9 +40,10 @@ class RowReader {
 void bind_pread(nb::module_ &m) {
     using nb::arg;
     nb::class_<RowReader>(m, "RowReader")
-        .def(nb::init<const std::vector<int> &, const std::vector<int64_t> &, int64_t, int64_t, int64_t, int, bool>(),
-             arg("files"), arg("sizes"), arg("file_rows"), arg("row_bytes"), arg("offset"), arg("threads"),
-             arg("whole_pages"))
+        .def(nb::init<const std::vector<int> &, const std::vector<int64_t> &, int64_t, int64_t,
+                      int64_t, int, bool>(),
+             arg("files"), arg("sizes"), arg("file_rows"), arg("row_bytes"), arg("offset"),
+             arg("threads"), arg("whole_pages"))
         .def("read", &RowReader::read, arg("ids"), arg("count"), arg("out"));
 }
 

@@ -1,5 +1,5 @@
-// Rows of mapped memory as numbers: what the kernel reads. The plain versions in engraphy/rows are its
-// specification, bit for bit.
+// Rows of mapped memory as numbers: what the kernel reads. The plain versions in engraphy/rows are
+// its specification, bit for bit.
 #pragma once
 
 #include <stdint.h>
@@ -15,7 +15,8 @@ struct RowsCall {
     int64_t d;      // values of a row; a multiple of 32 for fp8, even for int4
     float scale;    // of the whole table, for fp8_scaled alone
     bool to_bf16;   // else to float32
-    const uint8_t *const *shards;  // addresses of their first rows; rows follow each other without a gap
+    const uint8_t *const
+        *shards;  // addresses of their first rows; rows follow each other without a gap
     int64_t shard_rows;            // rows of every shard but the last
     int64_t rows;                  // of all shards
     const int64_t *ids;            // [N]; null = 0, 1, 2, ...
@@ -23,7 +24,7 @@ struct RowsCall {
     int64_t first, last;           // which of the N to write: several threads share a call
 };
 
-// The position of the first of `count` ids outside [0, rows), -1 where there is none.
+// The position of the first of `count` ids outside [0, rows), -1 if there is none.
 using FirstBadFunction = int64_t(const int64_t *ids, int64_t count, int64_t rows);
 
 // Writes `out`. Ids have been checked.

@@ -22,12 +22,23 @@ void read_parts(const RowsCall &whole, int64_t count) {
     });
 }
 
-int64_t read_rows(const char *kind, int64_t d, float scale, uintptr_t shards, int64_t shard_rows, int64_t rows,
-                  uintptr_t ids, int64_t count, bool to_bf16, uintptr_t out, bool waits) {
+int64_t read_rows(const char *kind, int64_t d, float scale, uintptr_t shards, int64_t shard_rows,
+                  int64_t rows, uintptr_t ids, int64_t count, bool to_bf16, uintptr_t out,
+                  bool waits) {
     if (shard_rows < 1 || rows < 0 || count < 0 || (count && !ids))
-        throw std::invalid_argument("shard_rows must be positive, rows and count not negative, ids present");
-    const RowsCall call = {kind_of(kind, d), d, scale, to_bf16, (const uint8_t *const *)shards, shard_rows, rows,
-                           (const int64_t *)ids, (uint8_t *)out, 0, 0};
+        throw std::invalid_argument(
+            "shard_rows must be positive, rows and count not negative, ids present");
+    const RowsCall call = {kind_of(kind, d),
+                           d,
+                           scale,
+                           to_bf16,
+                           (const uint8_t *const *)shards,
+                           shard_rows,
+                           rows,
+                           (const int64_t *)ids,
+                           (uint8_t *)out,
+                           0,
+                           0};
     const Unlocked unlocked(waits ? INT64_MAX : count * d * (to_bf16 ? 2 : 4));
     const int64_t bad = kernels().first_bad(call.ids, count, rows);
     if (bad == -1) read_parts(call, count);
@@ -40,11 +51,14 @@ int64_t first_bad(uintptr_t ids, int64_t count, int64_t rows) {
     return kernels().first_bad((const int64_t *)ids, count, rows);
 }
 
-void decode_rows(const char *kind, int64_t d, float scale, uintptr_t raw, int64_t count, bool to_bf16, uintptr_t out) {
+void decode_rows(const char *kind, int64_t d, float scale, uintptr_t raw, int64_t count,
+                 bool to_bf16, uintptr_t out) {
     if (count < 0) throw std::invalid_argument("count must not be negative");
     const Unlocked unlocked(count * d * (to_bf16 ? 2 : 4));
     const uint8_t *const shard = (const uint8_t *)raw;
-    read_parts({kind_of(kind, d), d, scale, to_bf16, &shard, count, count, nullptr, (uint8_t *)out, 0, 0}, count);
+    read_parts(
+        {kind_of(kind, d), d, scale, to_bf16, &shard, count, count, nullptr, (uint8_t *)out, 0, 0},
+        count);
 }
 
 uintptr_t address(nb::handle array) {
@@ -59,10 +73,11 @@ uintptr_t address(nb::handle array) {
 
 void bind_rows(nb::module_ &m) {
     using nb::arg;
-    m.def("read_rows", &read_rows, arg("kind"), arg("d"), arg("scale"), arg("shards"), arg("shard_rows"), arg("rows"),
-          arg("ids"), arg("count"), arg("to_bf16"), arg("out"), arg("waits"));
-    m.def("decode_rows", &decode_rows, arg("kind"), arg("d"), arg("scale"), arg("raw"), arg("count"), arg("to_bf16"),
-          arg("out"));
+    m.def("read_rows", &read_rows, arg("kind"), arg("d"), arg("scale"), arg("shards"),
+          arg("shard_rows"), arg("rows"), arg("ids"), arg("count"), arg("to_bf16"), arg("out"),
+          arg("waits"));
+    m.def("decode_rows", &decode_rows, arg("kind"), arg("d"), arg("scale"), arg("raw"),
+          arg("count"), arg("to_bf16"), arg("out"));
     m.def("first_bad", &first_bad, arg("ids"), arg("count"), arg("rows"));
     m.def("address", &address, arg("array"));
 }

@@ -1,16 +1,18 @@
-// Gather and dequantise, compiled once per instruction set (see kernels.hpp for what that forbids).
+// Gather and dequantise, compiled once per instruction set (kernels.hpp says what that forbids).
 //
-// One row after the other, straight from mapped memory into the output, while rows some way ahead are prefetched. The
-// inner loops are plain; the compiler turns them into the vectors of each level. Comparing in 32 bits, as below, keeps
-// it from narrowing masks to bytes and widening them again. Non-temporal stores gained nothing.
+// One row after the other, straight from mapped memory into the output, while rows some way ahead
+// are prefetched. The inner loops are plain; the compiler turns them into the vectors of each
+// level. The comparisons below are of 32 bits, so that the compiler does not narrow masks to bytes
+// and widen them again. Non-temporal stores gained nothing.
 //
 // Why the bits are those of the plain version:
-//   Codes are exact in float32 and multiplied by their scale once. The file is compiled without contraction.
-//   e4m3 and f16 are widened as bits. Their subnormals are differences of two normal float32 numbers, so a mode that
-//   flushes subnormals does not change them, and a signalling NaN of f16 stays one, as in numpy's conversion (the F16C
-//   instructions would quiet it).
-//   Of a product of two NaNs the code's is kept; which one compiled code keeps is not ours to say. So if a scale is NaN
-//   there is no multiplication.
+//   Codes are exact in float32 and multiplied by their scale once. The file is compiled without
+//   contraction.
+//   e4m3 and f16 are widened as bits. Their subnormals are differences of two normal float32
+//   numbers, so a mode that flushes subnormals does not change them. A signalling NaN of f16 stays
+//   one, as in numpy's conversion (the F16C instructions would quiet it).
+//   A product of two NaNs has to keep the code's NaN, and the compiler decides which one is kept.
+//   So there is no multiplication if a scale is NaN.
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
@@ -32,7 +34,8 @@ typedef uint32_t U32 __attribute__((aligned(1), may_alias));
 constexpr uint32_t quiet_nan = 0x7fc00000;
 constexpr int ahead = 8;  // rows that are on their way; 16 and 32 were no faster
 
-// What becomes of the bits of a float32. of_clean: the same for numbers, infinities, and NaNs whose low half is zero.
+// What becomes of the bits of a float32. of_clean: the same for numbers, infinities, and NaNs whose
+// low half is zero.
 struct ToF32 {
     typedef U32 Bits;
     static uint32_t of(uint32_t bits) { return bits; }
@@ -45,13 +48,15 @@ struct ToBf16 {
     static uint16_t of_clean(uint32_t bits) { return bf16_rounded(bits); }
 };
 
-// The bits of a float32 v from the exponent and mantissa bits of a narrower format, shifted to where float32 has them;
-// `bias` is the difference of the biases. b = 2**(bias - 126) is the smallest normal number of the narrower format.
+// The bits of a float32 v from the exponent and mantissa bits of a narrower format, shifted to
+// where float32 has them; `bias` is the difference of the biases. b = 2**(bias - 126) is the
+// smallest normal number of the narrower format.
 //   v >= b: normal = v,            small = 2v - b >= v
 //   v < b:  normal = (v + b) / 2,  small = v
 // So v is the smaller one. Neither is negative: they are ordered as their bits are.
 template <uint32_t bias> inline uint32_t widened(uint32_t bits) {
-    const uint32_t small = bits_of(as_float(bits + ((bias + 1) << 23)) - as_float((bias + 1) << 23));
+    const uint32_t small =
+        bits_of(as_float(bits + ((bias + 1) << 23)) - as_float((bias + 1) << 23));
     const uint32_t normal = bits + (bias << 23);
     return small < normal ? small : normal;
 }
@@ -71,7 +76,8 @@ inline uint32_t from_e4m3(uint32_t code) {
 
 struct F32 {
     static int64_t row_bytes(int64_t d) { return 4 * d; }
-    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    template <class To>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         const U32 *bits = (const U32 *)row;
         for (int64_t i = 0; i < d; i++) out[i] = To::of(bits[i]);
     }
@@ -79,7 +85,8 @@ struct F32 {
 
 struct F16 {
     static int64_t row_bytes(int64_t d) { return 2 * d; }
-    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    template <class To>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         const U16 *half = (const U16 *)row;
         for (int64_t i = 0; i < d; i++) out[i] = To::of(from_f16(half[i]));
     }
@@ -87,26 +94,32 @@ struct F16 {
 
 struct Bf16 {
     static int64_t row_bytes(int64_t d) { return 2 * d; }
-    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    template <class To>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         const U16 *bits = (const U16 *)row;
-        if constexpr (sizeof(*out) == sizeof(*bits)) memcpy(out, row, 2 * d);  // signalling NaNs stay as they are
+        if constexpr (sizeof(*out) == sizeof(*bits))
+            memcpy(out, row, 2 * d);  // signalling NaNs stay as they are
         else for (int64_t i = 0; i < d; i++) out[i] = To::of((uint32_t)bits[i] << 16);
     }
 };
 
 struct Fp8 {
     static int64_t row_bytes(int64_t d) { return d + d / fp8_block; }
-    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    template <class To>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         for (int64_t block = 0; block < d / fp8_block; block++, out += fp8_block) {
             const uint8_t *codes = row + block * fp8_block;
             const uint32_t exponent = row[d + block];
             if (exponent == 255) {
                 for (int i = 0; i < fp8_block; i++)
-                    out[i] = To::of(quiet_nan | ((codes[i] & 0x7f) == 0x7f ? (codes[i] & 0x80u) << 24 : 0));
+                    out[i] = To::of(quiet_nan |
+                                    ((codes[i] & 0x7f) == 0x7f ? (codes[i] & 0x80u) << 24 : 0));
                 continue;
             }
-            const float scale = as_float(exponent ? exponent << 23 : 1u << 22);  // 2**-127 is subnormal
-            for (int i = 0; i < fp8_block; i++) out[i] = To::of_clean(bits_of(as_float(from_e4m3(codes[i])) * scale));
+            const float scale =
+                as_float(exponent ? exponent << 23 : 1u << 22);  // 2**-127 is subnormal
+            for (int i = 0; i < fp8_block; i++)
+                out[i] = To::of_clean(bits_of(as_float(from_e4m3(codes[i])) * scale));
         }
     }
 };
@@ -114,13 +127,17 @@ struct Fp8 {
 struct Fp8Scaled {
     static int64_t row_bytes(int64_t d) { return d; }
     template <class To>
-    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float scale) {
-        for (int64_t i = 0; i < d; i++) out[i] = To::of_clean(bits_of(as_float(from_e4m3(row[i])) * scale));
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d,
+                       float scale) {
+        for (int64_t i = 0; i < d; i++)
+            out[i] = To::of_clean(bits_of(as_float(from_e4m3(row[i])) * scale));
     }
 };
 
-// The f16 scale of a row of integers. If it is NaN, so is every value, made quiet: then `out` is filled.
-template <class To> bool nan_scale(const uint8_t *at, typename To::Bits *out, int64_t d, float &scale) {
+// The f16 scale of a row of integers. If it is NaN, so is every value, made quiet: then `out` is
+// filled.
+template <class To>
+bool nan_scale(const uint8_t *at, typename To::Bits *out, int64_t d, float &scale) {
     const uint32_t bits = from_f16(*(const U16 *)at);
     scale = as_float(bits);
     if ((bits & 0x7fffffff) <= 0x7f800000) return false;
@@ -130,16 +147,19 @@ template <class To> bool nan_scale(const uint8_t *at, typename To::Bits *out, in
 
 struct Int8 {
     static int64_t row_bytes(int64_t d) { return d + 2; }
-    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    template <class To>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         float scale;
         if (nan_scale<To>(row + d, out, d, scale)) return;
-        for (int64_t i = 0; i < d; i++) out[i] = To::of_clean(bits_of((float)(int8_t)row[i] * scale));
+        for (int64_t i = 0; i < d; i++)
+            out[i] = To::of_clean(bits_of((float)(int8_t)row[i] * scale));
     }
 };
 
 struct Int4 {
     static int64_t row_bytes(int64_t d) { return d / 2 + 2; }
-    template <class To> static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    template <class To>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         float scale;
         if (nan_scale<To>(row + d / 2, out, d, scale)) return;
         for (int64_t i = 0; i < d / 2; i++) {
@@ -157,7 +177,8 @@ template <class Kind, class To> void read_all(const RowsCall &call) {
         coming[i % ahead] = prefetched(row_at(call, i, row_bytes), row_bytes);
     for (int64_t i = call.first; i < last; i++, out += d) {
         const uint8_t *row = coming[i % ahead];
-        if (i + ahead < last) coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
+        if (i + ahead < last)
+            coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
         Kind::template decode<To>(row, out, d, call.scale);
     }
 }
@@ -185,6 +206,8 @@ int64_t first_bad(const int64_t *unaligned, int64_t count, int64_t rows) {
     return -1;
 }
 
-void read_rows(const RowsCall &call) { call.to_bf16 ? read_kind<ToBf16>(call) : read_kind<ToF32>(call); }
+void read_rows(const RowsCall &call) {
+    call.to_bf16 ? read_kind<ToBf16>(call) : read_kind<ToF32>(call);
+}
 
 }  // namespace engraphy::ENGRAPHY_LEVEL

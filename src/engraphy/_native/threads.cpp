@@ -14,17 +14,19 @@ namespace engraphy {
 namespace {
 
 constexpr int64_t rows_worth_a_thread = 2048;
-constexpr int parts_a_thread = 8;  // a thread that is late, woken or held up by others, then leaves more to the rest
+constexpr int parts_a_thread =
+    8;  // a thread that is late, woken or held up by others, then leaves more to the rest
 
-// Of a thread: kernels need a few KiB, a signal's frame with AMX registers 11 KiB; with the 8 MiB that are usual, 128
-// threads take a GiB of addresses.
+// Of a thread: kernels need a few KiB, a signal's frame with AMX registers 11 KiB; with the 8 MiB
+// that are usual, 128 threads take a GiB of addresses.
 constexpr size_t stack_bytes = 256 << 10;
-constexpr size_t left_to_others = 32 << 20;  // addresses that have to be free when a thread is started
+constexpr size_t left_to_others = 32
+                                  << 20;  // addresses that have to be free when a thread is started
 
 std::atomic<uint64_t> forks{0};
 std::atomic<int> thread_count{1};
 
-// One call. It lies on the stack of the caller, who leaves only when nobody works on it.
+// One call. It lies on the stack of the caller, which returns only when no thread works on it.
 struct Job {
     Job(void (*work)(const void *, ThreadPool::Parts &), const void *context, int64_t count)
         : work(work), context(context), parts(count) {}
@@ -42,7 +44,8 @@ struct Job {
 // Whether there are addresses for one more thread, and for what else the process does.
 bool has_room() {
     const size_t size = stack_bytes + left_to_others;
-    void *const memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *const memory =
+        mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return false;
     munmap(memory, size);
     return true;
@@ -86,15 +89,16 @@ struct ThreadPool::State {
         }
     }
 
-    // With the mutex held. Signals are for the threads of Python; those of a fault reach a thread in any case, and
-    // blocking them would end the process.
+    // With the mutex held. Signals are for the threads of Python; those of a fault reach a thread
+    // in any case, and blocking them would end the process.
     void start(int wanted) {
         sigset_t others, before;
         sigfillset(&others);
         for (int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&others, fault);
         pthread_sigmask(SIG_SETMASK, &others, &before);
         pthread_attr_t small;
-        const bool known = !pthread_attr_init(&small) && !pthread_attr_setstacksize(&small, stack_bytes);
+        const bool known =
+            !pthread_attr_init(&small) && !pthread_attr_setstacksize(&small, stack_bytes);
         for (int i = 0; known && i < wanted && has_room() && start_one(small); i++) {}
         pthread_attr_destroy(&small);
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -107,7 +111,9 @@ struct ThreadPool::State {
         } catch (const std::bad_alloc &) {
             return false;
         }
-        const auto serve_it = [](void *state) -> void * { return ((State *)state)->serve(), nullptr; };
+        const auto serve_it = [](void *state) -> void * {
+            return ((State *)state)->serve(), nullptr;
+        };
         if (!pthread_create(&threads.back(), &attributes, serve_it, this)) return true;
         threads.pop_back();
         return false;
@@ -141,7 +147,8 @@ ThreadPool::State *ThreadPool::state() {
     return state;
 }
 
-void ThreadPool::run(int64_t count, int most, void (*work)(const void *, Parts &), const void *context) {
+void ThreadPool::run(int64_t count, int most, void (*work)(const void *, Parts &),
+                     const void *context) {
     const int others = int(std::min<int64_t>(most, count)) - 1;
     Job job(work, context, count);
     if (others < 1) return job.take_part();

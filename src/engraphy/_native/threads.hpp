@@ -1,8 +1,9 @@
-// Blocking threads that share the parts of one call; idle ones sleep. Forking is safe: a child starts threads of its
-// own when it needs them. Where the system has no room for another thread, those that there are do the work, at the least
-// the caller itself. What runs in them allocates nothing with malloc and has no thread_local variables: glibc ends the
-// process when it finds no memory for a thread's own variables, and it reserves 64 MiB of addresses for each thread that
-// allocates.
+// Blocking threads that share the parts of one call; idle ones sleep.
+//
+// Forking is safe: a child starts threads of its own when it needs them. If the system has no room
+// for another thread, the existing ones do the work, in the last resort the caller alone. Work must
+// not call malloc or have thread_local variables: glibc ends the process if it finds no memory for
+// a thread's own variables, and it reserves 64 MiB of addresses for each thread that allocates.
 #pragma once
 
 #include <stdint.h>
@@ -31,10 +32,12 @@ class ThreadPool {
         const int64_t count_;
     };
 
-    // share(parts) by this thread and at most `most` - 1 others, fewer where the system starts no more; returns when
-    // all parts are done. It must not throw. Several threads may call at once.
+    // share(parts) by this thread and at most `most` - 1 others, fewer where the system starts no
+    // more; returns when all parts are done. It must not throw. Several threads may call at once.
     template <class Share> void shared(int64_t count, int most, const Share &share) {
-        run(count, most, [](const void *context, Parts &parts) { (*(const Share *)context)(parts); }, &share);
+        run(
+            count, most,
+            [](const void *context, Parts &parts) { (*(const Share *)context)(parts); }, &share);
     }
 
     // work(i) for i from 0 to count - 1, in the same way.
@@ -52,8 +55,8 @@ class ThreadPool {
     std::atomic<State *> state_;
 };
 
-// The threads for what is arithmetic: as many as `set_threads` said. Never destroyed, since it may be in use when the
-// process ends.
+// The threads for what is arithmetic: as many as `set_threads` said. Never destroyed, since it may
+// be in use when the process ends.
 ThreadPool &computing();
 int threads();
 void set_threads(int count);
