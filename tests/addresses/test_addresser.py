@@ -796,3 +796,12 @@ def test_a_filler_without_a_token_is_refused(filler):
 def test_the_hot_tier_is_not_silently_ignored():
     with pytest.raises(ConfigError, match="hot"):
         Addresser(addresser().spec, VocabMap.identity(50), hot={})  # type: ignore[arg-type]
+
+
+def test_an_addresser_shows_its_sizes_and_its_identities():
+    spec = HashSpec.demo((1, 4), (2, 3), 8, 5000, 90, pad_id=2)
+    made = Addresser(spec, VocabMap.identity(90))
+    assert repr(made) == (
+        f"Addresser(demo, layers 1 4, 16 columns, 1.6e+05 rows, spec {spec.digest()[:8]}…, "
+        f"{made.vocab!r})"
+    )

@@ -448,3 +448,8 @@ def test_a_saved_map_can_be_read_by_whoever_may_read_its_neighbours(saved):
     neighbour = saved.with_name("neighbour")
     neighbour.write_text("")
     assert saved.stat().st_mode == neighbour.stat().st_mode
+
+
+def test_a_map_shows_its_sizes_and_its_identity():
+    vocab = VocabMap(np.array([0, 1, 1, -1]))
+    assert repr(vocab) == f"VocabMap(4 -> 2 ids, digest {vocab.digest[:8]}…)"

@@ -141,6 +141,9 @@ class VocabMap:
         """V: raw ids are 0 to V-1."""
         return len(self.table)
 
+    def __repr__(self) -> str:
+        return f"VocabMap({self.raw_size} -> {len(self)} ids, digest {self.digest[:8]}…)"
+
     def __len__(self) -> int:
         return self._size
 
