@@ -1,59 +1,81 @@
 """The compiled core: whether it is there, which instruction set it uses, and why.
 
-`core` is the compiled module, or None where the plain Python versions have to do. Read it as
-`_native.core` at each use: `forced` rebinds it. ENGRAPHY_NATIVE chooses: auto (the default: the
-best that this machine runs, else none), off, or scalar, avx2, avx512. Where a level is demanded
-that cannot be had, importing works and the first use of `core` raises NativeUnavailable
-(ConfigError for a value that is none of these).
+`core` is the compiled module, or None if the plain Python versions have to do. Read it as
+`_native.core` at each use: `forced` rebinds it.
 
-ENGRAPHY_THREADS says how many threads share a large gather or a large read of rows as numbers
-(`set_threads` does the same later): by default as many as the process may use CPUs, at most 8.
-Calls on less than 4096 rows take one.
+ENGRAPHY_NATIVE chooses: auto (the default: the best that this machine runs, else none), off, or
+scalar, avx2, avx512. If the demanded level is not available, importing works and the first use of
+`core` raises NativeUnavailable (ConfigError if the value is none of these).
+
+ENGRAPHY_THREADS is the number of threads that share a large gather or a large read of rows as
+numbers; `set_threads` changes it later. The default is the number of CPUs that the process may use,
+at most 8. Calls on less than 4096 rows take one thread.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from typing import NoReturn, cast
 
 from ..errors import ConfigError, EngraphyError, NativeUnavailable
 from ..system.environment import NATIVE, THREADS
 
 CHOICES = NATIVE.values
-_MOST_THREADS, _USUAL_THREADS = 1024, 8  # a few threads already take what the memory gives
+_MOST_THREADS = 1024
+_USUAL_THREADS = 8  # a few threads already take the bandwidth of the memory
 
-core: Any  # the compiled module (its functions: `_core.pyi`), or None
-reason: str  # one sentence: why `core` is what it is
+
+# Functions below that return the module have no return type: no annotation can name a module, and
+# the inferred type is what a type checker compares each native call with (`_core.pyi`).
 
 
 class _Refused:
-    """Stands for a core that was demanded and cannot be had: any use of it raises."""
+    """Stands for a core that was demanded and is not available: any use of it raises."""
 
     def __init__(self, error: EngraphyError):
         self._error = error
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise type(self._error)(str(self._error))
 
 
+def compiled():
+    """The compiled module, for code that is reached only with it.
+
+    Raises:
+        NativeUnavailable: There is none.
+    """
+    if core is None:
+        raise NativeUnavailable(reason)
+    return core
+
+
 def level() -> str:
-    """The instruction set in use: scalar, avx2 or avx512; "off" without native code. Raises as
-    `core` does."""
+    """The instruction set in use: scalar, avx2 or avx512; "off" without native code.
+
+    Raises:
+        NativeUnavailable: ENGRAPHY_NATIVE demands a level that is not available.
+        ConfigError: ENGRAPHY_NATIVE or ENGRAPHY_THREADS has an invalid value.
+    """
     return "off" if core is None else core.level()
 
 
 def threads() -> int:
-    """How many threads share a large call; 1 without native code."""
+    """How many threads share a large call; 1 without native code. Raises as `level` does."""
     return 1 if core is None else core.threads()
 
 
 def set_threads(count: int) -> None:
-    """Let `count` threads share a large call. Raises ConfigError for what is not an integer from 1
-    to 1024."""
+    """Let `count` threads share a large call.
+
+    Args:
+        count: From 1 to 1024.
+
+    Raises:
+        ConfigError: `count` is not an integer in this range.
+    """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_THREADS:
         raise ConfigError(
             f"threads: expected an integer from 1 to {_MOST_THREADS}, found {count!r}"
@@ -64,68 +86,83 @@ def set_threads(count: int) -> None:
 
 @contextmanager
 def forced(demand: str) -> Iterator[None]:
-    """Use `demand` (one of CHOICES) within a `with` block; for tests and benchmarks. Not
-    thread-safe.
+    """Use another core within a `with` block; for tests and benchmarks. Not thread-safe.
 
-    Raises NativeUnavailable at once when it cannot be had, ConfigError when it is none of CHOICES.
+    Args:
+        demand: One of CHOICES.
+
+    Raises:
+        NativeUnavailable: The level is not available; raised at once.
+        ConfigError: `demand` is none of CHOICES.
     """
     global core, reason
-    before = core, reason, _compiled and _compiled.level()
+    core_before = core
+    reason_before = reason
+    level_before = None if _compiled is None else _compiled.level()
     try:
         core, reason = _choose(demand, f"forced to {demand!r}")
         level()
         yield
     finally:
-        core, reason, compiled_level = before
-        if _compiled is not None:
-            _compiled.set_level(compiled_level)
+        core = core_before
+        reason = reason_before
+        if _compiled is not None and level_before is not None:
+            _compiled.set_level(level_before)
 
 
-def _choose(demand: str, source: str) -> tuple[Any, str]:
+def _load():
+    try:
+        import engraphy._native._core as module
+
+        return module, ""
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}._core":
+            raise
+        return None, (
+            "no compiled extension in this installation (the native build failed or was switched "
+            "off when it was installed; reinstall with ENGRAPHY_REQUIRE_NATIVE=true to see why)"
+        )
+    except ImportError as error:
+        return None, f"the compiled extension does not load: {error}"
+
+
+def _choose(demand: str, source: str):
+    """The core and the reason for it."""
     if demand not in CHOICES:
         return _refuse(ConfigError(f"{source}: expected one of {', '.join(CHOICES)}"))
     if demand == "off":
         return None, f"switched off: {source}"
     if _compiled is None:
-        return (
-            (None, _missing)
-            if demand == "auto"
-            else _refuse(NativeUnavailable(f"{source}: {_missing}"))
-        )
+        if demand == "auto":
+            return None, _missing
+        return _refuse(NativeUnavailable(f"{source}: {_missing}"))
     levels = _compiled.levels()
     if demand == "auto":
-        _compiled.set_level(levels[-1])
+        best = levels[-1]
+        _compiled.set_level(best)
         return (
             _compiled,
-            f"compiled; {levels[-1]} is the best of what this CPU runs ({', '.join(levels)})",
+            f"compiled; {best} is the best of what this CPU runs ({', '.join(levels)})",
         )
     if not _compiled.set_level(demand):
         return _refuse(NativeUnavailable(f"{source}: this CPU and build run {', '.join(levels)}"))
     return _compiled, f"compiled; {source}"
 
 
-def _refuse(error: EngraphyError) -> tuple[Any, str]:
-    return _Refused(error), str(error)
+def _refuse(error: EngraphyError) -> tuple[None, str]:
+    """A core that raises. Its type is that of no core, so that no caller has to expect it."""
+    return cast(None, _Refused(error)), str(error)
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("._core", __name__), ""
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}._core":
-            raise
-        return None, (
-            "no compiled extension in this installation (the native build failed or was switched off when it was "
-            "installed; reinstall with ENGRAPHY_REQUIRE_NATIVE=true to see why)"
-        )
-    except ImportError as error:
-        return None, f"the compiled extension does not load: {error}"
+def _wanted_threads() -> str:
+    usual = min(_USUAL_THREADS, len(os.sched_getaffinity(0)))
+    return THREADS.given() or str(usual)
 
 
 _compiled, _missing = _load()
 _demand = NATIVE.given() or NATIVE.default
-core, reason = _choose(_demand, f"{NATIVE.name}={_demand!r}")
-_wanted = THREADS.given() or str(min(_USUAL_THREADS, len(os.sched_getaffinity(0))))
+core, reason = _choose(_demand, f"{NATIVE.name}={_demand!r}")  # reason: why `core` is what it is
+_wanted = _wanted_threads()
 try:
     set_threads(int(_wanted) if _wanted.isascii() and _wanted.isdigit() else -1)
 except ConfigError:

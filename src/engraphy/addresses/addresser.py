@@ -60,6 +60,15 @@ class Addresser:
     def __reduce__(self) -> tuple[Any, ...]:
         return Addresser, (self.spec, self.vocab)
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        layers = " ".join(str(layer) for layer in spec.layer_ids)
+        rows = sum(spec.row_count(layer) for layer in spec.layer_ids)
+        return (
+            f"Addresser({spec.dialect}, layers {layers}, {spec.columns} columns, {rows:.2g} rows, "
+            f"spec {spec.digest()[:8]}…, {self.vocab!r})"
+        )
+
     def rows(
         self, ids_BT: Any, layer: int, history: Any = None, live: Any = None, starts: Any = None
     ) -> np.ndarray:
@@ -136,7 +145,7 @@ class Addresser:
     def plan(self) -> Any:
         """A `HashPlan` of the native core, made when it is first asked for."""
         if self._plan is None:
-            self._plan = _native.core.HashPlan(
+            self._plan = _native.compiled().HashPlan(
                 map=_address(self.vocab.table),
                 vocab=self.vocab.raw_size,
                 filler=self.filler,
@@ -243,7 +252,7 @@ def _array(name: str, values: Any) -> np.ndarray:
 
 
 def _address(values: np.ndarray | None) -> int:
-    return 0 if values is None else _native.core.address(values)
+    return 0 if values is None else _native.compiled().address(values)
 
 
 def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarray:

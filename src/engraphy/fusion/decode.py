@@ -53,7 +53,8 @@ class TokenFuser:
     def __init__(self, spec: LayerSpec) -> None:
         self._spec = spec
         self._plan: FusePlan | None = None
-        self._made_for: tuple[list[Any], torch.dtype] | None = None
+        self._made_for: list[Any] = []  # address and dtype of each weight
+        self._dtype: torch.dtype | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFuser, (self._spec,)

@@ -45,7 +45,7 @@ class EngramLayer(nn.Module):
     def __init__(self, spec: LayerSpec):
         super().__init__()
         self.spec = spec
-        self._fuser = TokenFuser(spec)
+        self._fuser: TokenFuser = TokenFuser(spec)
         streams, hidden = spec.streams, spec.hidden_size
         self.key = Projection(spec.width, streams * hidden, bias=spec.bias)
         self.value = Projection(spec.width, hidden, bias=spec.bias)

@@ -69,7 +69,7 @@ class Past:
             return None
         if not ids.flags.writeable:  # a view of what was pickled
             return None
-        begin = _native.core.address(ids)
+        begin = _native.compiled().address(ids)
         return Columns(begin + first * 8, begin + self.end * 8, ids.shape[1])
 
     def advance(self) -> None:

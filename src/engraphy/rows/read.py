@@ -138,7 +138,7 @@ def _read_native(
     waits: bool,
 ) -> None:
     """Ids of any shape; the kernel checks them before it writes."""
-    core = _native.core
+    core = _native.compiled()
     at = addresses(shards, info)
     flat = np.ascontiguousarray(ids)
     bad = core.read_rows(
@@ -204,9 +204,10 @@ def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
             f"together uint8 [{info.rows}, {info.row_bytes}], "
             f"found {', '.join(map(describe, shards))}"
         )
-    shards_S = np.array([_native.core.address(shard) for shard in shards], np.uint64)
+    core = _native.compiled()
+    shards_S = np.array([core.address(shard) for shard in shards], np.uint64)
     first = weakref.ref(shards[0], lambda _, forget=_KNOWN.pop: forget(key, None))
-    known = _Addresses(shards_S, _native.core.address(shards_S), sizes[0], info.rows, first)
+    known = _Addresses(shards_S, core.address(shards_S), sizes[0], info.rows, first)
     _KNOWN[key] = known
     return known
 

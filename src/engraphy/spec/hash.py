@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class HashSpec:
     ) -> HashSpec:
         """The paper's dialect as its public demo computes it. rows_per_head: one int, or one per
         order."""
-        return cls("demo", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id, seed)  # type: ignore[arg-type]
+        return cls._made("demo", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id, seed)
 
     @classmethod
     def deepseek_v41(
@@ -87,7 +87,9 @@ class HashSpec:
     ) -> HashSpec:
         """DeepSeek-V4.1-Flash as released: look-back stops at dead tokens; one rows_per_head for
         all orders."""
-        return cls("deepseek_v41", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id)  # type: ignore[arg-type]
+        return cls._made(
+            "deepseek_v41", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id
+        )
 
     @classmethod
     def qwen4(
@@ -103,14 +105,32 @@ class HashSpec:
     ) -> HashSpec:
         """Qwen4-Exp's per-layer embedding (PLE): raw ids, look-back stops at EOS, rows padded to
         `pad_to`."""
+        return cls._made(
+            "qwen4", layer_ids, orders, heads, rows_per_head, vocab_size, eos_id, seed, pad_to
+        )
+
+    @classmethod
+    def _made(
+        cls,
+        dialect: str,
+        layer_ids: Sequence[int],
+        orders: Sequence[int],
+        heads: int,
+        rows_per_head: int | Sequence[int],
+        vocab_size: int,
+        filler_id: int,
+        seed: int = 0,
+        pad_to: int = 1,
+    ) -> HashSpec:
+        """`__post_init__` makes tuples of the sequences."""
         return cls(
-            "qwen4",
-            layer_ids,
-            orders,
+            dialect,
+            cast("tuple[int, ...]", layer_ids),
+            cast("tuple[int, ...]", orders),
             heads,
-            rows_per_head,
-            vocab_size,  # type: ignore[arg-type]
-            eos_id,
+            cast("tuple[int, ...]", rows_per_head),
+            vocab_size,
+            filler_id,
             seed,
             pad_to,
         )
