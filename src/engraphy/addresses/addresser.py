@@ -10,12 +10,16 @@ x is the compressed id. Where look-back may not go, every older x is the filler.
 before the sequence, past a document start, past a dead position, or (Qwen) past EOS.
 """
 
+# pyright: reportUnnecessaryIsInstance=false
+# Callers need not be typed, so arguments are checked at run time too.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _native
 from ..errors import ConfigError, DigestMismatch, InputError
@@ -209,10 +213,10 @@ class Addresser:
         resets[:, 1:] = blocked[:, :-1]
         if call.starts is not None:
             resets[:, past:] |= call.starts
-        positions = np.arange(past + tokens)
-        run = positions - np.maximum.accumulate(
-            np.where(resets, positions, 0), axis=1
-        )  # tokens that may be seen
+        positions: NDArray[np.int64] = np.arange(past + tokens)
+        reset_at: NDArray[np.int64] = np.where(resets, positions, 0)
+        # Earlier tokens that each position may see.
+        run: NDArray[np.int64] = positions - np.maximum.accumulate(reset_at, axis=1)
         run[~alive] = 0
 
         terms = [x] + [x] * past

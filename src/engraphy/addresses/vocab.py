@@ -6,6 +6,9 @@ Ids whose text is the same after normalisation share a compressed id, so "Apple"
 (paper, section 2.2, Tokenizer Compression).
 """
 
+# pyright: reportUnnecessaryIsInstance=false
+# Callers need not be typed, so arguments are checked at run time too.
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,7 @@
-"""From rows and a hidden state to a hidden state: a small dense layer, with no store and no tokens."""
+"""From rows and a hidden state to a hidden state: a small dense layer.
+
+It knows no store and no tokens.
+"""
 
 from .layer import EngramLayer
 

@@ -4,8 +4,10 @@ Knows no token, no address and no store. Sources: "Conditional Memory via Scalab
 2601.07372, section 2.3) and its public demo, the DeepSeek-V4.1-Flash release, `qwen4_exp` in
 transformers 5.23.
 
-    u_s = RMSNorm(h_s) . RMSNorm(W_K,s e) / sqrt(D)        gate_s = sigmoid(sign(u_s) * sqrt(max(|u_s|, 1e-6)))
-    v_s = gate_s * W_V e                                   out_s  = v_s + SiLU(conv(RMSNorm(v_s)))
+    u_s    = RMSNorm(h_s) . RMSNorm(W_K,s e) / sqrt(D)
+    gate_s = sigmoid(sign(u_s) * sqrt(max(|u_s|, 1e-6)))
+    v_s    = gate_s * W_V e
+    out_s  = v_s + SiLU(conv(RMSNorm(v_s)))
 
 for each residual stream s; the value is shared by all streams. conv is depthwise, causal, its
 dilation is the largest n-gram order.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,9 +157,10 @@ class EngramLayer(nn.Module):
             and weights of one dtype (float32, float64, bfloat16), on the CPU, without gradients and
             hooks.
         """
-        # Read from the modules' dictionaries: attributes of an nn.Module take longer than the kernel.
-        modules, own = self._modules, self._parameters
-        key, value = modules["key"], modules["value"]
+        # Read from the dictionaries: attributes of an nn.Module take longer than the kernel.
+        own = self._parameters
+        key: Any = self._modules["key"]
+        value: Any = self._modules["value"]
         if not (_is_plain(self) and _is_plain(key) and _is_plain(value)):
             return None
         keys, values = key._parameters, value._parameters
@@ -242,7 +245,7 @@ class EngramLayer(nn.Module):
         return presets.export(self, preset)
 
 
-def _is_plain(part: nn.Module | None) -> TypeGuard[nn.Module]:
+def _is_plain(part: nn.Module) -> bool:
     """False if a subclass, another projection or a hook may change what `forward` computes."""
     if type(part) is not EngramLayer and type(part) is not Projection:
         return False

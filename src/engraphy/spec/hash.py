@@ -190,10 +190,10 @@ class HashSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, one per field."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in fields_of(self).items()
-        }
+        fields = fields_of(self)
+        for name in ("layer_ids", "orders", "rows_per_head"):
+            fields[name] = list(fields[name])
+        return fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HashSpec:

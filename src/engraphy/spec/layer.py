@@ -1,5 +1,8 @@
 """Sizes and variants of one Engram layer, as a frozen value."""
 
+# pyright: reportUnnecessaryIsInstance=false
+# Callers need not be typed, so arguments are checked at run time too.
+
 from __future__ import annotations
 
 import math
@@ -64,7 +67,10 @@ class LayerSpec:
     def deepseek_v41(
         cls, hidden_size: int, width: int, streams: int = 4, order: int = 4, eps: float = 1e-20
     ) -> LayerSpec:
-        """DeepSeek-V4.1: no bias, no conv, the model's eps (rms_norm_eps of the release is 1e-20)."""
+        """DeepSeek-V4.1: no bias, no conv, the model's eps.
+
+        The release has rms_norm_eps 1e-20.
+        """
         return cls(hidden_size, width, streams, order, kernel=0, eps=eps, conv_eps=eps)
 
     @classmethod

@@ -6,37 +6,48 @@ What the fields of a released checkpoint mean stands with its dialect, in dialec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..errors import ConfigError
 from ..system.checks import as_int
 
-MOST_IDS = 1 << 28  # of a vocabulary: what a map of them takes is some memory, and not all of it
+MOST_IDS = 1 << 28  # of a vocabulary, so that a map of them takes some memory, and not all of it
 
 
 def config_fields(config: Any) -> Mapping[str, Any]:
-    """The fields of a config (object or mapping), or of the `text_config` in it.
+    """The fields of a model's config, or of the `text_config` in it.
 
-    Raises ConfigError for what has no fields.
+    Args:
+        config: A mapping, or an object such as a transformers config.
+
+    Returns:
+        Field name -> value. Fields that transformers knows under a common name have that name too.
+
+    Raises:
+        ConfigError: `config` has no fields.
     """
-    if not isinstance(config, Mapping):
-        aliases = getattr(
-            config, "attribute_map", {}
-        )  # transformers' common names for GPT-2's n_layer and the like
-        config = (
-            config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", None)
-        )
-        if config is not None:
-            config = {name: config[own] for name, own in aliases.items() if own in config} | config
-    if config is None:
-        raise ConfigError("expected a model's config: a mapping or an object with fields")
-    nested = config.get("text_config")
+    fields = _own_fields(config)
+    nested = fields.get("text_config")
     try:
-        return config if nested is None else config_fields(nested)
+        return fields if nested is None else config_fields(nested)
     except RecursionError:
         raise ConfigError(
             "expected a model's config, found text_config within text_config without an end"
         ) from None
+
+
+def _own_fields(config: Any) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return cast("Mapping[str, Any]", config)
+    if hasattr(config, "to_dict"):
+        fields = config.to_dict()
+    else:
+        fields = getattr(config, "__dict__", None)
+    if fields is None:
+        raise ConfigError("expected a model's config: a mapping or an object with fields")
+    # transformers' common names for GPT-2's n_layer and the like.
+    aliases = getattr(config, "attribute_map", {})
+    return {name: fields[own] for name, own in aliases.items() if own in fields} | fields
 
 
 def largest_order(name: str, value: Any) -> int:
@@ -64,21 +75,32 @@ def check_layers(name: str, layers: Sequence[int], lowest: int, fields: Mapping[
 
 
 def need(fields: Mapping[str, Any], *names: str) -> Any:
-    """The value of a field, under whichever of its names the config has it.
+    """The value of a field that a config has under one of several names.
 
-    Raises ConfigError where it is missing, and where two names have different values.
+    Args:
+        fields: The config.
+        *names: The field's names.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: The field is missing, or two names have different values.
     """
-    found = {name: fields[name] for name in names if fields.get(name) is not None}
-    if not found:
+    values = {name: fields[name] for name in names if fields.get(name) is not None}
+    if not values:
         raise ConfigError(f"the model's config has no {' or '.join(names)}")
-    value = next(iter(found.values()))
-    if any(other != value for other in found.values()):
+    value = next(iter(values.values()))
+    if any(other != value for other in values.values()):
         raise ConfigError(
-            f"the model's config contradicts itself: expected one value, found {found}"
+            f"the model's config contradicts itself: expected one value, found {values}"
         )
     return value
 
 
 def first(value: Any) -> Any:
-    """A value, or the first one of a list; None of an empty one."""
-    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
+    """A value, or the first one of a list; None if the list is empty."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    values = cast("Sequence[Any]", value)
+    return values[0] if values else None

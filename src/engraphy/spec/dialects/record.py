@@ -69,8 +69,8 @@ class Dialect:
 
     Attributes:
         name: The value of `HashSpec.dialect`.
-        multipliers: (spec, position of the layer in spec.layer_ids) -> N odd multipliers. No product
-            with an id below spec.vocab_size may overflow int64.
+        multipliers: (spec, position of the layer in spec.layer_ids) -> N odd multipliers. Products
+            with ids below spec.vocab_size must not overflow int64.
         primes: spec -> for each layer C moduli, order-major.
         layer: Constructor of the LayerSpec, with the arguments `hidden_size`, `width` and `order`,
             and those that the release gives.
