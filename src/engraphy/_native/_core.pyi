@@ -17,7 +17,7 @@ def set_level(name: str) -> bool:
     """Use another one. Returns False, and changes nothing, if it is not among `levels()`."""
 
 def address(array: object) -> int:
-    """Where the memory of a C-contiguous array begins. Numpy's own attributes take ten times longer.
+    """Where the memory of a C-contiguous array begins. numpy's attributes take ten times longer.
 
     Raises BufferError or ValueError if it is not contiguous, TypeError if it has no buffer.
     """
@@ -35,7 +35,7 @@ def read_rows(
     out: int,
     waits: bool,
 ) -> int:
-    """Writes rows `ids` (int64 [count]) as numbers to out: float32 or bf16 bits (uint16) [count, d].
+    """Writes rows `ids` (int64 [count]) as numbers to out [count, d]: float32 or bf16 bits.
 
     Arrays may begin at any byte. kind, d, scale: of the RowFormat; scale is 1 if it has none.
     shards: u64 [S], the addresses of uint8 [n, row_bytes] without gaps, `shard_rows` rows each
@@ -164,7 +164,8 @@ class RowReader:
         """
 
     def read(self, ids: int, count: int, out: int) -> tuple[int, int, int, int]:
-        """Writes rows `ids` (int64 [count], checked by the caller) to out, uint8 [count, row_bytes].
+        """Writes rows `ids` (int64 [count], checked by the caller) to out: uint8
+        [count, row_bytes].
 
         Returns the number of reads, their bytes, -1 and 0. If a read failed, the last two are the
         number of the file and errno (0 if the file ended too early), and `out` is invalid.
@@ -190,10 +191,10 @@ class HashPlan:
         offsets: int,
     ) -> None:
         """map: int32 [vocab], raw -> compressed id, negative = dead; 0 = identity. vocab: raw ids
-        lie in [0, vocab). filler: compressed id. stop: raw id that ends the look-back of what follows
-        it, -1 = none. orders: 1 to 32 each, N the largest. multipliers: int64 [layers, N], whose
-        products with compressed ids stay in [0, 2**63). primes, offsets: int64 [layers, C], C =
-        len(orders) * heads, order-major.
+        lie in [0, vocab). filler: compressed id. stop: raw id that ends the look-back of what
+        follows it, -1 = none. orders: 1 to 32 each, N the largest. multipliers: int64 [layers, N];
+        their products with compressed ids stay in [0, 2**63). primes, offsets: int64 [layers, C],
+        C = len(orders) * heads, order-major.
         """
 
     def rows(

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _native
 from ..errors import ConfigError, DigestMismatch, InputError
@@ -213,10 +212,11 @@ class Addresser:
         resets[:, 1:] = blocked[:, :-1]
         if call.starts is not None:
             resets[:, past:] |= call.starts
-        positions: NDArray[np.int64] = np.arange(past + tokens)
-        reset_at: NDArray[np.int64] = np.where(resets, positions, 0)
+        width: int = past + tokens
+        positions = np.arange(width)
+        reset_at = np.where(resets, positions, 0)
         # Earlier tokens that each position may see.
-        run: NDArray[np.int64] = positions - np.maximum.accumulate(reset_at, axis=1)
+        run = positions - np.maximum.accumulate(reset_at, axis=1)
         run[~alive] = 0
 
         terms = [x] + [x] * past

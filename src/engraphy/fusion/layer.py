@@ -15,7 +15,6 @@ dilation is the largest n-gram order.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from ..spec.layer import LayerSpec
 from . import presets
 from .checks import check_call
+from .conv import convolve
 from .decode import Columns, TokenFuser
 from .projection import Projection
 
@@ -36,9 +36,11 @@ _GATE_FLOOR = 1e-6
 class EngramLayer(nn.Module):
     """The fusion layer of one memory layer.
 
-    Parameters: key.weight [S*D, E] and value.weight [D, E] with biases where `spec.bias`;
-    query_norm, key_norm and conv_norm [S, D]; conv [S, D, kernel], last tap = present. Without a
-    conv (kernel 0) the last two are None.
+    Attributes:
+        spec: Sizes and variants.
+        key, value: Projections with weights [S*D, E] and [D, E]; biases if `spec.bias`.
+        query_norm, key_norm, conv_norm: [S, D]. conv_norm is None without a conv (kernel 0).
+        conv: [S, D, kernel], the last tap is the present; None without a conv.
     """
 
     conv: nn.Parameter | None
@@ -58,8 +60,11 @@ class EngramLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Init for training from scratch: projections N(0, 1/E), so that values have the scale of
-        the rows; biases and conv zero; norms scale by one."""
+        """Init for training from scratch.
+
+        Projections are N(0, 1/E), so that values have the scale of the rows. Biases and conv are
+        zero; norms scale by one.
+        """
         for linear in (self.key, self.value):
             nn.init.normal_(linear.weight, std=self.spec.width**-0.5)
             if linear.bias is not None:
@@ -71,8 +76,10 @@ class EngramLayer(nn.Module):
             nn.init.zeros_(self.conv)
 
     def zero_value(self) -> None:
-        """Set the value projection and its bias to zero: the layer then adds exactly nothing to a
-        trained model, and learns from the first step as long as the rows are not zero."""
+        """Set the value projection and its bias to zero: the layer then adds exactly nothing.
+
+        It learns from the first step if the rows are not zero.
+        """
         nn.init.zeros_(self.value.weight)
         if self.value.bias is not None:
             nn.init.zeros_(self.value.bias)
@@ -87,18 +94,26 @@ class EngramLayer(nn.Module):
         *,
         conv_inputs: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(update [B, T, S, D] in x's dtype, gate [B, T, S], window [B, W, S, D] or None); the
-        caller adds the update.
+        """What the layer adds to the hidden states; the caller adds it.
 
-        rows_BTE: any float dtype, converted to the projections'. window: the W = spec.window
-        normalised conv inputs before this chunk, None = nothing there. live: bool [B, T], False =
-        the position is not changed (update and gate 0) and its conv input is zero. starts: bool [B,
-        T], a document begins here and the conv does not look across. The returned window is the
-        last W conv inputs, zero before the last start; None without a conv. conv_inputs=True
-        returns this chunk's conv inputs [B, T, S, D] in its place, unmasked, for a caller that may
-        have to step back (SequenceState.push). Norms, gate and conv are computed in f32, or in f64
-        where x is; so gate and window have that dtype. Raises InputError for shapes and dtypes that
-        do not fit.
+        Norms, gate and conv are computed in f32, or in f64 if x is f64.
+
+        Args:
+            x_BTSD: Hidden states.
+            rows_BTE: Rows of any float dtype; they are converted to the projections' dtype.
+            window: The W = spec.window normalised conv inputs before this chunk [B, W, S, D]; None
+                = nothing there.
+            live: bool [B, T]. False: update and gate are 0, and so is the conv input.
+            starts: bool [B, T]. True: a document begins here, and the conv does not look across.
+            conv_inputs: Return this chunk's conv inputs [B, T, S, D], unmasked, in place of the
+                window, for a caller that may have to step back (SequenceState.push).
+
+        Returns:
+            The update [B, T, S, D] in x's dtype, the gate [B, T, S], and the last W conv inputs,
+            zero before the last start; None without a conv.
+
+        Raises:
+            InputError: Shapes or dtypes do not fit.
         """
         check_call(self.spec, x_BTSD, rows_BTE, window, live, starts)
         spec, wide = self.spec, torch.promote_types(x_BTSD.dtype, torch.float32)
@@ -129,7 +144,7 @@ class EngramLayer(nn.Module):
             * _rstd(update_BTSD, spec.conv_eps)[..., None]
             * self._scale(self.conv_norm, wide)
         )
-        mixed_BTSD, window = self._convolve(inputs_BTSD, window, starts)
+        mixed_BTSD, window = convolve(self.conv, spec.order, inputs_BTSD, window, starts)
         update_BTSD = update_BTSD + F.silu(mixed_BTSD)
         if live is not None:
             update_BTSD = torch.where(live[:, :, None, None], update_BTSD, 0.0)
@@ -153,9 +168,8 @@ class EngramLayer(nn.Module):
             gate_B1S: Is filled if it is given.
 
         Returns:
-            x + update, or None if the kernel cannot do it and `forward` has to. The kernel takes x
-            and weights of one dtype (float32, float64, bfloat16), on the CPU, without gradients and
-            hooks.
+            x + update, or None if `forward` has to do it: the kernel takes x and weights of one
+            dtype (float32, float64, bfloat16), on the CPU, without gradients and hooks.
         """
         # Read from the dictionaries: attributes of an nn.Module take longer than the kernel.
         own = self._parameters
@@ -176,35 +190,6 @@ class EngramLayer(nn.Module):
         )
         return self._fuser(weights, x_B1SD, rows_B1E, live, columns, gate_B1S)
 
-    def _convolve(
-        self, inputs_BTSD: Tensor, window: Tensor | None, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        assert self.conv is not None
-        before, tokens = self.spec.window, inputs_BTSD.shape[1]
-        if window is None:
-            padded = F.pad(inputs_BTSD, (0, 0, 0, 0, before, 0))
-        else:
-            padded = torch.cat([window.to(inputs_BTSD.dtype), inputs_BTSD], dim=1)
-        taps_KSD = self.conv.to(inputs_BTSD.dtype).permute(2, 0, 1)
-        last = padded[:, tokens:]
-        if tokens == 1 and starts is None:  # decoding: one product for all taps
-            parts = (padded[:, :: self.spec.order] * taps_KSD).split(1, dim=1)
-            return functools.reduce(torch.add, parts), last
-        # A sum of shifted products: on a CPU a third of the time of a grouped conv1d, forward and
-        # backward.
-        shifted = [
-            padded.narrow(1, tap * self.spec.order, tokens) for tap in range(self.spec.kernel)
-        ]
-        if starts is not None:
-            document = F.pad(starts.cumsum(1), (before, 0))  # [B, W+T], counted within the chunk
-            now, final = document[:, before:], document[:, -1:]
-            for tap in range(self.spec.kernel - 1):
-                same = document.narrow(1, tap * self.spec.order, tokens) == now
-                shifted[tap] = torch.where(same[:, :, None, None], shifted[tap], 0.0)
-            last = torch.where((document[:, tokens:] == final)[:, :, None, None], last, 0.0)
-        parts = (part * weight for part, weight in zip(shifted, taps_KSD.contiguous(), strict=True))
-        return functools.reduce(torch.add, parts), last
-
     def _scale(self, norm: Tensor, dtype: torch.dtype) -> Tensor:
         return norm.to(dtype) + 1.0 if self.spec.unit_offset else norm.to(dtype)
 
@@ -213,8 +198,7 @@ class EngramLayer(nn.Module):
         """A layer from released tensors, in the dtype that holds them all.
 
         Args:
-            tensors: Released parameters, by their names within the layer; presets.py lists the
-                names. An fp8 "wkv.weight" of DeepSeek-V4.1 comes with "wkv.scale".
+            tensors: Released parameters by their names within the layer (listed in presets.py).
             preset: "demo", "deepseek_v41" or "qwen4".
             **sizes: What the tensors do not say, as the preset's LayerSpec constructor takes it:
                 order; eps if a model has its own.
@@ -223,24 +207,15 @@ class EngramLayer(nn.Module):
             A new layer.
 
         Raises:
-            ConfigError: A tensor is missing, unknown, or has another shape or dtype; its name is in
-                the message. Or no preset has this name.
+            ConfigError: A tensor, named in the message, is missing, unknown, or has another shape
+                or dtype; or no preset has this name.
         """
         return presets.load(cls, tensors, preset, sizes)
 
     def to_state(self, preset: str) -> dict[str, Tensor]:
-        """Copies of the parameters under the released names.
+        """Copies of the parameters under the released names. Inverse of `from_state`.
 
-        The inverse of `from_state`, except that nothing is quantised.
-
-        Args:
-            preset: As in `from_state`.
-
-        Returns:
-            Released name -> tensor.
-
-        Raises:
-            ConfigError: The preset cannot express this layer.
+        Nothing is quantised. Raises ConfigError if the preset cannot express this layer.
         """
         return presets.export(self, preset)
 

@@ -1,14 +1,19 @@
-"""A released checkpoint's n-gram tables: which tensors hold them, what those must be, and their
-rows as records.
+"""The n-gram tables of a released checkpoint: their tensors, checked, and their rows as records.
 
-Tensors of the table of layer L, after any prefix; `.shard_I` may stand or be missing in both
-releases, and parts have equal rows but the last:
+Tensors of the table of layer L, after any prefix. Both releases may split a weight into parts,
+`.shard_I`, which have equal rows except the last:
 
-    DeepSeek-V4.1   layers.L.engram.embed.weight                                    F8_E4M3 [rows, d]
-                    layers.L.engram.embed.scale                                     F8_E8M0 or U8 [rows, d/32]
-    Qwen4-Exp       layers.L.ple.ple_embedding.ngram_embedding.shard_I.weight       BF16 or F8_E4M3 [n, d]
-                    layers.L.ple.ple_embedding.ngram_embedding.weight_scale         BF16 or F32 [1], with F8_E4M3 only
-                    layers.L.ple.ple_embedding.{layer_multipliers, ngram_heads_vocab_sizes, ngram_heads_offsets}  I64
+    DeepSeek-V4.1   layers.L.engram.embed
+        .weight             F8_E4M3 [rows, d]
+        .scale              F8_E8M0 or U8 [rows, d/32]
+    Qwen4-Exp       layers.L.ple.ple_embedding
+        .ngram_embedding.shard_I.weight     BF16 or F8_E4M3 [n, d]
+        .ngram_embedding.weight_scale       BF16 or F32 [1], with F8_E4M3 only
+        .layer_multipliers                  I64
+        .ngram_heads_vocab_sizes            I64
+        .ngram_heads_offsets                I64
+
+The names stand with the dialects, in spec/dialects.
 
 Sources: public listings of the safetensors headers of DeepSeek-V4.1-Flash and of Qwen3.8-Flash-Next
 and its FP8 release; `qwen4_exp` in transformers 5.23 (conversion_mapping.py, split_ngram_parts).
@@ -55,9 +60,14 @@ _SAMPLED_ROWS = 64
 class Checkpoint:
     """The tables of a released checkpoint; made by `open`.
 
-    weights, scales: by layer, in row order; scales are empty where they do not stand in tensors
-    beside the rows. raw_vocab: size of the model's vocabulary. source_id: 32 hex digits of config,
-    headers and a sample of the rows.
+    Attributes:
+        directory: The checkpoint's folder.
+        config: The memory that config.json describes.
+        fmt: The format of the rows as records.
+        weights: The tensors of each layer, in row order.
+        scales: The block scales beside each of them; empty if there are none.
+        raw_vocab: Size of the model's vocabulary.
+        source_id: 32 hex digits of config, headers and a sample of the rows.
     """
 
     directory: Path
@@ -70,12 +80,20 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
-        """Look at config.json, the index and the headers of the files that hold tables; read a few
-        rows.
+        """Read config.json, the index, the headers of the files that hold tables, and a few rows.
 
-        Raises ConfigError (config.json), TableError naming the tensor and the number that differs,
-        or a tensor under a table's name that is not known, DigestMismatch (stored multipliers or
-        primes are not those of the config), ShardMissing, ShardTruncated, ShardCorrupt.
+        Args:
+            directory: The checkpoint's folder.
+
+        Returns:
+            Its tables.
+
+        Raises:
+            ConfigError: config.json is missing or describes no known memory.
+            TableError: A tensor, or one of its numbers, is not as expected; or a tensor under a
+                table's name is not known.
+            DigestMismatch: Stored multipliers or primes are not those of the config.
+            ShardMissing, ShardTruncated, ShardCorrupt: A file is missing or damaged.
         """
         directory = Path(os.path.abspath(directory))
         data = _read_config(directory)
@@ -108,11 +126,20 @@ class Checkpoint:
         out_nR[:, :d], out_nR[:, d:] = weight_nd, scale_ns
 
     def vocab(self, saved: str | os.PathLike[str] | None = None) -> VocabMap:
-        """The vocabulary map that the rows were trained with: none for Qwen, else the tokenizer's.
+        """The vocabulary map that the rows were trained with.
 
-        saved: a file that `VocabMap.save` wrote, by default the map of tokenizer.json in the
-        checkpoint's folder. Raises ConfigError where neither is there, DigestMismatch where the map
-        is not the checkpoint's.
+        It is the identity if the release hashes raw ids (Qwen4-Exp).
+
+        Args:
+            saved: A file that `VocabMap.save` wrote. By default the map is made from tokenizer.json
+                in the checkpoint's folder.
+
+        Returns:
+            The map.
+
+        Raises:
+            ConfigError: There is neither.
+            DigestMismatch: The map is not the checkpoint's.
         """
         size = self.config.hash.vocab_size
         vocab = load_map(saved) if saved is not None else None
@@ -138,7 +165,8 @@ class Checkpoint:
         path = self.directory / "tokenizer.json"
         if not path.exists():
             raise ConfigError(
-                f"{path}: expected the tokenizer, found no file; give a saved vocabulary map instead"
+                f"{path}: expected the tokenizer, found no file; "
+                "give a saved vocabulary map instead"
             )
         return _map_of(str(path), path.stat().st_mtime_ns, self.raw_vocab)
 
@@ -197,9 +225,11 @@ class _Tensors:
         return self._headers[path][name]
 
     def check_all_found(self, table: str) -> None:
-        """Raise TableError for a tensor under a table's name that was not asked for, listed by the
-        index or not: rows would be read without what it means. `table`: what follows the layer's
-        number in names."""
+        """Raise TableError if a tensor under a table's name was not asked for.
+
+        The rows would be read without what that tensor means, whether the index lists it or not.
+        table: what follows the layer's number in names.
+        """
         pattern = re.compile(rf"((?:.*\.)?)layers\.\d+\.{re.escape(table)}(?:[._].*)?")
         names = {*self._files, *(name for path in self._headers for name in tensor_names(path))}
         under = {name: match[1] for name in names if (match := pattern.fullmatch(name))}
@@ -208,13 +238,13 @@ class _Tensors:
             if under[name] in prefixes:
                 raise TableError(
                     f"{self.directory}: {name}: expected nothing under the name of a table but the "
-                    "tensors that its rows are made of, in the layers that config.json names, found one "
-                    "more, and what it means for the rows is not known; a newer Engraphy may know it"
+                    "tensors that its rows are made of, in the layers that config.json names, "
+                    "found one more, and what it means for the rows is not known; "
+                    "a newer Engraphy may know it"
                 )
 
     def left_out(self, pattern: re.Pattern[str]) -> str:
-        """For the end of a message: the files of the folder with such tensors that the index does
-        not list."""
+        """The end of a message: files of the folder with such tensors that the index leaves out."""
         holding = []
         for path in sorted(self.directory.glob("*.safetensors")):
             with contextlib.suppress(TableError):
@@ -224,8 +254,8 @@ class _Tensors:
         if not holding:
             return ""
         return (
-            f"; the folder has it in {', '.join(holding)}, which {INDEX_NAME} does not say: take the index of the "
-            "same release, or add these tensors to its weight_map"
+            f"; the folder has it in {', '.join(holding)}, which {INDEX_NAME} does not say: "
+            "take the index of the same release, or add these tensors to its weight_map"
         )
 
 
@@ -247,15 +277,12 @@ def _table(
     scale_name = f"{stem}.weight_scale"
     if (dtype == "F8_E4M3") != (scale_name in tensors) or dtype not in (*_PLAIN_KINDS, "F8_E4M3"):
         raise TableError(
-            f"{where}: dtype: expected {', '.join(_PLAIN_KINDS)}, or F8_E4M3 with {scale_name}, found "
-            f"{dtype} {'with' if scale_name in tensors else 'without'} it"
+            f"{where}: dtype: expected {', '.join(_PLAIN_KINDS)}, or F8_E4M3 with {scale_name}, "
+            f"found {dtype} {'with' if scale_name in tensors else 'without'} it"
         )
     if dtype == "F8_E4M3":
-        return (
-            RowFormat("fp8_scaled", config.dim, _table_scale(tensors.find(scale_name))),
-            tuple(weights),
-            (),
-        )
+        scale = _table_scale(tensors.find(scale_name))
+        return RowFormat("fp8_scaled", config.dim, scale), tuple(weights), ()
     return RowFormat(_PLAIN_KINDS[dtype], config.dim), tuple(weights), ()
 
 
@@ -270,15 +297,17 @@ def _names(tensors: _Tensors, table: str, layer: int) -> tuple[str, list[str]]:
     stems = sorted({match[1] for match in found})
     if len(stems) != 1:
         near = sorted(name for name in tensors if table in name)[:3]
+        left_out = "" if stems else tensors.left_out(pattern)
         raise TableError(
-            f"{tensors.directory}: expected one table layers.{layer}.{table}.weight, found {len(stems)} "
-            f"among {len(tensors)} tensors: {stems or near}{'' if stems else tensors.left_out(pattern)}"
+            f"{tensors.directory}: expected one table layers.{layer}.{table}.weight, "
+            f"found {len(stems)} among {len(tensors)} tensors: {stems or near}{left_out}"
         )
     numbered = {-1 if match[2] is None else int(match[2]): name for match, name in found.items()}
     expected = [-1] if -1 in numbered else list(range(len(numbered)))
     if len(numbered) != len(found) or sorted(numbered) != expected:
         raise TableError(
-            f"{tensors.directory}: {stems[0]}: expected one tensor, or shard_0 to shard_{max(numbered)}, "
+            f"{tensors.directory}: {stems[0]}: expected one tensor, "
+            f"or shard_0 to shard_{max(numbered)}, "
             f"found {sorted(found.values())}{tensors.left_out(pattern)}"
         )
     return stems[0], [numbered[number] for number in expected]
@@ -299,9 +328,8 @@ def _check_rows(
             raise TableError(
                 f"{where}: dtype: expected {first.dtype} as in {first.name}, found {weight.dtype}"
             )
-        if not (
-            weight.rows == first.rows or weight is weights[-1] and 0 < weight.rows < first.rows
-        ):
+        shorter = 0 < weight.rows < first.rows
+        if weight.rows != first.rows and not (shorter and weight is weights[-1]):
             raise TableError(
                 f"{where}: rows: expected {first.rows} as in {first.name}, found {weight.rows}"
             )
@@ -320,8 +348,8 @@ def _scale(tensors: _Tensors, weight: StoredTensor, d: int) -> StoredTensor:
         raise TableError(f"{where}: dtype: expected F8_E8M0 or U8, found {scale.dtype}")
     if scale.shape != (weight.rows, d // BLOCK):
         raise TableError(
-            f"{where}: shape of the scales: expected {[weight.rows, d // BLOCK]}, one for {BLOCK} values, "
-            f"found {list(scale.shape)}"
+            f"{where}: shape of the scales: expected {[weight.rows, d // BLOCK]}, "
+            f"one for {BLOCK} values, found {list(scale.shape)}"
         )
     return scale
 
@@ -329,13 +357,12 @@ def _scale(tensors: _Tensors, weight: StoredTensor, d: int) -> StoredTensor:
 def _table_scale(tensor: StoredTensor) -> float:
     if tensor.dtype not in _PLAIN_KINDS or tensor.shape not in ((), (1,)):
         raise TableError(
-            f"{tensor.path}: {tensor.name}: expected one BF16, F16 or F32 scale, found {tensor.dtype} "
-            f"{list(tensor.shape)}"
+            f"{tensor.path}: {tensor.name}: expected one BF16, F16 or F32 scale, "
+            f"found {tensor.dtype} {list(tensor.shape)}"
         )
     raw_NR = np.empty((1, tensor.size), np.uint8)
-    StoredTensor(tensor.path, tensor.name, "U8", raw_NR.shape, tensor.offset, tensor.size).read(
-        0, raw_NR
-    )
+    as_bytes = dataclasses.replace(tensor, dtype="U8", shape=raw_NR.shape)
+    as_bytes.read(0, raw_NR)
     return float(RowFormat(_PLAIN_KINDS[tensor.dtype], 1).decode(raw_NR)[0, 0])
 
 
@@ -348,8 +375,8 @@ def _check_hash(tensors: _Tensors, base: str, config: EngramConfig, layer: int) 
         tensor = tensors.find(f"{base}.{name}")
         if (tensor.dtype, tensor.shape) != ("I64", (len(expected),)):
             raise TableError(
-                f"{tensor.path}: {tensor.name}: expected I64 [{len(expected)}], found {tensor.dtype} "
-                f"{list(tensor.shape)}"
+                f"{tensor.path}: {tensor.name}: expected I64 [{len(expected)}], "
+                f"found {tensor.dtype} {list(tensor.shape)}"
             )
         found = np.empty(len(expected), np.int64)
         tensor.read(0, found.view(np.uint8).reshape(-1, 8))
@@ -361,22 +388,18 @@ def _check_hash(tensors: _Tensors, base: str, config: EngramConfig, layer: int) 
 
 
 def _source_id(checkpoint: Checkpoint) -> str:
-    """Headers alone would not tell a checkpoint from one trained on, so rows spread over each layer
-    are part of it."""
+    """32 hex digits. Rows spread over each layer are part of it, since the headers stay the same
+    when a checkpoint is trained further."""
     config = checkpoint.config
-    digest = hashlib.sha256(
-        json.dumps([config.to_json(), checkpoint.fmt.to_json()], sort_keys=True).encode()
-    )
+    described = json.dumps([config.to_json(), checkpoint.fmt.to_json()], sort_keys=True)
+    digest = hashlib.sha256(described.encode())
     row_1R = np.empty((1, checkpoint.fmt.row_bytes), np.uint8)
     for layer, weights in sorted(checkpoint.weights.items()):
         for tensor in (*weights, *checkpoint.scales[layer]):
             entry = [tensor.path.name, tensor.name, tensor.dtype, tensor.shape, tensor.offset]
             digest.update(json.dumps(entry).encode())
-        for row in (
-            np.linspace(0, config.hash.row_count(layer) - 1, _SAMPLED_ROWS)
-            .astype(np.int64)
-            .tolist()
-        ):
+        sampled = np.linspace(0, config.hash.row_count(layer) - 1, _SAMPLED_ROWS)
+        for row in sampled.astype(np.int64).tolist():
             checkpoint.read_rows(layer, row, row_1R)
             digest.update(row_1R.tobytes())
     return digest.hexdigest()[:32]

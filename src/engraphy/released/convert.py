@@ -35,9 +35,18 @@ SYNC_BYTES = 256 << 20  # what a kill can cost
 
 @dataclass(frozen=True)
 class Converted:
-    """A conversion that is done. source_id: the checkpoint, which is the table's parent.
-    resumed_at: the row (counted through all layers) where this run took up an earlier one, 0 if it
-    did not."""
+    """A conversion that is done.
+
+    Attributes:
+        path: The table's folder.
+        table_id: The table's identity.
+        source_id: The checkpoint's identity, which is the table's parent.
+        kind: Of the row format.
+        rows: Rows of all layers.
+        bytes: Bytes of these rows.
+        resumed_at: The row, counted through all layers, from which this call continued an earlier
+            one; 0 if it did not.
+    """
 
     path: str
     table_id: str
@@ -55,13 +64,23 @@ def convert(
     vocab_file: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Make a sealed table of a released checkpoint's rows, byte for byte; goes on where an earlier
-    call was killed.
+    """Make a sealed table of a released checkpoint's rows, byte for byte.
 
-    vocab_file: a saved vocabulary map, by default that of the checkpoint's tokenizer. Takes some MB
-    of memory whatever the size. Raises what `Checkpoint.open` and `.vocab` raise, and TableError:
-    `out` is taken, is being converted from another source, does not fit the disk, or cannot be
-    written (then the same call continues).
+    It continues where an earlier call was killed, and takes some MB of memory whatever the size.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        out: The table's folder.
+        vocab_file: A saved vocabulary map, by default that of the checkpoint's tokenizer.
+        progress: Is called with the stage, bytes done and bytes in total.
+
+    Returns:
+        What was converted.
+
+    Raises:
+        TableError: `out` is taken, is being converted from another source, does not fit the disk,
+            or cannot be written. After the last, the same call continues.
+        EngraphyError: What `Checkpoint.open` and `Checkpoint.vocab` raise.
     """
     out = Path(os.path.abspath(out))
     report = progress or (lambda stage, done, total: None)
@@ -99,19 +118,23 @@ def convert(
 def _open_table(
     source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal
 ) -> tuple[Table, int]:
-    """The table, and how many of its rows are written: a new one, an unfinished one open for
-    writing, or the finished one of an earlier conversion that only left its journal behind."""
-    found = journal.read()
-    if found is None or not (out / FILE_NAME).exists():
+    """The table, and how many of its rows are written.
+
+    It is a new one, an unfinished one open for writing, or a finished one whose conversion was
+    killed before it removed its journal.
+    """
+    progress = journal.read()
+    if progress is None or not (out / FILE_NAME).exists():
         return _create(source, vocab, out, journal), 0
-    table_id, done = found
+    table_id, done = progress
     manifest = Manifest.read(out)
     expected = (source.source_id, source.config.address_digest(vocab.digest), source.fmt)
     possible = table_id in (manifest.table_id, None) and done <= source.config.row_count()
     if (manifest.parent, manifest.address_digest, manifest.fmt) != expected or not possible:
         raise TableError(
-            f"{out}: expected the unfinished conversion of {source.directory} that {journal.path} tells "
-            f"of, found table {manifest.table_id} of parent {manifest.parent}, rows of {manifest.fmt}"
+            f"{out}: expected the unfinished conversion of {source.directory} that {journal.path} "
+            f"tells of, found table {manifest.table_id} of parent {manifest.parent}, "
+            f"rows of {manifest.fmt}"
         )
     if manifest.next_id is None:
         return Table.open(out), source.config.row_count()
@@ -180,18 +203,14 @@ class _Journal:
         self.path, self.source_id = path, source_id
 
     def read(self) -> tuple[str | None, int] | None:
-        """The table_id (None before there is a table) and rows; None where there is no journal.
+        """The table_id (None before there is a table) and rows; None if there is no journal.
 
-        Raises TableError for another source or another kind of file.
+        Raises TableError if the journal is of another source, or the file is no journal.
         """
         try:
             data = json.loads(self.path.read_bytes())
-            kind, source, table_id, rows = (
-                data["format"],
-                data["source_id"],
-                data["table_id"],
-                data["rows"],
-            )
+            kind, source = data["format"], data["source_id"]
+            table_id, rows = data["table_id"], data["rows"]
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:
@@ -205,8 +224,9 @@ class _Journal:
             )
         if source != self.source_id:
             raise TableError(
-                f"{self.path}: expected the journal of source {self.source_id}, found one of {source}: "
-                "another checkpoint; give another name, or delete this file and its unfinished table"
+                f"{self.path}: expected the journal of source {self.source_id}, "
+                f"found one of {source}: another checkpoint; "
+                "give another name, or delete this file and its unfinished table"
             )
         return table_id, rows
 
