@@ -15,10 +15,16 @@ from .model_config import config_fields, first, need
 
 @dataclass(frozen=True)
 class EngramConfig:
-    """A whole memory: addresses, the layer that fuses rows, and the row width d.
+    """A whole memory: its addresses, its fusion layer, and its row width.
 
-    Raises ConfigError where the three do not fit each other (layer.width must be hash.columns *
-    dim).
+    Attributes:
+        hash: How token ids become row ids.
+        layer: The layer that fuses rows.
+        dim: d, values of a row.
+
+    Raises:
+        ConfigError: The three do not fit: layer.width must be hash.columns * dim, and layer.order
+            the largest n-gram order.
     """
 
     hash: HashSpec
@@ -54,48 +60,67 @@ class EngramConfig:
         kernel: int = 4,
         seed: int = 0,
     ) -> EngramConfig:
-        """Sound defaults for a transformers model config: the demo dialect, unbiased projections, a
-        short conv.
+        """Sound defaults for a transformers model: the demo dialect, no bias, a short conv.
 
-        layers default to the second block and the middle one (1 and 14 of 30; the paper counts them
-        2 and 15); rows_per_head to five times the vocabulary (the public demo's ratio); dim so that
-        E is about D/2 (the paper's 1280 of 2560). vocab_size: len(vocab) where a VocabMap is used,
-        else the model's. pad_id: raw id of the filler, by default the model's pad token, else its
-        EOS. streams: residual streams, by default the config's hc_mult (hyper-connections), else 1.
-        Raises ConfigError for a layer that the model does not have.
+        Args:
+            model_config: The model's config, an object or a dict.
+            layers: By default the second block and the middle one (1 and 14 of 30; the paper counts
+                them 2 and 15).
+            orders: n-gram orders.
+            heads: Rows per order.
+            rows_per_head: By default five times the model's vocabulary, the public demo's ratio.
+            dim: d. By default such that E is about D/2 (the paper has 1280 and 2560).
+            vocab_size: len(vocab) if a VocabMap is used; by default the model's.
+            pad_id: Raw id of the filler. By default the model's pad token, else its EOS.
+            streams: Residual streams. By default hc_mult of the config (hyper-connections), else 1.
+            kernel: Taps of the conv.
+            seed: Of the multipliers.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: The model does not have such a layer, its config lacks a field, or a size
+                is invalid.
         """
         fields = config_fields(model_config)
-        depth, hidden, model_vocab = (
-            as_int(name, need(fields, name), 1)
-            for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-        )
-        defaults = sorted({min(1, depth - 1), (depth - 1) // 2})
-        layers = as_ints("layers", defaults if layers is None else layers)
+        depth = as_int("num_hidden_layers", need(fields, "num_hidden_layers"), 1)
+        hidden = as_int("hidden_size", need(fields, "hidden_size"), 1)
+        model_vocab = as_int("vocab_size", need(fields, "vocab_size"), 1)
+        if layers is None:
+            layers = sorted({min(1, depth - 1), (depth - 1) // 2})
+        layers = as_ints("layers", layers)
         for layer in layers:
             if not 0 <= layer < depth:
                 raise ConfigError(f"layers: expected 0 to {depth - 1}, found {layer}")
-        rows_per_head = 5 * model_vocab if rows_per_head is None else rows_per_head
+        if rows_per_head is None:
+            rows_per_head = 5 * model_vocab
         if pad_id is None:
-            found = [first(fields.get(name)) for name in ("pad_token_id", "eos_token_id")]
-            pad_id = next((value for value in found if isinstance(value, int) and value >= 0), None)
-        if pad_id is None:
-            raise ConfigError(
-                "the model's config has neither a pad_token_id nor an eos_token_id; give pad_id="
-            )
+            pad_id = _filler_of(fields)
         vocab_size = model_vocab if vocab_size is None else vocab_size
         spec = HashSpec.demo(layers, orders, heads, rows_per_head, vocab_size, pad_id, seed)
-        dim = max(8, hidden // 2 // spec.columns // 8 * 8) if dim is None else as_int("dim", dim, 1)
-        count = (fields.get("hc_mult") or 1) if streams is None else streams
-        layer = LayerSpec(hidden, spec.columns * dim, count, spec.order, kernel)
-        return cls(spec, layer, dim)
+        if dim is None:
+            dim = max(8, hidden // 2 // spec.columns // 8 * 8)
+        dim = as_int("dim", dim, 1)
+        if streams is None:
+            streams = fields.get("hc_mult") or 1
+        return cls(spec, LayerSpec(hidden, spec.columns * dim, streams, spec.order, kernel), dim)
 
     @classmethod
     def from_hf(cls, config: Any) -> EngramConfig:
-        """The memory that a released checkpoint's config describes: `HashSpec.from_hf`, the layer's
-        sizes, and d.
+        """The memory that a released checkpoint's config describes.
 
-        d is `engram_head_dim` of DeepSeek-V4.1, `ple_embed_dim` (by default hidden_size) over the
-        columns of Qwen. Raises ConfigError like `HashSpec.from_hf`.
+        d is `engram_head_dim` of DeepSeek-V4.1, and `ple_embed_dim` (by default hidden_size) over
+        the columns of Qwen4-Exp.
+
+        Args:
+            config: As in `HashSpec.from_hf`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: As in `HashSpec.from_hf`, and if the layer's sizes are missing or invalid.
         """
         spec = HashSpec.from_hf(config)
         fields = config_fields(config)
@@ -124,8 +149,10 @@ class EngramConfig:
         return len(self.hash.layer_ids) * (projections + norms)
 
     def address_digest(self, vocab_digest: str) -> str:
-        """Identity of the addresses: hash spec, vocabulary map and row width. Equal digests: rows
-        mean the same."""
+        """Identity of the addresses: hash spec, vocabulary map and row width.
+
+        Rows of two memories mean the same if, and only if, their digests are equal.
+        """
         return sha256_of({"hash": self.hash.to_json(), "vocab": vocab_digest, "dim": self.dim})
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +161,18 @@ class EngramConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngramConfig:
-        """Inverse of `to_json`. Raises ConfigError on unknown or missing fields."""
+        """Inverse of `to_json`. Raises ConfigError if fields are unknown or missing."""
         known = known_fields(cls, data)
         layer = LayerSpec(**known_fields(LayerSpec, known["layer"]))
         return cls(HashSpec.from_json(known["hash"]), layer, known["dim"])
+
+
+def _filler_of(fields: Mapping[str, Any]) -> int:
+    """The model's pad token, else its EOS."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = first(fields.get(name))
+        if isinstance(value, int) and value >= 0:
+            return value
+    raise ConfigError(
+        "the model's config has neither a pad_token_id nor an eos_token_id; give pad_id="
+    )

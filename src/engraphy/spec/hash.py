@@ -1,12 +1,14 @@
-"""What a memory is, as frozen values: which n-grams are hashed how, and the sizes of the layer that
-reads their rows.
+"""HashSpec: which n-grams are hashed, and how, as one frozen value.
 
-Knows no tokenizer, no store and no tensor. A new dialect is an entry in dialects.py, a constructor
-here, and golden vectors in the tests.
+It knows no tokenizer, no store and no tensor. What the published memories differ in stands in
+dialects/.
 
 Sources: "Conditional Memory via Scalable Lookup" (arXiv 2601.07372, section 2) and its public demo;
 the DeepSeek-V4.1-Flash release; `qwen4_exp` in transformers 5.23.
 """
+
+# pyright: reportUnnecessaryIsInstance=false
+# Callers need not be typed, so arguments are checked at run time too.
 
 from __future__ import annotations
 
@@ -24,20 +26,32 @@ from . import dialects
 from .dialects import Dialect
 from .model_config import MOST_IDS, config_fields
 
-_MOST_COLUMNS = 4096  # each takes the search for a prime
+_MOST_COLUMNS = 4096  # each one takes a search for a prime
 
 
 @dataclass(frozen=True)
 class HashSpec:
     """How token ids become row ids, for all layers of one memory.
 
-    dialect: one of DIALECTS. layer_ids: the model's layers, 0-based, in the order the dialect
-    counts them. orders: n-gram orders, ascending. heads: rows read per order. rows_per_head: least
-    rows of a head, per order. vocab_size: number of ids that are hashed (compressed where a map is
-    used); the multipliers depend on it. filler_id: raw id that stands where look-back finds nothing
-    (pad for demo and V4.1, EOS for Qwen). seed: of the multipliers. pad_to: the layer's row count
-    is a multiple of it. Raises ConfigError for anything that cannot be meant. Frozen, hashable;
-    `to_json` / `from_json` round trip.
+    Frozen and hashable; `to_json` and `from_json` are inverse. Sequences are accepted where tuples
+    are kept, and one int for rows_per_head.
+
+    Attributes:
+        dialect: A key of `dialects.DIALECTS`.
+        layer_ids: The model's layers, counted from 0, in the order in which the dialect counts
+            them.
+        orders: n-gram orders, ascending.
+        heads: Rows read per order.
+        rows_per_head: Least number of rows of a head, per order.
+        vocab_size: Number of ids that are hashed (compressed ids if a map is used). The multipliers
+            depend on it.
+        filler_id: The raw id that stands for what look-back does not find: pad in demo and
+            DeepSeek-V4.1, EOS in Qwen4-Exp.
+        seed: Of the multipliers.
+        pad_to: The row count of a layer is a multiple of it.
+
+    Raises:
+        ConfigError: A field is invalid; its name is in the message.
     """
 
     dialect: str
@@ -54,7 +68,8 @@ class HashSpec:
         for name in ("layer_ids", "orders"):
             object.__setattr__(self, name, as_ints(name, getattr(self, name)))
         rows = self.rows_per_head
-        rows = (rows,) * len(self.orders) if isinstance(rows, (int, np.integer)) else rows
+        if isinstance(rows, (int, np.integer)):
+            rows = (rows,) * len(self.orders)
         object.__setattr__(self, "rows_per_head", as_ints("rows_per_head", rows))
         for name in ("heads", "vocab_size", "filler_id", "seed", "pad_to"):
             object.__setattr__(self, name, as_int(name, getattr(self, name)))
@@ -71,8 +86,13 @@ class HashSpec:
         pad_id: int,
         seed: int = 0,
     ) -> HashSpec:
-        """The paper's dialect as its public demo computes it. rows_per_head: one int, or one per
-        order."""
+        """The paper's dialect as its public demo computes it.
+
+        Args:
+            layer_ids, orders, heads, vocab_size, seed: As the attributes.
+            rows_per_head: One int, or one per order.
+            pad_id: The filler_id.
+        """
         return cls._made("demo", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id, seed)
 
     @classmethod
@@ -85,8 +105,14 @@ class HashSpec:
         vocab_size: int = 99_092,
         pad_id: int = 2,
     ) -> HashSpec:
-        """DeepSeek-V4.1-Flash as released: look-back stops at dead tokens; one rows_per_head for
-        all orders."""
+        """DeepSeek-V4.1-Flash as released; the defaults are its sizes.
+
+        Look-back stops at dead tokens, and all orders have one rows_per_head.
+
+        Args:
+            layer_ids, orders, heads, rows_per_head, vocab_size: As the attributes.
+            pad_id: The filler_id.
+        """
         return cls._made(
             "deepseek_v41", layer_ids, orders, heads, rows_per_head, vocab_size, pad_id
         )
@@ -103,8 +129,14 @@ class HashSpec:
         seed: int = 1234,
         pad_to: int = 128,
     ) -> HashSpec:
-        """Qwen4-Exp's per-layer embedding (PLE): raw ids, look-back stops at EOS, rows padded to
-        `pad_to`."""
+        """Qwen4-Exp's per-layer embedding (PLE).
+
+        Raw ids are hashed, look-back stops at EOS, and a layer's rows are padded to `pad_to`.
+
+        Args:
+            layer_ids, orders, heads, rows_per_head, vocab_size, seed, pad_to: As the attributes.
+            eos_id: The filler_id.
+        """
         return cls._made(
             "qwen4", layer_ids, orders, heads, rows_per_head, vocab_size, eos_id, seed, pad_to
         )
@@ -137,13 +169,21 @@ class HashSpec:
 
     @classmethod
     def from_hf(cls, config: Any) -> HashSpec:
-        """The spec that a released checkpoint's config (object or dict, or one with a
-        `text_config`) describes.
+        """The spec that a released checkpoint's config describes.
 
-        Reads Qwen's `ple_*` / `ngram_*` fields and DeepSeek-V4.1's `engram_*` fields, as its
-        config.json or its inference/config.json names them. Raises ConfigError naming the field
-        that is missing or contradicts others: layers beyond the model's, row counts
-        (`engram_num_embeddings`) that are not those computed here.
+        It reads Qwen's `ple_*` and `ngram_*` fields, and DeepSeek-V4.1's `engram_*` fields under
+        the names of its config.json and of its inference/config.json.
+
+        Args:
+            config: The model's config, an object or a dict, or one with a `text_config`.
+
+        Returns:
+            The spec.
+
+        Raises:
+            ConfigError: A field, named in the message, is missing or contradicts others: layers
+                beyond the model's, or row counts (`engram_num_embeddings`) other than those
+                computed here.
         """
         fields = config_fields(config)
         dialect = dialects.described_by(fields)
@@ -197,11 +237,11 @@ class HashSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HashSpec:
-        """Inverse of `to_json`. Raises ConfigError on unknown or missing fields."""
+        """Inverse of `to_json`. Raises ConfigError if fields are unknown or missing."""
         return cls(**known_fields(cls, data))
 
     def layer_index(self, layer: int) -> int:
-        """Position of a layer in `layer_ids`. Raises ConfigError for a layer without memory."""
+        """Position of a layer in `layer_ids`. Raises ConfigError if the layer has no memory."""
         if as_int("layer", layer) not in self.layer_ids:
             raise ConfigError(
                 f"layer {layer!r} has no memory; expected one of {list(self.layer_ids)}"
@@ -211,21 +251,15 @@ class HashSpec:
 
 def _check_hash_spec(spec: HashSpec) -> None:
     rules = dialects.named(spec.dialect)
-    if (
-        not spec.layer_ids
-        or len(set(spec.layer_ids)) != len(spec.layer_ids)
-        or min(spec.layer_ids) < 0
-    ):
+    layers = spec.layer_ids
+    if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
         raise ConfigError(
-            f"layer_ids: expected distinct layers counted from 0, found {list(spec.layer_ids)}"
+            f"layer_ids: expected distinct layers counted from 0, found {list(layers)}"
         )
-    # 32 is what the native kernel has room for.
-    if (
-        not spec.orders
-        or spec.orders[0] < 1
-        or spec.orders[-1] > 32
-        or list(spec.orders) != sorted(set(spec.orders))
-    ):
+    orders = spec.orders
+    ascending = list(orders) == sorted(set(orders))
+    # 32 is the room of the native kernel.
+    if not orders or not ascending or orders[0] < 1 or orders[-1] > 32:
         raise ConfigError(
             f"orders: expected ascending n-gram orders from 1 to 32, found {list(spec.orders)}"
         )
@@ -239,14 +273,11 @@ def _check_hash_spec(spec: HashSpec) -> None:
             f"rows_per_head: dialect {spec.dialect} has one size for all orders, "
             f"found {list(spec.rows_per_head)}"
         )
-    for name, least in (
-        ("heads", 1),
-        ("vocab_size", 1),
-        ("filler_id", 0),
-        ("seed", 0),
-        ("pad_to", 1),
-    ):
-        as_int(name, getattr(spec, name), least)
+    as_int("heads", spec.heads, 1)
+    as_int("vocab_size", spec.vocab_size, 1)
+    as_int("filler_id", spec.filler_id, 0)
+    as_int("seed", spec.seed, 0)
+    as_int("pad_to", spec.pad_to, 1)
     if spec.columns > _MOST_COLUMNS or spec.vocab_size > MOST_IDS:
         raise ConfigError(
             f"heads, vocab_size: expected at most {_MOST_COLUMNS} heads of all orders together and "
@@ -271,6 +302,6 @@ def _check_row_counts(spec: HashSpec, name: str, fields: Mapping[str, Any]) -> N
 
 
 def sha256_of(value: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """SHA-256 of the canonical JSON of a value, as hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -14,14 +14,22 @@ from ..system.checks import as_int
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Sizes and variants of one Engram layer (paper section 2.3; the released variants differ in
-    details).
+    """Sizes and variants of one Engram layer (paper, section 2.3).
 
-    hidden_size: D. width: E = columns * row width. streams: S residual streams. order: N, which is
-    the conv's dilation. kernel: taps of the short conv, 0 = no conv. bias: key and value
-    projections have one. eps: of the query and key norms, None = the dtype's machine epsilon
-    (torch's default). conv_eps: of the conv's norm. unit_offset: norms scale by (1 + weight) with
-    weights that start at zero, instead of by weights that start at one.
+    Attributes:
+        hidden_size: D.
+        width: E = columns * row width.
+        streams: S residual streams.
+        order: N, the dilation of the conv.
+        kernel: Taps of the short conv; 0 = no conv.
+        bias: The key and value projections have one.
+        eps: Of the query and key norms; None = the dtype's machine epsilon (torch's default).
+        conv_eps: Of the conv's norm.
+        unit_offset: Norms scale by (1 + weight), and weights start at zero. If False, norms scale
+            by weights that start at one.
+
+    Raises:
+        ConfigError: A field is invalid; its name is in the message.
     """
 
     hidden_size: int
@@ -35,23 +43,15 @@ class LayerSpec:
     unit_offset: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("hidden_size", 1),
-            ("width", 1),
-            ("streams", 1),
-            ("order", 1),
-            ("kernel", 0),
-        ):
-            object.__setattr__(self, name, as_int(name, getattr(self, name), least))
+        least = {"hidden_size": 1, "width": 1, "streams": 1, "order": 1, "kernel": 0}
+        for name, smallest in least.items():
+            object.__setattr__(self, name, as_int(name, getattr(self, name), smallest))
         for name in ("bias", "unit_offset"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected a bool, found {getattr(self, name)!r}")
-        for name, eps in (
-            ("eps", 1.0 if self.eps is None else self.eps),
-            ("conv_eps", self.conv_eps),
-        ):
-            if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
-                raise ConfigError(f"{name}: expected a positive number, found {eps!r}")
+        if self.eps is not None:
+            _check_eps("eps", self.eps)
+        _check_eps("conv_eps", self.conv_eps)
 
     @property
     def window(self) -> int:
@@ -87,3 +87,8 @@ class LayerSpec:
         return cls(
             hidden_size, width, streams, order, kernel, eps=eps, conv_eps=eps, unit_offset=True
         )
+
+
+def _check_eps(name: str, eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        raise ConfigError(f"{name}: expected a positive number, found {eps!r}")
