@@ -1,4 +1,4 @@
-"""address.py: every test runs on the plain version and on each native level that this machine has."""
+"""addresser.py: every test runs on the plain version and on each native level of this machine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_kernel_under_test_is_the_one_that_computes(kernel, monkeypatch):
 
 
 # --- an independent reference: one position after the other, Python integers
-# ------------------------------------------
+# ----------------------------------------------------------------------
 
 
 def visible(spec: HashSpec, vocab: VocabMap, ids, live, starts, history) -> list[list[int]]:
@@ -191,7 +191,7 @@ def test_rows_equal_a_walk_from_position_to_position(case):
 
 
 # --- a row depends on the text alone, not on how it arrives
-# -----------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 @given(cases(), st.lists(st.integers(0, 131), max_size=4))
@@ -310,7 +310,7 @@ def test_one_layer_and_all_layers_and_a_given_buffer_agree(case):
 
 
 # --- the released numbers
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -442,7 +442,7 @@ def test_history_equals_the_cache_of_transformers(qwen):
 
 
 # --- failures seen elsewhere, each by name
-# ----------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 def addresser(vocab_size: int = 50, **changes) -> Addresser:
@@ -570,7 +570,7 @@ def test_remainders_next_to_multiples_of_a_prime_are_exact(monkeypatch):
 
 
 # --- edges
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 def test_unigrams_need_no_history():
@@ -679,7 +679,7 @@ def test_copies_give_the_same_rows(copied, used):
 
 
 # --- wrong input
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""spec.py and dialects.py: released constants, JSON form, digests, and every specification that
+"""hash.py and dialects/: released constants, JSON form, digests, and every specification that
 cannot be meant."""
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def hash_specs(draw) -> HashSpec:
 
 
 # --- the released constants
-# -------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 def test_demo_multipliers_are_those_of_the_reference():
@@ -117,7 +117,7 @@ def test_qwen_rows_are_padded_to_a_multiple_of_128():
 
 
 # --- primes and multipliers
-# -------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 def test_is_prime_agrees_with_a_sieve():
@@ -225,7 +225,7 @@ def test_demo_multipliers_depend_on_the_layer_not_on_its_place():
 
 
 # --- JSON and digests
-# -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 @given(hash_specs())
@@ -368,7 +368,7 @@ def test_from_json_refuses_a_damaged_config(change):
 
 
 # --- specifications that cannot be meant
-# ------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -483,7 +483,7 @@ def test_parts_of_a_config_that_do_not_fit_are_refused(layer, dim, told):
 
 
 # --- configs of released checkpoints
-# ----------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 def test_from_hf_reads_a_qwen_config():
@@ -683,7 +683,7 @@ def test_from_hf_refuses_a_config_without_a_memory(config):
 
 
 # --- a config for a model that has none
-# -------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 def test_for_model_has_the_papers_proportions():
@@ -792,7 +792,7 @@ def test_for_model_names_the_field_that_the_model_lacks(field):
 
 
 # --- costs
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

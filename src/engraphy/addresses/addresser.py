@@ -1,4 +1,4 @@
-"""Addresser: token ids -> row ids, pure arithmetic. Knows no store and no tensor.
+"""Addresser: token ids -> row ids, pure arithmetic. It knows no store and no tensor.
 
 The plain numpy version below is the specification; the native kernel beside it gives the same
 numbers.
@@ -6,8 +6,9 @@ numbers.
     mix_n(t) = XOR over i < n of x[t-i] * m[i]          (int64, no product overflows)
     row      = mix_n mod prime[n, k] + offset[n, k]     (paper, section 2.2)
 
-x is the compressed id. Where look-back may not go, every older x is the filler. It may not go
-before the sequence, past a document start, past a dead position, or (Qwen) past EOS.
+x is the compressed id. If look-back may not reach a position, every x from there on back is the
+filler. It never reaches before the sequence, past a document start, past a dead position, or (in
+Qwen4-Exp) past EOS.
 """
 
 # pyright: reportUnnecessaryIsInstance=false
@@ -29,10 +30,18 @@ _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
 
 class Addresser:
-    """Row ids of every memory layer for raw token ids. Immutable: history is the caller's.
+    """Row ids of every memory layer for raw token ids. Immutable: the caller keeps the history.
 
-    Raises DigestMismatch when the spec's vocab_size is not len(vocab), since the multipliers depend
-    on it. `hot` is reserved for the collision-free tier and has to be None.
+    Attributes:
+        spec: How ids are hashed.
+        vocab: Raw ids -> compressed ids.
+        filler: The compressed id that stands for what look-back does not find.
+        stop_id: The raw id that ends look-back, -1 if there is none.
+
+    Raises:
+        DigestMismatch: The spec's vocab_size is not len(vocab), on which the multipliers depend.
+        ConfigError: The filler has no token, or `hot`, which is reserved for the collision-free
+            tier, is not None.
     """
 
     def __init__(self, spec: HashSpec, vocab: VocabMap, hot: None = None):
@@ -75,7 +84,19 @@ class Addresser:
     def rows(
         self, ids_BT: Any, layer: int, history: Any = None, live: Any = None, starts: Any = None
     ) -> np.ndarray:
-        """Flat row ids of one layer, int64 [B, T, C]. Arguments and errors as in `all_rows`."""
+        """Flat row ids of one layer.
+
+        Args:
+            ids_BT, history, live, starts: As in `all_rows`.
+            layer: One of spec.layer_ids.
+
+        Returns:
+            int64 [B, T, C].
+
+        Raises:
+            InputError: As in `all_rows`.
+            ConfigError: The layer has no memory.
+        """
         index = self.spec.layer_index(layer)
         return self._compute(ids_BT, slice(index, index + 1), history, live, starts, None)[0]
 
@@ -87,14 +108,24 @@ class Addresser:
         starts: Any = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Flat row ids of all layers, int64 [L, B, T, C], layers in the order of `spec.layer_ids`.
+        """Flat row ids of all layers.
 
-        ids_BT: int64 or int32 [B, T], raw ids. history: int [B, N-1], raw ids before the chunk, -1
-        = nothing there (and nothing older either). live: bool [B, T], False = the position takes
-        part in no n-gram. starts: bool [B, T], a document begins here; None = as released. out:
-        int64 [L, B, T, C], C-contiguous, is filled and returned. Rows at dead positions are those
-        of the all-filler n-gram. Ids without a token (-1 in the map) are dead. Raises InputError
-        naming position and value for an id out of range, and for wrong shapes and dtypes.
+        Ids without a token (-1 in the map) are dead. Rows at dead positions are those of the
+        all-filler n-gram.
+
+        Args:
+            ids_BT: int64 or int32, raw ids.
+            history: int [B, N-1], raw ids before the chunk; -1 = nothing there, nor before it.
+            live: bool [B, T]. False: the position takes part in no n-gram.
+            starts: bool [B, T]. True: a document begins here. None = as released.
+            out: int64 [L, B, T, C], C-contiguous; is filled and returned.
+
+        Returns:
+            int64 [L, B, T, C], layers in the order of spec.layer_ids.
+
+        Raises:
+            InputError: An id is out of range (the message names its position and value), or a shape
+                or dtype does not fit.
         """
         return self._compute(ids_BT, slice(0, len(self.spec.layer_ids)), history, live, starts, out)
 
@@ -111,20 +142,8 @@ class Addresser:
         shape = (layers.stop - layers.start, *call.ids_BT.shape, self.spec.columns)
         if out is None:
             out = np.empty(shape, dtype=np.int64)
-        elif (
-            not isinstance(out, np.ndarray)
-            or out.shape != shape
-            or out.dtype != np.int64
-            or not out.flags.carray
-        ):
-            found = (
-                f"{out.dtype} {list(out.shape)}"
-                if isinstance(out, np.ndarray)
-                else type(out).__name__
-            )
-            raise InputError(
-                f"out: expected writable, aligned, C-contiguous int64 {list(shape)}, found {found}"
-            )
+        else:
+            _check_out(out, shape)
         compute = self._plain if _native.core is None else self._native
         compute(call, layers, out)
         return out
@@ -146,7 +165,7 @@ class Addresser:
 
     @property
     def plan(self) -> Any:
-        """A `HashPlan` of the native core, made when it is first asked for."""
+        """The `HashPlan` of the native core, made at first use."""
         if self._plan is None:
             self._plan = _native.compiled().HashPlan(
                 map=_address(self.vocab.table),
@@ -165,8 +184,8 @@ class Addresser:
     def _native(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
         """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`)."""
         batch, tokens = call.ids_BT.shape
-        every = layers.stop - layers.start == len(self.spec.layer_ids)
-        wrong = self.plan.rows(
+        all_layers = layers.stop - layers.start == len(self.spec.layer_ids)
+        code = self.plan.rows(
             _address(call.ids_BT),
             batch,
             tokens,
@@ -174,41 +193,39 @@ class Addresser:
             _address(call.live),
             _address(call.starts),
             _address(out_LBTC),
-            -1 if every else layers.start,
+            -1 if all_layers else layers.start,
         )
-        if wrong >= 0:
-            sequence, position = divmod(wrong, tokens)
-            raise _bad_id(
-                int(call.ids_BT[sequence, position]), sequence, position, self.vocab.raw_size
-            )
-        if wrong < -1:
-            assert call.history is not None
+        if code >= 0:
+            sequence, position = divmod(code, tokens)
+            bad_id = int(call.ids_BT[sequence, position])
+            raise _bad_id(bad_id, sequence, position, self.vocab.raw_size)
+        if code < -1 and call.history is not None:
             past = self.spec.order - 1
-            sequence, position = divmod(-2 - wrong, past)
-            raise _bad_id(
-                int(call.history.flat[-2 - wrong]), sequence, position - past, self.vocab.raw_size
-            )
+            sequence, position = divmod(-2 - code, past)
+            bad_id = int(call.history[sequence, position])
+            raise _bad_id(bad_id, sequence, position - past, self.vocab.raw_size)
 
     def _plain(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
         """The specification: what follows is all there is to an address."""
         spec, past = self.spec, self.spec.order - 1
-        (batch, tokens), vocab_size = call.ids_BT.shape, self.vocab.raw_size
-        history = (
-            np.full((batch, past), -1, dtype=np.int64) if call.history is None else call.history
-        )
+        batch, tokens = call.ids_BT.shape
+        vocab_size = self.vocab.raw_size
+        history = call.history
+        if history is None:
+            history = np.full((batch, past), -1, dtype=np.int64)
         ids = np.concatenate([history, call.ids_BT], axis=1)  # [B, N-1+T]
         live = np.ones(call.ids_BT.shape, dtype=bool) if call.live is None else call.live
         alive = np.concatenate([history != -1, live], axis=1)
-        wrong = alive & ((ids < 0) | (ids >= vocab_size))
-        if wrong.any():
-            b, position = np.argwhere(wrong)[0]
+        out_of_range = alive & ((ids < 0) | (ids >= vocab_size))
+        if out_of_range.any():
+            b, position = np.argwhere(out_of_range)[0]
             raise _bad_id(int(ids[b, position]), int(b), int(position) - past, vocab_size)
         x = np.where(alive, self.vocab.table[np.where(alive, ids, 0)], -1).astype(np.int64)
         alive &= x >= 0
         x[~alive] = self.filler
 
         blocked = ~alive | (ids == self.stop_id)  # look-back may not reach these
-        resets = np.ones_like(blocked)  # ... so it restarts after them
+        resets = np.ones_like(blocked)  # so it restarts after them
         resets[:, 1:] = blocked[:, :-1]
         if call.starts is not None:
             resets[:, past:] |= call.starts
@@ -225,7 +242,8 @@ class Addresser:
             shifted[:, i:] = x[:, :-i]
             terms[i] = np.where(run >= i, shifted, self.filler)
         for slot, layer in enumerate(range(layers.start, layers.stop)):
-            mix, done = np.zeros((batch, tokens), dtype=np.int64), 0
+            mix = np.zeros((batch, tokens), dtype=np.int64)
+            done = 0
             for order_index, order in enumerate(spec.orders):
                 for i in range(done, order):
                     mix = mix ^ terms[i][:, past:] * self._multipliers_LN[layer, i]
@@ -246,13 +264,20 @@ class _Call:
 def _array(name: str, values: Any) -> np.ndarray:
     try:
         return np.asarray(values)
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # ragged lists, tensors that are not in this machine's memory
+    except (TypeError, ValueError) as error:
+        # Ragged lists, and tensors that are not in this machine's memory.
         raise InputError(
             f"{name}: expected an array, found {type(values).__name__}: {error}"
         ) from None
+
+
+def _check_out(out: Any, shape: tuple[int, ...]) -> None:
+    expected = f"writable, aligned, C-contiguous int64 {list(shape)}"
+    if not isinstance(out, np.ndarray):
+        raise InputError(f"out: expected {expected}, found {type(out).__name__}")
+    array: np.ndarray = out
+    if array.shape != shape or array.dtype != np.int64 or not array.flags.carray:
+        raise InputError(f"out: expected {expected}, found {array.dtype} {list(array.shape)}")
 
 
 def _address(values: np.ndarray | None) -> int:
@@ -280,9 +305,6 @@ def _flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _bad_id(value: int, sequence: int, position: int, vocab_size: int) -> InputError:
-    where = (
-        f"sequence {sequence}, position {position}"
-        if position >= 0
-        else f"sequence {sequence}, history {position}"
-    )
+    place = f"position {position}" if position >= 0 else f"history {position}"
+    where = f"sequence {sequence}, {place}"
     return InputError(f"token id at {where}: expected 0 to {vocab_size - 1}, found {value}")

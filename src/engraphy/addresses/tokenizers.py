@@ -12,7 +12,7 @@ from .vocab import VocabMap
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises ConfigError for what is none."""
+    """The tokenizer of a tokenizer.json. Raises ConfigError if the file is something else."""
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises no narrower class
@@ -23,8 +23,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def load_map(path: str | os.PathLike[str]) -> VocabMap:
-    """A saved vocabulary map. Raises ConfigError where there is no file, and what `VocabMap.load`
-    raises."""
+    """A saved vocabulary map.
+
+    Raises ConfigError if there is no file, and what `VocabMap.load` raises.
+    """
     try:
         return VocabMap.load(path)
     except OSError as error:

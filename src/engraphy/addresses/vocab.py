@@ -1,5 +1,6 @@
-"""VocabMap: raw token ids -> the compressed ids that are hashed. Knows tokenizers, nothing of
-addresses.
+"""VocabMap: raw token ids -> the compressed ids that are hashed.
+
+It knows tokenizers, and nothing of addresses.
 
 Ids whose text is the same after normalisation share a compressed id, so "Apple", " apple" and
 "APPLE" meet the same n-grams. Only the hash sees compressed ids; the backbone keeps the raw ones
@@ -44,25 +45,32 @@ _NORMALIZER = normalizers.Sequence(
 
 
 class VocabMap:
-    """A map of raw ids to compressed ids. Immutable.
+    """A map of raw ids to compressed ids. Immutable; `len()` is the number of compressed ids.
 
-    table: int32 [V]; -1 = the id has no token (a gap in the tokenizer's ids, or between its last
-    and a model's padded vocabulary): such positions are dead, they take part in no n-gram. `len()`
-    is the number of compressed ids, `raw_size` is V.
+    Attributes:
+        table: int32 [V]. -1: the id has no token. It lies in a gap of the tokenizer's ids, or
+            between its last id and a model's padded vocabulary. Such positions are dead: they take
+            part in no n-gram.
+        raw_size: V.
+        has_dead_ids: Whether `table` has a -1.
+        digest: SHA-256 of the map, as hex; dead ids that `widened` added at the end do not count.
+
+    Raises:
+        ConfigError: The table is not an array of integers, or has ids below -1 or only -1.
     """
 
     def __init__(self, table_V: np.ndarray):
-        given = np.asarray(table_V)
-        if given.dtype.kind not in "iu" or given.ndim != 1 or not given.size:
+        raw = np.asarray(table_V)
+        if raw.dtype.kind not in "iu" or raw.ndim != 1 or not raw.size:
             raise ConfigError(
-                f"vocabulary map: expected integers [V], found {given.dtype} {list(given.shape)}"
+                f"vocabulary map: expected integers [V], found {raw.dtype} {list(raw.shape)}"
             )
-        if given.min() < -1 or given.max() < 0 or given.max() >= 2**31 - 1:
+        if raw.min() < -1 or raw.max() < 0 or raw.max() >= 2**31 - 1:
             raise ConfigError(
                 "vocabulary map: expected int32 ids from -1 on, not all of them -1, "
-                f"found {given.min()} to {given.max()}"
+                f"found {raw.min()} to {raw.max()}"
             )
-        table = given.astype(np.int32)
+        table = raw.astype(np.int32)
         table.setflags(write=False)
         self.table = table
         self._own_size = len(table)
@@ -74,10 +82,18 @@ class VocabMap:
     def from_tokenizer(cls, tok: Any, raw_size: int | None = None) -> VocabMap:
         """The map of a whole tokenizer, added tokens included.
 
-        tok: a `tokenizers.Tokenizer`, or a transformers fast tokenizer that has one as
-        `backend_tokenizer`. raw_size: the model's padded vocabulary; default: the tokenizer's
-        largest id, and one. Ids that have no token are dead. Takes seconds for 129k ids: save the
-        map and load it.
+        It takes seconds for 129k ids: save the map and load it.
+
+        Args:
+            tok: A `tokenizers.Tokenizer`, or a transformers fast tokenizer, which has one as
+                `backend_tokenizer`.
+            raw_size: The model's padded vocabulary. By default the tokenizer's largest id plus one.
+
+        Returns:
+            The map. Ids that have no token are dead.
+
+        Raises:
+            ConfigError: `tok` is no such tokenizer or has no tokens, or raw_size is too small.
         """
         tok = getattr(tok, "backend_tokenizer", tok)
         if not hasattr(tok, "get_vocab_size") or not hasattr(tok, "id_to_token"):
@@ -105,7 +121,10 @@ class VocabMap:
 
     @classmethod
     def identity(cls, n: int) -> VocabMap:
-        """No compression: n raw ids map to themselves (the Qwen dialect)."""
+        """No compression: n raw ids map to themselves (Qwen4-Exp).
+
+        Raises ConfigError if n is not a positive int, or is too large.
+        """
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= MOST_IDS:
             raise ConfigError(
                 f"identity vocabulary: expected a positive size up to {MOST_IDS}, found {n!r}"
@@ -113,11 +132,19 @@ class VocabMap:
         return cls(np.arange(n, dtype=np.int32))
 
     def widened(self, raw_size: int) -> VocabMap:
-        """The same map for a model with more ids, all of them dead; itself for one that has no
-        more.
+        """The same map for a model with more ids, all of them dead.
 
         `digest` and what `save` writes stay those of this map: dead ids at the end change no
         address.
+
+        Args:
+            raw_size: The model's vocabulary.
+
+        Returns:
+            A map of `raw_size` raw ids; this one if it has as many.
+
+        Raises:
+            ConfigError: raw_size is too large.
         """
         if raw_size <= self.raw_size:
             return self
@@ -131,9 +158,9 @@ class VocabMap:
         return wide
 
     def agrees_with(self, tok: Any) -> bool:
-        """Whether a tokenizer gives every id that is not dead here the same compressed id.
+        """Whether a tokenizer gives every live id of this map the same compressed id.
 
-        It may have tokens that this map does not know, at dead ids or beyond: they stay dead.
+        The tokenizer may have tokens at dead ids of this map or beyond: they stay dead.
         """
         live = np.flatnonzero(self.table >= 0)
         theirs = VocabMap.from_tokenizer(tok).widened(self.raw_size).table
@@ -151,9 +178,9 @@ class VocabMap:
         return self._size
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """Compressed ids of raw ids, any shape, int32; -1 where a raw id has no token.
+        """Compressed ids of raw ids of any shape, int32; -1 if a raw id has no token.
 
-        Raises InputError outside 0..V-1.
+        Raises InputError if an id is outside 0..V-1.
         """
         ids = np.asarray(ids)
         if not np.issubdtype(ids.dtype, np.integer):
@@ -164,8 +191,10 @@ class VocabMap:
         return self.table[ids]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the map and its digest to one JSON file, which appears whole. Raises WriteFailed if
-        it cannot."""
+        """Write the map and its digest to one JSON file, which appears whole.
+
+        Raises WriteFailed if it cannot be written.
+        """
         body = {
             "format": _FORMAT,
             "digest": self.digest,
@@ -176,8 +205,10 @@ class VocabMap:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VocabMap:
-        """Read what `save` wrote. Raises ConfigError for another kind of file, DigestMismatch for a
-        damaged one."""
+        """Read what `save` wrote.
+
+        Raises ConfigError if the file is of another kind, DigestMismatch if it is damaged.
+        """
         try:
             body = json.loads(Path(path).read_text())
             kind, digest, vocab = body["format"], body["digest"], cls(np.array(body["table"]))
@@ -197,7 +228,7 @@ class VocabMap:
 
 
 def _key(text: str, token: str) -> str:
-    """What tokens are merged by: normalised text; the raw token where bytes do not decode."""
+    """What tokens are merged by: normalised text, or the raw token if its bytes do not decode."""
     if "\ufffd" in text:
         return token
     return _NORMALIZER.normalize_str(text) or text
