@@ -11,13 +11,14 @@ filler. It never reaches before the sequence, past a document start, past a dead
 Qwen4-Exp) past EOS.
 """
 
-# pyright: reportUnnecessaryIsInstance=false
-# Callers need not be typed, so arguments are checked at run time too.
+# pyright: reportUnnecessaryIsInstance=false, reportPrivateUsage=false
+# Callers need not be typed, so arguments are checked at run time too. `_native` is private to the
+# package, not to a folder.
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -275,7 +276,7 @@ def _check_out(out: Any, shape: tuple[int, ...]) -> None:
     expected = f"writable, aligned, C-contiguous int64 {list(shape)}"
     if not isinstance(out, np.ndarray):
         raise InputError(f"out: expected {expected}, found {type(out).__name__}")
-    array: np.ndarray = out
+    array = cast("np.ndarray[Any, np.dtype[Any]]", out)
     if array.shape != shape or array.dtype != np.int64 or not array.flags.carray:
         raise InputError(f"out: expected {expected}, found {array.dtype} {list(array.shape)}")
 

@@ -102,9 +102,10 @@ class EngramConfig:
         if dim is None:
             dim = max(8, hidden // 2 // spec.columns // 8 * 8)
         dim = as_int("dim", dim, 1)
-        if streams is None:
-            streams = fields.get("hc_mult") or 1
-        return cls(spec, LayerSpec(hidden, spec.columns * dim, streams, spec.order, kernel), dim)
+        count = streams
+        if count is None:
+            count = as_int("streams", fields.get("hc_mult") or 1)
+        return cls(spec, LayerSpec(hidden, spec.columns * dim, count, spec.order, kernel), dim)
 
     @classmethod
     def from_hf(cls, config: Any) -> EngramConfig:
