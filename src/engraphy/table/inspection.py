@@ -16,8 +16,8 @@ import numpy as np
 from ..errors import TableError
 from ..rows.format import RowFormat
 from ..rows.read import take
-from ..system.checks import as_int
 from ..spec.dialects.primes import is_prime
+from ..system.checks import as_int
 from .chunks import Progress, row_chunks
 from .safetensors import read_header
 from .table import Table
