@@ -35,7 +35,7 @@ WINGS = {
     ),
     "model": ("fusion", "memory", "train"),
     "hosts": ("hf", "engines", "vision", "edit"),
-    "research": ("data", "lm", "eval", "analysis", "report"),
+    "research": ("data", "eval", "lm", "analysis", "report"),
     "commands": ("engraphy", "plan", "recipes", "cli"),
 }
 ORDER = [folder for wing in WINGS.values() for folder in wing]

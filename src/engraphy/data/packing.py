@@ -31,6 +31,11 @@ class Batch(NamedTuple):
     targets_BT: Tensor
     starts_BT: Tensor
 
+    def without_target(self, token: int) -> Batch:
+        """The same batch, with IGNORED in place of the targets that are `token`."""
+        targets_BT = self.targets_BT.where(self.targets_BT != token, IGNORED)
+        return Batch(self.ids_BT, targets_BT, self.starts_BT)
+
 
 class Rows(NamedTuple):
     """Packed rows: ids and targets int32 [R, T], starts bool [R, T]."""

@@ -1,49 +1,140 @@
-"""What is measured on trained arms: losses with their standard errors, by n-gram frequency; gates."""
+"""Held-out losses: the one loop that measures them, their standard errors, and their split by
+n-gram frequency.
+
+A model is measured through its token losses alone. So the reference model, a transformers model
+and a test double go through the same loop, and this module imports none of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..data.packing import Batches
-from ..lm import LM
-from ..lm.loop import autocast
+from ..data.packing import Batch, Batches
+from ..train.dtype import autocast
 from .bands import BANDS, NgramCounts
 
 BUCKETS = dict(zip(BANDS, ("unseen", "rare", "frequent", "very frequent"), strict=True))
-START = "context start"  # bucket of the targets that end no trigram: the first of a document, or of a row of a batch
+"""Names of the frequency bands in results."""
+START = "context start"
+"""Bucket of the targets that end no trigram: the first of a document, or of a row of a batch."""
 _BOUNDS = {**{BUCKETS[band]: bounds for band, bounds in BANDS.items()}, START: (-1, -1)}
+
+TokenLosses = Callable[[Batch], Tensor]
+"""Takes a batch; returns the nats of each target, float [B, T]. Values at targets that are IGNORED
+are not looked at."""
+
+
+class LanguageModel(Protocol):
+    """What `Losses` needs of a model: the reference model has it."""
+
+    def eval(self) -> Any: ...
+
+    def token_losses(self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> Tensor: ...
+
+
+class HeldoutPart(NamedTuple):
+    """The targets of one batch. losses_M: nats, f64. documents_M: the document of each, int64,
+    numbered over all batches. batch: what was measured. kept_BT: the positions that have a target."""
+
+    losses_M: Tensor
+    documents_M: Tensor
+    batch: Batch
+    kept_BT: Tensor
+
+
+def heldout_parts(
+    token_losses: TokenLosses, batches: Batches, *, ends: bool = True
+) -> Iterator[HeldoutPart]:
+    """Measures all of `batches`, one after the other, without gradients.
+
+    Args:
+        token_losses: of the model; see TokenLosses.
+        batches: held-out text, on the CPU.
+        ends: False = leave out the targets that are the end token. They are marks of the packing,
+            not text.
+
+    Yields:
+        The targets of each batch, on the CPU.
+    """
+    seen = 0
+    for batch in batches:
+        part = batch if ends else batch.without_target(batches.end_id)
+        with torch.no_grad():
+            losses_BT = token_losses(part)
+        begins_BT = part.ids_BT == batches.end_id
+        document_BT = seen + begins_BT.flatten().cumsum(0).view_as(part.ids_BT)
+        seen = int(document_BT.max())
+        kept_BT = part.targets_BT >= 0
+        losses_M = losses_BT.cpu()[kept_BT].double()
+        yield HeldoutPart(losses_M, document_BT[kept_BT], part, kept_BT)
+
+
+def heldout_losses(
+    token_losses: TokenLosses, batches: Batches, *, ends: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of every target of `batches`, f64 [M], and its document, int64 [M].
+
+    Args: as for `heldout_parts`.
+    """
+    parts = list(heldout_parts(token_losses, batches, ends=ends))
+    losses_M = torch.cat([part.losses_M for part in parts])
+    documents_M = torch.cat([part.documents_M for part in parts])
+    return losses_M.numpy(), documents_M.numpy()
+
+
+def losses_of(model: LanguageModel, dtype: str = "float32") -> TokenLosses:
+    """The token losses of a model in eval mode. dtype: "float32", or "bfloat16" (autocast)."""
+    return partial(_model_losses, model, dtype)
+
+
+def _model_losses(model: LanguageModel, dtype: str, batch: Batch) -> Tensor:
+    model.eval()
+    with autocast(dtype):
+        return model.token_losses(*batch)
 
 
 class Losses:
-    """Nats of every held-out target: f64 [M], and the document [M] and training count of its
-    trigram [M]."""
+    """Nats of every held-out target, with its document and the training count of its trigram.
 
-    def __init__(self, model: LM, batches: Batches, counts: NgramCounts, dtype: str):
+    Args:
+        model: the reference model, or a function that gives token losses.
+        batches: held-out text.
+        counts: of the training text.
+        dtype: that the model computes in: "float32", or "bfloat16" (autocast). A function chooses
+            for itself.
+
+    Attributes:
+        losses: f64 [M].
+        documents: int64 [M].
+        counts: int64 [M]; -1 for a target that ends no trigram.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | TokenLosses,
+        batches: Batches,
+        counts: NgramCounts,
+        dtype: str = "float32",
+    ):
+        token_losses = losses_of(model, dtype) if hasattr(model, "token_losses") else model
         losses, documents, found = [], [], []
-        seen = 0
-        with torch.no_grad():
-            for ids_BT, targets_BT, starts_BT in batches:
-                with autocast(dtype):
-                    loss_BT = model.eval().token_losses(ids_BT, targets_BT, starts_BT)
-                kept = (targets_BT >= 0).numpy()
-                document = seen + (ids_BT.numpy() == batches.end_id).ravel().cumsum().reshape(
-                    ids_BT.shape
-                )
-                seen = int(document.max())
-                losses.append(loss_BT.double().numpy()[kept])
-                documents.append(document[kept])
-                found.append(counts.count(ids_BT, targets_BT, starts_BT)[kept])
-        self.losses, self.documents, self.counts = (
-            np.concatenate(part) for part in (losses, documents, found)
-        )
+        for part in heldout_parts(token_losses, batches):
+            losses.append(part.losses_M.numpy())
+            documents.append(part.documents_M.numpy())
+            found.append(counts.count(*part.batch)[part.kept_BT.numpy()])
+        self.losses = np.concatenate(losses)
+        self.documents = np.concatenate(documents)
+        self.counts = np.concatenate(found)
 
     def mean(self) -> dict[str, float]:
-        """validation_loss, and validation_stderr where two or more documents give one."""
+        """validation_loss, and validation_stderr if two or more documents give one."""
         return named_mean(self.losses, self.documents, "validation_loss", "validation_stderr")
 
     def by_bucket(self) -> dict[str, float]:
@@ -52,20 +143,17 @@ class Losses:
         return {name: float(self.losses[inside].mean()) for name, inside in _buckets(self.counts)}
 
 
-def _buckets(counts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Buckets that hold something, and which targets: bool as counts."""
-    for name, (low, high) in _BOUNDS.items():
-        inside = (counts >= low) & (counts <= high)
-        if inside.any():
-            yield name, inside
-
-
 def mean_with_error(values: np.ndarray, documents: np.ndarray) -> tuple[float, float | None]:
-    """Mean over tokens and its standard error, documents taken as the independent units (ratio
+    """Mean over tokens and its standard error, with documents as the independent units (ratio
     estimator).
 
-    The error is None with fewer than two documents: nothing says then how far another one would be
-    off.
+    Args:
+        values: f64 [M], one a token.
+        documents: int64 [M], the document of each.
+
+    Returns:
+        The mean, and the error or None with fewer than two documents: one document does not say
+        how far another would be off.
     """
     sizes = np.bincount(documents)
     sums = np.bincount(documents, weights=values)[sizes > 0]
@@ -80,31 +168,32 @@ def mean_with_error(values: np.ndarray, documents: np.ndarray) -> tuple[float, f
 def named_mean(
     values: np.ndarray, documents: np.ndarray, name: str, error_name: str
 ) -> dict[str, float]:
-    """`mean_with_error` under these names; without an error, its name is left out."""
+    """`mean_with_error` under these names. Without an error, its name is left out."""
     mean, error = mean_with_error(values, documents)
     return {name: mean} if error is None else {name: mean, error_name: error}
 
 
 def difference(one: Losses, other: Losses) -> dict[str, float]:
-    """one - other, paired token by token, as a whole with its standard error and by bucket."""
+    """one - other, paired token by token: over all ("all", "all_stderr") and by bucket."""
     gap = one.losses - other.losses
-    told = named_mean(gap, one.documents, "all", "all_stderr")
+    means = named_mean(gap, one.documents, "all", "all_stderr")
     for name, inside in _buckets(one.counts):
-        told |= named_mean(gap[inside], one.documents[inside], name, f"{name}_stderr")
-    return told
+        means |= named_mean(gap[inside], one.documents[inside], name, f"{name}_stderr")
+    return means
 
 
 def frequency_table(losses: Losses) -> list[dict[str, Any]]:
-    """Buckets, their bounds and how many held-out targets fall into each. high None: no bound; low
-    None: no trigram.
+    """Buckets with their bounds, and how many held-out targets fall into each.
 
-    Shares are of all held-out targets, so those times the differences add up to the difference over
-    all.
+    Returns:
+        For each bucket that holds something: bucket, low (None: no trigram), high (None: no bound),
+        tokens, and share of all held-out targets. So shares times differences add up to the
+        difference over all.
     """
-    told = []
+    rows = []
     for name, inside in _buckets(losses.counts):
         low, high = _BOUNDS[name]
-        told.append(
+        rows.append(
             {
                 "bucket": name,
                 "low": None if low < 0 else low,
@@ -113,4 +202,12 @@ def frequency_table(losses: Losses) -> list[dict[str, Any]]:
                 "share": float(inside.mean()),
             }
         )
-    return told
+    return rows
+
+
+def _buckets(counts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Buckets that hold something, and which targets: bool, shaped as counts."""
+    for name, (low, high) in _BOUNDS.items():
+        inside = (counts >= low) & (counts <= high)
+        if inside.any():
+            yield name, inside

@@ -16,7 +16,6 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,12 @@ from safetensors.torch import save_file
 
 from ..data.packing import Batches
 from ..errors import ConfigError, DigestMismatch
+from ..eval.losses import heldout_parts, losses_of
 from ..system.files import make_folder, publish_folder, write_errors, write_file
 from ..system.lfs import refuse_pointer
 from ..system.signals import stopping
 from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
+from ..train.dtype import autocast
 from .model import LM
 
 
@@ -285,18 +286,12 @@ def train(
             )
 
 
-@torch.no_grad()
 def heldout_loss(model: LM, batches: Batches, dtype: str = "float32") -> float:
-    """Mean nats a token over all of `batches`."""
-    model.eval()
+    """Mean nats a token over all of `batches`. Leaves the model in eval mode."""
     total, count = 0.0, 0
-    for index in range(len(batches)):
-        ids_BT, targets_BT, starts_BT = batches[index]
-        with autocast(dtype):
-            losses = model.token_losses(ids_BT, targets_BT, starts_BT)
-        kept = targets_BT >= 0
-        total += float(losses[kept].double().sum())
-        count += int(kept.sum())
+    for part in heldout_parts(losses_of(model, dtype), batches):
+        total += float(part.losses_M.sum())
+        count += len(part.losses_M)
     return total / count
 
 
@@ -315,11 +310,6 @@ def described(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{checkpoint}: expected a checkpoint, found {found}") from None
-
-
-def autocast(dtype: str) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 on the CPU, or nothing."""
-    return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 def _cut(metrics: Path, step: int) -> None:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..addresses.vocab import VocabMap
 from ..data.packing import IGNORED, Batch, Batches
 from ..errors import ConfigError
-from ..eval.losses import mean_with_error
+from ..eval.losses import heldout_losses, mean_with_error
 from ..hf import attach, cost, write_card
 from ..hf.hub import ADAPTER
 from ..hf.pretrained import load_model, load_tokenizer, require_peft
@@ -301,8 +302,10 @@ def _train(
     with stopping() as stop:
         for step in range(1, steps + 1):
             began = time.perf_counter()
-            losses_M, _ = _token_losses(model, batches[step - 1], batches.end_id)
-            loss = losses_M.mean()
+            # An end token is a mark of the packing, not text: no loss is taken there.
+            batch = batches[step - 1].without_target(batches.end_id)
+            losses_BT = _token_losses(model, batch)
+            loss = losses_BT[batch.targets_BT.to(losses_BT.device) != IGNORED].mean()
             loss.backward()
             norm = pair.step(step / steps)
             speed = size / (time.perf_counter() - began)
@@ -320,33 +323,24 @@ def _optimizers(model: Any, memory: EngramMemory, config: FinetuneConfig) -> Opt
     return OptimizerPair(dense, RowAdam(memory, config.lr * ROW_RATE), warmup_cosine(), clip=1.0)
 
 
-@torch.no_grad()
 def _losses(model: Any, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of every target of all batches, f64 [M], and its document, int64 [M]."""
-    losses, owners, seen = [], [], 0
-    for batch in batches:
-        losses_M, kept_BT = _token_losses(model, batch, batches.end_id)
-        owner_BT = seen + (batch.ids_BT == batches.end_id).flatten().cumsum(0).view_as(batch.ids_BT)
-        seen = int(owner_BT.max())
-        losses.append(losses_M.double().cpu().numpy())
-        owners.append(owner_BT[kept_BT].numpy())
-    return np.concatenate(losses), np.concatenate(owners)
+    """Nats of every target but the end tokens, f64 [M], and its document, int64 [M]."""
+    return heldout_losses(partial(_token_losses, model), batches, ends=False)
 
 
-def _token_losses(model: Any, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
-    """Nats of each target, f32 [M], and which positions have one, bool [B, T]: all but those before
-    a document's start, which is a mark of the packing and not text."""
+def _token_losses(model: Any, batch: Batch) -> Tensor:
+    """Nats of each target, f32 [B, T], 0 where it is IGNORED. Positions begin anew at each start, so
+    that packed documents do not see each other."""
     ids_BT, targets_BT, starts_BT = batch
-    kept_BT = (targets_BT != start) & (targets_BT != IGNORED)
     at_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     positions_BT = at_BT - torch.where(starts_BT, at_BT, 0).cummax(1).values
     ids_BT, positions_BT = ids_BT.to(model.device), positions_BT.to(model.device)
     logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
-    targets_BT = targets_BT.where(kept_BT, IGNORED).to(logits_BTV.device)
+    targets_N = targets_BT.flatten().to(logits_BTV.device)
     losses_N = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
+        logits_BTV.flatten(0, 1).float(), targets_N, ignore_index=IGNORED, reduction="none"
     )
-    return losses_N[kept_BT.flatten().to(losses_N.device)], kept_BT
+    return losses_N.view(ids_BT.shape)
 
 
 def _save(

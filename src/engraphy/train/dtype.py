@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,3 +61,8 @@ def choose_dtype(demand: str = AUTO, device: str = "cpu") -> DtypeChoice:
     if instructions is None:
         return DtypeChoice("float32", "this CPU has no instructions for bfloat16 matmuls")
     return DtypeChoice("bfloat16", f"this CPU has {instructions}")
+
+
+def autocast(dtype: str) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 on the CPU if `dtype` is "bfloat16", else nothing."""
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()

@@ -25,11 +25,11 @@ import torch
 from ... import __version__, _native
 from ...addresses.vocab import VocabMap
 from ...data import domains
-from ...data.packing import Batches
+from ...data.packing import Batch, Batches
 from ...errors import ConfigError
 from ...eval import choices
 from ...eval.bands import NgramCounts, loss_by_band
-from ...eval.losses import mean_with_error
+from ...eval.losses import Losses, mean_with_error
 from ...hf.backbone import unwrapped
 from ...lm.cross_entropy import mean_cross_entropy, token_cross_entropy
 from ...system import cpu, provenance
@@ -286,13 +286,14 @@ def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:
     counts = NgramCounts(texts.training, texts.end_id, inner.config.vocab_size)
     told: Result = {}
     for name, documents in (("domain", texts.heldout), ("general", texts.general)):
-        losses, owners, found = _token_losses(model, documents, texts.end_id, counts)
-        mean, error = mean_with_error(losses, owners)
-        bands = loss_by_band(losses, found)
+        batches = Batches(documents, texts.end_id, batch=4, tokens=CONTEXT, seed=None)
+        losses = Losses(partial(token_losses, model), batches, counts)
+        mean, error = mean_with_error(losses.losses, losses.documents)
+        bands = loss_by_band(losses.losses, losses.counts)
         told[name] = {
             "loss": mean,
             "stderr": error,
-            "tokens": len(losses),
+            "tokens": len(losses.losses),
             "by_frequency": {
                 band: {"loss": part.loss, "tokens": part.targets}
                 for band, part in bands.items()
@@ -307,30 +308,12 @@ def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:
     return told
 
 
-@torch.no_grad()
-def _token_losses(
-    model: Any, documents: Sequence[np.ndarray], end_id: int, counts: NgramCounts
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    parts, seen = [], 0
-    for ids_BT, targets_BT, starts_BT in Batches(
-        documents, end_id, batch=4, tokens=CONTEXT, seed=None
-    ):
-        x_BTD, head = hidden(model, ids_BT, starts_BT)
-        loss_BT = token_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten()).view_as(
-            targets_BT
-        )
-        kept = (targets_BT >= 0).numpy()
-        owner = seen + (ids_BT.numpy() == end_id).ravel().cumsum().reshape(ids_BT.shape)
-        seen = int(owner.max())
-        parts.append(
-            (
-                loss_BT.double().numpy()[kept],
-                owner[kept],
-                counts.count(ids_BT, targets_BT, starts_BT)[kept],
-            )
-        )
-    losses, owners, found = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return losses, owners, found
+def token_losses(model: Any, batch: Batch) -> torch.Tensor:
+    """Nats of each target, f32 [B, T], 0 where it is IGNORED. Has no gradient."""
+    ids_BT, targets_BT, starts_BT = batch
+    x_BTD, head = hidden(model, ids_BT, starts_BT)
+    losses_N = token_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten())
+    return losses_N.view_as(targets_BT)
 
 
 def hidden(
