@@ -56,12 +56,11 @@ def demo(
 ) -> None:
     """The arms of the demo and a one-row control, over seeds and learning rates."""
     from ..recipes.studies import demo_study as recipe
-    from ..recipes.studies.demo_tables import tables
 
     with errors("the same command continues"):
         config = recipe.StudyConfig(tuple(range(seeds)), tokens, data)
         recipe.study(config, out, work, workers, typer.echo)
-        typer.echo(tables(config, out))
+        typer.echo(recipe.tables(config, out))
 
 
 @app.command()
@@ -83,10 +82,9 @@ def adapt(
     """A memory, its controls and LoRA adapt a frozen model to medical text."""
     with errors("the same command continues"):
         from ..recipes.studies import adapt as recipe
-        from ..recipes.studies.adapt_tables import tables
 
         config = recipe.AdaptConfig(
             model, general, tokens, seeds=tuple(range(seeds)), rates=parse_rates(rate)
         )
         recipe.adapt_study(config, out, workers, typer.echo)
-        typer.echo(tables(config, out))
+        typer.echo(recipe.tables(config, out))

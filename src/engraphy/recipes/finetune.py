@@ -329,8 +329,8 @@ def _losses(model: Any, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _token_losses(model: Any, batch: Batch) -> Tensor:
-    """Nats of each target, f32 [B, T], 0 where it is IGNORED. Positions begin anew at each start, so
-    that packed documents do not see each other."""
+    """Nats of each target, f32 [B, T], 0 where it is IGNORED. Positions begin anew at each start:
+    packed documents do not see each other."""
     ids_BT, targets_BT, starts_BT = batch
     at_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     positions_BT = at_BT - torch.where(starts_BT, at_BT, 0).cummax(1).values

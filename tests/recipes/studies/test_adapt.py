@@ -16,19 +16,12 @@ from typer.testing import CliRunner
 from engraphy import VocabMap
 from engraphy.cli.app import app
 from engraphy.errors import ConfigError
-from engraphy.recipes.studies import adapt as recipe
-from engraphy.recipes.studies.adapt import (
-    BASE,
-    AdaptConfig,
-    Job,
-    Texts,
-    adapt_study,
-    chosen_rates,
-    hidden,
-    train,
-)
-from engraphy.recipes.studies.adapt_arms import LABELS, adapt, ladder, memory_config, rates_to_try
-from engraphy.recipes.studies.adapt_tables import tables
+from engraphy.recipes.studies import adapt_run
+from engraphy.recipes.studies import study as engine
+from engraphy.recipes.studies.adapt import BASE, AdaptConfig, Job, adapt_study, tables
+from engraphy.recipes.studies.adapt_arms import LABELS, adapt, memory_config, rates_of
+from engraphy.recipes.studies.adapt_run import Texts, hidden, train
+from engraphy.recipes.studies.queue import Results, write_result
 
 VOCAB = 61
 BEST = {
@@ -90,7 +83,7 @@ def made_up(job: Job) -> dict:
         "general": {"loss": 3 + gain / 10, "stderr": 0.01, "tokens": 9},
         "items": {"general": score},
         "commit": "abc1234",
-        "machine": "a CPU",
+        "machine": "a CPU, float32",
         "minutes": 2.0,
         "sizes": {"dense": 1_000_000, "table": 0, "bytes": 4_000_000, "table_updated": 10},
         "text": {"source": "ICD", "tokens": {"training": 9, "heldout": 5, "general": 7}},
@@ -106,7 +99,7 @@ def queued(monkeypatch):
             ran.append(missing[0])
             (out / missing[0].name).write_text(json.dumps(made_up(missing[0])))
 
-    monkeypatch.setattr(recipe, "run_missing", fake)
+    monkeypatch.setattr(engine, "run_missing", fake)
     return ran
 
 
@@ -132,18 +125,20 @@ def test_the_rates_are_chosen_on_the_first_seed_and_nothing_runs_twice(config, q
 
 
 def test_an_arm_goes_on_beyond_its_best_rate_twice_at_most():
-    assert ladder("memory") == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    assert rates_of("memory").steps == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     losses = {3e-3: 3.0, 1e-3: 4.0}
-    assert rates_to_try("memory", losses) == [3e-3, 1e-3, 1e-2]
+    to_try = rates_of("memory").to_try
+    assert to_try(losses) == [3e-3, 1e-3, 1e-2]
     for loss, lr, following in (
         (2.0, 1e-2, [3e-2]),
         (1.0, 3e-2, [3e-2, 1e-1]),
         (0.5, 1e-1, [3e-2, 1e-1]),
     ):
         losses[lr] = loss
-        assert rates_to_try("memory", losses) == [3e-3, 1e-3, 1e-2, *following]
-    assert rates_to_try("memory", losses | {1e-1: 1.5}) == [3e-3, 1e-3, 1e-2, 3e-2, 1e-1]
-    assert rates_to_try("lora-dense", {1e-3: 1.0, 3e-4: 2.0, 3e-3: 2.0}) == [1e-3, 3e-4, 3e-3]
+        assert to_try(losses) == [3e-3, 1e-3, 1e-2, *following]
+    assert to_try(losses | {1e-1: 1.5}) == [3e-3, 1e-3, 1e-2, 3e-2, 1e-1]
+    lora = rates_of("lora-dense")
+    assert lora.to_try({1e-3: 1.0, 3e-4: 2.0, 3e-3: 2.0}) == [1e-3, 3e-4, 3e-3]
 
 
 def test_tables_tell_gains_forgetting_and_what_is_missing(config, queued, tmp_path):
@@ -233,13 +228,13 @@ def test_a_result_at_a_rate_that_is_not_tried_chooses_nothing(config):
     found = {job: made_up(job) for job in jobs} | {
         stray: made_up(stray) | {"domain": {"loss": 0.0}}
     }
-    assert chosen_rates(config, found) == {"memory": 3e-3}
+    assert config.search().chosen(found) == {"memory": 3e-3}
 
 
 def test_a_rate_at_which_training_diverges_is_a_result(model, texts, config, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, torch.inf])
     monkeypatch.setattr(
-        recipe,
+        adapt_run,
         "mean_cross_entropy",
         lambda x, head, target: (x.sum() * 0 + next(losses)).requires_grad_(),
     )
@@ -251,19 +246,19 @@ def test_a_rate_at_which_training_diverges_is_a_result(model, texts, config, tmp
         for lr in (1e-3, 3e-3, 1e-2)
     }
     found[config.job("memory", 0, 1e-2)]["domain"]["loss"] = float("inf")
-    recipe.write_result(found[config.job("memory", 0, 1e-2)], tmp_path / "memory-seed0-lr0.01.json")
-    again = recipe.read_results([config.job("memory", 0, 1e-2)], tmp_path)
-    assert chosen_rates(config, found | again) == {"memory": 3e-3}
+    write_result(found[config.job("memory", 0, 1e-2)], tmp_path / "memory-seed0-lr0.01.json")
+    again = Results(tmp_path).of([config.job("memory", 0, 1e-2)])
+    assert config.search().chosen(found | again) == {"memory": 3e-3}
 
 
 def test_an_arm_without_all_of_its_rates_has_no_choice_yet(config):
     jobs = [
         config.job(arm, 0, lr)
         for arm in LABELS
-        for lr in ladder(arm)
+        for lr in rates_of(arm).steps
         if (arm, lr) != ("memory", 1e-3)
     ]
-    assert chosen_rates(config, {job: made_up(job) for job in jobs}) == {
+    assert config.search().chosen({job: made_up(job) for job in jobs}) == {
         a: lr for a, lr in BEST.items() if a != "memory"
     }
 
@@ -283,7 +278,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, match):
     with pytest.raises(ConfigError, match=match):
         AdaptConfig(tmp_path, tmp_path, **settings)
     with pytest.raises(ConfigError, match="expected one of"):
-        ladder("lora")
+        rates_of("lora")
 
 
 @pytest.mark.parametrize("arm", LABELS)

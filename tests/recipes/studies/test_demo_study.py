@@ -3,6 +3,7 @@ to it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from dataclasses import asdict
@@ -15,9 +16,9 @@ from engraphy.cli.app import app
 from engraphy.data.corpus import CorpusConfig, prepare
 from engraphy.errors import ConfigError, EngraphyError
 from engraphy.recipes.studies import demo_study as recipe
+from engraphy.recipes.studies import study as engine
 from engraphy.recipes.studies.demo_arms import LABELS
-from engraphy.recipes.studies.demo_study import RATES, Job, StudyConfig, run_job, run_queue, study
-from engraphy.recipes.studies.demo_tables import tables
+from engraphy.recipes.studies.demo_study import DEMO, RATES, Job, StudyConfig, study, tables
 
 pytestmark = pytest.mark.slow
 
@@ -55,16 +56,17 @@ def write(out, *results):
 
 @pytest.fixture
 def queued(monkeypatch):
-    """Jobs that the study would have run, a list for each stage; made-up results are written
-    instead."""
-    stages = []
+    """Jobs that the study would have run, in order; made-up results are written instead."""
+    ran = []
 
-    def fake(queue, out, work, workers, report):
-        stages.append(list(queue))
-        write(out, *map(made_up, queue))
+    def fake(plan, out, workers, run, report):
+        while missing := [job for job in plan() if not (out / job.name).exists()]:
+            ran.append(missing[0])
+            write(out, made_up(missing[0]))
 
-    monkeypatch.setattr(recipe, "run_queue", fake)
-    return stages
+    monkeypatch.setattr(engine, "run_missing", fake)
+    monkeypatch.setattr(recipe, "DEMO", dataclasses.replace(DEMO, prepare=lambda *_: None))
+    return ran
 
 
 def told_by(text: str, label: str) -> list[list[str]]:
@@ -75,9 +77,11 @@ def told_by(text: str, label: str) -> list[list[str]]:
 
 def test_every_arm_tries_every_rate_and_keeps_its_best_for_the_other_seeds(queued, tmp_path):
     study(CONFIG, tmp_path, tmp_path / "work", 2, print)
-    rates, seeds = queued
+    rates, seeds = queued[:12], queued[12:]
     assert {(job.arm, job.lr) for job in rates} == {(arm, lr) for arm in LABELS for lr in RATES}
-    assert len(rates) == 12 and {job.seed for job in rates} == {0}
+    assert {job.seed for job in rates} == {0}
+    assert [job.lr for job in rates] == [lr for lr in RATES for _ in LABELS]
+    assert [job.seed for job in seeds] == [1] * 4 + [2] * 4
     assert {(job.arm, job.seed, job.lr) for job in seeds} == {
         (arm, n, lr) for arm, lr in BEST.items() for n in (1, 2)
     }
@@ -140,7 +144,7 @@ def test_results_of_other_settings_are_refused(tmp_path, key, value, told):
     job = Job("moe", 0, 6e-3, 4000, "wiki")
     (tmp_path / job.name).write_text(json.dumps({**made_up(job), key: value}))
     for call in (
-        lambda: run_queue([job], tmp_path, tmp_path / "work", 1, print),
+        lambda: study(CONFIG, tmp_path, tmp_path / "work", 1, print),
         lambda: tables(CONFIG, tmp_path),
     ):
         with pytest.raises(ConfigError, match=told):
@@ -163,7 +167,9 @@ def test_a_run_leaves_one_result_and_is_the_same_after_an_interrupt(data, tmp_pa
     job, work, out = Job("one-row", 3, 6e-3, 5000, data), tmp_path / "work", tmp_path / "out"
     prepare(CorpusConfig(data, seed=3)).save(work / "corpus-3")
     out.mkdir()
-    assert run_job(job, out, work).startswith("one-row-seed3-lr0.006.json: validation loss")
+    config = StudyConfig((3,), 5000, data)
+    line = engine.run_one(job, DEMO, config, out, work)
+    assert line.startswith("one-row-seed3-lr0.006.json: validation loss")
     whole = json.loads((out / job.name).read_text())
     assert list(whole) == [
         "job",
@@ -183,25 +189,30 @@ def test_a_run_leaves_one_result_and_is_the_same_after_an_interrupt(data, tmp_pa
     # is still told.
     (out / job.name).unlink()
     monkeypatch.setattr(recipe.Run, "step", lambda run: pytest.fail("a step of a finished run"))
-    run_job(job, out, work)
+    engine.run_one(job, DEMO, config, out, work)
     assert json.loads((out / job.name).read_text()) == whole
     assert [path.name for path in out.iterdir()] == [job.name]
 
 
 def test_a_finished_run_is_skipped(tmp_path):
-    job, told = Job("moe", 0, 6e-3, 4000, "wiki"), []
-    write(tmp_path, made_up(job))
-    run_queue([job], tmp_path, tmp_path / "work", 1, told.append)
+    config, told = StudyConfig((0,), 4000, "wiki"), []
+    write(tmp_path, *map(made_up, config.search().jobs({})))
+    study(config, tmp_path, tmp_path / "work", 1, told.append)
     assert not told and not (tmp_path / "work").exists()
+
+
+def three_jobs(config: StudyConfig, found: object) -> list[Job]:
+    return [config.job(arm, 0, 6e-3) for arm in ("memorial", "dense", "moe")]
 
 
 def test_a_failed_run_is_named_and_stops_the_queue(data, tmp_path):
     prepare(CorpusConfig(data)).save(tmp_path / "corpus-0")
-    queue = [Job(arm, 0, 6e-3, 300, data) for arm in ("memorial", "dense", "moe")]
+    queue = dataclasses.replace(DEMO, jobs=three_jobs)
+    config = StudyConfig((0,), 300, data)
     with pytest.raises(
         EngraphyError, match=r"memorial-seed0-lr0\.006\.json: ConfigError: arm: expected one of"
     ):
-        run_queue(queue, tmp_path / "out", tmp_path, 1, print)
+        engine.run_study(queue, config, tmp_path / "out", 1, print, work=tmp_path)
     assert not list((tmp_path / "out").iterdir())
 
 

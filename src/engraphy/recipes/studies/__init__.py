@@ -1,1 +1,71 @@
-"""Studies: many training runs, compared."""
+"""Studies: many training runs, compared. STUDIES lists them; `study` is their engine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .study import Study
+
+
+@dataclass(frozen=True)
+class StudyEntry:
+    """A study by name, known without importing what it runs.
+
+    Attributes:
+        name: Of the study.
+        sentence: What it compares.
+        module: Module of this package that has the record.
+        record: Name of the `Study` there.
+        options: Fields of its config that a user sets, with a sentence about each. Those without a
+            default are required.
+    """
+
+    name: str
+    sentence: str
+    module: str
+    record: str
+    options: Mapping[str, str]
+
+    def load(self) -> Study:
+        """The study itself. Imports torch, and whatever the study needs."""
+        return getattr(importlib.import_module(f"{__name__}.{self.module}"), self.record)
+
+
+_SEEDS = "Seeds, all different. The first one chooses the learning rates."
+_TOKENS = "Training tokens of each run."
+STUDIES: Mapping[str, StudyEntry] = {
+    entry.name: entry
+    for entry in (
+        StudyEntry(
+            "demo",
+            "The demo's arms and a one-row control over seeds and learning rates.",
+            "demo_study",
+            "DEMO",
+            {
+                "seeds": _SEEDS,
+                "tokens": _TOKENS,
+                "data": "wiki, hf:NAME, or a text file or folder.",
+            },
+        ),
+        StudyEntry(
+            "adapt",
+            "A memory, its controls and LoRA adapt a frozen model to medical text.",
+            "adapt",
+            "ADAPT",
+            {
+                "model": "Folder of a transformers model.",
+                "general": "Text that the model and the domain do not hold: a file or a folder.",
+                "seeds": _SEEDS,
+                "tokens": _TOKENS,
+                "rows_per_head": "Rows of each head of the memory.",
+                "rates": "Arms that run, each at its learning rate; by default all arms run and "
+                "search theirs.",
+            },
+        ),
+    )
+}
+"""The studies, by name."""

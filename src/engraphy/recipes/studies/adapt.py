@@ -1,74 +1,82 @@
 """`engraphy adapt-study`: what a memory adds to a frozen model on a domain, what it forgets, and
 LoRA beside it.
 
-Every arm trains on the same tokens of the domain in the same order; measured are text of the domain
+Every arm trains on the same tokens of the domain in the same order. Measured are text of the domain
 held out, general text never seen, and multiple-choice items. Each arm runs at each of its rates on
-the first seed, and beyond the best one where that is the lowest or highest tried; then on the other
-seeds at the rate of the lowest held-out loss. Given rates are not searched. A resumable queue, one
-small JSON file a run.
+the first seed, and beyond the best one if that is the lowest or highest tried; then on the other
+seeds at the rate of the lowest held-out loss. Given rates are not searched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from ... import __version__, _native
 from ...addresses.vocab import VocabMap
-from ...data import domains
-from ...data.packing import Batch, Batches
 from ...errors import ConfigError
-from ...eval import choices
-from ...eval.bands import NgramCounts, loss_by_band
-from ...eval.losses import Losses, mean_with_error
-from ...hf.backbone import unwrapped
-from ...lm.cross_entropy import mean_cross_entropy, token_cross_entropy
-from ...system import cpu, provenance
-from ...system.files import make_folder
-from .adapt_arms import LABELS, Adapted, adapt, ladder, memory_config, merged_hash, rates_to_try
-from .queue import read_json, run_missing, write_result
+from .adapt_arms import LABELS, adapt, check_arm, memory_config, merged_hash, rates_of
+from .adapt_run import BATCH, CONTEXT, load_texts, measure, train
+from .queue import Found, Result
+from .queue import Job as StudyJob
+from .rates import Rates, RateSearch
+from .study import Study, check_seeds, run_study, study_table
+from .tables import (
+    NONE,
+    fixed,
+    head,
+    made_with,
+    markdown,
+    mean_and_error,
+    missing,
+    paired,
+    rate_table,
+    row,
+    shared_seeds,
+)
 
-CONTEXT, BATCH = 256, 1
-GENERAL_CHARACTERS = 45_000  # some 11,000 tokens: a third of what a run takes is measuring
 BASE = "base"
-
-Result = dict[str, Any]
+PAIRS = (
+    ("memory", "lora-dense"),
+    ("memory", "lora-total"),
+    ("memory", "one-row"),
+    ("memory", "frozen-rows"),
+)
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(StudyJob):
     """One run. arm: of LABELS, or BASE: the model as it is. tokens: of training. model: its
     folder's name."""
 
-    arm: str
-    seed: int
-    lr: float
     tokens: int
     rows_per_head: int
     model: str
 
     @property
     def name(self) -> str:
-        """Name of its result file."""
-        return (
-            f"{BASE}.json" if self.arm == BASE else f"{self.arm}-seed{self.seed}-lr{self.lr:g}.json"
-        )
+        """Name of the result file."""
+        return f"{BASE}.json" if self.arm == BASE else super().name
 
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """model: a folder of a transformers model. general: text that it never saw. seeds: the first
-    one chooses rates. rates: (arm, learning rate) of the arms that run, none other and no search;
-    () = all arms, each searches its own."""
+    """Settings of the adaptation study.
+
+    Attributes:
+        model: Folder of a transformers model.
+        general: Text that neither the model nor the domain holds: a file or a folder.
+        tokens: Of training, for each run.
+        rows_per_head: Of the memory.
+        seeds: The first one chooses the learning rates.
+        rates: (arm, learning rate) of the arms that run, and no search; () = all arms, each
+            searches its own.
+    """
 
     model: Path
     general: Path
@@ -78,16 +86,13 @@ class AdaptConfig:
     rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(
-                f"seeds: expected one or more, all different and none negative, found {self.seeds}"
-            )
+        check_seeds(self.seeds)
         if self.tokens < BATCH * CONTEXT:
             raise ConfigError(
                 f"tokens: expected at least a step of {BATCH * CONTEXT}, found {self.tokens}"
             )
         for arm, lr in self.rates:
-            ladder(arm)
+            check_arm(arm)
             if not 0 < lr < math.inf:
                 raise ConfigError(f"rate of {arm}: expected a positive number, found {lr}")
         if len(dict(self.rates)) < len(self.rates):
@@ -100,229 +105,195 @@ class AdaptConfig:
         """The model before anything is trained."""
         return dataclasses.replace(self.job(BASE, 0, 0.0), tokens=0)
 
-    def ran(self, arm: str, found: Mapping[Job, Result]) -> dict[float, float]:
-        """Held-out loss of the domain on the first seed by rate, those that are there."""
-        jobs = {lr: self.job(arm, self.seeds[0], lr) for lr in ladder(arm)}
-        return {lr: found[job]["domain"]["loss"] for lr, job in jobs.items() if job in found}
+    def search(self) -> RateSearch:
+        """The rates that are given, or those that the arms search."""
+        given = {arm: Rates.fixed(lr) for arm, lr in self.rates}
+        rates = given or {arm: rates_of(arm) for arm in LABELS}
+        return RateSearch(rates, self.seeds, self.job, _domain_loss)
 
 
 def adapt_study(
     config: AdaptConfig, out: Path, workers: int, report: Callable[[str], None]
 ) -> None:
-    """Run what is missing, `workers` at a time. Raises ConfigError for results of other settings in
-    `out`."""
-    if workers < 1:
-        raise ConfigError(f"workers: expected 1 or more, found {workers}")
-    make_folder(out)
-    read_results([config.base_job()], out)
-    run_missing(
-        lambda: [config.base_job(), *all_jobs(config, out)],
-        out,
-        workers,
-        partial(run_job, config=config, out=out),
-        report,
-    )
+    """Runs what is missing, as `run_study` does."""
+    run_study(ADAPT, config, out, workers, report)
 
 
-def all_jobs(config: AdaptConfig, out: Path) -> list[Job]:
-    """All runs that the results in `out` ask for, arm by arm; of given rates seed by seed. Raises
-    as `read_results`."""
+def tables(config: AdaptConfig, out: Path) -> str:
+    """Markdown over the results in `out`, and what is missing. Raises ConfigError without the base
+    model's result."""
+    return study_table(ADAPT, config, out)
+
+
+def _jobs(config: AdaptConfig, found: Found) -> list[Job]:
+    """The model as it is; then arm by arm, or seed by seed if the rates are given."""
+    jobs = config.search().jobs(found)
     if config.rates:
-        given = [config.job(arm, seed, lr) for seed in config.seeds for arm, lr in config.rates]
-        read_results(given, out)
-        return given
-    found = read_results(
-        [config.job(arm, config.seeds[0], lr) for arm in LABELS for lr in ladder(arm)], out
-    )
-    chosen = chosen_rates(config, found)
-    jobs = [
-        config.job(arm, seed, lr)
-        for arm in LABELS
-        for seed, lr in [
-            *((config.seeds[0], lr) for lr in rates_to_try(arm, config.ran(arm, found))),
-            *((seed, chosen[arm]) for seed in config.seeds[1:] if arm in chosen),
-        ]
-    ]
-    read_results(jobs, out)
-    return jobs
+        jobs.sort(key=lambda job: config.seeds.index(job.seed))
+    return [config.base_job(), *jobs]
 
 
-def chosen_rates(config: AdaptConfig, found: Mapping[Job, Result]) -> dict[str, float]:
-    """The rate of the lowest held-out loss on the first seed, of each arm that has run at all rates
-    that it tries; or the rates that are given."""
-    chosen = dict(config.rates)
-    if chosen:
-        return chosen
-    for arm in LABELS:
-        ran = config.ran(arm, found)
-        tried = rates_to_try(arm, ran)
-        if all(lr in ran for lr in tried):
-            chosen[arm] = min(tried, key=lambda lr: ran[lr])
-    return chosen
-
-
-def read_results(jobs: Sequence[Job], out: Path) -> dict[Job, Result]:
-    """The results that are there. Raises ConfigError for a damaged file and for one of other
-    settings."""
-    return {
-        job: read_json(out / job.name, asdict(job)) for job in jobs if (out / job.name).exists()
-    }
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Everything a run reads, as token ids. items: named sets of multiple-choice items."""
-
-    training: list[np.ndarray]
-    heldout: list[np.ndarray]
-    general: list[np.ndarray]
-    items: dict[str, list[choices.Item]]
-    end_id: int
-    about: dict[str, Any]
-
-
-def load_texts(general: Path, tokenizer: Any) -> Texts:
-    """The medical domain, general text and the items; the same for every seed and arm."""
-    domain, seen = domains.medical(), domains.general(general, GENERAL_CHARACTERS)
-    kept, unseen = domains.medical_categories()
-    items = {
-        "domain, trained": choices.medical_items(kept),
-        "domain, held out": choices.medical_items(unseen),
-        "general": choices.geography_items() + choices.wikipedia_items(),
-    }
-    training, heldout, other = (
-        [np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        for texts in (domain.training, domain.heldout, seen)
-    )
-    about = {
-        **domain.about,
-        "general": domains.describe(seen),
-        "tokens": {
-            name: sum(map(len, part))
-            for name, part in (("training", training), ("heldout", heldout), ("general", other))
-        },
-    }
-    # What divides documents where a model was pre-trained; the EOS of a chat model ends a turn.
-    end_id = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-    return Texts(training, heldout, other, items, end_id, about)
-
-
-def run_job(job: Job, config: AdaptConfig, out: Path) -> str:
-    """One run: train, measure, write `out`/NAME.json. Returns a line to print."""
+def _run(job: Job, config: AdaptConfig, work: Path) -> Result:
+    """Train, then measure. A run that diverged has an infinite loss."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(1)
-    commit = provenance.commit()
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     texts = load_texts(config.general, tokenizer)
-    result: Result = {"job": asdict(job), "text": texts.about}
-    adapted = None
+    result: Result = {"text": texts.about}
     if job.arm != BASE:
         vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.vocab_size)
         adapted = adapt(model, vocab, job.arm, job.rows_per_head, job.seed)
         result |= train(adapted, texts, job)
         result["memory"] = merged_hash(memory_config(model.config, vocab, job.rows_per_head))
-    result |= measure(adapted.model if adapted else model, tokenizer, texts)
+        model = adapted.model
+    result |= measure(model, tokenizer, texts)
     if "diverged_at" in result:
         result["domain"]["loss"] = result["general"]["loss"] = math.inf
-    result |= {
-        "version": __version__,
-        "commit": commit,
-        "machine": f"{cpu.name()}, {_native.level()}, one thread, float32",
-    }
-    write_result(result, out / job.name)
-    return (
-        f"{job.name}: domain {result['domain']['loss']:.4f}, general {result['general']['loss']:.4f}, "
-        f"{result.get('minutes', 0)} minutes"
+    return result
+
+
+def _line(result: Result) -> str:
+    domain, general = (result[text]["loss"] for text in ("domain", "general"))
+    return f"domain {domain:.4f}, general {general:.4f}, {result.get('minutes', 0)} minutes"
+
+
+def _domain_loss(result: Result) -> float:
+    return result["domain"]["loss"]
+
+
+def _general_loss(result: Result) -> float:
+    return result["general"]["loss"]
+
+
+Runs = Mapping[str, Mapping[int, Result]]
+"""Results at the chosen rates, by arm and seed."""
+
+
+def _table(config: AdaptConfig, jobs: Sequence[Job], found: dict, out: Path) -> str:
+    base = found.get(config.base_job())
+    if base is None:
+        name = config.base_job().name
+        raise ConfigError(f"{out}: expected the result of the model as it is, {name}, found none")
+    search = config.search()
+    chosen = search.chosen(found)
+    runs = search.runs(found)
+    parts = [
+        _arm_table(base, runs, chosen),
+        _item_table(base, runs),
+        _band_table(base, runs),
+        _pair_table(runs),
+        _made_with(config, base, found, jobs),
+    ]
+    if not config.rates:
+        losses = {arm: search.losses(arm, found) for arm in LABELS}
+        tried = sorted({lr for by_rate in losses.values() for lr in by_rate})
+        title = f"held-out loss of the domain, seed {config.seeds[0]}"
+        parts.insert(0, rate_table(title, LABELS, losses, tried))
+    return markdown(parts)
+
+
+def _arm_table(base: Result, runs: Runs, chosen: Mapping[str, float]) -> Iterator[str]:
+    yield from head(
+        "arm",
+        "lr",
+        "seeds",
+        "dense parameters",
+        "table parameters (updated)",
+        "MB",
+        "domain loss",
+        "change",
+        "general loss",
+        "change",
+        "change of the domain per million parameters",
+        "CPU minutes",
     )
+    domain, general = fixed(_domain_loss(base)), fixed(_general_loss(base))
+    sizes = [NONE] * 5
+    yield row("the model as it is", *sizes, domain, NONE, general, NONE, NONE, NONE)
+    for arm, by_seed in runs.items():
+        results = list(by_seed.values())
+        sizes = results[0]["sizes"]
+        millions = (sizes["dense"] + sizes["table"]) / 1e6
+        updated = statistics.mean(result["sizes"]["table_updated"] for result in results)
+        domain_changes = [_domain_loss(result) - _domain_loss(base) for result in results]
+        general_changes = [_general_loss(result) - _general_loss(base) for result in results]
+        yield row(
+            LABELS[arm],
+            f"{chosen[arm]:g}",
+            f"{len(results)}",
+            f"{sizes['dense']:,}",
+            f"{sizes['table']:,} ({updated:,.0f})",
+            f"{sizes['bytes'] / 1e6:.1f}",
+            fixed(statistics.mean(map(_domain_loss, results))),
+            mean_and_error(domain_changes),
+            fixed(statistics.mean(map(_general_loss, results))),
+            mean_and_error(general_changes),
+            f"{statistics.mean(domain_changes) / millions:+.4f}",
+            f"{statistics.mean(result['minutes'] for result in results):.1f}",
+        )
 
 
-def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
-    """Train on `job.tokens` tokens of the domain, shuffled by the seed, up to the first step whose
-    loss is not finite. Returns sizes, rows used, curve, the minutes of processor time, and that
-    step where there was one."""
-    batches = Batches(texts.training, texts.end_id, batch=BATCH, tokens=CONTEXT, seed=job.seed)
-    steps, losses, used = job.tokens // batches.tokens_per_step, [], dict[int, set[int]]()
-    diverged: dict[str, int] = {}
-    pair = adapted.optimizers(job.lr)
-    adapted.model.train()
-    began = time.process_time()
-    for step in range(steps):
-        ids_BT, targets_BT, starts_BT = batches[step]
-        x_BTD, head = hidden(adapted.model, ids_BT, starts_BT)
-        loss = mean_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten())
-        if not torch.isfinite(loss):
-            diverged["diverged_at"] = step
-            break
-        loss.backward()
-        if adapted.memory is not None:
-            for part in adapted.memory.row_grads:
-                used.setdefault(part.layer, set()).update(np.unique(part.ids).tolist())
-        pair.step(step / steps)
-        losses.append(float(loss.detach()))
-    tenth = max(1, steps // 10)
-    dim = adapted.memory.config.dim if adapted.memory is not None else 0
-    return {
-        "sizes": {
-            **asdict(adapted.sizes),
-            "bytes": adapted.sizes.bytes,
-            "table_updated": sum(map(len, used.values())) * dim,
-        },
-        "epochs": round(steps / len(batches), 3),
-        "steps": steps,
-        "step_tokens": batches.tokens_per_step,
-        "training_curve": [
-            round(float(np.mean(losses[i : i + tenth])), 4) for i in range(0, len(losses), tenth)
-        ],
-        "minutes": round((time.process_time() - began) / 60, 2),
-        **diverged,
-    }
+def _item_table(base: Result, runs: Runs) -> Iterator[str]:
+    before = base["items"]
+    yield from head("right answers, %", *before)
+    cells = [
+        f"{100 * score['accuracy']:.1f} ± {100 * score['accuracy_stderr']:.1f}"
+        for score in before.values()
+    ]
+    yield row("the model as it is (± over items)", *cells)
+    for arm, by_seed in runs.items():
+        cells = []
+        for name, score in before.items():
+            after = [result["items"][name]["accuracy"] for result in by_seed.values()]
+            changes = [100 * (accuracy - score["accuracy"]) for accuracy in after]
+            cells.append(mean_and_error(changes, digits=1))
+        yield row(f"{LABELS[arm]}: change", *cells)
 
 
-def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:
-    """Losses on held-out text of the domain (by trigram frequency too) and on general text; items."""
-    inner: Any = unwrapped(model.eval())
-    counts = NgramCounts(texts.training, texts.end_id, inner.config.vocab_size)
-    told: Result = {}
-    for name, documents in (("domain", texts.heldout), ("general", texts.general)):
-        batches = Batches(documents, texts.end_id, batch=4, tokens=CONTEXT, seed=None)
-        losses = Losses(partial(token_losses, model), batches, counts)
-        mean, error = mean_with_error(losses.losses, losses.documents)
-        bands = loss_by_band(losses.losses, losses.counts)
-        told[name] = {
-            "loss": mean,
-            "stderr": error,
-            "tokens": len(losses.losses),
-            "by_frequency": {
-                band: {"loss": part.loss, "tokens": part.targets}
-                for band, part in bands.items()
-                if part.targets
-            },
-        }
-    scores = {name: choices.score(model, tokenizer, items) for name, items in texts.items.items()}
-    told["items"] = {
-        name: {key: value for key, value in score.items() if key != "each"}
-        for name, score in scores.items()
-    }
-    return told
+def _band_table(base: Result, runs: Runs) -> Iterator[str]:
+    bands = base["domain"]["by_frequency"]
+    whole = sum(part["tokens"] for part in bands.values())
+    title = (
+        "change of the held-out loss by how often the trigram that ends at the target was in the "
+        "domain's training text"
+    )
+    yield from head(
+        title, *(f"{band} ({part['tokens'] / whole:.0%})" for band, part in bands.items())
+    )
+    for arm, by_seed in runs.items():
+        cells = []
+        for band, before in bands.items():
+            after = [result["domain"]["by_frequency"][band] for result in by_seed.values()]
+            cells.append(mean_and_error([part["loss"] - before["loss"] for part in after]))
+        yield row(LABELS[arm], *cells)
 
 
-def token_losses(model: Any, batch: Batch) -> torch.Tensor:
-    """Nats of each target, f32 [B, T], 0 where it is IGNORED. Has no gradient."""
-    ids_BT, targets_BT, starts_BT = batch
-    x_BTD, head = hidden(model, ids_BT, starts_BT)
-    losses_N = token_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten())
-    return losses_N.view_as(targets_BT)
+def _pair_table(runs: Runs) -> Iterator[str]:
+    yield from head("paired by seed", "seeds", "domain loss", "general loss")
+    for one, other in PAIRS:
+        mine, theirs = runs.get(one, {}), runs.get(other, {})
+        seeds = len(shared_seeds(mine, theirs))
+        if not seeds:
+            continue
+        cells = [
+            mean_and_error(paired(mine, theirs, loss)) for loss in (_domain_loss, _general_loss)
+        ]
+        yield row(f"{LABELS[one]} minus {LABELS[other]}", str(seeds), *cells)
 
 
-def hidden(
-    model: Any, ids_BT: torch.Tensor, starts_BT: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head takes, [B, T, D], and the head's weight. Positions begin anew at each start:
-    packed documents do not see each other."""
-    at = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
-    positions = at - torch.where(starts_BT, at, 0).cummax(1).values
-    inner: Any = unwrapped(model)
-    out = inner.get_decoder()(input_ids=ids_BT, position_ids=positions, use_cache=False)
-    return out.last_hidden_state, inner.get_output_embeddings().weight
+def _made_with(
+    config: AdaptConfig, base: Result, found: Mapping[StudyJob, Result], jobs: Sequence[Job]
+) -> Iterator[str]:
+    tokens = base["text"]["tokens"]
+    yield (
+        f"{base['text']['source']}: {tokens['training']:,} tokens to train on, of which each run "
+        f"sees {config.tokens:,}, {tokens['heldout']:,} held out; {tokens['general']:,} tokens of "
+        "general text. ± is one standard error over seeds."
+    )
+    yield from made_with(found.values())
+    yield missing([job.name for job in jobs if job not in found])
+
+
+ADAPT = Study("adapt", AdaptConfig, jobs=_jobs, run=_run, line=_line, table=_table)
+"""The adaptation study."""

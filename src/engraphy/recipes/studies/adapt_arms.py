@@ -9,7 +9,6 @@ is compared at two sizes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from ...memory.memory import EngramMemory
 from ...spec.config import EngramConfig
 from ...train import OptimizerPair, RowAdam
 from ...train.pair import warmup_cosine, weight_decay_groups
+from .rates import Rates
 
 LABELS = {
     "memory": "memory",
@@ -35,8 +35,10 @@ LABELS = {
 }
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Learning rates that an arm may try; those of the rows are five times as high."""
-MIDDLE = {"memory": 3e-3, "lora": 1e-3}  # tried first, then the one below and the one above
-BEYOND = 2  # more rates, where the best is the last one on its side
+MIDDLE = {"memory": 3e-3, "lora": 1e-3}
+"""The rate that an arm tries first; then the one below and the one above."""
+BEYOND = 2
+"""How many more rates an arm tries while the best one is the last on its side."""
 ROW_RATE = 5.0
 ROW_STD = 0.02
 
@@ -74,33 +76,17 @@ class Adapted:
         )
 
 
-def ladder(arm: str) -> tuple[float, ...]:
-    """The learning rates that an arm may try, ascending. Raises ConfigError for what is none of
-    LABELS."""
+def check_arm(arm: str) -> str:
+    """Returns `arm`. Raises ConfigError unless it is one of LABELS."""
     if arm not in LABELS:
         raise ConfigError(f"arm: expected one of {list(LABELS)}, found {arm!r}")
-    middle = RATES.index(MIDDLE["lora" if arm.startswith("lora") else "memory"])
-    return RATES[middle - 1 - BEYOND : middle + 2 + BEYOND]
+    return arm
 
 
-def rates_to_try(arm: str, losses: Mapping[float, float]) -> list[float]:
-    """The rates that an arm tries, as far as they are known. losses: by rate, of those that have
-    run.
-
-    Its middle rate, the one below, the one above; and while the best so far is the lowest or the
-    highest that has run, the next one on that side.
-    """
-    steps, at = ladder(arm), BEYOND + 1
-    wanted = [steps[at], steps[at - 1], steps[at + 1]]
-    while all(lr in losses for lr in wanted):
-        best = steps.index(min(wanted, key=lambda lr: losses[lr]))
-        beyond = {steps.index(min(wanted)): best - 1, steps.index(max(wanted)): best + 1}.get(
-            best, -1
-        )
-        if not 0 <= beyond < len(steps):
-            break
-        wanted.append(steps[beyond])
-    return wanted
+def rates_of(arm: str) -> Rates:
+    """The learning rates that an arm may try. Raises ConfigError unless it is one of LABELS."""
+    kind = "lora" if check_arm(arm).startswith("lora") else "memory"
+    return Rates.around(RATES, MIDDLE[kind], BEYOND)
 
 
 def memory_config(model_config: Any, vocab: VocabMap, rows_per_head: int) -> EngramConfig:
@@ -111,7 +97,7 @@ def memory_config(model_config: Any, vocab: VocabMap, rows_per_head: int) -> Eng
 def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) -> Adapted:
     """Freeze `model` and give it what `arm` trains, drawn from `seed`. Raises ConfigError for an
     unknown arm."""
-    ladder(arm)
+    check_arm(arm)
     model.requires_grad_(False)
     config = memory_config(model.config, vocab, rows_per_head)
     torch.manual_seed(seed)

@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,14 @@ from ...lm import LM, Arm, demo_config, three_arms
 from ...lm.loop import Run, StepReport, TrainConfig, checkpoints, train
 from ...memory.memory import EngramMemory
 from ...system.signals import end_workers
+from .malloc import MALLOC as MALLOC
+from .malloc import tuned_malloc
 
 LABELS = {
     "dense": "Dense",
     "moe": "MoE",
     "memory": "MoE + memory",
     "one-row": "MoE + one-row table",
-}
-# glibc's malloc gives large buffers back to the system after each use: on a CPU the page faults of
-# a small model's step then cost as much as its arithmetic. These keep them, on huge pages where
-# there are any.
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_TOP_PAD_": str(2**26),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 
@@ -93,18 +85,6 @@ def load(name: str, corpus: Corpus, config: ArmConfig, folder: Path) -> tuple[LM
             f"{found[-1]}: expected a finished run of {run.steps} steps, found step {run.step_index}"
         )
     return model.eval(), arm
-
-
-@contextmanager
-def tuned_malloc() -> Iterator[None]:
-    """Processes started within use MALLOC, save where the environment says otherwise."""
-    missing = {name: value for name, value in MALLOC.items() if name not in os.environ}
-    os.environ.update(missing)
-    try:
-        yield
-    finally:
-        for name in missing:
-            os.environ.pop(name, None)
 
 
 def train_arms(

@@ -1,169 +1,253 @@
-"""`engraphy study`: the demo's arms and a control over seeds, each at its best learning rate, as a
-resumable queue.
+"""`engraphy study`: the demo's arms and a control over seeds, each at its best learning rate.
 
-Every run is a process with one thread and leaves one small JSON file; a run whose file is there is
-not done again. First every arm runs at each of RATES on the first seed; the other seeds then run
-each arm at the rate that was best. Differences are paired by seed: one seed fixes the split, the
-tokenizer and the order of the text. The weights are drawn from the same seed as well, but arms draw
-different numbers from it: the same seed, not the same weights.
+First every arm runs at each of RATES on the first seed; the other seeds then run each arm at the
+rate that was best. Differences are paired by seed: one seed fixes the split, the tokenizer and the
+order of the text. The weights are drawn from the same seed as well, but arms draw different numbers
+from it: the same seed, not the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ... import __version__, _native
 from ...data.corpus import Corpus, CorpusConfig, prepare
 from ...errors import ConfigError
-from ...eval import losses as measure
 from ...eval.bands import NgramCounts
+from ...eval.losses import START, Losses
 from ...lm.loop import Run, TrainConfig, train
-from ...system import cpu, provenance
-from ...system.files import make_folder
 from ..progress import curves
 from .demo_arms import LABELS, ArmConfig, build
-from .queue import read_json, run_missing, write_result
+from .queue import Found, Result
+from .queue import Job as StudyJob
+from .rates import Rates, RateSearch
+from .study import Study, check_seeds, run_study, study_table
+from .tables import (
+    NONE,
+    fixed,
+    head,
+    made_with,
+    markdown,
+    mean_and_error,
+    missing,
+    paired,
+    rate_table,
+    row,
+    shared_seeds,
+)
 
 RATES = (3e-3, 6e-3, 1e-2)
 DTYPE = "float32"
-
-Result = dict[str, Any]
+PAIRS = (("moe", "dense"), ("memory", "moe"), ("one-row", "moe"), ("memory", "one-row"))
+NOTES = {"one-row": " (same sizes, one row of each head in use)"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run of the queue. tokens: of training. data: as `lm.load_documents` takes it."""
+class Job(StudyJob):
+    """One run. tokens: of training. data: as `load_documents` takes it."""
 
-    arm: str
-    seed: int
-    lr: float
     tokens: int
     data: str
-
-    @property
-    def name(self) -> str:
-        """Name of its result file."""
-        return f"{self.arm}-seed{self.seed}-lr{self.lr:g}.json"
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """seeds: the first one chooses the learning rates. tokens: of training, for each run. data: as
-    in Job."""
+    """Settings of the demo study.
+
+    Attributes:
+        seeds: The first one chooses the learning rates.
+        tokens: Of training, for each run.
+        data: As `load_documents` takes it.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 1_000_000
     data: str = "wiki"
 
     def __post_init__(self) -> None:
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(
-                f"seeds: expected one or more, all different and none negative, found {self.seeds}"
-            )
+        check_seeds(self.seeds)
         if self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
 
-    def rate_jobs(self) -> list[Job]:
-        """The first stage: every arm at every rate, on the first seed."""
-        return [
-            Job(arm, self.seeds[0], lr, self.tokens, self.data) for lr in RATES for arm in LABELS
-        ]
+    def job(self, arm: str, seed: int, lr: float) -> Job:
+        return Job(arm, seed, lr, self.tokens, self.data)
 
-    def seed_jobs(self, chosen: dict[str, float]) -> list[Job]:
-        """The second stage: the other seeds, each arm at its chosen rate."""
-        return [
-            Job(arm, seed, lr, self.tokens, self.data)
-            for seed in self.seeds[1:]
-            for arm, lr in chosen.items()
-        ]
+    def search(self) -> RateSearch:
+        """Every arm tries all of RATES."""
+        rates = {arm: Rates.fixed(*RATES) for arm in LABELS}
+        return RateSearch(rates, self.seeds, self.job, _loss)
 
 
 def study(
     config: StudyConfig, out: Path, work: Path, workers: int, report: Callable[[str], None]
 ) -> None:
-    """Run what is missing, `workers` at a time; results go to `out`, corpora and checkpoints to
-    `work`.
-
-    Raises ConfigError where a result in `out` is of other settings, EngraphyError naming the run
-    where one fails; no further run is started then.
-    """
-    if workers < 1:
-        raise ConfigError(f"workers: expected 1 or more, found {workers}")
-    run_queue(config.rate_jobs(), out, work, workers, report)
-    chosen = chosen_rates(config, {job: read_result(job, out) for job in config.rate_jobs()})
-    run_queue(config.seed_jobs(chosen), out, work, workers, report)
+    """Runs what is missing, as `run_study` does. Corpora and checkpoints go to `work`."""
+    run_study(DEMO, config, out, workers, report, work)
 
 
-def chosen_rates(config: StudyConfig, found: dict[Job, Result]) -> dict[str, float]:
-    """The rate of the lowest validation loss on the first seed, of each arm that has run at all of
-    RATES."""
-    chosen = {}
-    for arm in LABELS:
-        jobs = [job for job in config.rate_jobs() if job.arm == arm]
-        if all(job in found for job in jobs):
-            chosen[arm] = min(jobs, key=lambda job: found[job]["validation_loss"]).lr
-    return chosen
+def tables(config: StudyConfig, out: Path) -> str:
+    """Markdown over the results in `out`: rates and the choice among them, arms, differences, what
+    they were made with, what is missing, and which files are of something else. Raises ConfigError
+    if there are none, or if one is not what its name says."""
+    return study_table(DEMO, config, out)
 
 
-def read_result(job: Job, out: Path) -> Result:
-    """The result of a run. Raises ConfigError for a damaged file and for one of other settings."""
-    result = read_json(out / job.name, asdict(job))
-    dtype = str(result.get("machine")).rpartition(", ")[2]
-    if dtype != DTYPE:
-        raise ConfigError(f"{out / job.name}: expected a result in {DTYPE}, found one of {dtype}")
-    return result
+def _jobs(config: StudyConfig, found: Found) -> list[Job]:
+    """Rate by rate on the first seed, then seed by seed."""
+
+    def turn(job: Job) -> tuple[int, float]:
+        place = config.seeds.index(job.seed)
+        return place, (job.lr if place == 0 else 0.0)
+
+    return sorted(config.search().jobs(found), key=turn)
 
 
-def run_queue(
-    queue: Sequence[Job], out: Path, work: Path, workers: int, report: Callable[[str], None]
-) -> None:
-    """Run what has no result yet. Raises EngraphyError naming the first run that fails; those
-    beside it then finish."""
-    make_folder(out)
-    for job in queue:
-        if (out / job.name).exists():
-            read_result(job, out)
-    missing = [job for job in queue if not (out / job.name).exists()]
-    for job in {job.seed: job for job in missing}.values():
-        folder, corpus = work / f"corpus-{job.seed}", CorpusConfig(job.data, seed=job.seed)
+def _prepare(config: StudyConfig, jobs: Sequence[Job], work: Path) -> None:
+    """The corpora of the jobs' seeds, in `work`. Raises ConfigError for a corpus of other settings."""
+    for seed in dict.fromkeys(job.seed for job in jobs):
+        folder = _corpus_folder(work, seed)
+        corpus = CorpusConfig(config.data, seed=seed)
         if not (folder / "corpus.json").exists():
             prepare(corpus).save(folder)
         Corpus.load(folder, expected=corpus)
-    run_missing(lambda: missing, out, workers, partial(run_job, out=out, work=work), report)
 
 
-def run_job(job: Job, out: Path, work: Path) -> str:
-    """One run: train, measure on the held-out documents, write `out`/NAME.json. Returns a line to
-    print."""
-    torch.set_num_threads(1)
-    commit = provenance.commit()
-    corpus = Corpus.load(work / f"corpus-{job.seed}")
+def _corpus_folder(work: Path, seed: int) -> Path:
+    return work / f"corpus-{seed}"
+
+
+def _run(job: Job, config: StudyConfig, work: Path) -> Result:
+    """Train, then measure on the held-out documents."""
+    corpus = Corpus.load(_corpus_folder(work, job.seed))
     rates = TrainConfig(job.tokens, lr=job.lr, dtype=DTYPE, heldout_every=100, checkpoint_every=100)
-    config = ArmConfig(rates, job.seed)
-    model, arm = build(job.arm, corpus, config)
+    arm_config = ArmConfig(rates, job.seed)
+    model, arm = build(job.arm, corpus, arm_config)
     folder = work / job.name.removesuffix(".json")
-    run = Run(model, corpus.batches(), config.train, config.origin(job.arm))
+    run = Run(model, corpus.batches(), rates, arm_config.origin(job.arm))
     train(run, folder, resume=True, heldout=corpus.heldout_batches())
-    told = curves(folder)
+    metrics = curves(folder)
     counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
-    losses = measure.Losses(model, corpus.heldout_batches(), counts, config.train.dtype)
-    result = {
-        "job": asdict(job),
+    losses = Losses(model, corpus.heldout_batches(), counts, DTYPE)
+    return {
         "parameters": asdict(arm.parameters),
         **losses.mean(),
         "loss_by_frequency": losses.by_bucket(),
-        "heldout_curve": told["heldout_curve"],
-        "max_expert_load": told["max_expert_load"],
-        "minutes": round(told["seconds"] / 60, 2),
-        "version": __version__,
-        "commit": commit,
-        "machine": f"{cpu.name()}, {_native.level()}, one thread, {config.train.dtype}",
+        "heldout_curve": metrics["heldout_curve"],
+        "max_expert_load": metrics["max_expert_load"],
+        "minutes": round(metrics["seconds"] / 60, 2),
     }
-    write_result(result, out / job.name)
-    return f"{job.name}: validation loss {result['validation_loss']:.4f} in {result['minutes']} minutes"
+
+
+def _line(result: Result) -> str:
+    return f"validation loss {result['validation_loss']:.4f} in {result['minutes']} minutes"
+
+
+def _loss(result: Result) -> float:
+    return result["validation_loss"]
+
+
+Runs = Mapping[str, Mapping[int, Result]]
+"""Results at the chosen rates, by arm and seed."""
+
+
+def _table(config: StudyConfig, jobs: Sequence[Job], found: dict, out: Path) -> str:
+    if not found:
+        raise ConfigError(f"{out}: expected results of a study, found none")
+    search = config.search()
+    chosen = search.chosen(found)
+    runs = search.runs(found)
+    losses = {arm: search.losses(arm, found) for arm in LABELS}
+    title = f"validation loss, seed {config.seeds[0]}"
+    return markdown(
+        [
+            rate_table(title, LABELS, losses, RATES),
+            _choice(chosen),
+            _arm_table(config, runs, chosen),
+            _pair_table(found, runs),
+            _made_with(config, found),
+            _gaps(config, jobs, found, chosen, out),
+        ]
+    )
+
+
+def _choice(chosen: Mapping[str, float]) -> Iterator[str]:
+    choices = []
+    for arm, lr in chosen.items():
+        edge = " (at the edge of the range)" if lr in (min(RATES), max(RATES)) else ""
+        choices.append(f"{LABELS[arm]} {lr:g}{edge}")
+    yield f"Chosen, for the other seeds as well: {', '.join(choices) or 'nothing yet'}."
+
+
+def _arm_table(config: StudyConfig, runs: Runs, chosen: Mapping[str, float]) -> Iterator[str]:
+    seeds = [f"seed {seed}" for seed in config.seeds]
+    yield from head("arm", "parameters", "activated", "lr", *seeds, "mean", "minutes")
+    for arm, by_seed in runs.items():
+        losses = {seed: _loss(result) for seed, result in by_seed.items()}
+        whole = len(losses) == len(config.seeds)
+        sizes = by_seed[config.seeds[0]]["parameters"]
+        minutes = statistics.mean(result["minutes"] for result in by_seed.values())
+        yield row(
+            LABELS[arm] + NOTES.get(arm, ""),
+            f"{sizes['total']:,}",
+            f"{sizes['activated']:,}",
+            f"{chosen[arm]:g}",
+            *(fixed(losses.get(seed)) for seed in config.seeds),
+            fixed(statistics.mean(losses.values()) if whole else None),
+            f"{minutes:.1f}",
+        )
+
+
+def _pair_table(found: Mapping[StudyJob, Result], runs: Runs) -> Iterator[str]:
+    buckets = list(
+        dict.fromkeys(b for result in found.values() for b in result["loss_by_frequency"])
+    )
+    titles = [bucket if bucket == START else f"trigram {bucket}" for bucket in buckets]
+    yield from head("paired by seed", "seeds", "all", *titles)
+    for one, other in PAIRS:
+        if one not in runs or other not in runs:
+            continue
+        mine, theirs = runs[one], runs[other]
+        seeds = len(shared_seeds(mine, theirs))
+        gaps = [paired(mine, theirs, _loss)]
+        for bucket in buckets:
+            gaps.append(paired(mine, theirs, lambda r, b=bucket: r["loss_by_frequency"].get(b)))
+        cells = [mean_and_error(gap) if len(gap) == seeds else NONE for gap in gaps]
+        yield row(f"{LABELS[one]} minus {LABELS[other]}", str(seeds), *cells)
+
+
+def _made_with(config: StudyConfig, found: Mapping[StudyJob, Result]) -> Iterator[str]:
+    tokens = f"{config.tokens:,} tokens for each run"
+    yield f"{config.data}, {tokens}. ± is one standard error over seeds."
+    yield from made_with(found.values())
+
+
+def _gaps(
+    config: StudyConfig,
+    jobs: Sequence[Job],
+    found: Mapping[StudyJob, Result],
+    chosen: Mapping[str, float],
+    out: Path,
+) -> Iterator[str]:
+    names = [job.name for job in jobs if job not in found]
+    others = ", ".join(map(str, config.seeds[1:]))
+    if others:
+        names += [f"seeds {others} of {LABELS[arm]}" for arm in LABELS if arm not in chosen]
+    yield missing(names)
+    strangers = sorted({path.name for path in out.glob("*.json")} - {job.name for job in jobs})
+    if strangers:
+        yield f"In {out.name}, but not of this study: {', '.join(strangers)}."
+
+
+DEMO = Study(
+    "demo",
+    StudyConfig,
+    jobs=_jobs,
+    run=_run,
+    line=_line,
+    table=_table,
+    prepare=_prepare,
+    dtype=DTYPE,
+)
+"""The demo study."""

@@ -1,22 +1,91 @@
-"""A resumable queue of runs: each is a process with one thread and leaves one small JSON file."""
+"""A resumable queue of runs. Each run is a process of its own and leaves one small JSON file; a run
+whose file exists is not run again."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import ConfigError, EngraphyError
 from ...system.files import write_file
 from ...system.signals import end_workers
-from .demo_arms import tuned_malloc
+from .malloc import tuned_malloc
+
+Result = dict[str, Any]
+"""What a run leaves: JSON values."""
 
 
-class Job(Protocol):
-    """What a queue needs of a run. name: of its result file."""
+@dataclass(frozen=True)
+class Job:
+    """One run of a study.
+
+    A study adds its settings as fields of a subclass. All fields stand in the result, so a result
+    of other settings is refused.
+
+    Attributes:
+        arm: What is trained.
+        seed: Of everything random.
+        lr: Learning rate.
+    """
+
+    arm: str
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """Name of the result file."""
+        return f"{self.arm}-seed{self.seed}-lr{self.lr:g}.json"
+
+
+class Found(Protocol):
+    """Results by job: a dict of them, or a folder (`Results`)."""
+
+    def __contains__(self, job: Any, /) -> bool: ...
+
+    def __getitem__(self, job: Any, /) -> Result: ...
+
+
+class Results:
+    """The results in a folder, read when they are asked for.
+
+    Args:
+        out: The folder.
+        dtype: What the runs compute in. The machine of a result ends with it.
+    """
+
+    def __init__(self, out: Path, dtype: str = "float32"):
+        self.out = out
+        self.dtype = dtype
+
+    def __contains__(self, job: Job, /) -> bool:
+        return (self.out / job.name).exists()
+
+    def __getitem__(self, job: Job, /) -> Result:
+        """The result of a run.
+
+        Raises:
+            ConfigError: The file is damaged, or of other settings, or of another dtype.
+        """
+        path = self.out / job.name
+        result = read_json(path, asdict(job))
+        dtype = str(result.get("machine")).rpartition(", ")[2]
+        if dtype != self.dtype:
+            raise ConfigError(f"{path}: expected a result in {self.dtype}, found one of {dtype}")
+        return result
+
+    def of(self, jobs: Iterable[Job]) -> dict[Job, Result]:
+        """The results of `jobs`, as far as they exist. Raises ConfigError as indexing does."""
+        return {job: self[job] for job in jobs if job in self}
+
+
+class Named(Protocol):
+    """What the queue needs of a job: the name of its result file."""
 
     @property
     def name(self) -> str: ...
@@ -29,13 +98,22 @@ def run_missing(
     run: Callable[[Any], str],
     report: Callable[[str], None],
 ) -> None:
-    """Run what has no result in `out`, `workers` at a time. plan: all jobs, what comes first first;
-    it is asked before each start, since results may bring new ones. run: takes a job, writes its
-    result, returns a line; it has to be picklable.
+    """Runs what has no result in `out`.
 
     On Ctrl-C or SIGTERM every run is asked to end, and saves what it can; on a second signal it is
-    killed. Raises EngraphyError naming the first run that fails; no other is started then, those
-    beside it finish.
+    killed.
+
+    Args:
+        plan: Returns all jobs (`Named`), the first to run first. It is called before each start,
+            since results may bring new jobs.
+        out: Folder of the result files.
+        workers: Number of runs at a time.
+        run: Takes a job, writes its result, returns a line to print. It has to be picklable.
+        report: Takes the line of each finished run.
+
+    Raises:
+        EngraphyError: A run failed; the message names it. No other run is started then; those
+            beside it finish.
     """
     with tuned_malloc():
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -44,22 +122,21 @@ def run_missing(
         except BaseException as error:
             running = list(pool._processes.values())
             pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(
-                error, KeyboardInterrupt
-            ):  # SIGTERM too, which reaches this process alone
+            # SIGTERM is one too, and reaches this process alone.
+            if isinstance(error, KeyboardInterrupt):
                 end_workers(running)
             raise
         pool.shutdown()
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """The result appears complete or not at all. Raises WriteFailed."""
+def write_result(result: Result, path: Path) -> None:
+    """Writes a result, which appears whole or not at all. Raises WriteFailed."""
     write_file(path, json.dumps(result, indent=1) + "\n")
 
 
-def read_json(path: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The result of a run of these settings. Raises ConfigError for a damaged file and for one of
-    others."""
+def read_json(path: Path, job: dict[str, Any]) -> Result:
+    """The result of a run with the fields `job`. Raises ConfigError if the file is damaged, or the
+    result of other settings."""
     try:
         result = json.loads(path.read_text())
         found = result["job"]
@@ -74,21 +151,22 @@ def read_json(path: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def _follow(
     pool: ProcessPoolExecutor,
-    plan: Callable[[], Sequence[Any]],
+    plan: Callable[[], Sequence[Named]],
     out: Path,
     workers: int,
     run: Callable[[Any], str],
     report: Callable[[str], None],
 ) -> None:
-    running = dict[Future[str], Any]()
+    running = dict[Future[str], Named]()
 
     def start() -> bool:
+        """Starts the next run. Returns False if none is left."""
         busy = [job.name for job in running.values()]
-        waiting = (job for job in plan() if job.name not in busy and not (out / job.name).exists())
-        job = next(waiting, None)
-        if job is not None:
-            running[pool.submit(run, job)] = job
-        return job is not None
+        for job in plan():
+            if job.name not in busy and not (out / job.name).exists():
+                running[pool.submit(run, job)] = job
+                return True
+        return False
 
     while True:
         # No more than there are workers: what the pool has fetched ahead would still run after an
