@@ -17,37 +17,56 @@ from ..memory.lookup import Trace
 
 
 def gates_of_sentences(model: LM, corpus: Corpus, sentences: Sequence[str]) -> list[dict[str, Any]]:
-    """The gate of the first memory layer at each token of each sentence, which stands at the start
-    of a document."""
-    told = []
+    """Gates of the first memory layer, token by token.
+
+    Args:
+        model: With a memory.
+        corpus: That it was trained on.
+        sentences: Each is taken as the start of a document.
+
+    Returns:
+        For each sentence: text, tokens (as text), gates (0 to 1).
+    """
+    tokenizer = corpus.tokenizer
+    shown = []
     for text in sentences:
-        ids = corpus.tokenizer.encode(text, add_special_tokens=False).ids
-        gates = _gates(model, torch.tensor([[corpus.end_id, *ids]]), None)[0, 1:]
-        pieces = [corpus.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
-        told.append(
-            {"text": text, "tokens": pieces, "gates": [round(float(gate), 4) for gate in gates]}
-        )
-    return told
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        gates_T = _gates(model, torch.tensor([[corpus.end_id, *ids]]), None)[0, 1:]
+        tokens = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        gates = [round(float(gate), 4) for gate in gates_T]
+        shown.append({"text": text, "tokens": tokens, "gates": gates})
+    return shown
 
 
 def gates_by_bucket(model: LM, batches: Batches, counts: NgramCounts) -> list[dict[str, Any]]:
-    """Mean gate by how often the trigram that ends at the token itself was trained."""
-    gates, found = [], []
+    """Mean gates of the first memory layer by how often the trigram that ends at the token itself
+    was trained.
+
+    Args:
+        model: With a memory.
+        batches: Held-out text.
+        counts: Of the training text.
+
+    Returns:
+        For each bucket that holds something: bucket, mean, tokens.
+    """
+    gates = []
+    trained = []
     for ids_BT, targets_BT, starts_BT in batches:
-        count_BT = counts.count(
-            ids_BT, targets_BT, starts_BT
-        )  # of the trigram that ends at the next token
+        # A count is that of the trigram that ends at the next token: move it there.
+        next_BT = counts.count(ids_BT, targets_BT, starts_BT)
+        trained.append(np.where(starts_BT.numpy()[:, 1:], -1, next_BT[:, :-1]).ravel())
         gates.append(_gates(model, ids_BT, starts_BT)[:, 1:].ravel())
-        found.append(np.where(starts_BT.numpy()[:, 1:], -1, count_BT[:, :-1]).ravel())
-    bands = loss_by_band(np.concatenate(gates), np.concatenate(found))
+    bands = loss_by_band(np.concatenate(gates), np.concatenate(trained))
     return [
-        {"bucket": BUCKETS[band], "mean": told.loss, "tokens": told.targets}
-        for band, told in bands.items()
-        if told.targets
+        {"bucket": BUCKETS[name], "mean": band.loss, "tokens": band.targets}
+        for name, band in bands.items()
+        if band.targets
     ]
 
 
 def _gates(model: LM, ids_BT: torch.Tensor, starts_BT: torch.Tensor | None) -> np.ndarray:
+    """Gates of the first memory layer, f32 [B, T]."""
     assert model.memory is not None
     trace = Trace()
     with torch.no_grad():

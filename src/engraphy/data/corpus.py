@@ -1,5 +1,5 @@
-"""Text made ready for the arms of a comparison: tokenizer, vocabulary map and token ids, on disk
-for all processes."""
+"""Text prepared for the arms of a comparison: tokenizer, vocabulary map and token ids, on disk for
+all processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,21 @@ from .tokens import encode, end_id, load_tokenizer, train_tokenizer
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """What is read and how. data: as `lm.load_documents` takes it. tokenizer: a tokenizer.json, or
-    None = train a BPE of vocab_size on the training documents. heldout: share of the documents that
-    no arm sees. batch, length: of a step."""
+    """What is read, and how.
+
+    Attributes:
+        data: As `load_documents` takes it.
+        tokenizer: Path of a tokenizer.json. None = train a BPE of vocab_size on the training
+            documents.
+        vocab_size: Of the tokenizer that is trained.
+        heldout: Share of the documents that no arm sees.
+        batch: Rows of a step.
+        length: Tokens of a row.
+        seed: Of the split and of the order of the text.
+
+    Raises:
+        ConfigError: The seed is negative.
+    """
 
     data: str = "wiki"
     tokenizer: str | None = None
@@ -39,7 +51,17 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as token ids (int32 each), their tokenizer and its vocabulary map."""
+    """Documents as token ids, their tokenizer and its vocabulary map.
+
+    Attributes:
+        config: What it was made from.
+        name: Of the text.
+        licence: Of the text.
+        tokenizer: Of the token ids.
+        vocab: Its vocabulary map.
+        training: Documents to train on, int32 each.
+        heldout: Documents held out, int32 each.
+    """
 
     config: CorpusConfig
     name: str
@@ -51,12 +73,12 @@ class Corpus:
 
     @property
     def end_id(self) -> int:
-        """Raw id of the token that ends a document; also the filler of the hash."""
+        """Raw id of the token that ends a document. It is the filler of the hash too."""
         return end_id(self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
-        """Raw ids of the tokenizer."""
+        """Number of raw ids of the tokenizer."""
         return self.tokenizer.get_vocab_size()
 
     def batches(self) -> Batches:
@@ -74,7 +96,7 @@ class Corpus:
         return Batches(self.heldout, self.end_id, batch=64, tokens=self.config.length, seed=None)
 
     def save(self, folder: Path) -> None:
-        """Write everything to `folder`, which appears whole. Raises WriteFailed if it cannot."""
+        """Writes everything to `folder`, which appears whole. Raises WriteFailed."""
         with publish_folder(folder, replace=True, last="corpus.json") as made:
             self._write(made)
 
@@ -97,12 +119,21 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: Path, expected: CorpusConfig | None = None) -> Corpus:
-        """Read what `save` wrote. Raises ConfigError where there is none, or one of another config
-        than `expected`."""
+        """Reads what `save` wrote.
+
+        Args:
+            folder: That was saved to.
+            expected: The config that the corpus must have; None = any.
+
+        Raises:
+            ConfigError: The folder has no corpus, or one of another config.
+        """
         path = folder / "corpus.json"
         try:
             data = json.loads(path.read_text())
-            config, name, licence = CorpusConfig(**data["config"]), data["name"], data["licence"]
+            config = CorpusConfig(**data["config"])
+            name = data["name"]
+            licence = data["licence"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}: expected the description of a prepared corpus, "
@@ -124,26 +155,31 @@ class Corpus:
 
 
 def prepare(config: CorpusConfig) -> Corpus:
-    """Read, split, train the tokenizer on the training part, encode."""
+    """Reads the documents, splits them, trains a tokenizer on the training part, and encodes both.
+
+    Raises:
+        DataUnavailable: The text or the tokenizer is not there.
+        InputError: The text is too short, or not UTF-8.
+        ConfigError: A setting is invalid.
+    """
     documents = load_documents(config.data)
     training, heldout = split_documents(documents.texts, config.heldout, config.seed)
-    tokenizer = (
-        train_tokenizer(training, config.vocab_size)
-        if config.tokenizer is None
-        else load_tokenizer(config.tokenizer)
-    )
+    if config.tokenizer is None:
+        tokenizer = train_tokenizer(training, config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
     return Corpus(
         config,
         documents.name,
         documents.licence,
         tokenizer,
         VocabMap.from_tokenizer(tokenizer),
-        _kept(encode(tokenizer, training)),
-        _kept(encode(tokenizer, heldout)),
+        _without_empty(encode(tokenizer, training)),
+        _without_empty(encode(tokenizer, heldout)),
     )
 
 
-def _kept(documents: list[np.ndarray]) -> list[np.ndarray]:
+def _without_empty(documents: list[np.ndarray]) -> list[np.ndarray]:
     return [ids for ids in documents if len(ids)]
 
 

@@ -1,11 +1,5 @@
-"""Text for the reference model: documents, their split, and rows of tokens in an order that any
-step can be found in.
-
-A row never carries context over from another row or document: `starts` marks where attention, hash
-and conv begin anew. Which tokens a step sees depends on the documents, the sizes and the seed
-alone, so every arm of a comparison trains on the same tokens in the same order, and a resumed run
-goes on where it stopped.
-"""
+"""Documents: read from files, Wikipedia or the hub, and split into those to train on and those held
+out."""
 
 from __future__ import annotations
 
@@ -23,7 +17,13 @@ SUFFIXES = (".txt", ".md")
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts, none of them empty, with a name and the licence that they came with."""
+    """Texts of one source.
+
+    Attributes:
+        name: Of the source.
+        licence: That the texts came with, or "not stated".
+        texts: The documents, none of them empty.
+    """
 
     name: str
     licence: str
@@ -33,21 +33,30 @@ class Documents:
 def load_documents(source: str) -> Documents:
     """Documents of a source.
 
-    "wiki", "wiki:es", "wiki:fr": Wikipedia summaries, fetched once. "hf:NAME" or "hf:NAME:CONFIG":
-    the `text` column of the train split, through the `datasets` package. Anything else: a UTF-8
-    text file, or a folder of .txt and .md files, in the order of their paths; a form feed divides a
-    file into documents. Raises DataUnavailable for what is not there or holds no text, InputError
-    for a file that is not UTF-8.
+    Args:
+        source: "wiki", "wiki:es" or "wiki:fr": Wikipedia summaries, fetched once. "hf:NAME" or
+            "hf:NAME:CONFIG": the `text` column of the train split, through the `datasets` package.
+            Anything else: a UTF-8 text file, or a folder of .txt and .md files in the order of
+            their paths; a form feed divides a file into documents.
+
+    Raises:
+        DataUnavailable: The source does not exist or holds no text.
+        InputError: A file is not UTF-8.
     """
     kind, _, rest = source.partition(":")
     if kind == "wiki":
         language = rest or "en"
-        name, licence, texts = f"wiki:{language}", wiki.LICENCE, wiki.wiki_texts(language)
+        name = f"wiki:{language}"
+        licence = wiki.LICENCE
+        texts = wiki.wiki_texts(language)
     elif kind == "hf":
+        dataset, _, config = rest.partition(":")
         name = source
-        licence, texts = _from_datasets(*rest.partition(":")[::2])
+        licence, texts = _from_datasets(dataset, config)
     else:
-        name, licence, texts = source, "not stated", _from_files(Path(source))
+        name = source
+        licence = "not stated"
+        texts = _from_files(Path(source))
     texts = tuple(text for text in texts if text.strip())
     if not texts:
         raise DataUnavailable(f"{source}: expected documents, found no text")
@@ -57,11 +66,22 @@ def load_documents(source: str) -> Documents:
 def split_documents(
     texts: Sequence[str], heldout: float = 0.05, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Texts to train on and texts held out, each in the order given.
+    """Splits texts into those to train on and those held out.
 
-    A share `heldout` of the distinct texts is held out, at least one: those whose seeded hash comes
-    first, so neither order nor repetition matters, and no text is on both sides. Raises ConfigError
-    for a share outside (0, 1), InputError for fewer than two distinct texts.
+    The texts whose seeded hash comes first are held out. So neither order nor repetition matters,
+    and no text is on both sides.
+
+    Args:
+        texts: At least two distinct ones.
+        heldout: Share of the distinct texts that is held out; at least one text is.
+        seed: Of the hash.
+
+    Returns:
+        The texts to train on and the texts held out, both in the order of `texts`.
+
+    Raises:
+        ConfigError: heldout is not between 0 and 1.
+        InputError: There are fewer than two distinct texts.
     """
     if not 0 < heldout < 1:
         raise ConfigError(f"heldout: expected a share between 0 and 1, found {heldout}")
@@ -75,9 +95,8 @@ def split_documents(
         )
     count = min(max(1, round(heldout * len(distinct))), len(distinct) - 1)
     unseen = set(distinct[:count])
-    return [text for text in texts if text not in unseen], [
-        text for text in texts if text in unseen
-    ]
+    training = [text for text in texts if text not in unseen]
+    return training, [text for text in texts if text in unseen]
 
 
 def _from_files(path: Path) -> list[str]:
@@ -86,17 +105,14 @@ def _from_files(path: Path) -> list[str]:
             f"{path}: expected a text file, a folder of {' and '.join(SUFFIXES)} files, wiki or "
             "hf:NAME, found no such path"
         )
-    files = (
-        sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if path.is_dir()
-        else [path]
-    )
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
     texts = []
     for file in files:
         try:
-            texts += [
-                text.strip("\r\n") for text in file.read_text(encoding="utf-8-sig").split("\f")
-            ]
+            whole = file.read_text(encoding="utf-8-sig")
+            texts += [text.strip("\r\n") for text in whole.split("\f")]
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: expected UTF-8 text, found {error}") from None
         except OSError as error:
@@ -105,6 +121,7 @@ def _from_files(path: Path) -> list[str]:
 
 
 def _from_datasets(name: str, config: str) -> tuple[str, list[str]]:
+    """Licence and texts of a data set of the hub. config: "" = the default one."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:

@@ -1,5 +1,5 @@
-"""Text of a domain for a model that exists: documents to adapt to, documents held out, and text
-that has nothing to do with either.
+"""Text of a domain for an existing model: documents to adapt to, documents held out, and text that
+has nothing to do with either.
 
 The medical domain is the ICD-10-CM, the classification of diseases of the United States' health
 statistics: text that a small language model has hardly seen, full of names that repeat. It is read
@@ -23,9 +23,12 @@ from ..errors import ConfigError, DataUnavailable, InputError
 from .documents import load_documents, split_documents
 
 ICD = "simple-icd-10-cm"
-ICD_LICENCE = "ICD-10-CM of the United States' CMS and NCHS after the WHO's ICD-10 (PyPI simple-icd-10-cm is MIT)"
-# Diseases and findings. Injuries, external causes and factors influencing health (19 to 22) are
-# most of the codes and say the same of each limb and each encounter.
+ICD_LICENCE = (
+    "ICD-10-CM of the United States' CMS and NCHS after the WHO's ICD-10 "
+    "(PyPI simple-icd-10-cm is MIT)"
+)
+# Diseases and findings. Injuries, external causes and factors that influence health (19 to 22) are
+# most of the codes, and say the same of each limb and each encounter.
 CHAPTERS = tuple(str(number) for number in range(1, 19))
 _LONGEST = len("E11.9")  # codes below that tell left from right
 _CODE = re.compile(r"\b[A-Z][0-9][0-9A-Z]")
@@ -34,7 +37,14 @@ _PACKED = (".txt.xz",)
 
 @dataclass(frozen=True)
 class Entry:
-    """A code of the classification, what it stands for, and other names of it."""
+    """A code of the classification.
+
+    Attributes:
+        code: Such as "E11.9".
+        title: What it stands for.
+        terms: Other names of it.
+        excludes: Notes on what it does not stand for.
+    """
 
     code: str
     title: str
@@ -44,8 +54,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Category:
-    """A three-character category: the heading of the block it stands in, and its entries, itself
-    first."""
+    """A three-character category.
+
+    Attributes:
+        block: Heading of the block that it stands in.
+        entries: The category itself, then the codes below it.
+    """
 
     block: str
     entries: tuple[Entry, ...]
@@ -56,25 +70,30 @@ class Category:
         return self.entries[0].code
 
     def text(self, unnamed: Collection[str] = ()) -> str:
-        """The document. `unnamed`: codes of categories; notes that name one of them are left out."""
+        """The document.
+
+        Args:
+            unnamed: Codes of categories. Notes that name one of them are left out.
+        """
         lines = [f"Block: {self.block}"]
         for entry in self.entries:
             lines.append(f"{entry.code} {entry.title}")
-            notes = {"Includes": entry.terms, "Excludes": entry.excludes}
-            for heading, given in notes.items():
-                kept = [
-                    note
-                    for note in given
-                    if not any(code in unnamed for code in _CODE.findall(note))
-                ]
-                lines += [f"{heading}: {'; '.join(kept)}"] if kept else []
+            for heading, notes in (("Includes", entry.terms), ("Excludes", entry.excludes)):
+                kept = [note for note in notes if not _names(note, unnamed)]
+                if kept:
+                    lines.append(f"{heading}: {'; '.join(kept)}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Documents to train on and documents held out. about: source, licence and, of each part, what
-    `describe` tells."""
+    """Documents of a domain.
+
+    Attributes:
+        training: Documents to train on.
+        heldout: Documents held out.
+        about: Source, licence and, for each part, what `describe` returns.
+    """
 
     training: list[str]
     heldout: list[str]
@@ -84,8 +103,14 @@ class Domain:
 def medical(heldout: float = 0.1, seed: int = 0) -> Domain:
     """Diseases of the ICD-10-CM, one document a category, in the order of the classification.
 
-    No training document names the code of a held-out category: notes that do are left out of it.
-    Raises DataUnavailable where the package is missing.
+    No training document names the code of a held-out category: notes that do are left out.
+
+    Args:
+        heldout: Share of the categories that is held out.
+        seed: Of the split.
+
+    Raises:
+        DataUnavailable: The package is not installed.
     """
     training, unseen = medical_categories(heldout, seed)
     codes = {category.code for category in unseen}
@@ -100,7 +125,8 @@ def medical(heldout: float = 0.1, seed: int = 0) -> Domain:
 def medical_categories(
     heldout: float = 0.1, seed: int = 0
 ) -> tuple[list[Category], list[Category]]:
-    """The categories behind `medical`: those to train on and those held out."""
+    """The categories behind `medical`: those to train on and those held out. Args and Raises: as
+    there."""
     categories = _icd()
     training, _ = split_documents([category.code for category in categories], heldout, seed)
     seen = set(training)
@@ -111,44 +137,55 @@ def medical_categories(
 
 
 def wikipedia(heldout: float = 0.05, seed: int = 0) -> Domain:
-    """The Wikipedia summaries of `lm.load_documents("wiki")`."""
+    """The Wikipedia summaries of `load_documents("wiki")`, split by `split_documents`."""
     documents = load_documents("wiki")
-    return _domain(
-        documents.name, documents.licence, *split_documents(documents.texts, heldout, seed)
-    )
+    training, unseen = split_documents(documents.texts, heldout, seed)
+    return _domain(documents.name, documents.licence, training, unseen)
 
 
 def general(
     path: str | Path, characters: int = 90_000, passage: int = 1_000, seed: int = 0
 ) -> list[str]:
-    """Passages of a file or folder of text, for what a model did not train on.
+    """Passages of text that a model did not train on.
 
-    .txt, .md and .txt.xz, a form feed between documents. A passage is whole paragraphs, at least
-    `passage` characters; passages are taken in the order of their seeded hash until they have
-    `characters`, and returned in the order of the text, so the same text gives the same passages
-    anywhere. 90,000 characters of English are about 20,000 tokens. Raises DataUnavailable for no
-    such path, InputError for too little text.
+    Passages are taken in the order of their seeded hash until they have enough characters, and
+    returned in the order of the text. So the same text gives the same passages on every machine.
+
+    Args:
+        path: A .txt, .md or .txt.xz file or a folder of them, with a form feed between documents.
+        characters: In all, at least. 90,000 characters of English are about 20,000 tokens.
+        passage: Characters of a passage, at least. A passage is whole paragraphs.
+        seed: Of the hash.
+
+    Raises:
+        ConfigError: characters or passage is below 1.
+        DataUnavailable: There is no such path, or it cannot be read.
+        InputError: The text is too short.
     """
     if characters < 1 or passage < 1:
         raise ConfigError(
             f"expected characters and passage of at least 1, found {characters} and {passage}"
         )
-    found = [text for document in _texts(Path(path)) for text in _passages(document, passage)]
-    taken, total = set(), 0
-    for index in sorted(range(len(found)), key=lambda index: hashed(seed, found[index])):
+    passages: list[str] = []
+    for document in _texts(Path(path)):
+        passages += _passages(document, passage)
+    taken: set[int] = set()
+    total = 0
+    for index in sorted(range(len(passages)), key=lambda index: hashed(seed, passages[index])):
         if total >= characters:
             break
         taken.add(index)
-        total += len(found[index])
+        total += len(passages[index])
     if total < characters:
         raise InputError(
             f"{path}: expected passages with {characters} characters in all, found {total}"
         )
-    return [text for index, text in enumerate(found) if index in taken]
+    return [text for index, text in enumerate(passages) if index in taken]
 
 
 def describe(texts: Sequence[str]) -> dict[str, Any]:
-    """How many documents and characters, and the SHA-256 of the texts with a zero byte after each."""
+    """Number of documents and of characters, and the SHA-256 of the texts with a zero byte after
+    each."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode() + b"\0")
@@ -160,13 +197,20 @@ def describe(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def hashed(seed: int, key: str) -> bytes:
-    """What things are shuffled by: the same on every machine and in every version of Python."""
+    """A key to shuffle by. It is the same on every machine and in every version of Python."""
     return hashlib.sha256(f"{seed}:{key}".encode()).digest()
 
 
 def package(name: str, module: str) -> Any:
-    """An optional package's module. Raises DataUnavailable, with the command that installs it,
-    where it is missing."""
+    """Imports a module of an optional package.
+
+    Args:
+        name: Of the package.
+        module: Of the module.
+
+    Raises:
+        DataUnavailable: The package is not installed. The message says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -176,46 +220,49 @@ def package(name: str, module: str) -> Any:
 
 
 def _domain(name: str, licence: str, training: list[str], heldout: list[str]) -> Domain:
-    return Domain(
-        training,
-        heldout,
-        {
-            "source": name,
-            "licence": licence,
-            "training": describe(training),
-            "heldout": describe(heldout),
-        },
-    )
+    about = {
+        "source": name,
+        "licence": licence,
+        "training": describe(training),
+        "heldout": describe(heldout),
+    }
+    return Domain(training, heldout, about)
+
+
+def _names(note: str, codes: Collection[str]) -> bool:
+    """Whether a note names one of the categories."""
+    return any(code in codes for code in _CODE.findall(note))
 
 
 @cache
 def _icd() -> tuple[Category, ...]:
+    """All categories of CHAPTERS, in the order of the classification."""
     icd = package(ICD, "simple_icd_10_cm")
-    return tuple(
-        _category(icd, code)
-        for chapter in CHAPTERS
-        for block in icd.get_children(chapter)
-        for code in _below(icd, block, longest=3)
-        if icd.is_category(code)
-    )
+    categories = []
+    for chapter in CHAPTERS:
+        for block in icd.get_children(chapter):
+            codes = _below(icd, block, longest=3)
+            categories += [_category(icd, code) for code in codes if icd.is_category(code)]
+    return tuple(categories)
 
 
 def _category(icd: Any, code: str) -> Category:
-    block = icd.get_description(icd.get_parent(code), prioritize_blocks=True)
-    entries = (
-        Entry(
-            found,
-            icd.get_description(found),
-            (*icd.get_includes(found), *icd.get_inclusion_term(found)),
-            (*icd.get_excludes1(found), *icd.get_excludes2(found)),
-        )
-        for found in _below(icd, code, _LONGEST)
+    heading = icd.get_description(icd.get_parent(code), prioritize_blocks=True)
+    block = re.sub(r" \([^()]*\)$", "", heading)
+    return Category(block, tuple(_entry(icd, part) for part in _below(icd, code, _LONGEST)))
+
+
+def _entry(icd: Any, code: str) -> Entry:
+    return Entry(
+        code,
+        icd.get_description(code),
+        (*icd.get_includes(code), *icd.get_inclusion_term(code)),
+        (*icd.get_excludes1(code), *icd.get_excludes2(code)),
     )
-    return Category(re.sub(r" \([^()]*\)$", "", block), tuple(entries))
 
 
 def _below(icd: Any, code: str, longest: int) -> Iterator[str]:
-    """A code and those below it, of up to `longest` characters where they are no blocks."""
+    """A code and all below it: blocks, and codes of up to `longest` characters."""
     yield code
     for child in icd.get_children(code):
         if icd.is_block(child) or len(child) <= longest:
@@ -224,11 +271,10 @@ def _below(icd: Any, code: str, longest: int) -> Iterator[str]:
 
 def _texts(path: Path) -> list[str]:
     """Documents of a file or folder, packed ones too."""
-    files = (
-        sorted(file for file in path.rglob("*") if file.name.endswith((".txt", ".md", *_PACKED)))
-        if path.is_dir()
-        else [path]
-    )
+    files = [path]
+    if path.is_dir():
+        suffixes = (".txt", ".md", *_PACKED)
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes))
     texts: list[str] = []
     for file in files:
         if not file.name.endswith(_PACKED):
@@ -244,6 +290,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def _passages(text: str, least: int) -> Iterator[str]:
+    """Whole paragraphs, joined until they have `least` characters. The rest is left out."""
     kept: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         kept.append(paragraph.strip())

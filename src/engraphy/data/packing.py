@@ -1,10 +1,9 @@
-"""Documents of token ids packed into rows, and batches of rows in an order that any step can be
-found in.
+"""Documents of token ids packed into rows, and batches of rows in a fixed order.
 
 A row never carries context over from another row or document: `starts` marks where attention, hash
-and conv begin anew. Which tokens a step sees depends on the documents, the sizes and the seed
-alone, so every arm of a comparison trains on the same tokens in the same order, and a resumed run
-goes on where it stopped.
+and conv begin anew. The tokens of a step depend on the documents, the sizes and the seed alone. So
+every arm of a comparison trains on the same tokens in the same order, and a resumed run continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -24,8 +23,13 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """ids and targets int64 [B, T], starts bool [B, T]. targets[t] is the token after ids[t], or
-    IGNORED."""
+    """What one step sees.
+
+    Attributes:
+        ids_BT: int64 [B, T].
+        targets_BT: int64 [B, T]. targets[t] is the token after ids[t], or IGNORED.
+        starts_BT: bool [B, T]. True where a document, or a row, begins.
+    """
 
     ids_BT: Tensor
     targets_BT: Tensor
@@ -46,40 +50,56 @@ class Rows(NamedTuple):
 
 
 def pack(documents: Sequence[np.ndarray], end_id: int, tokens: int, fill: bool) -> Rows:
-    """Concatenate documents (integer ids, without special tokens) and cut them into rows of
-    `tokens`.
+    """Concatenates documents and cuts them into rows.
 
-    Each document follows an end token, which starts it: the end token is the target of a document's
-    last token and predicts the first of the next, as the first token of all does. A row's first
-    position is a start too. Nothing else crosses: no position sees a token before its start. fill:
-    complete the last row with end tokens whose targets are IGNORED; otherwise what does not fill a
-    row is left out.
+    Each document follows an end token, which starts it. So the end token is the target of a
+    document's last token and predicts the first token of the next document; the very first token
+    is an end token too. A row's first position is also a start. No position sees a token before its
+    start.
+
+    Args:
+        documents: Integer ids of each, without special tokens.
+        end_id: Id of the end token.
+        tokens: Length of a row.
+        fill: True = complete the last row with end tokens whose targets are IGNORED. False = leave
+            out the rest that does not fill a row.
     """
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
     stream = np.full(int(lengths.sum()) + len(documents) + 1, end_id, dtype=np.int32)
     starts = np.zeros(len(stream), dtype=bool)
     starts[np.cumsum(np.concatenate([[0], lengths + 1]))] = True
     stream[~starts] = np.concatenate(documents) if len(documents) else []
-    targets, stream, starts = stream[1:], stream[:-1], starts[:-1]
-    count = -(-len(stream) // tokens) if fill else len(stream) // tokens
-    missing = max(0, count * tokens - len(stream))
-    shape, size = (count, tokens), count * tokens
-    ids_RT = np.pad(stream, (0, missing), constant_values=end_id)[:size].reshape(shape)
-    targets_RT = np.pad(targets, (0, missing), constant_values=IGNORED)[:size].reshape(shape)
-    starts_RT = np.pad(starts, (0, missing), constant_values=True)[:size].reshape(shape)
+    count = len(stream) - 1
+    rows = -(-count // tokens) if fill else count // tokens
+
+    def cut(values: np.ndarray, filler: int) -> np.ndarray:
+        missing = max(0, rows * tokens - count)
+        whole = np.pad(values, (0, missing), constant_values=filler)
+        return whole[: rows * tokens].reshape(rows, tokens)
+
+    starts_RT = cut(starts[:-1], True)
     starts_RT[:, 0] = True
-    return Rows(ids_RT, targets_RT, starts_RT)
+    return Rows(cut(stream[:-1], end_id), cut(stream[1:], IGNORED), starts_RT)
 
 
 class Batches:
-    """Batches of rows by step: `batches[step]` is the same whenever and wherever it is asked for.
+    """Batches of rows by step. `batches[step]` is always the same.
 
-    documents: integer ids of each, without special tokens. seed: documents and rows are shuffled
-    anew each epoch, a batch has `batch` rows, what is left over is dropped, and steps run on from
-    epoch to epoch. seed None (held-out text): documents as given, all of them, one epoch; the last
-    batch may have fewer rows. `len()` is the number of batches of an epoch, iterating gives one
-    epoch. Raises InputError for no documents, documents without ids, or too little text for one
-    batch.
+    `len()` is the number of batches of an epoch, and iterating gives one epoch.
+
+    Args:
+        documents: Integer ids of each, without special tokens.
+        end_id: Id of the end token.
+        batch: Rows of a batch.
+        tokens: Tokens of a row.
+        seed: Documents and rows are shuffled anew each epoch, the rest that does not fill a batch
+            is dropped, and steps run on from epoch to epoch. None (held-out text): all documents in
+            their order, one epoch; the last batch may have fewer rows.
+
+    Raises:
+        ConfigError: batch or tokens is below 1.
+        InputError: There are no documents, a document has no ids, or the text is too short for one
+            batch.
     """
 
     def __init__(
@@ -97,18 +117,17 @@ class Batches:
             )
         if not documents or min(len(ids) for ids in documents) < 1:
             raise InputError("documents: expected ids in each, found none")
-        self.documents, self.end_id, self.batch, self.tokens, self.seed = (
-            documents,
-            end_id,
-            batch,
-            tokens,
-            seed,
-        )
+        self.documents = documents
+        self.end_id = end_id
+        self.batch = batch
+        self.tokens = tokens
+        self.seed = seed
         total = sum(len(ids) + 1 for ids in documents)
         self._length = -(-total // (tokens * batch)) if seed is None else total // tokens // batch
         if not self._length:
             raise InputError(
-                f"documents: expected at least {batch} rows of {tokens} tokens, found {total} tokens"
+                f"documents: expected at least {batch} rows of {tokens} tokens, "
+                f"found {total} tokens"
             )
         self._epoch, self._rows = self._pack(0)
 
@@ -120,10 +139,10 @@ class Batches:
     @property
     def digest(self) -> str:
         """SHA-256 over the documents, the sizes and the seed: equal digests, equal batches."""
-        found = hashlib.sha256(f"{self.end_id} {self.batch} {self.tokens} {self.seed}".encode())
+        digest = hashlib.sha256(f"{self.end_id} {self.batch} {self.tokens} {self.seed}".encode())
         for ids in self.documents:
-            found.update(f" {len(ids)}:".encode() + ids.astype("<i8").tobytes())
-        return found.hexdigest()
+            digest.update(f" {len(ids)}:".encode() + ids.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._length
@@ -134,10 +153,8 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         epoch, index = divmod(step, len(self))
         if step < 0 or (epoch and self.seed is None):
-            raise InputError(
-                f"step: expected {'0 or more' if self.seed is not None else f'0 to {len(self) - 1}'}, "
-                f"found {step}"
-            )
+            allowed = f"0 to {len(self) - 1}" if self.seed is None else "0 or more"
+            raise InputError(f"step: expected {allowed}, found {step}")
         if epoch != self._epoch:
             self._epoch, self._rows = self._pack(epoch)
         part = slice(index * self.batch, (index + 1) * self.batch)
@@ -145,6 +162,7 @@ class Batches:
         return Batch(ids.long(), targets.long(), starts.clone())
 
     def _pack(self, epoch: int) -> tuple[int, Rows]:
+        """The epoch, and its rows in their order."""
         if self.seed is None:
             return epoch, pack(self.documents, self.end_id, self.tokens, fill=True)
         random = np.random.default_rng([self.seed, epoch])

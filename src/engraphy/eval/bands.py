@@ -1,8 +1,11 @@
-"""How often a training text held the n-gram that ends at a target: a memory's gain is repeated
-local text, so a loss is only told apart from another when it is split by this."""
+"""How often a training text held the n-gram that ends at a target.
+
+What a memory gains is repeated local text. So two losses say more once they are split by this.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,23 +21,35 @@ BANDS: Mapping[str, tuple[int, int]] = {
     "4-30": (4, 30),
     "31+": (31, 2**62),
 }
-"""Names of frequency bands and the counts, both included, that they take."""
+"""Frequency bands by name: the lowest and the highest count, both included."""
 
 
 @dataclass(frozen=True)
 class BandLoss:
-    """Mean loss in nats of the targets in a band, and how many they are. loss is NaN where there
-    are none."""
+    """The loss in a band.
+
+    Attributes:
+        loss: Mean nats of the targets in the band; NaN if there are none.
+        targets: Number of targets.
+    """
 
     loss: float
     targets: int
 
 
 class NgramCounts:
-    """Counts of the n-grams of a training text, within documents: 16 bytes for each distinct one.
+    """Counts of the n-grams of a training text, within documents. Takes 16 bytes for each distinct
+    n-gram.
 
-    documents: integer ids of each, without special tokens; as in `pack`, each counts between two
-    end tokens. Raises ConfigError where vocab_size ** order does not fit 63 bits.
+    Args:
+        documents: Integer ids of each, without special tokens. As in `pack`, each stands between
+            two end tokens.
+        end_id: Id of the end token.
+        vocab_size: Ids are below it.
+        order: Tokens of an n-gram.
+
+    Raises:
+        ConfigError: vocab_size ** order does not fit 63 bits.
     """
 
     def __init__(
@@ -44,18 +59,26 @@ class NgramCounts:
             raise ConfigError(
                 f"expected vocab_size ** order up to 2 ** 63, found {vocab_size} ** {order}"
             )
-        self.vocab_size, self.order = vocab_size, order
+        self.vocab_size = vocab_size
+        self.order = order
         end = np.array([end_id])
-        # A document too short for an n-gram has none; the others are never joined.
+        # Keys are made document by document, so that no n-gram joins two of them.
         keys = [self._keys(np.concatenate([end, ids, end])) for ids in documents]
         self._distinct, self._counts = np.unique(
             np.concatenate([*keys, np.empty(0, np.int64)]), return_counts=True
         )
 
     def count(self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> np.ndarray:
-        """Training count of the n-gram that ends at each target, int64 [B, T].
+        """Training counts of the n-grams that end at the targets.
 
-        -1 where there is none: the target is IGNORED, or the n-gram would reach over a start.
+        Args:
+            ids_BT: As in `Batch`.
+            targets_BT: As in `Batch`.
+            starts_BT: As in `Batch`.
+
+        Returns:
+            int64 [B, T]. -1 = no n-gram ends here: the target is IGNORED, or the n-gram would reach
+            over a start.
         """
         ids, targets, starts = (values.cpu().numpy() for values in (ids_BT, targets_BT, starts_BT))
         position = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
@@ -70,12 +93,13 @@ class NgramCounts:
             key = key * self.vocab_size + ids[row, last - back]
         key = key * self.vocab_size + targets[row, last]
         at = np.searchsorted(self._distinct, key)
-        found = np.append(self._distinct, -1)[at] == key
-        counts[row, last] = np.where(found, np.append(self._counts, 0)[at], 0)
+        # The appended values stand for keys above all others.
+        trained = np.append(self._distinct, -1)[at] == key
+        counts[row, last] = np.where(trained, np.append(self._counts, 0)[at], 0)
         return counts
 
     def _keys(self, ids: np.ndarray) -> np.ndarray:
-        """Each n-gram of a text as one number: int64 [max(0, len(ids) - order + 1)]."""
+        """The n-grams of a text as numbers: int64 [max(0, len(ids) - order + 1)]."""
         keys = np.zeros(max(0, len(ids) - self.order + 1), dtype=np.int64)
         for offset in range(self.order):
             keys = keys * self.vocab_size + ids[offset : offset + len(keys)]
@@ -83,12 +107,15 @@ class NgramCounts:
 
 
 def loss_by_band(losses: np.ndarray, counts: np.ndarray) -> dict[str, BandLoss]:
-    """Mean loss of the targets in each of BANDS. losses and counts: of the same shape; counts of -1
-    are left out."""
-    told = {}
+    """Mean losses of the targets in BANDS.
+
+    Args:
+        losses: Nats.
+        counts: Of the same shape. Targets with a count of -1 are left out.
+    """
+    bands = {}
     for name, (low, high) in BANDS.items():
         inside = losses[(counts >= low) & (counts <= high)]
-        told[name] = BandLoss(
-            float(inside.mean(dtype=np.float64)) if len(inside) else float("nan"), len(inside)
-        )
-    return told
+        loss = float(inside.mean(dtype=np.float64)) if len(inside) else math.nan
+        bands[name] = BandLoss(loss, len(inside))
+    return bands

