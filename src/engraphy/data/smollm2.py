@@ -58,7 +58,7 @@ def unpack(out: str | os.PathLike[str], weights: str | os.PathLike[str] | None =
     Raises:
         ConfigError: `out` is taken.
         WriteFailed: `out` cannot be written.
-        DataUnavailable: The weights, or the packages that read GGUF, are missing, or the weights are
+        DataUnavailable: The weights or the packages that read GGUF are missing, or the weights are
             not the expected ones.
     """
     out = Path(out)

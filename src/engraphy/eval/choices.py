@@ -39,8 +39,8 @@ Question = tuple[str, str, Collection[str]]
 
 @dataclass(frozen=True)
 class Item:
-    """A multiple-choice question. The text of a choice is question + option, without a space between
-    them.
+    """A multiple-choice question. The text of a choice is question + option, without a space
+    between them.
 
     Attributes:
         question: Not empty.

@@ -27,8 +27,8 @@ START = "context start"
 _BOUNDS = {**{BUCKETS[band]: bounds for band, bounds in BANDS.items()}, START: (-1, -1)}
 
 TokenLosses = Callable[[Batch], Tensor]
-"""Takes a batch; returns the nats of each target, float [B, T]. Values at targets that are IGNORED
-are not looked at."""
+"""Takes a batch, returns the nats of each target, float [B, T]. Values at targets that are IGNORED
+do not matter."""
 
 
 class LanguageModel(Protocol):
@@ -40,8 +40,14 @@ class LanguageModel(Protocol):
 
 
 class HeldoutPart(NamedTuple):
-    """The targets of one batch. losses_M: nats, f64. documents_M: the document of each, int64,
-    numbered over all batches. batch: what was measured. kept_BT: the positions that have a target."""
+    """The targets of one batch.
+
+    Attributes:
+        losses_M: Nats, f64.
+        documents_M: The document of each, int64, numbered over all batches.
+        batch: What was measured.
+        kept_BT: bool, the positions that have a target.
+    """
 
     losses_M: Tensor
     documents_M: Tensor
@@ -124,14 +130,11 @@ class Losses:
         dtype: str = "float32",
     ):
         token_losses = losses_of(model, dtype) if hasattr(model, "token_losses") else model
-        losses, documents, found = [], [], []
-        for part in heldout_parts(token_losses, batches):
-            losses.append(part.losses_M.numpy())
-            documents.append(part.documents_M.numpy())
-            found.append(counts.count(*part.batch)[part.kept_BT.numpy()])
-        self.losses = np.concatenate(losses)
-        self.documents = np.concatenate(documents)
-        self.counts = np.concatenate(found)
+        parts = list(heldout_parts(token_losses, batches))
+        trained = [counts.count(*part.batch)[part.kept_BT.numpy()] for part in parts]
+        self.losses = torch.cat([part.losses_M for part in parts]).numpy()
+        self.documents = torch.cat([part.documents_M for part in parts]).numpy()
+        self.counts = np.concatenate(trained)
 
     def mean(self) -> dict[str, float]:
         """validation_loss, and validation_stderr if two or more documents give one."""
@@ -158,7 +161,8 @@ def mean_with_error(values: np.ndarray, documents: np.ndarray) -> tuple[float, f
     sizes = np.bincount(documents)
     sums = np.bincount(documents, weights=values)[sizes > 0]
     sizes = sizes[sizes > 0]
-    mean, count = float(values.mean()), len(sizes)
+    mean = float(values.mean())
+    count = len(sizes)
     if count < 2:
         return mean, None
     spread = float(((sums - mean * sizes) ** 2).sum()) * count / (count - 1)

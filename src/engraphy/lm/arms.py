@@ -1,8 +1,8 @@
 """Arms of a comparison with equal parameters, counted by code: dense, mixture of experts, and
 experts with a memory.
 
-A token uses as many parameters in each arm; the last two have as many in total, the memory's table
-taking the place of a share of the routed experts (paper, section 3: rho is the share that the
+A token uses as many parameters in each arm. The last two arms have as many in total: the memory's
+table takes the place of a share of the routed experts (paper, section 3: rho is the share that the
 experts keep).
 """
 
@@ -27,10 +27,13 @@ TOLERANCE = 0.01
 class Parameters:
     """Parameter counts of a model and its memory.
 
-    total: everything, the table included. activated: what one token uses: routed experts count
-    top_k of them, the table the C*d values of each memory layer, the head counts whole, and the
-    token embedding, one row of which is copied, not at all unless it is the head. table: values in
-    the table. embedding: of the token embedding.
+    Attributes:
+        total: Everything, the table included.
+        activated: What one token uses. Of the routed experts top_k count, of the table the C*d
+            values of each memory layer. The head counts whole. The token embedding, of which one
+            row is copied, counts only if it is the head.
+        table: Values in the table.
+        embedding: Of the token embedding.
     """
 
     total: int
@@ -40,7 +43,14 @@ class Parameters:
 
 
 class Arm(NamedTuple):
-    """One model of a comparison."""
+    """One model of a comparison.
+
+    Attributes:
+        name: Of the arm.
+        model: Its sizes.
+        memory: Of the memory; None = the arm has none.
+        parameters: Its counts.
+    """
 
     name: str
     model: LMConfig
@@ -60,9 +70,8 @@ def count_parameters(model: LM) -> Parameters:
     """Counts of a model as built, its memory included."""
     dense = sum(parameter.numel() for parameter in model.parameters())
     unused = sum(module.unused_parameters for module in model.modules() if isinstance(module, MoE))
-    return _parameters(
-        model.config, dense, unused, None if model.memory is None else model.memory.config
-    )
+    memory = None if model.memory is None else model.memory.config
+    return _parameters(model.config, dense, unused, memory)
 
 
 def demo_config(vocab_size: int = 2048) -> LMConfig:
@@ -94,12 +103,22 @@ def three_arms(
     dim: int = 16,
     seed: int = 0,
 ) -> Arms:
-    """The three arms for a mixture of experts `moe`.
+    """The three arms for a mixture of experts.
 
-    hash_vocab: number of ids that are hashed, len(vocab). pad_id: raw id of the filler. rho: share
-    of the routed experts that the memory arm keeps; the others pay for the table, shared experts
-    for the memory's dense part. layers, orders, heads, dim: of the memory. seed: of its hash.
-    Raises ConfigError where the counts cannot be made equal within 1 %.
+    Args:
+        moe: The mixture of experts.
+        hash_vocab: Number of ids that are hashed, len(vocab).
+        pad_id: Raw id of the filler.
+        rho: Share of the routed experts that the memory arm keeps. The others pay for the table,
+            the shared experts for the memory's dense part.
+        layers: Of the memory.
+        orders: Of the memory.
+        heads: Of the memory.
+        dim: Width of a row.
+        seed: Of the memory's hash.
+
+    Raises:
+        ConfigError: The counts cannot be made equal within 1 %.
     """
     if not 0 < rho < 1:
         raise ConfigError(f"rho: expected a share between 0 and 1, found {rho}")
@@ -113,9 +132,8 @@ def three_arms(
         spec = HashSpec.demo(
             tuple(layers), tuple(orders), heads, rows_per_head, hash_vocab, pad_id, seed
         )
-        return EngramConfig(
-            spec, LayerSpec(moe.hidden_size, spec.columns * dim, order=spec.order), dim
-        )
+        layer = LayerSpec(moe.hidden_size, spec.columns * dim, order=spec.order)
+        return EngramConfig(spec, layer, dim)
 
     experts = round(rho * moe.experts)
     if experts < moe.top_k:
@@ -140,13 +158,21 @@ def three_arms(
 def _solve_width(
     config: LMConfig, memory: EngramConfig | None, field: str, blocks: int, activated: int
 ) -> LMConfig:
-    """The config whose SwiGLU width `field`, found in so many blocks, comes closest to `activated`."""
+    """The config that comes closest to `activated` parameters a token.
+
+    Args:
+        config: Whose width is changed.
+        memory: Of the arm, or None.
+        field: The SwiGLU width to change.
+        blocks: How many blocks have it.
+        activated: Parameters to come close to.
+    """
     missing = activated - _count_config(config, memory).activated
     width = getattr(config, field) + round(missing / (3 * config.hidden_size * blocks))
     if width < 1:
         raise ConfigError(
-            f"{field}: no width is left at {activated} activated parameters; the memory's dense part is "
-            "too large for this model"
+            f"{field}: no width is left at {activated} activated parameters; "
+            "the memory's dense part is too large for this model"
         )
     return dataclasses.replace(config, **{field: width})
 
@@ -154,26 +180,26 @@ def _solve_width(
 def _solve_rows(memory_config: Callable[[int], EngramConfig], free: int) -> int:
     """rows_per_head whose table comes closest to `free` parameters."""
     least = memory_config(1)
-    rows = free // (least.hash.columns * least.dim * len(least.hash.layer_ids))
+    row_of_all_heads = least.hash.columns * least.dim * len(least.hash.layer_ids)
+    rows = free // row_of_all_heads
     if rows < 1:
         raise ConfigError(f"rho: expected parameters to spare for a table, found {free}")
     # Heads have distinct prime sizes from rows_per_head on, so the table comes out larger: take the
     # excess off.
     for _ in range(4):
         excess = memory_config(rows).table_parameters() - free
-        rows = max(
-            1, rows - round(excess / (least.hash.columns * least.dim * len(least.hash.layer_ids)))
-        )
+        rows = max(1, rows - round(excess / row_of_all_heads))
     return rows
 
 
 def _check(arms: Arms, rho: float) -> None:
+    """Raises ConfigError unless the counts are equal within TOLERANCE."""
     goal = arms.moe.parameters
     for arm in (arms.dense, arms.memory):
         if abs(arm.parameters.activated - goal.activated) > TOLERANCE * goal.activated:
             raise ConfigError(
-                f"{arm.name} arm: expected {goal.activated} activated parameters within {TOLERANCE:.0%}, "
-                f"found {arm.parameters.activated}"
+                f"{arm.name} arm: expected {goal.activated} activated parameters within "
+                f"{TOLERANCE:.0%}, found {arm.parameters.activated}"
             )
     if abs(arms.memory.parameters.total - goal.total) > TOLERANCE * goal.total:
         raise ConfigError(
@@ -184,23 +210,26 @@ def _check(arms: Arms, rho: float) -> None:
 
 def _count_config(config: LMConfig, memory: EngramConfig | None) -> Parameters:
     """Counts of the model that `config` and `memory` would give, by formula: nothing is built."""
-    hidden, embedding = config.hidden_size, config.vocab_size * config.hidden_size
-    experts = len(config.moe_layers)
-    sparse = (
-        config.experts * (hidden + 3 * hidden * config.expert_ffn) + 3 * hidden * config.shared_ffn
-    )
-    blocks = config.layers * (4 * hidden**2 + 2 * hidden) + experts * sparse
-    blocks += (config.layers - experts) * 3 * hidden * config.ffn + hidden
-    unused = experts * (config.experts - config.top_k) * 3 * hidden * config.expert_ffn
-    dense = embedding * (1 if config.tie_embeddings else 2) + blocks
-    return _parameters(
-        config, dense + (0 if memory is None else memory.dense_parameters()), unused, memory
-    )
+    hidden = config.hidden_size
+    moe_blocks = len(config.moe_layers)
+    expert = 3 * hidden * config.expert_ffn
+    router = config.experts * hidden
+    shared = 3 * hidden * config.shared_ffn
+    attention_and_norms = 4 * hidden**2 + 2 * hidden
+    dense = config.layers * attention_and_norms + hidden
+    dense += moe_blocks * (router + config.experts * expert + shared)
+    dense += (config.layers - moe_blocks) * 3 * hidden * config.ffn
+    dense += config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
+    if memory is not None:
+        dense += memory.dense_parameters()
+    unused = moe_blocks * (config.experts - config.top_k) * expert
+    return _parameters(config, dense, unused, memory)
 
 
 def _parameters(
     config: LMConfig, dense: int, unused: int, memory: EngramConfig | None
 ) -> Parameters:
+    """Counts from those of `dense`, everything but the table, and of `unused` experts."""
     embedding = config.vocab_size * config.hidden_size
     copied = 0 if config.tie_embeddings else embedding
     table = 0 if memory is None else memory.table_parameters()

@@ -1,9 +1,9 @@
 """The training loop: runs stop by tokens, resume bit for bit, and leave a checkpoint when
 interrupted.
 
-A checkpoint is a folder `checkpoint-NNNNNNNN` that is complete when it has that name: dense
-weights, the table and its row moments as sealed tables, the dense optimiser, and where in the data
-the run was.
+A checkpoint is a folder `checkpoint-NNNNNNNN`, which is complete once it has that name. It holds
+the dense weights, the table and its row moments as sealed tables, the dense optimiser, and the
+position in the data.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..data.packing import Batches
 from ..errors import ConfigError, DigestMismatch
@@ -37,12 +38,21 @@ from .model import LM
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. tokens: where it stops. lr: of the dense parameters; rows learn at lr *
-    row_rate_scale, without decay.
+    """Settings of one run.
 
-    clip: largest gradient norm. warmup: share of the run. dtype: "float32" or "bfloat16"
-    (autocast). heldout_every, checkpoint_every: steps between held-out losses, and between
-    checkpoints (0 = only at the end).
+    Attributes:
+        tokens: Of training.
+        lr: Of the dense parameters.
+        row_rate_scale: Rows learn at lr * row_rate_scale, without decay.
+        weight_decay: Of the dense parameters.
+        clip: Largest gradient norm.
+        warmup: Share of the run.
+        dtype: "float32", or "bfloat16" (autocast).
+        heldout_every: Steps between held-out losses; 0 = only at the end.
+        checkpoint_every: Steps between checkpoints; 0 = only at the end.
+
+    Raises:
+        ConfigError: A number is out of range, or the dtype unknown.
     """
 
     tokens: int
@@ -58,23 +68,33 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(
-                f'expected tokens >= 1 and dtype "float32" or "bfloat16", '
+                'expected tokens >= 1 and dtype "float32" or "bfloat16", '
                 f"found {self.tokens}, {self.dtype!r}"
             )
         for name in ("lr", "row_rate_scale", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(
-                    f"{name}: expected a positive number, found {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}: expected a positive number, found {value}")
         for name in ("weight_decay", "heldout_every", "checkpoint_every"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigError(f"{name}: expected 0 or more, found {value}")
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is told after each step. loss: mean nats a token of this step's batch. heldout: where it
-    was measured."""
+    """The report of a step.
+
+    Attributes:
+        step: Number of the step, from 1.
+        steps: Of the whole run.
+        tokens: Trained on so far.
+        loss: Mean nats a token of this step's batch.
+        norm: Of the gradient, before clipping.
+        tokens_per_second: Of this step.
+        heldout: Mean nats a token of held-out text, if it was measured after this step.
+        max_load: Load of the busiest expert over the mean load; None without experts.
+    """
 
     step: int
     steps: int
@@ -89,8 +109,16 @@ class StepReport:
 class Run:
     """A model in training: what a checkpoint holds, and one step of it.
 
-    origin: JSON values that say where the initial weights came from (a seed, an arm): a checkpoint
-    of another origin is refused.
+    Args:
+        model: To train.
+        batches: Of training text.
+        config: Settings of the run.
+        origin: JSON values that say where the initial weights come from (a seed, an arm). A
+            checkpoint of another origin is refused.
+
+    Attributes:
+        step_index: Steps that are done.
+        steps: Of the whole run.
     """
 
     def __init__(
@@ -100,18 +128,14 @@ class Run:
         config: TrainConfig,
         origin: Mapping[str, Any] | None = None,
     ):
-        self.model, self.batches, self.config, self.origin = (
-            model,
-            batches,
-            config,
-            dict(origin or {}),
-        )
+        self.model = model
+        self.batches = batches
+        self.config = config
+        self.origin = dict(origin or {})
         self._data_digest = batches.digest
-        rows = (
-            None
-            if model.memory is None
-            else RowAdam(model.memory, lr=config.lr * config.row_rate_scale)
-        )
+        rows = None
+        if model.memory is not None:
+            rows = RowAdam(model.memory, lr=config.lr * config.row_rate_scale)
         dense = torch.optim.AdamW(
             weight_decay_groups(model, config.weight_decay),
             lr=config.lr,
@@ -124,10 +148,11 @@ class Run:
 
     @property
     def done(self) -> bool:
+        """Whether all steps are done."""
         return self.step_index >= self.steps
 
     def step(self) -> tuple[float, float]:
-        """One batch forward, backward, update. Returns (loss, gradient norm)."""
+        """Trains on one batch. Returns its loss and the gradient norm."""
         self.model.train()
         ids_BT, targets_BT, starts_BT = self.batches[self.step_index]
         with autocast(self.config.dtype):
@@ -139,10 +164,13 @@ class Run:
         return loss.item(), norm
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint below `folder`, on disk under its name as a whole, then drop the older
-        ones.
+        """Writes a checkpoint below `folder`, which appears whole, then removes the older ones.
 
-        Raises WriteFailed if the system refuses: the older ones are there then.
+        Returns:
+            The checkpoint.
+
+        Raises:
+            WriteFailed: The system refused. The older ones are still there.
         """
         final = folder / f"checkpoint-{self.step_index:08d}"
         if final.exists():
@@ -161,45 +189,28 @@ class Run:
             self.pair.rows.save(partial / "moments", table_id)
         tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(tensors, partial / "dense.safetensors", metadata={"table_id": table_id})
-        with open(
-            partial / "optimizer.pt", "wb"
-        ) as file:  # of a path torch would not say what went wrong
+        # An open file: given a path, torch would not say what went wrong.
+        with open(partial / "optimizer.pt", "wb") as file:
             torch.save(self.pair.dense.state_dict(), file)
         where = {"step": self.step_index, "table_id": table_id, **self._identity()}
         (partial / "run.json").write_text(json.dumps(where, indent=1))
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint as if the run had not stopped.
+        """Continues from a checkpoint as if the run had not stopped.
 
-        Raises ConfigError for a damaged checkpoint or another run's, DigestMismatch where its table
-        is not its own.
+        Raises:
+            ConfigError: The checkpoint is damaged, or another run's.
+            DigestMismatch: Its table is another one's.
         """
         where = described(path)
-        try:
-            optimizer = torch.load(path / "optimizer.pt", weights_only=True)
-            with safe_open(path / "dense.safetensors", framework="pt") as file:
-                table_id = (file.metadata() or {}).get("table_id")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (
-            OSError,
-            ValueError,
-            SafetensorError,
-            RuntimeError,
-            pickle.UnpicklingError,
-        ) as error:
-            for name in ("run.json", "optimizer.pt", "dense.safetensors"):
-                refuse_pointer(path / name, ConfigError)
-            raise ConfigError(
-                f"{path}: expected a checkpoint, found {type(error).__name__}: {error}"
-            ) from None
-        mine = self._identity()
-        wrong = [
-            f"{key}: expected {mine[key]}, found {where.get(key)}"
-            for key in mine
-            if where.get(key) != mine[key]
+        optimizer, tensors, table_id = _read(path)
+        mismatches = [
+            f"{key}: expected {mine}, found {where.get(key)}"
+            for key, mine in self._identity().items()
+            if where.get(key) != mine
         ]
-        if wrong:
-            raise ConfigError(f"{path} belongs to another run: " + "; ".join(wrong))
+        if mismatches:
+            raise ConfigError(f"{path} belongs to another run: " + "; ".join(mismatches))
         if table_id != where["table_id"]:
             raise DigestMismatch(
                 f"{path}: the dense weights belong to table {table_id}, "
@@ -231,51 +242,46 @@ def train(
     heldout: Batches | None = None,
     report: Callable[[StepReport], None] = lambda _: None,
 ) -> None:
-    """Train until the run's tokens are used up; metrics.jsonl and checkpoints go to `folder`.
+    """Trains until the run's tokens are used up.
 
-    resume: continue from the newest checkpoint there, if any; without it a folder that holds one is
-    an error. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and then raises
-    KeyboardInterrupt (`signals.Terminated` for SIGTERM); a second one stops at once. Raises
-    WriteFailed if the system refuses to write.
+    Ctrl-C or SIGTERM finishes the step, writes a checkpoint, then raises; a second one stops at
+    once.
+
+    Args:
+        run: What to train.
+        folder: For metrics.jsonl and checkpoints.
+        resume: True = continue from the newest checkpoint in `folder`, if there is one. False = a
+            folder that holds one is an error.
+        heldout: Held-out text.
+        report: Takes the report of each step.
+
+    Raises:
+        ConfigError: `folder` holds a checkpoint, and resume is False.
+        WriteFailed: The system refuses to write.
+        KeyboardInterrupt: The training was interrupted; `signals.Terminated` after SIGTERM.
     """
     folder = Path(folder)
     make_folder(folder)
-    found = checkpoints(folder)
-    if found and not resume:
+    saved = checkpoints(folder)
+    if saved and not resume:
         raise ConfigError(
-            f"{folder} holds {found[-1].name}: resume that run, or choose another folder"
+            f"{folder} holds {saved[-1].name}: resume that run, or choose another folder"
         )
-    if found:
-        run.resume(found[-1])
+    if saved:
+        run.resume(saved[-1])
     metrics = folder / "metrics.jsonl"
     _cut(metrics, run.step_index)
     with write_errors(metrics):
-        file = metrics.open("ab", buffering=0)  # nothing waits for a flush that may fail
+        file = metrics.open("ab", buffering=0)  # unbuffered: no later flush can fail
     with file, stopping() as stop:
         while not (run.done or stop):
-            began = time.perf_counter()
-            loss, norm = run.step()
-            speed = run.batches.tokens_per_step / (time.perf_counter() - began)
-            every = run.config.heldout_every
-            measure = heldout is not None and (run.done or (every and run.step_index % every == 0))
-            found_loss = (
-                heldout_loss(run.model, heldout, run.config.dtype) if measure and heldout else None
-            )
-            told = StepReport(
-                run.step_index,
-                run.steps,
-                run.step_index * run.batches.tokens_per_step,
-                loss,
-                norm,
-                speed,
-                found_loss,
-                run.model.max_load(),
-            )
-            line = (json.dumps({**dataclasses.asdict(told), "time": time.time()}) + "\n").encode()
+            step = _step(run, heldout)
+            values = {**dataclasses.asdict(step), "time": time.time()}
+            line = (json.dumps(values) + "\n").encode()
             with write_errors(metrics, "the checkpoints are whole"):
                 while line:
                     line = line[file.write(line) :]
-            report(told)
+            report(step)
             every = run.config.checkpoint_every
             if every and run.step_index % every == 0 and not run.done:
                 run.save(folder)
@@ -284,6 +290,28 @@ def train(
             raise stop.error(
                 f"stopped at step {run.step_index} of {run.steps}; the checkpoint is in {folder}"
             )
+
+
+def _step(run: Run, heldout: Batches | None) -> StepReport:
+    """One step, and the held-out loss if it is due."""
+    began = time.perf_counter()
+    loss, norm = run.step()
+    speed = run.batches.tokens_per_step / (time.perf_counter() - began)
+    every = run.config.heldout_every
+    due = run.done or (every and run.step_index % every == 0)
+    measured = None
+    if heldout is not None and due:
+        measured = heldout_loss(run.model, heldout, run.config.dtype)
+    return StepReport(
+        run.step_index,
+        run.steps,
+        run.step_index * run.batches.tokens_per_step,
+        loss,
+        norm,
+        speed,
+        measured,
+        run.model.max_load(),
+    )
 
 
 def heldout_loss(model: LM, batches: Batches, dtype: str = "float32") -> float:
@@ -301,19 +329,38 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def described(checkpoint: Path) -> dict[str, Any]:
-    """What run.json says of a checkpoint's run. Raises ConfigError if it describes none."""
+    """What run.json says about a checkpoint's run. Raises ConfigError if there is no checkpoint, or
+    its run.json is damaged."""
     try:
         where = json.loads((checkpoint / "run.json").read_text())
         if not isinstance(where["config"]["dtype"], str):
             raise TypeError(f"a dtype of {where['config']['dtype']!r}")
         return where
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{checkpoint}: expected a checkpoint, found {found}") from None
+        raise _no_checkpoint(checkpoint, error) from None
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
+    """State of the dense optimiser, dense tensors, and the id of the table that they belong to."""
+    try:
+        optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        with safe_open(checkpoint / "dense.safetensors", framework="pt") as file:
+            table_id = (file.metadata() or {}).get("table_id")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, ValueError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        for name in ("run.json", "optimizer.pt", "dense.safetensors"):
+            refuse_pointer(checkpoint / name, ConfigError)
+        raise _no_checkpoint(checkpoint, error) from None
+    return optimizer, tensors, table_id
+
+
+def _no_checkpoint(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: expected a checkpoint, found {type(error).__name__}: {error}")
 
 
 def _cut(metrics: Path, step: int) -> None:
-    """Drop lines after `step`, and one that a crash cut short: a resumed run writes them again."""
+    """Drops the lines after `step`, and one that a crash cut short: a resumed run writes them
+    again."""
     if metrics.exists():
         whole = metrics.read_text().split("\n")[:-1]
         kept = [line for line in whole if json.loads(line)["step"] <= step]

@@ -1,9 +1,9 @@
-"""The reference language model: a small decoder that takes a memory, written to be read and to
-train on a CPU core.
+"""The reference language model: a small decoder that takes a memory. It is written to be read, and
+to train on a CPU core.
 
 Pre-norm blocks of causal attention with rotary positions and SwiGLU or MoE, one residual stream (S
-= 1). Documents packed into one row never see each other. Where a block has a memory, it comes
-before the block's attention (paper, section 2.3). Knows nothing of data, optimisers or stores.
+= 1). Documents packed into one row never see each other. The memory of a block comes before its
+attention (paper, section 2.3). The model knows nothing of data, optimisers or stores.
 """
 
 from __future__ import annotations
@@ -31,10 +31,24 @@ if TYPE_CHECKING:
 class LMConfig:
     """Sizes of a reference model.
 
-    ffn: width of the SwiGLU in blocks without experts. moe_layers: blocks (0-based) whose SwiGLU is
-    a mixture of `experts` routed experts of width expert_ffn, top_k of them per token, beside a
-    shared one of width shared_ffn (0 = none). tie_embeddings: the head is the token embedding.
-    max_tokens: longest row. Raises ConfigError for sizes that do not fit each other.
+    Attributes:
+        vocab_size: Number of token ids.
+        hidden_size: D.
+        layers: Number of blocks.
+        heads: Of attention.
+        ffn: Width of the SwiGLU in blocks without experts.
+        moe_layers: Blocks (0-based) that have a mixture of experts in place of the SwiGLU.
+        experts: Routed experts of such a block.
+        top_k: Routed experts of a token.
+        expert_ffn: Width of a routed expert.
+        shared_ffn: Width of the shared expert; 0 = none.
+        tie_embeddings: The head is the token embedding.
+        rope_theta: Base of the rotary positions.
+        eps: Of the norms.
+        max_tokens: Longest row.
+
+    Raises:
+        ConfigError: Sizes are invalid, or do not fit each other.
     """
 
     vocab_size: int
@@ -58,22 +72,24 @@ class LMConfig:
             _at_least(1, name, getattr(self, name))
         if self.hidden_size % (2 * self.heads):
             raise ConfigError(
-                f"hidden_size: expected heads of even width, found {self.hidden_size} / {self.heads}"
+                "hidden_size: expected heads of even width, "
+                f"found {self.hidden_size} / {self.heads}"
             )
         if self.rope_theta <= 0 or self.eps <= 0:
             raise ConfigError(
                 f"expected rope_theta and eps above 0, found {self.rope_theta} and {self.eps}"
             )
         _at_least(0, "shared_ffn", self.shared_ffn)
-        if not self.moe_layers:
-            if (self.experts, self.top_k, self.expert_ffn, self.shared_ffn) != (0, 0, 0, 0):
-                raise ConfigError(
-                    "moe_layers: none given, so expected experts, top_k, expert_ffn and shared_ffn of 0"
-                )
-            return
-        if len(set(self.moe_layers)) != len(self.moe_layers) or not set(self.moe_layers) <= set(
-            range(self.layers)
-        ):
+        if self.moe_layers:
+            self._check_experts()
+        elif any((self.experts, self.top_k, self.expert_ffn, self.shared_ffn)):
+            raise ConfigError(
+                "moe_layers: none given, so expected experts, top_k, expert_ffn and shared_ffn of 0"
+            )
+
+    def _check_experts(self) -> None:
+        distinct = set(self.moe_layers)
+        if len(distinct) != len(self.moe_layers) or not distinct <= set(range(self.layers)):
             raise ConfigError(
                 f"moe_layers: expected distinct layers of 0 to {self.layers - 1}, "
                 f"found {list(self.moe_layers)}"
@@ -84,12 +100,12 @@ class LMConfig:
             raise ConfigError(f"top_k: expected at most {self.experts} experts, found {self.top_k}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, one per field."""
+        """JSON values, one a field."""
         return {**dataclasses.asdict(self), "moe_layers": list(self.moe_layers)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LMConfig:
-        """Inverse of `to_json`. Raises ConfigError on unknown or missing fields."""
+        """Inverse of `to_json`. Raises ConfigError for unknown or missing fields."""
         try:
             return cls(**data)
         except TypeError as error:
@@ -99,11 +115,15 @@ class LMConfig:
 
 
 class LM(nn.Module):
-    """A decoder over token ids. memory: an EngramMemory for this model's layers with one stream, or
-    None.
+    """A decoder over token ids.
 
-    Raises ConfigError for a memory of another width, with more streams, or for layers that the
-    model does not have.
+    Args:
+        config: Its sizes.
+        memory: For layers of this model, with one stream; None = no memory.
+
+    Raises:
+        ConfigError: The memory has another width or map, more streams, or layers that are not in
+            the model.
     """
 
     memory: EngramMemory | None
@@ -113,44 +133,52 @@ class LM(nn.Module):
         super().__init__()
         if memory is not None:
             _check_memory(config, memory)
-        self.config, self.memory = config, memory
+        self.config = config
+        self.memory = memory
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.eps)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rotation", _rotation(config), persistent=False)
         self._init_weights()
 
     def forward(
         self, ids_BT: Tensor, starts_BT: Tensor | None = None, *, trace: Trace | None = None
     ) -> Tensor:
-        """Logits [B, T, V] for int64 ids [B, T].
+        """Logits of a batch.
 
-        starts_BT: bool, True where a document begins; attention, hash and conv do not look back
-        across it, rotary positions run on (only their differences matter). trace: filled with what
-        the memory does. Raises InputError for ids out of range, rows longer than max_tokens, other
-        shapes or dtypes.
+        Args:
+            ids_BT: int64 token ids.
+            starts_BT: bool, True where a document begins. Attention, hash and conv do not look back
+                across it; rotary positions run on, since only their differences matter. None = one
+                document a row.
+            trace: Is filled with what the memory does.
+
+        Returns:
+            [B, T, V].
+
+        Raises:
+            InputError: Ids are out of range, rows are longer than max_tokens, or a shape or dtype
+                is wrong.
         """
         x_BTD = self._hidden(ids_BT, starts_BT, trace)
         return F.linear(x_BTD, self._head_weight)
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """Mean cross entropy in nats over the targets int64 [B, T] that are not IGNORED (-100)."""
+        """Mean cross entropy in nats over the targets, int64 [B, T], that are not IGNORED (-100).
+        Raises InputError as `forward` does, and for invalid targets."""
         return mean_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT))
 
     def token_losses(
         self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None
     ) -> Tensor:
-        """Cross entropy in nats of each target: f32 [B, T], 0 where it is IGNORED (-100). Has no
-        gradient."""
+        """Cross entropy of each target in nats, f32 [B, T], without a gradient; 0 where the target
+        is IGNORED (-100). Raises InputError as `loss` does."""
         with torch.no_grad():
-            return token_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT)).view_as(
-                targets_BT
-            )
+            losses_N = token_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT))
+        return losses_N.view_as(targets_BT)
 
     @torch.no_grad()
     def generate(
@@ -163,18 +191,28 @@ class LM(nn.Module):
         seed: int = 0,
         stop_id: int | None = None,
     ) -> list[int]:
-        """Ids that continue a prompt: the likeliest ones at temperature 0, else sampled from the
-        top_k.
+        """Ids that continue a prompt.
 
-        Stops before stop_id. Each step runs the whole row (its last max_tokens ids) again: the
-        model is small, and memory and attention then need no state. Raises InputError for an empty
-        prompt, a temperature below 0 or a top_k below 1.
+        Each step runs the whole row (its last max_tokens ids) again: the model is small, and memory
+        and attention then need no state.
+
+        Args:
+            prompt_ids: At least one id.
+            max_new_tokens: Most ids to return.
+            temperature: 0 = take the likeliest id each time.
+            top_k: Sample from the likeliest top_k ids; None = from all.
+            seed: Of the samples.
+            stop_id: Generation stops before it.
+
+        Raises:
+            InputError: The prompt is empty, temperature is below 0, or top_k is below 1.
         """
         if not prompt_ids:
             raise InputError("prompt_ids: expected at least one id, found none")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise InputError(
-                f"expected a temperature from 0 and a top_k from 1 on, found {temperature} and {top_k}"
+                "expected a temperature from 0 and a top_k from 1 on, "
+                f"found {temperature} and {top_k}"
             )
         ids = list(prompt_ids)
         device = self.embed.weight.device
@@ -183,11 +221,7 @@ class LM(nn.Module):
             row = torch.tensor([ids[-self.config.max_tokens :]], device=device)
             logits_V = self(row)[0, -1].float()
             if temperature > 0:
-                if top_k is not None and top_k < len(logits_V):
-                    logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -math.inf
-                next_id = int(
-                    torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
-                )
+                next_id = _sample(logits_V, temperature, top_k, generator)
             else:
                 next_id = int(logits_V.argmax())
             if next_id == stop_id:
@@ -196,32 +230,32 @@ class LM(nn.Module):
         return ids[len(prompt_ids) :]
 
     def rebalance(self) -> None:
-        """Move the balancing bias of every mixture of experts; once an optimiser step."""
+        """Moves the balancing bias of every mixture of experts. Call it once an optimiser step."""
         for block in self.blocks:
             if isinstance(block.ffn, MoE):
                 block.ffn.rebalance()
 
     def max_load(self) -> float | None:
-        """Largest share of an expert over its equal share, in the last training step; None without
-        experts."""
-        loads = [
-            module.load
-            for module in self.modules()
-            if isinstance(module, MoE) and module.load is not None
-        ]
-        return max((float(load.max() / load.float().mean()) for load in loads), default=None)
+        """Load of the busiest expert over the mean load, in the last training step; None without
+        experts, or before the first step."""
+        highest: float | None = None
+        for module in self.modules():
+            if isinstance(module, MoE) and module.load is not None:
+                load = float(module.load.max() / module.load.float().mean())
+                highest = load if highest is None else max(highest, load)
+        return highest
 
     @property
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
 
     def _hidden(self, ids_BT: Tensor, starts_BT: Tensor | None, trace: Trace | None) -> Tensor:
-        """What the head sees: [B, T, D]."""
+        """Input of the head, [B, T, D]."""
         self._check(ids_BT, starts_BT, trace)
         mask = None if starts_BT is None else _document_mask(starts_BT)
         lookup = None
         if self.memory is not None:
-            lookup = self.memory.lookup(ids_BT, starts=starts_BT, trace=trace)  # type: ignore[call-arg]
+            lookup = self.memory.lookup(ids_BT, starts=starts_BT, trace=trace)
         rotation = torch.view_as_complex(self.rotation[: ids_BT.shape[1]].float())
         x_BTD = self.embed(ids_BT)
         for layer, block in enumerate(self.blocks):
@@ -239,25 +273,24 @@ class LM(nn.Module):
                 f"targets: expected int64 {list(ids_BT.shape)}, "
                 f"found {targets_BT.dtype} {list(targets_BT.shape)}"
             )
-        wrong = targets_BT[
-            ((targets_BT < 0) & (targets_BT != IGNORED)) | (targets_BT >= self.config.vocab_size)
-        ]
-        if len(wrong):
+        size = self.config.vocab_size
+        negative = (targets_BT < 0) & (targets_BT != IGNORED)
+        invalid = targets_BT[negative | (targets_BT >= size)]
+        if len(invalid):
             raise InputError(
-                f"targets: expected 0 to {self.config.vocab_size - 1} or {IGNORED}, found {int(wrong[0])}"
+                f"targets: expected 0 to {size - 1} or {IGNORED}, found {int(invalid[0])}"
             )
         x_BTD = self._hidden(ids_BT, starts_BT, None)
         dtype = compute_dtype(x_BTD)
         return x_BTD.flatten(0, 1).to(dtype), self._head_weight.to(dtype), targets_BT.flatten()
 
     def _check(self, ids_BT: Tensor, starts_BT: Tensor | None, trace: Trace | None) -> None:
-        if (
-            ids_BT.dtype != torch.int64
-            or ids_BT.ndim != 2
-            or not 1 <= ids_BT.shape[1] <= self.config.max_tokens
-        ):
+        """Raises InputError for arguments of `forward` that are invalid."""
+        longest = self.config.max_tokens
+        rows = ids_BT.dtype == torch.int64 and ids_BT.ndim == 2
+        if not rows or not 1 <= ids_BT.shape[1] <= longest:
             raise InputError(
-                f"ids: expected int64 [B, T] of 1 to {self.config.max_tokens} tokens, "
+                f"ids: expected int64 [B, T] of 1 to {longest} tokens, "
                 f"found {ids_BT.dtype} {list(ids_BT.shape)}"
             )
         low, high = (int(value) for value in ids_BT.aminmax())
@@ -280,15 +313,15 @@ class LM(nn.Module):
         smaller with depth.
 
         An embedding that is not the head has unit variance: at D ** -0.5 the demo's loss was 0.27
-        nats higher after 200 steps, at a half and at two it was the same.
+        nats higher after 200 steps; at 0.5 and at 2 it was the same.
         """
         depth = (2 * self.config.layers) ** -0.5
         for name, weight in self.named_parameters():
-            if weight.ndim > 1 and not name.startswith(
-                "memory."
-            ):  # axis 1 is what a weight reads, in all of them
-                scale = depth if name.endswith((".out.weight", ".down.weight", ".down")) else 1.0
-                nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
+            if weight.ndim < 2 or name.startswith("memory."):
+                continue
+            scale = depth if name.endswith((".out.weight", ".down.weight", ".down")) else 1.0
+            # Axis 1 is what a weight reads, in all of them.
+            nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
         if self.head is not None:
             nn.init.normal_(self.embed.weight)
 
@@ -330,8 +363,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """mask: f32 [B, 1, T, T], 0 or -inf; None = one document a row."""
         batch, tokens, hidden = x_BTD.shape
-        # One multiplication over the contiguous projection, values included (times one), is several
-        # times faster than slicing queries and keys out.
+        # One multiplication over the contiguous projection, in which the values are multiplied by
+        # one, is several times faster than slicing queries and keys out.
         pairs = torch.view_as_complex(
             self.qkv(x_BTD).float().view(batch, tokens, 3, self.heads, -1, 2)
         )
@@ -344,21 +377,30 @@ class Attention(nn.Module):
 
 
 def _rotation(config: LMConfig) -> Tensor:
-    """Rotary factors (arXiv 2104.09864) as f32 [max_tokens, 3, 1, pairs, 2]: query, key, and 1 for
-    the value."""
+    """Rotary factors (arXiv 2104.09864), f32 [max_tokens, 3, 1, pairs, 2]: of query and key, and 1
+    for the value."""
     pairs = config.hidden_size // config.heads // 2
     rates = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
     angle = torch.arange(config.max_tokens, dtype=torch.float32)[:, None] * rates
-    turned, fixed = (
-        torch.stack([angle.cos(), angle.sin()], -1),
-        torch.zeros(config.max_tokens, pairs, 2),
-    )
+    turned = torch.stack([angle.cos(), angle.sin()], -1)
+    fixed = torch.zeros(config.max_tokens, pairs, 2)
     fixed[..., 0] = 1
     return torch.stack([turned, turned, fixed], 1)[:, :, None]
 
 
+def _sample(
+    logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    """An id drawn from the likeliest top_k. Changes the logits."""
+    if top_k is not None and top_k < len(logits_V):
+        logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -math.inf
+    p_V = (logits_V / temperature).softmax(-1)
+    return int(torch.multinomial(p_V, 1, generator=generator))
+
+
 def _document_mask(starts_BT: Tensor) -> Tensor:
-    """f32 [B, 1, T, T]: 0 where a position may look (same document, not later), else -inf."""
+    """f32 [B, 1, T, T]: 0 for positions that may be looked at (same document, not later), else
+    -inf."""
     document_BT = starts_BT.cumsum(1)
     same = document_BT[:, :, None] == document_BT[:, None, :]
     allowed = same & torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()

@@ -1,18 +1,21 @@
 """Feed-forward layers of the reference model: SwiGLU, and a mixture of experts with one shared
 expert.
 
-No token is ever dropped, and no loss term balances the experts: a bias on the choice does
-(auxiliary-loss-free balancing, arXiv 2408.15664), moved in proportion to the load error, since its
-sign alone lets single experts run away in models this small.
+No token is ever dropped. No loss term balances the experts, but a bias on the choice
+(auxiliary-loss-free balancing, arXiv 2408.15664). It moves in proportion to the load error: by its
+sign alone, single experts run away in models this small.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 BALANCE_RATE = 0.02
+"""Step of the bias at a load error of 1."""
 
 
 class SwiGLU(nn.Module):
@@ -30,11 +33,22 @@ class SwiGLU(nn.Module):
 class MoE(nn.Module):
     """shared(x) + sum over the top_k chosen experts of weight * expert(x), for x [B, T, D].
 
-    Scores are sigmoids of a linear router; `balance` f32 [experts] is added for the choice alone,
-    the weights are the plain scores of the chosen experts, normalised to one. Forwards in training
-    mode with gradients enabled add up the tokens of each expert; `rebalance` moves `balance` (a
-    buffer, so a checkpoint keeps it) once an optimiser step: a forward that is run again for
-    activation checkpointing has to route as it did. shared_width 0: no shared expert.
+    Scores are sigmoids of a linear router. `balance` is added for the choice alone; the weights are
+    the plain scores of the chosen experts, normalised to a sum of one. Forwards in training mode
+    with gradients enabled add up the tokens of each expert. `rebalance` moves `balance` once an
+    optimiser step, not in the forward: a forward that activation checkpointing repeats has to route
+    as it did.
+
+    Args:
+        hidden_size: D.
+        experts: Number of routed experts.
+        top_k: Experts of a token.
+        expert_width: Of a routed expert.
+        shared_width: Of the shared expert; 0 = none.
+
+    Attributes:
+        balance: f32 [experts], a buffer, so checkpoints keep it.
+        load: int64 [experts], tokens of each expert in the last step; None before the first.
     """
 
     balance: Tensor
@@ -43,14 +57,15 @@ class MoE(nn.Module):
         self, hidden_size: int, experts: int, top_k: int, expert_width: int, shared_width: int
     ):
         super().__init__()
-        self.experts, self.top_k = experts, top_k
+        self.experts = experts
+        self.top_k = top_k
         self.router = nn.Linear(hidden_size, experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(experts, hidden_size, 2 * expert_width))
         self.down = nn.Parameter(torch.empty(experts, expert_width, hidden_size))
         self.shared = SwiGLU(hidden_size, shared_width) if shared_width else None
         self.register_buffer("balance", torch.zeros(experts))
-        self.load: Tensor | None = None  # tokens of each expert, int64 [experts], in the last step
-        self._counted: Tensor | None = None
+        self.load: Tensor | None = None
+        self._counted: Tensor | None = None  # as load, since the last rebalance
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
@@ -62,14 +77,15 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         chosen_NK, weight_NK = self._route(x_ND)
-        # Sorted by expert, each expert's tokens lie side by side: one small matmul each, no
+        # Sorted by expert, the tokens of an expert lie side by side: one small matmul an expert, no
         # padding, no drop.
         expert_M, order_M = chosen_NK.flatten().sort(stable=True)
         token_M = order_M // self.top_k
         load = torch.bincount(expert_M, minlength=self.experts)
         if self.training and torch.is_grad_enabled():
             self._counted = load if self._counted is None else self._counted + load
-        sizes, dtype = load.tolist(), compute_dtype(x_ND)
+        sizes = load.tolist()
+        dtype = compute_dtype(x_ND)
         rows_MD = x_ND.to(dtype).index_select(0, token_M)
         hidden_MH = swiglu(grouped_matmul(rows_MD, self.gate_up.to(dtype), sizes))
         hidden_MH = hidden_MH * weight_NK.flatten().index_select(0, order_M).to(dtype)[:, None]
@@ -80,18 +96,18 @@ class MoE(nn.Module):
     def _route(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts int64 [N, K] and their weights f32 [N, K]."""
         score_NE = torch.sigmoid(self.router(x_ND).float())
-        chosen_NK = (
-            (score_NE.detach() + self.balance).topk(self.top_k, dim=-1, sorted=False).indices
-        )
+        balanced_NE = score_NE.detach() + self.balance
+        chosen_NK = balanced_NE.topk(self.top_k, dim=-1, sorted=False).indices
         weight_NK = score_NE.gather(1, chosen_NK)
         return chosen_NK, weight_NK / weight_NK.sum(-1, keepdim=True).clamp_min(1e-20)
 
     def rebalance(self) -> None:
-        """Move `balance` by the load error of the forwards since the last call, and leave their
-        tokens in `load`."""
+        """Moves `balance` by the load error of the forwards since the last call, and leaves the
+        tokens of each expert in `load`."""
         if self._counted is None:
             return
-        self.load, self._counted = self._counted, None
+        self.load = self._counted
+        self._counted = None
         error = 1 - self.load / self.load.sum() * self.experts
         self.balance.add_(error.clamp_(-3, 1), alpha=BALANCE_RATE)
 
@@ -103,20 +119,29 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def grouped_matmul(x_MK: Tensor, weight_EKN: Tensor, sizes: list[int]) -> Tensor:
-    """Rows of x in consecutive groups of `sizes`, group e times weight[e]: [M, N]. Groups may be
-    empty.
+    """Rows of x in consecutive groups, group e times weight[e].
 
-    One autograd node over a loop of matmuls. On one core it took 13 ms where padding to the longest
-    group for bmm took 20, a loop that autograd records 26 and torch's own grouped_mm (which older
-    releases lack for float32) 12: 4,096 rows, 32 experts, both layers of an expert, forward and
-    backward.
+    It is one autograd node over a loop of matmuls. On one core it took 13 ms for 4,096 rows, 32
+    experts, both layers of an expert, forward and backward. Padding to the longest group for bmm
+    took 20 ms, a loop that autograd records 26, and torch's own grouped_mm 12 (older releases lack
+    it for float32).
+
+    Args:
+        x_MK: The rows.
+        weight_EKN: A matrix a group.
+        sizes: Rows of each group; may be 0.
+
+    Returns:
+        [M, N].
     """
     return _GroupedMatmul.apply(x_MK, weight_EKN, sizes)  # type: ignore[no-any-return]
 
 
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MK: Tensor, weight_EKN: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x_MK: Tensor, weight_EKN: Tensor, sizes: list[int]
+    ) -> Tensor:
         ctx.save_for_backward(x_MK, weight_EKN)
         ctx.sizes = sizes
         out_MN = x_MK.new_empty(x_MK.shape[0], weight_EKN.shape[2])
@@ -125,9 +150,10 @@ class _GroupedMatmul(torch.autograd.Function):
         return out_MN
 
     @staticmethod
-    def backward(ctx, grad_MN: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_MN: Tensor):  # type: ignore[override]
         x_MK, weight_EKN = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x_MK), torch.empty_like(weight_EKN)
+        grad_x = torch.empty_like(x_MK)
+        grad_weight = torch.empty_like(weight_EKN)
         groups = zip(
             x_MK.split(ctx.sizes),
             weight_EKN,
@@ -143,6 +169,7 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would compute in: it does not reach into autograd functions of one's own."""
+    """The dtype that autocast would compute in. Autocast does not reach into custom autograd
+    functions."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -22,8 +22,8 @@ from ...addresses.vocab import VocabMap
 from ...errors import ConfigError
 from .adapt_arms import LABELS, adapt, check_arm, memory_config, merged_hash, rates_of
 from .adapt_run import BATCH, CONTEXT, load_texts, measure, train
-from .queue import Found, Result
 from .queue import Job as StudyJob
+from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch
 from .study import Study, check_seeds, run_study, study_table
 from .tables import (
@@ -125,9 +125,9 @@ def tables(config: AdaptConfig, out: Path) -> str:
     return study_table(ADAPT, config, out)
 
 
-def _jobs(config: AdaptConfig, found: Found) -> list[Job]:
+def _jobs(config: AdaptConfig, results: ResultsByJob) -> list[Job]:
     """The model as it is; then arm by arm, or seed by seed if the rates are given."""
-    jobs = config.search().jobs(found)
+    jobs = config.search().jobs(results)
     if config.rates:
         jobs.sort(key=lambda job: config.seeds.index(job.seed))
     return [config.base_job(), *jobs]
@@ -170,23 +170,23 @@ Runs = Mapping[str, Mapping[int, Result]]
 """Results at the chosen rates, by arm and seed."""
 
 
-def _table(config: AdaptConfig, jobs: Sequence[Job], found: dict, out: Path) -> str:
-    base = found.get(config.base_job())
+def _table(config: AdaptConfig, jobs: Sequence[Job], results: dict, out: Path) -> str:
+    base = results.get(config.base_job())
     if base is None:
         name = config.base_job().name
         raise ConfigError(f"{out}: expected the result of the model as it is, {name}, found none")
     search = config.search()
-    chosen = search.chosen(found)
-    runs = search.runs(found)
+    chosen = search.chosen(results)
+    runs = search.runs(results)
     parts = [
         _arm_table(base, runs, chosen),
         _item_table(base, runs),
         _band_table(base, runs),
         _pair_table(runs),
-        _made_with(config, base, found, jobs),
+        _made_with(config, base, results, jobs),
     ]
     if not config.rates:
-        losses = {arm: search.losses(arm, found) for arm in LABELS}
+        losses = {arm: search.losses(arm, results) for arm in LABELS}
         tried = sorted({lr for by_rate in losses.values() for lr in by_rate})
         title = f"held-out loss of the domain, seed {config.seeds[0]}"
         parts.insert(0, rate_table(title, LABELS, losses, tried))
@@ -283,7 +283,7 @@ def _pair_table(runs: Runs) -> Iterator[str]:
 
 
 def _made_with(
-    config: AdaptConfig, base: Result, found: Mapping[StudyJob, Result], jobs: Sequence[Job]
+    config: AdaptConfig, base: Result, results: Mapping[StudyJob, Result], jobs: Sequence[Job]
 ) -> Iterator[str]:
     tokens = base["text"]["tokens"]
     yield (
@@ -291,8 +291,8 @@ def _made_with(
         f"sees {config.tokens:,}, {tokens['heldout']:,} held out; {tokens['general']:,} tokens of "
         "general text. ± is one standard error over seeds."
     )
-    yield from made_with(found.values())
-    yield missing([job.name for job in jobs if job not in found])
+    yield from made_with(results.values())
+    yield missing([job.name for job in jobs if job not in results])
 
 
 ADAPT = Study("adapt", AdaptConfig, jobs=_jobs, run=_run, line=_line, table=_table)

@@ -1,14 +1,13 @@
-"""Ways to adapt a frozen language model to a domain, at sizes that can be compared: a memory, its
-controls, LoRA.
+"""Ways to adapt a frozen language model to a domain, at comparable sizes: a memory, its controls,
+LoRA.
 
-Counted as trainable: every value that training may change. Of a memory these are its dense layers
-and its whole table; an optimiser over `parameters()` sees the dense layers alone, which is why LoRA
-is compared at two sizes.
+A value counts as trainable if training may change it. Those of a memory are its dense layers and
+its whole table. An optimiser over `parameters()` sees the dense layers alone, so LoRA is compared
+at two sizes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +39,20 @@ MIDDLE = {"memory": 3e-3, "lora": 1e-3}
 BEYOND = 2
 """How many more rates an arm tries while the best one is the last on its side."""
 ROW_RATE = 5.0
+"""The rows' learning rate over that of the dense layers."""
 ROW_STD = 0.02
+"""Of the rows at the start."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Values that training may change, and what they take as float32. rank: of LoRA."""
+    """Values that training may change.
+
+    Attributes:
+        dense: In dense layers.
+        table: In the table.
+        rank: Of LoRA; None = there is none.
+    """
 
     dense: int
     table: int
@@ -53,12 +60,19 @@ class Sizes:
 
     @property
     def bytes(self) -> int:
+        """What the values take as float32."""
         return 4 * (self.dense + self.table)
 
 
 @dataclass
 class Adapted:
-    """A frozen model with what is trained beside it."""
+    """A frozen model with what is trained beside it.
+
+    Attributes:
+        model: With the memory attached, or a PEFT model.
+        sizes: Of what is trained.
+        memory: None for LoRA.
+    """
 
     model: nn.Module
     sizes: Sizes
@@ -67,13 +81,14 @@ class Adapted:
     def optimizers(self, lr: float) -> OptimizerPair:
         """AdamW without decay, RowAdam at ROW_RATE times its rate; warm-up, then a cosine down to a
         tenth."""
-        trained = [p for group in weight_decay_groups(self.model, 0.0) for p in group["params"]]
+        trained: list[torch.Tensor] = []
+        for group in weight_decay_groups(self.model, 0.0):
+            trained += group["params"]
         rows = None
         if self.memory is not None and self.memory.rows_require_grad is None:
             rows = RowAdam(self.memory, lr * ROW_RATE)
-        return OptimizerPair(
-            torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), rows, warmup_cosine(), clip=1.0
-        )
+        dense = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        return OptimizerPair(dense, rows, warmup_cosine(), clip=1.0)
 
 
 def check_arm(arm: str) -> str:
@@ -95,16 +110,26 @@ def memory_config(model_config: Any, vocab: VocabMap, rows_per_head: int) -> Eng
 
 
 def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) -> Adapted:
-    """Freeze `model` and give it what `arm` trains, drawn from `seed`. Raises ConfigError for an
-    unknown arm."""
+    """Freezes a model and gives it what an arm trains.
+
+    Args:
+        model: A transformers model; it is changed in place.
+        vocab: Map of its vocabulary.
+        arm: One of LABELS.
+        rows_per_head: Of the memory.
+        seed: Of the initial values.
+
+    Raises:
+        ConfigError: The arm is unknown.
+    """
     check_arm(arm)
     model.requires_grad_(False)
     config = memory_config(model.config, vocab, rows_per_head)
     torch.manual_seed(seed)
     if arm.startswith("lora"):
-        wanted = config.dense_parameters() + (
-            config.table_parameters() if arm == "lora-total" else 0
-        )
+        wanted = config.dense_parameters()
+        if arm == "lora-total":
+            wanted += config.table_parameters()
         rank = max(1, round(wanted / _per_rank(model)))
         adapted = with_lora(model, rank)
         return Adapted(adapted, Sizes(_trainable(adapted), 0, rank), None)
@@ -122,14 +147,15 @@ def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) 
 
 
 def merged_hash(config: EngramConfig) -> dict[str, Any]:
-    """What a result says of the memory's shape."""
+    """The memory's shape, as results have it."""
     return {
         "layers": list(config.hash.layer_ids),
         "orders": list(config.hash.orders),
         "heads": config.hash.heads,
         "rows_per_head": list(config.hash.rows_per_head),
         "dim": config.dim,
-        **{key: dataclasses.asdict(config.layer)[key] for key in ("width", "kernel")},
+        "width": config.layer.width,
+        "kernel": config.layer.kernel,
     }
 
 
@@ -139,21 +165,18 @@ def _trainable(model: nn.Module) -> int:
 
 def _per_rank(model: Any) -> int:
     """Parameters that one rank of LoRA adds: a row and a column of every projection."""
-    blocks = model.get_decoder()
-    return sum(
-        part.in_features + part.out_features
-        for part in blocks.modules()
-        if isinstance(part, nn.Linear)
-    )
+    projections = [part for part in model.get_decoder().modules() if isinstance(part, nn.Linear)]
+    return sum(part.in_features + part.out_features for part in projections)
 
 
 def with_lora(model: Any, rank: int) -> Any:
     """A PEFT model around `model`: LoRA on all linear layers of its blocks, alpha twice the rank.
 
-    Raises DataUnavailable without peft.
+    Raises:
+        DataUnavailable: peft is not installed.
     """
     peft = require_peft("LoRA adapters")
-    wanted = peft.LoraConfig(
+    config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(model, wanted)
+    return peft.get_peft_model(model, config)

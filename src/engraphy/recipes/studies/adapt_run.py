@@ -21,13 +21,23 @@ from ...lm.cross_entropy import mean_cross_entropy, token_cross_entropy
 from .adapt_arms import Adapted
 from .queue import Job, Result
 
-CONTEXT, BATCH = 256, 1
+CONTEXT = 256  # tokens of a row
+BATCH = 1  # rows of a training step
 GENERAL_CHARACTERS = 45_000  # some 11,000 tokens: a third of what a run takes is measuring
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Everything a run reads, as token ids. items: named sets of multiple-choice items."""
+    """Everything that a run reads.
+
+    Attributes:
+        training: Token ids of the domain's documents to train on.
+        heldout: Token ids of the domain's documents held out.
+        general: Token ids of text that has nothing to do with the domain.
+        items: Multiple-choice items, by the name of their set.
+        end_id: Id of the token that divides documents.
+        about: What a result says about the texts.
+    """
 
     training: list[np.ndarray]
     heldout: list[np.ndarray]
@@ -38,37 +48,52 @@ class Texts:
 
 
 def load_texts(general: Path, tokenizer: Any) -> Texts:
-    """The medical domain, general text and the items; the same for every seed and arm."""
-    domain, seen = domains.medical(), domains.general(general, GENERAL_CHARACTERS)
-    kept, unseen = domains.medical_categories()
+    """The medical domain, general text and the items. They are the same for every seed and arm.
+
+    Args:
+        general: File or folder of general text.
+        tokenizer: Of the model.
+    """
+    domain = domains.medical()
+    passages = domains.general(general, GENERAL_CHARACTERS)
+    trained, unseen = domains.medical_categories()
     items = {
-        "domain, trained": choices.medical_items(kept),
+        "domain, trained": choices.medical_items(trained),
         "domain, held out": choices.medical_items(unseen),
         "general": choices.geography_items() + choices.wikipedia_items(),
     }
-    training, heldout, other = (
-        [np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        for texts in (domain.training, domain.heldout, seen)
-    )
+    ids = {
+        "training": _encoded(tokenizer, domain.training),
+        "heldout": _encoded(tokenizer, domain.heldout),
+        "general": _encoded(tokenizer, passages),
+    }
     about = {
         **domain.about,
-        "general": domains.describe(seen),
-        "tokens": {
-            name: sum(map(len, part))
-            for name, part in (("training", training), ("heldout", heldout), ("general", other))
-        },
+        "general": domains.describe(passages),
+        "tokens": {name: sum(map(len, documents)) for name, documents in ids.items()},
     }
-    # What divides documents where a model was pre-trained; the EOS of a chat model ends a turn.
+    # What divided documents in pre-training. The EOS of a chat model ends a turn instead.
     end_id = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-    return Texts(training, heldout, other, items, end_id, about)
+    return Texts(ids["training"], ids["heldout"], ids["general"], items, end_id, about)
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    return [np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
-    """Train on `job.tokens` tokens of the domain, shuffled by the seed, up to the first step whose
-    loss is not finite. Returns sizes, rows used, curve, the minutes of processor time, and that
-    step where there was one."""
+    """Trains on `job.tokens` tokens of the domain, shuffled by the seed. Stops at the first step
+    whose loss is not finite.
+
+    Returns:
+        sizes (with the table values that were updated), epochs, steps, step_tokens,
+        training_curve (mean loss of each tenth), minutes of processor time; and diverged_at, the
+        step whose loss was not finite, if there was one.
+    """
     batches = Batches(texts.training, texts.end_id, batch=BATCH, tokens=CONTEXT, seed=job.seed)
-    steps, losses, used = job.tokens // batches.tokens_per_step, [], dict[int, set[int]]()
+    steps = job.tokens // batches.tokens_per_step
+    losses: list[float] = []
+    used: dict[int, set[int]] = {}  # rows by layer
     diverged: dict[str, int] = {}
     pair = adapted.optimizers(job.lr)
     adapted.model.train()
@@ -87,6 +112,7 @@ def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
         pair.step(step / steps)
         losses.append(float(loss.detach()))
     tenth = max(1, steps // 10)
+    parts = [losses[first : first + tenth] for first in range(0, len(losses), tenth)]
     dim = adapted.memory.config.dim if adapted.memory is not None else 0
     return {
         "sizes": {
@@ -97,44 +123,44 @@ def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
         "epochs": round(steps / len(batches), 3),
         "steps": steps,
         "step_tokens": batches.tokens_per_step,
-        "training_curve": [
-            round(float(np.mean(losses[i : i + tenth])), 4) for i in range(0, len(losses), tenth)
-        ],
+        "training_curve": [round(float(np.mean(part)), 4) for part in parts],
         "minutes": round((time.process_time() - began) / 60, 2),
         **diverged,
     }
 
 
 def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:
-    """Losses on held-out text of the domain (by trigram frequency too) and on general text; items."""
+    """Losses on held-out text of the domain and on general text, each by trigram frequency too, and
+    the scores of the items."""
     inner: Any = unwrapped(model.eval())
     counts = NgramCounts(texts.training, texts.end_id, inner.config.vocab_size)
-    told: Result = {}
+    result: Result = {}
     for name, documents in (("domain", texts.heldout), ("general", texts.general)):
         batches = Batches(documents, texts.end_id, batch=4, tokens=CONTEXT, seed=None)
         losses = Losses(partial(token_losses, model), batches, counts)
         mean, error = mean_with_error(losses.losses, losses.documents)
         bands = loss_by_band(losses.losses, losses.counts)
-        told[name] = {
+        by_frequency = {
+            band: {"loss": part.loss, "tokens": part.targets}
+            for band, part in bands.items()
+            if part.targets
+        }
+        result[name] = {
             "loss": mean,
             "stderr": error,
             "tokens": len(losses.losses),
-            "by_frequency": {
-                band: {"loss": part.loss, "tokens": part.targets}
-                for band, part in bands.items()
-                if part.targets
-            },
+            "by_frequency": by_frequency,
         }
-    scores = {name: choices.score(model, tokenizer, items) for name, items in texts.items.items()}
-    told["items"] = {
-        name: {key: value for key, value in score.items() if key != "each"}
-        for name, score in scores.items()
-    }
-    return told
+    result["items"] = {}
+    for name, items in texts.items.items():
+        score = choices.score(model, tokenizer, items)
+        del score["each"]
+        result["items"][name] = score
+    return result
 
 
 def token_losses(model: Any, batch: Batch) -> torch.Tensor:
-    """Nats of each target, f32 [B, T], 0 where it is IGNORED. Has no gradient."""
+    """Nats of each target, f32 [B, T], without a gradient; 0 where the target is IGNORED."""
     ids_BT, targets_BT, starts_BT = batch
     x_BTD, head = hidden(model, ids_BT, starts_BT)
     losses_N = token_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten())
@@ -144,7 +170,7 @@ def token_losses(model: Any, batch: Batch) -> torch.Tensor:
 def hidden(
     model: Any, ids_BT: torch.Tensor, starts_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head takes, [B, T, D], and the head's weight. Positions begin anew at each start:
+    """Input of the head, [B, T, D], and its weight. Positions begin anew at each start, so that
     packed documents do not see each other."""
     at = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     positions = at - torch.where(starts_BT, at, 0).cummax(1).values

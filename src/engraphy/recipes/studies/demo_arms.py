@@ -35,8 +35,17 @@ LABELS = {
 
 @dataclass(frozen=True)
 class ArmConfig:
-    """What all arms of a comparison share. rho: share of the routed experts that the memory arm
-    keeps. row_std: of the table's initial values."""
+    """What all arms of a comparison share.
+
+    Attributes:
+        train: Settings of a run.
+        seed: Of the weights.
+        rho: Share of the routed experts that the memory arm keeps.
+        row_std: Of the table's initial values.
+
+    Raises:
+        ConfigError: The seed is negative.
+    """
 
     train: TrainConfig
     seed: int = 0
@@ -53,16 +62,24 @@ class ArmConfig:
 
 
 def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
-    """A fresh model of an arm, one of LABELS, whose weights depend on the seed and the arm alone.
+    """A fresh model of an arm. Its weights depend on the seed and the arm alone.
 
-    "one-row" is the control of "memory": the same model, but every token has the same address, so
-    that each head reads one constant row and what is left of the memory is a gated constant.
+    "one-row" is the control of "memory": the same model, but every token has the same address. So
+    each head reads one constant row, and the memory is a gated constant.
+
+    Args:
+        name: One of LABELS.
+        corpus: Text to train on.
+        config: What all arms share.
+
+    Raises:
+        ConfigError: The arm is unknown.
     """
     if name not in LABELS:
         raise ConfigError(f"arm: expected one of {list(LABELS)}, found {name!r}")
-    vocab = (
-        VocabMap(np.zeros(corpus.vocab_size, dtype=np.int64)) if name == "one-row" else corpus.vocab
-    )
+    vocab = corpus.vocab
+    if name == "one-row":
+        vocab = VocabMap(np.zeros(corpus.vocab_size, dtype=np.int64))
     arms = three_arms(demo_config(corpus.vocab_size), len(vocab), corpus.end_id, rho=config.rho)
     arm: Arm = getattr(arms, "memory" if name == "one-row" else name)
     torch.manual_seed(config.seed)
@@ -73,16 +90,23 @@ def build(name: str, corpus: Corpus, config: ArmConfig) -> tuple[LM, Arm]:
 
 
 def load(name: str, corpus: Corpus, config: ArmConfig, folder: Path) -> tuple[LM, Arm]:
-    """The trained model of an arm, from the last checkpoint of its finished run."""
+    """The trained model of an arm, from the last checkpoint of its run in `folder`/`name`.
+
+    Args: as for `build`.
+
+    Raises:
+        ConfigError: There is no checkpoint, or the run has not finished.
+    """
     model, arm = build(name, corpus, config)
     run = Run(model, corpus.batches(), config.train, config.origin(name))
-    found = checkpoints(folder / name)
-    if not found:
+    saved = checkpoints(folder / name)
+    if not saved:
         raise ConfigError(f"{folder / name}: expected a checkpoint of the arm {name}, found none")
-    run.resume(found[-1])
+    run.resume(saved[-1])
     if not run.done:
         raise ConfigError(
-            f"{found[-1]}: expected a finished run of {run.steps} steps, found step {run.step_index}"
+            f"{saved[-1]}: expected a finished run of {run.steps} steps, "
+            f"found step {run.step_index}"
         )
     return model.eval(), arm
 
@@ -96,38 +120,51 @@ def train_arms(
     report: Callable[[str, StepReport], None],
     threads: int | None = None,
 ) -> None:
-    """Train arms at the same time, in a process each, with `threads` threads; None = an equal share
-    of the CPUs.
+    """Trains arms at the same time, in a process each.
 
-    Results do not depend on how many run beside each other, save by the number of threads. On
-    Ctrl-C or SIGTERM, and where an arm fails, every arm writes a checkpoint first; on a second
-    signal they are killed. Raises EngraphyError naming the arm where one fails.
+    Results depend on the number of threads, but not on how many arms run side by side. On Ctrl-C or
+    SIGTERM, and if an arm fails, every arm writes a checkpoint first; on a second signal they are
+    killed.
+
+    Args:
+        names: Of the arms, of LABELS.
+        corpus_folder: Of the prepared corpus.
+        config: What all arms share.
+        folder: Each arm writes to `folder`/NAME.
+        resume: Continue from the newest checkpoints.
+        report: Takes the name of an arm and the report of its step.
+        threads: Of each arm; None = an equal share of the CPUs.
+
+    Raises:
+        EngraphyError: An arm failed; the message names it.
     """
     context = multiprocessing.get_context("spawn")
-    told: Any = context.Queue()
+    messages: Any = context.Queue()
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // len(names))
-    arguments = (corpus_folder, config, folder, resume, threads, told)
+    arguments = (corpus_folder, config, folder, resume, threads, messages)
     workers = {name: context.Process(target=_work, args=(name, *arguments)) for name in names}
     with tuned_malloc():
         for worker in workers.values():
             worker.start()
     try:
-        _follow(workers, told, report)
+        _follow(workers, messages, report)
     finally:
         end_workers(workers.values())
 
 
-def _follow(workers: dict[str, Any], told: Any, report: Callable[[str, StepReport], None]) -> None:
+def _follow(
+    workers: dict[str, Any], messages: Any, report: Callable[[str, StepReport], None]
+) -> None:
+    """Passes reports on until all workers are done. Raises EngraphyError if one fails or dies."""
     done: set[str] = set()
     while len(done) < len(workers):
-        # Looked up before the queue is read: what a worker said last lies in the queue when it has
-        # ended.
-        ended = [
-            name for name, worker in workers.items() if name not in done and not worker.is_alive()
-        ]
+        # Looked up before the queue is read: the last message of a worker is in the queue once the
+        # worker has ended.
+        working = {name: worker for name, worker in workers.items() if name not in done}
+        ended = [name for name, worker in working.items() if not worker.is_alive()]
         try:
-            name, kind, value = told.get(block=not ended, timeout=1.0)
+            name, kind, value = messages.get(block=not ended, timeout=1.0)
         except queue.Empty:
             for name in ended:
                 code = workers[name].exitcode
@@ -150,26 +187,26 @@ def _work(
     folder: Path,
     resume: bool,
     threads: int,
-    told: Any,
+    messages: Any,
 ) -> None:
+    """One arm, in its own process. Puts (name, "step" | "done" | "failed", value) into messages."""
     torch.set_num_threads(threads)
 
-    def tell(step: StepReport) -> None:
-        told.put((name, "step", dataclasses.asdict(step)))
+    def report(step: StepReport) -> None:
+        messages.put((name, "step", dataclasses.asdict(step)))
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
-            os.kill(
-                os.getpid(), signal.SIGINT
-            )  # nobody is listening: the loop writes a checkpoint and stops
+            # The parent was killed: the loop writes a checkpoint and stops.
+            os.kill(os.getpid(), signal.SIGINT)
 
     try:
         corpus = Corpus.load(corpus_folder)
         model, _ = build(name, corpus, config)
         run = Run(model, corpus.batches(), config.train, config.origin(name))
-        train(run, folder / name, resume, corpus.heldout_batches(), tell)
-        told.put((name, "done", None))
+        train(run, folder / name, resume, corpus.heldout_batches(), report)
+        messages.put((name, "done", None))
     except KeyboardInterrupt:
         pass
     except Exception as error:
-        told.put((name, "failed", f"{type(error).__name__}: {error}"))
+        messages.put((name, "failed", f"{type(error).__name__}: {error}"))
         raise

@@ -20,8 +20,8 @@ from ...eval.losses import START, Losses
 from ...lm.loop import Run, TrainConfig, train
 from ..progress import curves
 from .demo_arms import LABELS, ArmConfig, build
-from .queue import Found, Result
 from .queue import Job as StudyJob
+from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch
 from .study import Study, check_seeds, run_study, study_table
 from .tables import (
@@ -94,18 +94,19 @@ def tables(config: StudyConfig, out: Path) -> str:
     return study_table(DEMO, config, out)
 
 
-def _jobs(config: StudyConfig, found: Found) -> list[Job]:
+def _jobs(config: StudyConfig, results: ResultsByJob) -> list[Job]:
     """Rate by rate on the first seed, then seed by seed."""
 
     def turn(job: Job) -> tuple[int, float]:
         place = config.seeds.index(job.seed)
         return place, (job.lr if place == 0 else 0.0)
 
-    return sorted(config.search().jobs(found), key=turn)
+    return sorted(config.search().jobs(results), key=turn)
 
 
 def _prepare(config: StudyConfig, jobs: Sequence[Job], work: Path) -> None:
-    """The corpora of the jobs' seeds, in `work`. Raises ConfigError for a corpus of other settings."""
+    """Makes the corpora of the jobs' seeds, in `work`. Raises ConfigError if one that exists is of
+    other settings."""
     for seed in dict.fromkeys(job.seed for job in jobs):
         folder = _corpus_folder(work, seed)
         corpus = CorpusConfig(config.data, seed=seed)
@@ -152,22 +153,22 @@ Runs = Mapping[str, Mapping[int, Result]]
 """Results at the chosen rates, by arm and seed."""
 
 
-def _table(config: StudyConfig, jobs: Sequence[Job], found: dict, out: Path) -> str:
-    if not found:
+def _table(config: StudyConfig, jobs: Sequence[Job], results: dict, out: Path) -> str:
+    if not results:
         raise ConfigError(f"{out}: expected results of a study, found none")
     search = config.search()
-    chosen = search.chosen(found)
-    runs = search.runs(found)
-    losses = {arm: search.losses(arm, found) for arm in LABELS}
+    chosen = search.chosen(results)
+    runs = search.runs(results)
+    losses = {arm: search.losses(arm, results) for arm in LABELS}
     title = f"validation loss, seed {config.seeds[0]}"
     return markdown(
         [
             rate_table(title, LABELS, losses, RATES),
             _choice(chosen),
             _arm_table(config, runs, chosen),
-            _pair_table(found, runs),
-            _made_with(config, found),
-            _gaps(config, jobs, found, chosen, out),
+            _pair_table(results, runs),
+            _made_with(config, results),
+            _gaps(config, jobs, results, chosen, out),
         ]
     )
 
@@ -199,9 +200,9 @@ def _arm_table(config: StudyConfig, runs: Runs, chosen: Mapping[str, float]) -> 
         )
 
 
-def _pair_table(found: Mapping[StudyJob, Result], runs: Runs) -> Iterator[str]:
+def _pair_table(results: Mapping[StudyJob, Result], runs: Runs) -> Iterator[str]:
     buckets = list(
-        dict.fromkeys(b for result in found.values() for b in result["loss_by_frequency"])
+        dict.fromkeys(b for result in results.values() for b in result["loss_by_frequency"])
     )
     titles = [bucket if bucket == START else f"trigram {bucket}" for bucket in buckets]
     yield from head("paired by seed", "seeds", "all", *titles)
@@ -217,20 +218,20 @@ def _pair_table(found: Mapping[StudyJob, Result], runs: Runs) -> Iterator[str]:
         yield row(f"{LABELS[one]} minus {LABELS[other]}", str(seeds), *cells)
 
 
-def _made_with(config: StudyConfig, found: Mapping[StudyJob, Result]) -> Iterator[str]:
+def _made_with(config: StudyConfig, results: Mapping[StudyJob, Result]) -> Iterator[str]:
     tokens = f"{config.tokens:,} tokens for each run"
     yield f"{config.data}, {tokens}. ± is one standard error over seeds."
-    yield from made_with(found.values())
+    yield from made_with(results.values())
 
 
 def _gaps(
     config: StudyConfig,
     jobs: Sequence[Job],
-    found: Mapping[StudyJob, Result],
+    results: Mapping[StudyJob, Result],
     chosen: Mapping[str, float],
     out: Path,
 ) -> Iterator[str]:
-    names = [job.name for job in jobs if job not in found]
+    names = [job.name for job in jobs if job not in results]
     others = ", ".join(map(str, config.seeds[1:]))
     if others:
         names += [f"seeds {others} of {LABELS[arm]}" for arm in LABELS if arm not in chosen]

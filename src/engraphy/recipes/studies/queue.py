@@ -43,7 +43,7 @@ class Job:
         return f"{self.arm}-seed{self.seed}-lr{self.lr:g}.json"
 
 
-class Found(Protocol):
+class ResultsByJob(Protocol):
     """Results by job: a dict of them, or a folder (`Results`)."""
 
     def __contains__(self, job: Any, /) -> bool: ...
@@ -139,13 +139,13 @@ def read_json(path: Path, job: dict[str, Any]) -> Result:
     result of other settings."""
     try:
         result = json.loads(path.read_text())
-        found = result["job"]
+        fields = result["job"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: expected the result of a run, found {type(error).__name__}: {error}"
         ) from None
-    if found != job:
-        raise ConfigError(f"{path}: expected a result of {job}, found one of {found}")
+    if fields != job:
+        raise ConfigError(f"{path}: expected a result of {job}, found one of {fields}")
     return result
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .queue import Found, Result
+from .queue import Result, ResultsByJob
 
 
 @dataclass(frozen=True)
@@ -92,33 +92,33 @@ class RateSearch:
     job: Callable[[str, int, float], Any]
     loss: Callable[[Result], float]
 
-    def losses(self, arm: str, found: Found) -> dict[float, float]:
+    def losses(self, arm: str, results: ResultsByJob) -> dict[float, float]:
         """Loss on the first seed by rate, of the rates that have run."""
         jobs = {lr: self.job(arm, self.seeds[0], lr) for lr in self.rates[arm].steps}
-        return {lr: self.loss(found[job]) for lr, job in jobs.items() if job in found}
+        return {lr: self.loss(results[job]) for lr, job in jobs.items() if job in results}
 
-    def chosen(self, found: Found) -> dict[str, float]:
+    def chosen(self, results: ResultsByJob) -> dict[str, float]:
         """The best rate of each arm whose search is over."""
-        best = {arm: rates.best(self.losses(arm, found)) for arm, rates in self.rates.items()}
+        best = {arm: rates.best(self.losses(arm, results)) for arm, rates in self.rates.items()}
         return {arm: lr for arm, lr in best.items() if lr is not None}
 
-    def jobs(self, found: Found) -> list[Any]:
+    def jobs(self, results: ResultsByJob) -> list[Any]:
         """All runs that the results ask for so far, arm by arm."""
-        chosen = self.chosen(found)
+        chosen = self.chosen(results)
         jobs = []
         for arm, rates in self.rates.items():
-            tried = rates.to_try(self.losses(arm, found))
+            tried = rates.to_try(self.losses(arm, results))
             jobs += [self.job(arm, self.seeds[0], lr) for lr in tried]
             if arm in chosen:
                 jobs += [self.job(arm, seed, chosen[arm]) for seed in self.seeds[1:]]
         return jobs
 
-    def runs(self, found: Found) -> dict[str, dict[int, Result]]:
+    def runs(self, results: ResultsByJob) -> dict[str, dict[int, Result]]:
         """Results at the chosen rates, by arm and seed. An arm without any is left out."""
         runs: dict[str, dict[int, Result]] = {}
-        for arm, lr in self.chosen(found).items():
+        for arm, lr in self.chosen(results).items():
             jobs = {seed: self.job(arm, seed, lr) for seed in self.seeds}
-            results = {seed: found[job] for seed, job in jobs.items() if job in found}
-            if results:
-                runs[arm] = results
+            by_seed = {seed: results[job] for seed, job in jobs.items() if job in results}
+            if by_seed:
+                runs[arm] = by_seed
         return runs

@@ -20,7 +20,7 @@ from ... import __version__, _native
 from ...errors import ConfigError
 from ...system import cpu, provenance
 from ...system.files import make_folder
-from .queue import Found, Job, Result, Results, run_missing, write_result
+from .queue import Job, Result, Results, ResultsByJob, run_missing, write_result
 
 
 def _prepare_nothing(config: Any, jobs: Sequence[Any], work: Path) -> None:
@@ -47,7 +47,7 @@ class Study:
 
     name: str
     config: type
-    jobs: Callable[[Any, Found], list[Any]]
+    jobs: Callable[[Any, ResultsByJob], list[Any]]
     run: Callable[[Any, Any, Path], Result]
     line: Callable[[Result], str]
     table: Callable[[Any, Sequence[Any], dict[Job, Result], Path], str]

@@ -1,5 +1,5 @@
-"""Markdown tables of studies: rates, means with their standard errors over seeds, differences paired
-by seed."""
+"""Markdown tables of studies: losses by rate, means with their standard errors over seeds, and
+differences paired by seed."""
 
 from __future__ import annotations
 
