@@ -2,7 +2,8 @@
 
 from ..system.moved import moved_names
 from .arms import Arm, Arms, Parameters, count_parameters, demo_config, three_arms
-from .model import LM, LMConfig
+from .config import LMConfig
+from .model import LM
 
 __all__ = [
     "LM",

@@ -17,7 +17,8 @@ from ..errors import ConfigError
 from ..spec.config import EngramConfig
 from ..spec.hash import HashSpec
 from ..spec.layer import LayerSpec
-from .model import LM, LMConfig
+from .config import LMConfig
+from .model import LM
 from .moe import MoE
 
 TOLERANCE = 0.01
@@ -135,6 +136,19 @@ def three_arms(
         layer = LayerSpec(moe.hidden_size, spec.columns * dim, order=spec.order)
         return EngramConfig(spec, layer, dim)
 
+    arms = Arms(
+        Arm("dense", dense, None, _count_config(dense, None)),
+        Arm("moe", moe, None, goal),
+        _memory_arm(moe, goal, rho, memory_config),
+    )
+    _check(arms, rho)
+    return arms
+
+
+def _memory_arm(
+    moe: LMConfig, goal: Parameters, rho: float, memory_config: Callable[[int], EngramConfig]
+) -> Arm:
+    """The arm that keeps a share rho of the experts. memory_config: by rows_per_head."""
     experts = round(rho * moe.experts)
     if experts < moe.top_k:
         raise ConfigError(
@@ -146,13 +160,7 @@ def three_arms(
     fewer = _solve_width(fewer, least, "shared_ffn", len(moe.moe_layers), goal.activated)
     free = goal.total - _count_config(fewer, least).total + least.table_parameters()
     memory = memory_config(_solve_rows(memory_config, free))
-    arms = Arms(
-        Arm("dense", dense, None, _count_config(dense, None)),
-        Arm("moe", moe, None, goal),
-        Arm("memory", fewer, memory, _count_config(fewer, memory)),
-    )
-    _check(arms, rho)
-    return arms
+    return Arm("memory", fewer, memory, _count_config(fewer, memory))
 
 
 def _solve_width(

@@ -316,7 +316,8 @@ def _step(run: Run, heldout: Batches | None) -> StepReport:
 
 def heldout_loss(model: LM, batches: Batches, dtype: str = "float32") -> float:
     """Mean nats a token over all of `batches`. Leaves the model in eval mode."""
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for part in heldout_parts(losses_of(model, dtype), batches):
         total += float(part.losses_M.sum())
         count += len(part.losses_M)

@@ -24,7 +24,7 @@ from .adapt_arms import LABELS, adapt, check_arm, memory_config, merged_hash, ra
 from .adapt_run import BATCH, CONTEXT, load_texts, measure, train
 from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
-from .rates import Rates, RateSearch
+from .rates import Rates, RateSearch, Runs
 from .study import Study, check_seeds, run_study, study_table
 from .tables import (
     NONE,
@@ -154,8 +154,8 @@ def _run(job: Job, config: AdaptConfig, work: Path) -> Result:
 
 
 def _line(result: Result) -> str:
-    domain, general = (result[text]["loss"] for text in ("domain", "general"))
-    return f"domain {domain:.4f}, general {general:.4f}, {result.get('minutes', 0)} minutes"
+    losses = f"domain {_domain_loss(result):.4f}, general {_general_loss(result):.4f}"
+    return f"{losses}, {result.get('minutes', 0)} minutes"
 
 
 def _domain_loss(result: Result) -> float:
@@ -164,10 +164,6 @@ def _domain_loss(result: Result) -> float:
 
 def _general_loss(result: Result) -> float:
     return result["general"]["loss"]
-
-
-Runs = Mapping[str, Mapping[int, Result]]
-"""Results at the chosen rates, by arm and seed."""
 
 
 def _table(config: AdaptConfig, jobs: Sequence[Job], results: dict, out: Path) -> str:
@@ -187,7 +183,7 @@ def _table(config: AdaptConfig, jobs: Sequence[Job], results: dict, out: Path) -
     ]
     if not config.rates:
         losses = {arm: search.losses(arm, results) for arm in LABELS}
-        tried = sorted({lr for by_rate in losses.values() for lr in by_rate})
+        tried = sorted(set().union(*losses.values()))
         title = f"held-out loss of the domain, seed {config.seeds[0]}"
         parts.insert(0, rate_table(title, LABELS, losses, tried))
     return markdown(parts)
@@ -208,9 +204,14 @@ def _arm_table(base: Result, runs: Runs, chosen: Mapping[str, float]) -> Iterato
         "change of the domain per million parameters",
         "CPU minutes",
     )
-    domain, general = fixed(_domain_loss(base)), fixed(_general_loss(base))
-    sizes = [NONE] * 5
-    yield row("the model as it is", *sizes, domain, NONE, general, NONE, NONE, NONE)
+    yield row(
+        "the model as it is",
+        *[NONE] * 5,
+        fixed(_domain_loss(base)),
+        NONE,
+        fixed(_general_loss(base)),
+        *[NONE] * 3,
+    )
     for arm, by_seed in runs.items():
         results = list(by_seed.values())
         sizes = results[0]["sizes"]
@@ -272,7 +273,8 @@ def _band_table(base: Result, runs: Runs) -> Iterator[str]:
 def _pair_table(runs: Runs) -> Iterator[str]:
     yield from head("paired by seed", "seeds", "domain loss", "general loss")
     for one, other in PAIRS:
-        mine, theirs = runs.get(one, {}), runs.get(other, {})
+        mine = runs.get(one, {})
+        theirs = runs.get(other, {})
         seeds = len(shared_seeds(mine, theirs))
         if not seeds:
             continue

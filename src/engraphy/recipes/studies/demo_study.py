@@ -22,7 +22,7 @@ from ..progress import curves
 from .demo_arms import LABELS, ArmConfig, build
 from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
-from .rates import Rates, RateSearch
+from .rates import Rates, RateSearch, Runs
 from .study import Study, check_seeds, run_study, study_table
 from .tables import (
     NONE,
@@ -149,10 +149,6 @@ def _loss(result: Result) -> float:
     return result["validation_loss"]
 
 
-Runs = Mapping[str, Mapping[int, Result]]
-"""Results at the chosen rates, by arm and seed."""
-
-
 def _table(config: StudyConfig, jobs: Sequence[Job], results: dict, out: Path) -> str:
     if not results:
         raise ConfigError(f"{out}: expected results of a study, found none")
@@ -201,15 +197,16 @@ def _arm_table(config: StudyConfig, runs: Runs, chosen: Mapping[str, float]) -> 
 
 
 def _pair_table(results: Mapping[StudyJob, Result], runs: Runs) -> Iterator[str]:
-    buckets = list(
-        dict.fromkeys(b for result in results.values() for b in result["loss_by_frequency"])
-    )
+    buckets: dict[str, None] = {}  # in the order of the results
+    for result in results.values():
+        buckets |= dict.fromkeys(result["loss_by_frequency"])
     titles = [bucket if bucket == START else f"trigram {bucket}" for bucket in buckets]
     yield from head("paired by seed", "seeds", "all", *titles)
     for one, other in PAIRS:
         if one not in runs or other not in runs:
             continue
-        mine, theirs = runs[one], runs[other]
+        mine = runs[one]
+        theirs = runs[other]
         seeds = len(shared_seeds(mine, theirs))
         gaps = [paired(mine, theirs, _loss)]
         for bucket in buckets:

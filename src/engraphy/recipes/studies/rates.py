@@ -13,6 +13,9 @@ from typing import Any
 
 from .queue import Result, ResultsByJob
 
+Runs = Mapping[str, Mapping[int, Result]]
+"""Results at the chosen rates, by arm and seed."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -113,7 +116,7 @@ class RateSearch:
                 jobs += [self.job(arm, seed, chosen[arm]) for seed in self.seeds[1:]]
         return jobs
 
-    def runs(self, results: ResultsByJob) -> dict[str, dict[int, Result]]:
+    def runs(self, results: ResultsByJob) -> Runs:
         """Results at the chosen rates, by arm and seed. An arm without any is left out."""
         runs: dict[str, dict[int, Result]] = {}
         for arm, lr in self.chosen(results).items():
