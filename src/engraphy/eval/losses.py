@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ TokenLosses = Callable[[Batch], Tensor]
 do not matter."""
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What `Losses` needs of a model: the reference model has it."""
 
@@ -129,7 +130,7 @@ class Losses:
         counts: NgramCounts,
         dtype: str = "float32",
     ):
-        token_losses = losses_of(model, dtype) if hasattr(model, "token_losses") else model
+        token_losses = losses_of(model, dtype) if isinstance(model, LanguageModel) else model
         parts = list(heldout_parts(token_losses, batches))
         trained = [counts.count(*part.batch)[part.kept_BT.numpy()] for part in parts]
         self.losses = torch.cat([part.losses_M for part in parts]).numpy()

@@ -21,7 +21,7 @@ import torch
 from ...addresses.vocab import VocabMap
 from ...errors import ConfigError
 from .adapt_arms import LABELS, adapt, check_arm, memory_config, merged_hash, rates_of
-from .adapt_run import BATCH, CONTEXT, load_texts, measure, train
+from .adapt_run import BASE, BATCH, CONTEXT, Job, load_texts, measure, train
 from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch, Runs
@@ -40,28 +40,12 @@ from .tables import (
     shared_seeds,
 )
 
-BASE = "base"
 PAIRS = (
     ("memory", "lora-dense"),
     ("memory", "lora-total"),
     ("memory", "one-row"),
     ("memory", "frozen-rows"),
 )
-
-
-@dataclass(frozen=True)
-class Job(StudyJob):
-    """One run. arm: of LABELS, or BASE: the model as it is. tokens: of training. model: its
-    folder's name."""
-
-    tokens: int
-    rows_per_head: int
-    model: str
-
-    @property
-    def name(self) -> str:
-        """Name of the result file."""
-        return f"{BASE}.json" if self.arm == BASE else super().name
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,35 @@ from ...eval.losses import Losses, mean_with_error
 from ...hf.backbone import unwrapped
 from ...lm.cross_entropy import mean_cross_entropy, token_cross_entropy
 from .adapt_arms import Adapted
-from .queue import Job, Result
+from .queue import Job as StudyJob
+from .queue import Result
 
 CONTEXT = 256  # tokens of a row
 BATCH = 1  # rows of a training step
+BASE = "base"
+"""Arm of the job that trains nothing."""
 GENERAL_CHARACTERS = 45_000  # some 11,000 tokens: a third of what a run takes is measuring
+
+
+@dataclass(frozen=True)
+class Job(StudyJob):
+    """One run.
+
+    Attributes:
+        arm: Of LABELS, or BASE: the model as it is.
+        tokens: Of training.
+        rows_per_head: Of the memory.
+        model: Name of its folder.
+    """
+
+    tokens: int
+    rows_per_head: int
+    model: str
+
+    @property
+    def name(self) -> str:
+        """Name of the result file."""
+        return f"{BASE}.json" if self.arm == BASE else super().name
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,12 @@ NOTES = {"one-row": " (same sizes, one row of each head in use)"}
 
 @dataclass(frozen=True)
 class Job(StudyJob):
-    """One run. tokens: of training. data: as `load_documents` takes it."""
+    """One run.
+
+    Attributes:
+        tokens: Of training.
+        data: As `load_documents` takes it.
+    """
 
     tokens: int
     data: str
