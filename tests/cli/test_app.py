@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from engraphy.cli import app
 from engraphy.cli.app import _SHORT
-from engraphy.recipes.studies import demo_study, demo_tables
+from engraphy.recipes.studies import demo_study
 
 
 def commands_of(group, prefix: str = "") -> dict[str, object]:
@@ -60,7 +60,7 @@ def test_every_command_has_help(words):
 def test_a_study_without_a_name_is_the_demo_study(words, seeds, monkeypatch, tmp_path):
     runs = []
     monkeypatch.setattr(demo_study, "study", lambda config, *_: runs.append(config))
-    monkeypatch.setattr(demo_tables, "tables", lambda config, out: "the table")
+    monkeypatch.setattr(demo_study, "tables", lambda config, out: "the table")
     out = ["--out", str(tmp_path)]
     result = CliRunner().invoke(app, ["study", *words, *out])
     assert result.exit_code == 0 and result.output == "the table\n"
