@@ -269,7 +269,7 @@ def examples() -> list[tuple[str, str]]:
 
 
 def masked(text: str, here: Path) -> str:
-    """Without what differs from run to run: identities, paths, what a file system makes of a size."""
+    """Without what differs from run to run: identities, paths, sizes on disk."""
     text = re.sub(r"[0-9a-f]{32}", "ID", text).replace(str(here), "/home/me")
     return re.sub(r"^on disk.*$", "on disk", text, flags=re.MULTILINE)
 

@@ -24,7 +24,9 @@ def get_children(code):
         return [f"{letter}00-{letter}09", f"{letter}9A"]
     if "-" in code:
         return [f"{code[0]}0{number}" for number in range(6)]
-    return [f"{code}.{number}" for number in (0, 1)] if len(code) == 3 else [f"{code}1"] if len(code) == 5 else []
+    if len(code) == 3:
+        return [f"{code}.{number}" for number in (0, 1)]
+    return [f"{code}1"] if len(code) == 5 else []
 
 def is_block(code):
     return "-" in code or code.endswith("9A")

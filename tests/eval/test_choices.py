@@ -1,4 +1,4 @@
-"""Multiple choice: items are fair and the same everywhere, scores are those of each text by itself."""
+"""Multiple choice: items are fair and reproducible; each text is scored by itself."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class FirstForward(TrainerCallback):
         self.handle.remove()
 
 
-def test_a_line_holds_the_mean_over_the_training_tokens_since_the_last_and_the_rows_since_the_beginning(
+def test_a_line_holds_the_mean_over_the_training_tokens_since_the_last_and_the_rows_since_the_beginning(  # noqa: E501
     tmp_path,
 ):
     traces = FirstForward()

@@ -93,7 +93,8 @@ for name, use in uses.items():
         try:
             use(stores[name])
         except ShardTruncated as error:
-            print(name, "expected 1052672 bytes, found 4096" in str(error) and "00002-of" in str(error))
+            sizes = "expected 1052672 bytes, found 4096"
+            print(name, sizes in str(error) and "00002-of" in str(error))
     print(stores[name].stats.gathers)
 """,
     ) == [word for name in ("gather", "read", "one") for word in (name, "True", name, "True", "1")]
@@ -147,7 +148,7 @@ def test_damage_to_one_store_is_not_taken_for_damage_to_another(table):
 mapping._LOOK_EVERY = 1000
 damaged, other = opened(), opened(layer=1)
 cut(0)
-print(damaged._readonly[0][:4000].any(), _native.core.damage_count())  # whoever looks past the store sees zeros
+print(damaged._readonly[0][:4000].any(), _native.core.damage_count())  # past the store: zeros
 for store in (damaged, other, damaged):
     try:
         print(len(store.gather(np.array([0, 9]))))
@@ -187,7 +188,7 @@ from engraphy.errors import StoreError
 from engraphy.store import mapping, open_store
 create(Path(folder) / "table", fmt_of("f32", 64), shard_rows=4096, rows=5000).seal()
 store = open_store(f"file:{folder}/table?read=mmap", layer=3, mode="w")
-mapping.Reserved.take = lambda *_: None  # as on a file system whose promise of space is worth nothing
+mapping.Reserved.take = lambda *_: None  # a file system that breaks its promise
 try:
     store.scatter(np.arange(store.info.rows), records(fmt_of("f32", 64), store.info.rows))
 except StoreError as error:
@@ -256,7 +257,7 @@ except ShardTruncated:
     ) == ["truncated"]
 
 
-def test_a_handler_installed_later_is_stepped_before_at_the_next_look_and_none_calls_another_for_ever(
+def test_a_handler_installed_later_is_stepped_before_at_the_next_look_and_none_calls_another_for_ever(  # noqa: E501
     table,
 ):
     found = run(

@@ -107,7 +107,7 @@ def address(array: np.ndarray | None) -> int:
 
 
 def native(case: Case, level: str, ids, history=None, live=None, starts=None, layer: int = -1):
-    """(returned code, out), with a guard of poison before and after `out`, which has to be intact."""
+    """(returned code, out), with guards of poison around `out`, which have to be intact."""
     with _native.forced(level):
         layers = len(case.primes) if layer < 0 else 1
         guard = 16

@@ -1,4 +1,4 @@
-"""The native part asks the system for the same reads as the plain version, and gets the same rows."""
+"""The native part makes the same reads as the plain version, and gets the same rows."""
 
 from __future__ import annotations
 

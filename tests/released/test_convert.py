@@ -45,7 +45,7 @@ ROWS = 546  # of both layers of V41
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Shards of 4 KiB, chunks of 20 rows, a journal entry for each 60; and no plug is pulled here."""
+    """Shards of 4 KiB, chunks of 20 rows, a journal entry for each 60, no fsync."""
     monkeypatch.setattr(table_module, "MAX_SHARD_BYTES", 8192)
     monkeypatch.setattr(module, "CHUNK_BYTES", 20 * 66)
     monkeypatch.setattr(module, "SYNC_BYTES", 60 * 66)

@@ -265,7 +265,7 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_writer_removes_the_re
 def test_what_another_writer_is_writing_is_not_taken_for_litter(tmp_path):
     with publish_folder(tmp_path / "d") as folder, publish_file(tmp_path / "f") as file:
         run(
-            "import sys; from engraphy.system.files import write_file; write_file(sys.argv[1], 'x')",
+            "import sys; from engraphy.system import files; files.write_file(sys.argv[1], 'x')",
             tmp_path / "g",
         )
         assert (tmp_path / "g").exists()

@@ -1,4 +1,4 @@
-"""A pointer of Git LFS in place of any file that is read is named as what it is, with what to do."""
+"""A Git LFS pointer in place of any file that is read is named, with what to do."""
 
 from __future__ import annotations
 

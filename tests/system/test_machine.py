@@ -75,7 +75,10 @@ def test_version_2_leaves_its_limit_less_what_is_used(tmp_path, limit, free):
 
 
 def test_page_cache_that_can_be_given_back_counts_as_free(tmp_path):
-    stat = "anon 100000\nfile 700000\ninactive_file 400000\nactive_file 200000\nslab_reclaimable 50000\n"
+    stat = (
+        "anon 100000\nfile 700000\ninactive_file 400000\nactive_file 200000\n"
+        "slab_reclaimable 50000\n"
+    )
     root = machine(
         tmp_path,
         MEMINFO,

@@ -137,7 +137,8 @@ FINETUNE = """
         print("step", told.step, flush=True)
     ArmProgress.step = said
     model, data, out = sys.argv[1:4]
-    cli.app(["finetune", model, "--data", data, "--out", out, "--tokens", "100000000", "--batch", "2", "--length", "64",
+    cli.app(["finetune", model, "--data", data, "--out", out, "--tokens", "100000000",
+              "--batch", "2", "--length", "64",
              "--rows-per-head", "101"])
 """
 
@@ -174,7 +175,8 @@ DEMO = """
             if len(seen) == 3:
                 print("all arms train", flush=True)
         ArmProgress.step = said
-        cli.app(["demo", "--data", sys.argv[1], "--out", sys.argv[2], "--vocab", "300", "--tokens", "100000000"])
+        cli.app(["demo", "--data", sys.argv[1], "--out", sys.argv[2], "--vocab", "300",
+                  "--tokens", "100000000"])
 """
 
 

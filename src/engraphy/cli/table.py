@@ -236,7 +236,8 @@ def _print_statistics(layers: list[inspection.LayerStatistics]) -> None:
 def _print_usage(layer: usage_module.LayerUsage) -> None:
     heads, hot = layer.heads, layer.hottest
     Console().print(
-        f"\nlayer {layer.layer}: {layer.tokens:,} tokens touch {layer.used:,} of {layer.rows:,} rows"
+        f"\nlayer {layer.layer}: "
+        f"{layer.tokens:,} tokens touch {layer.used:,} of {layer.rows:,} rows"
     )
     _grid(
         {

@@ -171,7 +171,7 @@ class LM(nn.Module):
         rotation = torch.view_as_complex(self.rotation[: ids_BT.shape[1]].float())
         x_BTD = self.embed(ids_BT)
         for layer, block in enumerate(self.blocks):
-            if self.memory is not None and layer in self.memory.layers:
+            if self.memory is not None and lookup is not None and layer in self.memory.layers:
                 x_BTD = self.memory.fuse(layer, x_BTD[:, :, None], lookup)[:, :, 0]
             x_BTD = block(x_BTD, rotation, mask)
         return self.norm(x_BTD)

@@ -99,7 +99,7 @@ class StoreGroup(Mapping[int, RowStore]):
             group = cls.of_table(store, layers, row_format)
         elif isinstance(store, str) and store.startswith("ram:"):
             group = cls.zeros(config, row_format or RowFormat("f32", config.dim), store)
-        elif isinstance(store, (str, os.PathLike)):
+        elif isinstance(store, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
             group = cls._made(layers, lambda layer: open_store(store, layer=layer), row_format)
         else:
             raise ConfigError(
@@ -332,7 +332,7 @@ def describe(stores: Mapping[int, RowStore], row_format: RowFormat | None = None
         stores: layer -> store; at least one.
         row_format: of the rows, if the stores do not know it.
     """
-    parts = []
+    parts: list[str] = []
     for layer, store in stores.items():
         kinds = " over ".join(kind_of(part) for part in wrapped(store))
         info = store.info

@@ -61,7 +61,7 @@ def config(tmp_path):
 
 
 def made_up(job: Job) -> dict:
-    """Each arm gains 0.5 at its rate of BEST and less elsewhere; the memory gains seed / 100 more."""
+    """Each arm gains 0.5 at its rate of BEST, less elsewhere; the memory gains seed / 100 more."""
     gain = (
         0.0
         if job.arm == BASE

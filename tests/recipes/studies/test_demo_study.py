@@ -120,8 +120,8 @@ def test_tables_say_what_is_missing_and_what_is_of_something_else(queued, tmp_pa
         "Missing: dense-seed0-lr0.003.json, memory-seed2-lr0.01.json, seeds 1, 2 of Dense." in text
     )
     assert (
-        "not of this study: dense-seed1-lr0.003.json, dense-seed2-lr0.003.json, moe-seed7-lr0.006.json."
-        in text
+        "not of this study: dense-seed1-lr0.003.json, dense-seed2-lr0.003.json, "
+        "moe-seed7-lr0.006.json." in text
     )
     pair = told_by(text, "MoE + memory minus MoE")[0]
     assert pair[0] == "2" and pair[1].startswith("-0.1005 ±") and pair[2] != "–" and pair[3] == "–"
