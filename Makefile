@@ -1,6 +1,7 @@
 # make demo   install into .venv and run `engraphy demo`
 # make test   install with the development tools, run all tests, print coverage
 # make quick  the tests that are not marked slow, in two minutes
+# make docs   the documentation as a site, in site/; warnings are errors
 # make check  ruff, pyright and the import-direction test
 # make test-transformers VERSION=5.20.0
 #             what joins transformers, against another version of it
@@ -35,7 +36,7 @@ endef
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test quick test-transformers test-levels valgrind check clean
+.PHONY: demo test quick docs test-transformers test-levels valgrind check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -62,13 +63,18 @@ valgrind: $(VENV)/installed-dev
 	none; on Debian: apt-get install valgrind libc6-dbg" >&2; exit 2; }
 	$(PY) -m tests.tools.memcheck
 
+docs: $(VENV)/installed-docs
+	$(PY) docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html, or: $(PY) -m http.server --directory site"
+
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(PY) -m pytest -q tests/test_imports.py
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build site
 
 # The build tools come first and pinned, since pip's isolated builds do not read the constraints.
 $(VENV)/tools: constraints.txt
@@ -84,3 +90,9 @@ $(VENV)/installed-user: $(VENV)/tools $(SOURCES)
 $(VENV)/installed-dev: $(VENV)/tools $(SOURCES)
 	$(call install,".[dev]")
 	@touch $(VENV)/installed-user
+
+# The tools of the site alone: it is built from what the files say, so nothing is compiled for it.
+DOCS_TOOLS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(VENV)/installed-docs: $(VENV)/installed-user pyproject.toml
+	$(PIP) $$($(PY) -c '$(DOCS_TOOLS)')
+	@touch $@

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from tests.tools.paths import ROOT
-from tests.tools.tiny_model import lives, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -38,31 +37,3 @@ def test_the_example_runs(name):
     assert PROMISES[name] in done.stdout
     if name == "decode.py":
         assert float(done.stdout.split("largest difference: ")[1].split()[0]) < 1e-5
-
-
-@pytest.fixture
-def reader(tmp_path, monkeypatch):
-    """Somebody in a folder with a model and a text of their own."""
-    monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "my-model")
-    (tmp_path / "notes.txt").write_text("\f".join(lives(200)))
-
-
-def blocks_of(path):
-    blocks = [
-        compile(block.split("```")[0], path.name, "exec")
-        for block in path.read_text().split("```python\n")[1:]
-    ]
-    assert blocks
-    return blocks
-
-
-def test_the_code_in_the_readme_runs(reader):
-    for block in blocks_of(FOLDER.parent / "README.md"):
-        exec(block, {})
-
-
-def test_the_code_in_the_guide_to_attaching_runs(reader):
-    names = {}
-    for block in blocks_of(FOLDER.parent / "docs" / "attaching.md"):
-        exec(block, names)

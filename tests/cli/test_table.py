@@ -7,9 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +19,7 @@ from engraphy.cli.app import app
 from engraphy.released.sample import RELEASES
 from engraphy.table import Table, inspection
 from engraphy.table.usage import usage
-from tests.tools.paths import ROOT
 from tests.tools.releases import WORDS, tokenizer, write_qwen, write_v41
-
-GUIDE = ROOT / "docs" / "tables.md"
 
 
 @pytest.fixture(autouse=True)
@@ -255,44 +249,6 @@ def test_a_long_run_in_a_log_says_how_far_it_is(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.err.splitlines()[:2] == ["converting 1.0 of 9.0 GB", "converting 3.0 of 9.0 GB"]
     assert not captured.out
-
-
-def examples() -> list[tuple[str, str]]:
-    """Commands of the guide, in order, and what it says that they print."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-    commands = [
-        part for _, block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
-    ]
-    return [
-        (command, printed) for command, _, printed in (part.partition("\n") for part in commands)
-    ]
-
-
-def masked(text: str, here: Path) -> str:
-    """Without what differs from run to run: identities, paths, sizes on disk."""
-    text = re.sub(r"[0-9a-f]{32}", "ID", text).replace(str(here), "/home/me")
-    return re.sub(r"^on disk.*$", "on disk", text, flags=re.MULTILINE)
-
-
-def test_the_guide_shows_what_its_commands_print(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(GUIDE.parent.parent / "src")}
-    seen = set()
-    for command, printed in examples():
-        program, *arguments = shlex.split(command.partition(" > ")[0])
-        if program == "python":
-            done = subprocess.run(
-                [sys.executable, *arguments], env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr
-            (tmp_path / (command.partition(" > ")[2] or "none")).write_text(done.stdout)
-            continue
-        seen.add(arguments[1])
-        result = run(*arguments[1:])
-        assert result.exit_code == (arguments[1] == "compare"), result.output
-        pattern = ".*".join(map(re.escape, masked(printed, tmp_path).split("...\n")))
-        assert re.fullmatch(pattern, masked(result.stdout, tmp_path), re.DOTALL), result.stdout
-    assert seen == {"sample", "convert", "verify", "stat", "quantize", "compare"}
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -39,7 +39,6 @@ from engraphy.hf.qwen4 import (
 )
 from engraphy.released.check import check_config
 from engraphy.store import FileStore, RamStore, RowStore, StoreInfo
-from tests.tools.paths import ROOT
 
 EOS, PAD = 4, 0
 TINY = {
@@ -825,17 +824,3 @@ def test_every_field_of_a_spec_is_compared(tmp_path):
         "dialect: expected deepseek_v41, found demo; seed: expected 0, found 3; "
         "pad_to: expected 1, found 2" in str(error.value)
     )
-
-
-# The page.
-
-
-def test_the_code_of_the_serving_page_runs(tmp_path, monkeypatch, capsys):
-    """Block after block, in one folder and with one set of names, as a reader would type them."""
-    text = (ROOT / "docs" / "serving.md").read_text()
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "serving.md", "exec"), names)
-    assert capsys.readouterr().out.count("True") == 2

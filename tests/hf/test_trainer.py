@@ -11,7 +11,6 @@ from engraphy.errors import ConfigError, InputError
 from engraphy.hf import MemoryAdamW, trainer_kwargs
 from engraphy.memory import RowGrad
 from engraphy.train import OptimizerPair, RowAdam, weight_decay_groups
-from tests.tools.paths import ROOT
 from tests.tools.tiny_training import (
     arguments,
     attach_tiny,
@@ -238,13 +237,3 @@ def test_the_optimiser_alone_keeps_torchs_customs(tmp_path):
     with pytest.raises(InputError, match="layer 1, row 3: the gradient is not finite"):
         optimizer.step()
     assert same({**weights_of(model), **rows_of(memory)}, before)
-
-
-def test_the_code_in_the_training_page_runs(tmp_path, monkeypatch):
-    page = ROOT / "docs" / "training.md"
-    blocks = page.read_text().split("```python\n")[1:]
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block.split("```")[0], page.name, "exec"), names)
