@@ -58,7 +58,7 @@ class FinetuneConfig:
         out: A new folder for the memory.
         tokens: Tokens of training; None = each token of the text once.
         lr: Learning rate of the dense layers; the rows learn five times as fast. The default did
-            best in docs/results.md, "A memory beside LoRA".
+            best in docs/results/beside-lora.md.
         layers: Layers with a memory, 0-based; None = as `EngramConfig.for_model` chooses.
         rows_per_head: Rows of a head; None = as `EngramConfig.for_model` chooses, but no more than
             the text has tokens, since it has no more n-grams.

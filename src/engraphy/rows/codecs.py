@@ -6,7 +6,7 @@ Both may overflow and underflow on purpose. Numbers are little-endian; numpy has
 bits are uint16.
 
 Sources: OCP 8-bit floating point (E4M3) and microscaling (E8M0) formats; record layouts in
-docs/table-format.md.
+docs/guide/table-format.md.
 """
 
 from __future__ import annotations

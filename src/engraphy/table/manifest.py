@@ -111,7 +111,7 @@ class Manifest:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values: see docs/table-format.md."""
+        """Plain JSON values: see docs/guide/table-format.md."""
         return {
             "format": FORMAT,
             "version": VERSION,

@@ -7,7 +7,7 @@ stores nor tokens.
 
 Only a sealed table opens for reading, and renaming engram.json is the last act of a seal. A process
 that dies before that leaves an open table, whatever it was doing: open it for writing and seal it,
-and it is whole again, with its shards hashed anew. docs/table-format.md describes the format.
+and it is whole again, with its shards hashed anew. docs/guide/table-format.md describes the format.
 """
 
 from __future__ import annotations
