@@ -3,9 +3,9 @@
     python docs/generate.py            write them
     python docs/generate.py --check    write nothing; exit with 1 if a page is not what it would be
 
-The command line comes from the Typer app, errors from errors.py, and the API pages list what each
-package exports; mkdocstrings reads the docstrings when the site is built. reference/environment.md
-is written by hand.
+The command line comes from the Typer app, errors from errors.py, environment variables from
+VARIABLES, and the API pages list what each package exports; mkdocstrings reads the docstrings when
+the site is built.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
 
 from engraphy.cli import app
+from engraphy.system.environment import VARIABLES, Variable
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "src" / "engraphy"
@@ -53,6 +54,7 @@ def pages() -> dict[str, str]:
     made = {"reference/index.md": index_page()}
     made["reference/cli.md"] = cli_page()
     made["reference/errors.md"] = errors_page()
+    made["reference/environment.md"] = environment_page()
     for package in PACKAGES:
         made[f"reference/{page_name(package)}.md"] = api_page(package)
     return {path: text.replace("\n", "\n" + NOTICE, 1) for path, text in made.items()}
@@ -93,9 +95,7 @@ def api_page(package: str) -> str:
         for name in exported(package):
             lines += [f"::: {described(package, name)}", ""]
     for module in public_modules(package):
-        lines += [f"## {package}.{module}", "", f"::: {package}.{module}"]
-        lines += ["    options:", "      show_root_heading: false"]
-        lines += ["      show_root_toc_entry: false", "      heading_level: 2", ""]
+        lines += [f"## {package}.{module}", "", *module_lines(f"{package}.{module}"), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -136,6 +136,17 @@ def docstring_of(module: str, name: str) -> str:
     raise LookupError(f"{file}: expected a definition of {name}, found none")
 
 
+def module_lines(module: str) -> list[str]:
+    """A module as a whole; of a folder, its docstring and what it exports."""
+    if not package_folder(module).is_dir():
+        options = ["show_root_heading: false", "show_root_toc_entry: false", "heading_level: 2"]
+        return [f"::: {module}", "    options:", *(f"      {option}" for option in options)]
+    lines = [module_docstring(module).partition("\n\n")[0]]
+    for name in exported(module):
+        lines += ["", f"::: {described(module, name)}", "    options:", "      heading_level: 3"]
+    return lines
+
+
 def described(package: str, name: str) -> str:
     """The path of an exported name; within its module if a module of the package has that name."""
     if (package_folder(package) / f"{name}.py").exists():
@@ -146,9 +157,8 @@ def described(package: str, name: str) -> str:
 def public_modules(package: str) -> list[str]:
     """The public modules of a package. errors.py has a page of its own."""
     folder = package_folder(package)
-    return [
-        name for name in PACKAGES[package] if name != "errors" and (folder / f"{name}.py").exists()
-    ]
+    names = [name for name in PACKAGES[package] if name != "errors"]
+    return [name for name in names if (folder / name).is_dir() or (folder / f"{name}.py").exists()]
 
 
 def exported(package: str) -> list[str]:
@@ -214,6 +224,44 @@ def errors_page() -> str:
             when = " ".join((ast.get_docstring(node) or "").split())
             lines.append(f"| `{node.name}` | {bases} | {when} |")
     return "\n".join(lines) + "\n"
+
+
+# --- environment variables ------------------------------------------------------------------------
+
+
+def environment_page() -> str:
+    lines = [
+        "# Environment variables",
+        "",
+        "After this page you can set from outside what Engraphy otherwise chooses from the machine.",
+        "A variable that is empty counts as not set. Any other value than those listed is a",
+        "`ConfigError` that names the variable.",
+        "",
+        "```console",
+        '$ ENGRAPHY_NATIVE=off engraphy doctor | grep "instruction set"',
+        "instruction set  off",
+        "```",
+        "",
+        *variable_table(variable for variable in VARIABLES if not variable.build_time),
+        "",
+        "`ENGRAPHY_NATIVE` and `ENGRAPHY_THREADS` are read when the native core is loaded, the others",
+        "at each use.",
+        "",
+        "## While Engraphy is installed",
+        "",
+        *variable_table(variable for variable in VARIABLES if variable.build_time),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def variable_table(variables: Iterable[Variable]) -> list[str]:
+    lines = ["| variable | values | default | what it does |", "|---|---|---|---|"]
+    for variable in variables:
+        listed = not isinstance(variable.values, str)
+        values = ", ".join(f"`{value}`" for value in variable.values) if listed else variable.values
+        default = f"`{variable.default}`" if listed else variable.default
+        lines.append(f"| `{variable.name}` | {values} | {default} | {plain(variable.meaning)} |")
+    return lines
 
 
 # --- the command line -----------------------------------------------------------------------------

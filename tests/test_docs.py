@@ -24,10 +24,7 @@ PAGES = {str(path.relative_to(ROOT)): path for path in pages.all_pages()}
 # Pages that begin with a model and a text of the reader's own: my-model and notes.txt.
 OWN = ("README.md", "docs/guide/attaching.md")
 # Pages of parts that are not there yet, with the module that they need.
-COMING = {
-    "docs/extending/dialect.md": "engraphy.spec.dialects.record",
-    "docs/extending/store.md": "engraphy.store.testing",
-}
+COMING = {"docs/extending/dialect.md": "engraphy.spec.dialects.record"}
 GENERATED = pages.generator().pages()
 RUNNING = [
     name

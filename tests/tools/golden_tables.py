@@ -12,8 +12,8 @@ Beside the tables lies `expected.npz`, three arrays for each KIND and LAYER:
     KIND-LAYER-f32     float32 [N, d]         their values
     KIND-LAYER-bf16    uint16 [N, d]          their values as bits of bfloat16, to nearest even
 
-The values come from the reading of docs/table-format.md that stands below, record by record, not
-from Engraphy's own decoders.
+The values come from the reading of docs/guide/table-format.md that stands below, record by record,
+not from Engraphy's own decoders.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def signed(code: int, bits: int) -> int:
 
 
 def record_values(kind: str, record: bytes) -> np.ndarray:
-    """float32 [D] of one record, as docs/table-format.md has it."""
+    """float32 [D] of one record, as docs/guide/table-format.md has it."""
     if kind == "f32":
         return np.array(struct.unpack(f"<{D}I", record), np.uint32).view(np.float32)
     if kind == "bf16":
