@@ -3,7 +3,6 @@ lead somewhere, and the reference says what the code says."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -23,8 +22,6 @@ DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(ROOT)): path for path in pages.all_pages()}
 # Pages that begin with a model and a text of the reader's own: my-model and notes.txt.
 OWN = ("README.md", "docs/guide/attaching.md")
-# Pages of parts that are not there yet, with the module that they need.
-COMING = {"docs/extending/dialect.md": "engraphy.spec.dialects.record"}
 GENERATED = pages.generator().pages()
 RUNNING = [
     name
@@ -44,20 +41,12 @@ def own(tmp_path_factory) -> Path:
     return folder
 
 
-def skip_if_coming(name: str) -> None:
-    try:
-        importlib.import_module(COMING.get(name, "engraphy"))
-    except ImportError:
-        pytest.skip(f"{name} needs {COMING[name]}")
-
-
 # --- blocks ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNING)
 def test_the_blocks_of_a_page_run(name, tmp_path, request):
-    skip_if_coming(name)
     if name in OWN:
         for thing in request.getfixturevalue("own").iterdir():
             (tmp_path / thing.name).symlink_to(thing)
@@ -104,7 +93,6 @@ def test_code_stands_in_fences(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_a_page_names_exists(name):
-    skip_if_coming(name)
     text = PAGES[name].read_text()
     faults = []
     for block in pages.blocks_of(text):
