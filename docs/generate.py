@@ -233,7 +233,7 @@ def environment_page() -> str:
     lines = [
         "# Environment variables",
         "",
-        "After this page you can set from outside what Engraphy otherwise chooses from the machine.",
+        "After this page you can set what Engraphy otherwise chooses from the machine.",
         "A variable that is empty counts as not set. Any other value than those listed is a",
         "`ConfigError` that names the variable.",
         "",
@@ -244,7 +244,7 @@ def environment_page() -> str:
         "",
         *variable_table(variable for variable in VARIABLES if not variable.build_time),
         "",
-        "`ENGRAPHY_NATIVE` and `ENGRAPHY_THREADS` are read when the native core is loaded, the others",
+        "`ENGRAPHY_NATIVE` and `ENGRAPHY_THREADS` are read when the native core is loaded, others",
         "at each use.",
         "",
         "## While Engraphy is installed",

@@ -204,7 +204,7 @@ def test_a_detached_model_saves_itself_as_the_backbone_that_it_is(saved, base, i
 
 
 def test_the_backbones_own_class_reads_the_backbone_alone(saved, base, ids_BT):
-    """As docs/guide/attaching.md says: transformers finds the class's own config within this one, and
+    """As docs/guide/attaching.md says: transformers finds the class's own config in this one, and
     nobody is asked."""
     loaded = LlamaForCausalLM.from_pretrained(saved)
     assert not hasattr(loaded, "engraphy")

@@ -308,6 +308,8 @@ def test_the_demo_runs_from_text_to_report(text, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["logits_equal"] is True and "equal bit for bit" in result.output
     assert [arm["name"] for arm in report["arms"]] == ["dense", "moe", "memory"]
+    assert "…" not in result.output and "DtypeChoice" not in result.output
+    assert all(f"{arm['parameters']['total']:,}" in result.output for arm in report["arms"])
     for arm in report["arms"]:
         assert arm["heldout_curve"][-1][1] == pytest.approx(arm["validation_loss"], rel=1e-4)
         assert arm["tokens_per_second"] > 0 and len(arm["curve"]) == report["settings"]["steps"]

@@ -239,7 +239,7 @@ def _pip_faults(arguments: list[str]) -> Iterator[str]:
 
 
 def import_faults(code: str) -> Iterator[str]:
-    """What code imports of engraphy, or reaches as engraphy.NAME, that is not there or not public."""
+    """Names that code imports from engraphy, or reaches as engraphy.NAME, that are not public."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and _ours(node.module):
             yield from _module_faults(node.module or "")

@@ -136,7 +136,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     dtype = config.chosen_dtype()
     arm_config = config.arms(dtype)
     corpus_folder = config.folder / "corpus"
-    console.print(dtype, soft_wrap=True, markup=False)
+    console.print(str(dtype), soft_wrap=True, markup=False)
     with console.status(f"Preparing {config.corpus.data}: tokenizer, vocabulary map, token ids"):
         corpus = _corpus(corpus_folder, config.corpus)
     console.print(_described(corpus))
@@ -153,7 +153,7 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     with console.status("Measuring: losses, gates, the table on disk"):
         report = _report(config, arm_config, corpus)
     path = page.write(report, config.folder)
-    console.print(summary(report))
+    _print_whole(console, summary(report))
     console.print(headline(report))
     console.print(f"Report: {escape(str(path))}")
     return report
@@ -223,6 +223,14 @@ def summary(report: dict[str, Any]) -> RichTable:
             *(f"{gap[bucket]:+.4f}" for gap in gaps),
         )
     return table
+
+
+def _print_whole(console: Console, table: RichTable) -> None:
+    """Prints no number cut off: a narrow terminal breaks the lines of a wide table instead."""
+    width = console.width
+    console.width = max(width, Console(width=10_000).measure(table).maximum)
+    console.print(table)
+    console.width = width
 
 
 def headline(report: dict[str, Any]) -> str:
