@@ -24,6 +24,8 @@ def unimported():
     yield forget
     for name in set(sys.modules) - set(kept):
         if name.removeprefix("engraphy.") in _MODULES:
+            parent, _, child = name.rpartition(".")
+            vars(sys.modules[parent]).pop(child, None)
             del sys.modules[name]
 
 
