@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import engraphy
 from engraphy.errors import ConfigError, DataUnavailable, DigestMismatch
 from engraphy.hf import push_to_hub, save_pretrained
-from engraphy.system import temporaries
+from engraphy.system.temporaries import is_temporary
 from tests.tools.hf_saved import IDS_BT, logits
 from tests.tools.tiny_model import write_model
 
@@ -146,7 +146,7 @@ def test_saving_pushes_the_folder_with_what_lies_beside_the_model(model, base, h
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     (folder / "checkpoint-3").mkdir()
     interrupted = ".table.0123abcd.engraphy-part"
-    assert temporaries._NAME.fullmatch(interrupted)
+    assert is_temporary(interrupted)
     (folder / "other" / interrupted).mkdir(parents=True)
     for name in (
         "checkpoint-3/optimizer.pt",
