@@ -151,7 +151,7 @@ def test_a_memory_of_another_model_is_refused(model, ids_BT):
         rows_per_head=101,
         dim=8,
     )
-    with pytest.raises(ConfigError, match="layers 0 to 3, the memory has layer 7"):
+    with pytest.raises(ConfigError, match="layers 0 to 3, found layer 7"):
         engraphy.attach(model, deep)
     assert not hasattr(model, "engraphy")
 

@@ -54,7 +54,7 @@ def test_a_block_that_did_not_take_from_the_memory_is_noticed(model, config, ids
     model(ids_BT, use_cache=False)
     model.config.num_hidden_layers = 4
     model.model.layers[2]._forward_pre_hooks.clear()
-    with pytest.raises(InputError, match="layer 2: expected its block to take"):
+    with pytest.raises(InputError, match="layer 2: expected its block to read"):
         model(ids_BT)
 
 

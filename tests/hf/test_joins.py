@@ -114,9 +114,7 @@ def test_blocks_that_were_compiled_without_breaks_are_looked_at_as_they_are(mode
 
 def test_hidden_states_of_another_shape_are_refused(model):
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: out.repeat(1, 1, 2))
-    refused(
-        model, r"expected hidden states \[1, 1, 32\] for one token, its blocks get \[1, 1, 64\]"
-    )
+    refused(model, r"get hidden states \[1, 1, 32\] for one token, found \[1, 1, 64\]")
 
 
 def test_a_model_that_does_not_run_is_refused(model):

@@ -20,40 +20,41 @@ def gates_of_sentences(model: LM, corpus: Corpus, sentences: Sequence[str]) -> l
     """Gates of the first memory layer, token by token.
 
     Args:
-        model: With a memory.
-        corpus: That it was trained on.
+        model: A model with a memory.
+        corpus: The corpus that the model was trained on.
         sentences: Each is taken as the start of a document.
 
     Returns:
         For each sentence: text, tokens (as text), gates (0 to 1).
     """
     tokenizer = corpus.tokenizer
-    shown = []
+    results = []
     for text in sentences:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         gates_T = _gates(model, torch.tensor([[corpus.end_id, *ids]]), None)[0, 1:]
         tokens = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
         gates = [round(float(gate), 4) for gate in gates_T]
-        shown.append({"text": text, "tokens": tokens, "gates": gates})
-    return shown
+        results.append({"text": text, "tokens": tokens, "gates": gates})
+    return results
 
 
 def gates_by_bucket(model: LM, batches: Batches, counts: NgramCounts) -> list[dict[str, Any]]:
-    """Mean gates of the first memory layer by how often the trigram that ends at the token itself
-    was trained.
+    """Mean gates of the first memory layer, by n-gram frequency.
+
+    The bucket of a token says how often the training text has the trigram that ends at this token.
 
     Args:
-        model: With a memory.
+        model: A model with a memory.
         batches: Held-out text.
-        counts: Of the training text.
+        counts: Trigram counts of the training text.
 
     Returns:
-        For each bucket that holds something: bucket, mean, tokens.
+        For each bucket that has tokens: bucket, mean, tokens.
     """
     gates = []
     trained = []
     for ids_BT, targets_BT, starts_BT in batches:
-        # A count is that of the trigram that ends at the next token: move it there.
+        # Position t counts the trigram that ends at token t + 1. Shift it to that token.
         next_BT = counts.count(ids_BT, targets_BT, starts_BT)
         trained.append(np.where(starts_BT.numpy()[:, 1:], -1, next_BT[:, :-1]).ravel())
         gates.append(_gates(model, ids_BT, starts_BT)[:, 1:].ravel())

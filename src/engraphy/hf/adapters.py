@@ -1,4 +1,4 @@
-"""Whether PEFT's adapters in a model are all disabled, without importing PEFT."""
+"""Finds out whether all of PEFT's adapters in a model are disabled, without importing PEFT."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import nn
 
 
 class Adapters:
-    """The adapters in `model`, which may come and go. PEFT lists them in `model.peft_config`."""
+    """The adapters in `model`. They may come and go; PEFT lists them in `model.peft_config`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = (model,)  # in a tuple, so that a module that holds this has no submodule more
+        self._model = (model,)  # a tuple, so that nn.Module does not register it as a submodule
         self._config: Any = None
         self._names: tuple[str, ...] = ()
         self._layers: list[Any] = []
 
     @property
     def present(self) -> bool:
-        """Whether the model has any."""
+        """Whether the model has adapters."""
         return bool(getattr(self._model[0], "peft_config", None))
 
     def all_disabled(self) -> bool:

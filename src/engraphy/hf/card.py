@@ -1,6 +1,6 @@
 """A model card for a saved memory: its numbers, and code that loads it.
 
-It is a draft for its author to go on with.
+The card is a draft, which its author completes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _REMOTE = (
 
 
 def trainable_parameters(memory: EngramMemory) -> int:
-    """Number of values that training would change, as the memory stands.
+    """Number of values that training would change now.
 
-    These are the dense parameters that require grad, and the table if its rows learn and its store
-    can be written.
+    These are the dense parameters that require grad. The table counts if its rows learn and its
+    store is writable.
     """
     dense = sum(parameter.numel() for parameter in memory.parameters() if parameter.requires_grad)
     learns = dense > 0 if memory.rows_require_grad is None else memory.rows_require_grad
@@ -66,8 +66,8 @@ def card(
 
     Args:
         memory: The memory.
-        name: Of the saved folder, or on the hub.
-        table_id: Of the saved table, which `memory` need not serve.
+        name: Name of the saved folder, or of its repository on the hub.
+        table_id: Identity of the saved table. `memory` may serve another table.
         base_model: A name on the hub, or a path. The front matter leaves a path out, because the
             hub knows only names.
         whole: Whether the folder is a model with its memory (`hf.save_pretrained`), not a memory
@@ -114,14 +114,15 @@ def write_card(
         memory: The memory that was saved.
         base_model: As in `card`.
         note: As in `card`.
-        name: Of the folder in the text. Default: its own. On the hub: the repository's.
+        name: Name that the text gives the folder, such as the repository's on the hub. None = the
+            folder's own.
 
     Returns:
         The path of README.md.
 
     Raises:
         ConfigError: The folder holds no saved memory.
-        WriteFailed: The system refuses.
+        WriteFailed: The system refuses to write.
     """
     folder = Path(os.path.abspath(folder))
     whole = not (folder / "memory.json").exists()
@@ -145,7 +146,7 @@ def _is_local(base_model: str) -> bool:
 
 
 def _facts(memory: EngramMemory, table_id: str) -> dict[str, str]:
-    """The lines of a card's table, by their titles."""
+    """The rows of the card's table: title to value."""
     config, spec, row_format = memory.config, memory.config.hash, memory.format
     table_bytes = config.table_bytes(row_format.row_bytes)
     dense = sum(parameter.numel() for parameter in memory.parameters())

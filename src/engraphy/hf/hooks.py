@@ -1,4 +1,4 @@
-"""The hooks by which a memory takes part in a transformers model.
+"""The hooks that connect a memory to a transformers model.
 
 A pre-hook on the decoder sees a call's ids, mask, positions and cache. It looks the ids up and adds
 the Lookup to the keyword arguments, which decoders hand on to their blocks. A pre-hook on each
@@ -33,7 +33,7 @@ _log = logging.getLogger("engraphy")
 
 
 class _Passing:
-    """What a decoder hands to its blocks: a lookup, and the layers whose block has taken from it.
+    """What a decoder hands to its blocks: a lookup, and the layers that have read from it.
 
     A plain object, because code that rebuilds tuples and dataclasses would lose `reached`.
     """
@@ -118,7 +118,7 @@ class Attachment:
     def after_decoder(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Hook of the decoder. Raises InputError if a memory layer's block was passed by."""
+        """Hook of the decoder. Raises InputError if a memory layer's block did not run its hook."""
         passing = kwargs[_LOOKUP]
         if passing.lookup.off:
             return
@@ -127,7 +127,7 @@ class Attachment:
         for layer in self.memory.layers:
             if layer not in passing.reached and layer < depth and not drops_layers:
                 raise InputError(
-                    f"layer {layer}: expected its block to take from the memory, found that it has "
+                    f"layer {layer}: expected its block to read from the memory, found that it did "
                     "not: code compiled for another block runs in its place; compile the blocks "
                     "(block.compile()), not the model"
                 )
@@ -177,7 +177,7 @@ class Attachment:
         again.
         """
         cache_name = str(self.backbone.cache_argument)
-        if cache_name == "cache":  # before 5.24 what comes as `cache` is the model's own matter
+        if cache_name == "cache":  # before 5.24 a `cache` is left to the model
             rename_cache(arguments, cache_name)
         if arguments.get(cache_name) is None and self._makes_cache(arguments):
             arguments[cache_name] = DynamicCache(config=self.backbone.config)
@@ -186,7 +186,7 @@ class Attachment:
 
     def _look_up(self, batch: Batch, carried: CachedState | None, trace: Trace | None) -> Lookup:
         memory: Any = self.memory  # `lookup` is decorated, which hides its type
-        memory.widen(self.backbone.vocab_size)  # which may have been resized
+        memory.widen(self.backbone.vocab_size)  # the vocabulary may have been resized
         state = None if carried is None else carried.state
         return memory.lookup(
             batch.ids, state, starts=batch.starts, trace=trace, present=batch.present
@@ -211,13 +211,13 @@ class Attachment:
             self.warned_frozen = True
             warnings.warn(
                 "the attached memory has nothing trainable: call memory.requires_grad_(True) after "
-                "get_peft_model, or set memory.rows_require_grad = False to say that this is meant",
+                "get_peft_model, or set memory.rows_require_grad = False if this is intended",
                 stacklevel=3,
             )
 
 
 def attachment_of(memory: Any) -> Attachment | None:
-    """The hooks of a memory that is attached; None if it is not attached, or no memory."""
+    """Returns the hooks of an attached memory; None if it is not attached, or not a memory."""
     attachment = getattr(memory, "_attachment", None)
     return attachment if isinstance(attachment, Attachment) else None
 

@@ -1,7 +1,7 @@
-"""Whether a memory can join a model, found before anything is made.
+"""Checks that a memory can join a model, before anything is made.
 
-Signatures say only that a decoder takes keyword arguments, not that its blocks get them. So a
-forward over one token is run that ends before the first block.
+A decoder's signature shows that it takes keyword arguments, but not that it hands them to its
+blocks. So one check runs a forward over one token, and stops it before the first block.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ def check_free(model: nn.Module, backbone: Backbone) -> None:
     inside = any(isinstance(module, EngramMemory) for module in unwrapped(model).modules())
     if inside or any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
         raise ConfigError(
-            "the model has a memory: a model carries one; detach it first, or give one memory more "
-            "layers"
+            "model: expected no memory, found one; a model carries one memory: detach it first, or "
+            "give one memory more layers"
         )
 
 
 def check_fits(backbone: Backbone, config: EngramConfig) -> None:
     """Raises ConfigError unless the model has the memory's layers and sizes.
 
-    The weights of these layers have to be on a device.
+    The weights of these layers must be on a device.
     """
     depth, name = len(backbone.blocks), type(backbone.decoder).__name__
     for layer in config.hash.layer_ids:
         if layer >= depth:
             raise ConfigError(
-                f"{name}: expected layers 0 to {depth - 1}, the memory has layer {layer}"
+                f"{name}: expected layers 0 to {depth - 1}, found layer {layer} in the memory"
             )
         if same_device(backbone.blocks[layer]).type == "meta":
             raise ConfigError(
@@ -56,14 +56,14 @@ def check_fits(backbone: Backbone, config: EngramConfig) -> None:
     found = (config.layer.hidden_size, config.layer.streams)
     if found != expected:
         raise ConfigError(
-            f"{name}: expected (hidden size, streams) = {expected}, the memory has {found}"
+            f"{name}: expected a memory with (hidden size, streams) = {expected}, found {found}"
         )
 
 
 def check_made_for(backbone: Backbone, memory: EngramMemory) -> None:
     """Raises DigestMismatch if the memory was made for another model.
 
-    The same model with a larger vocabulary will do.
+    The same model with a larger vocabulary is accepted.
     """
     found, made_for = backbone.identity, memory.made_for or {}
     other_type = made_for.get("model_type", found["model_type"]) != found["model_type"]
@@ -71,18 +71,18 @@ def check_made_for(backbone: Backbone, memory: EngramMemory) -> None:
     smaller = size is not None and backbone.vocab_size < size
     if other_type or smaller:
         raise DigestMismatch(
-            f"the memory was made for {made_for}, the model is {found} (a larger vocab_size "
-            "would do, its new ids are dead); to take it across, "
-            "set made_for = None on what EngramMemory.load gives, and attach that"
+            f"model: expected {made_for}, which the memory was made for (or the same with a larger "
+            f"vocab_size, whose new ids are dead), found {found}; to use the memory here anyway, "
+            "set made_for = None on what EngramMemory.load returns, and attach that"
         )
 
 
 def check_joins(model: nn.Module, backbone: Backbone) -> None:
     """Raises ConfigError unless the parts of the model work together as a memory needs it.
 
-    The model has to hand token ids to its decoder. The decoder has to hand keyword arguments and
-    hidden states [B, T, D] or [B, T, S, D] to its blocks, which have to take them. Its cache has to
-    count tokens. Changes nothing, random numbers included.
+    The model must hand token ids to its decoder. The decoder must hand keyword arguments and hidden
+    states [B, T, D] or [B, T, S, D] to its blocks, and the blocks must take them. The decoder's
+    cache must count tokens. Changes nothing, not even the state of random numbers.
     """
     inner: Any = unwrapped(model)
     _check_cache(backbone)
@@ -99,8 +99,8 @@ def check_joins(model: nn.Module, backbone: Backbone) -> None:
     found = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
     if found not in expected:
         raise ConfigError(
-            f"{type(inner).__name__}: expected hidden states {expected[-1]} for one token, "
-            f"its blocks get {found}"
+            f"{type(inner).__name__}: expected blocks that get hidden states {expected[-1]} for "
+            f"one token, found {found}"
         )
 
 
@@ -125,7 +125,7 @@ class _Reached(Exception):
 
 
 def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
-    """What the first block gets as hidden states in a forward over one token."""
+    """Returns the hidden states that the first block gets in a forward over one token."""
     name, decoder = type(inner).__name__, type(backbone.decoder).__name__
     device = inner.get_input_embeddings().weight.device
     ids_BT = torch.zeros(1, 1, dtype=torch.long, device="cpu" if device.type == "meta" else device)
@@ -153,7 +153,7 @@ def _first_hidden_states(inner: Any, backbone: Backbone) -> Any:
 
 @contextmanager
 def _watched(inner: Any, backbone: Backbone) -> Iterator[None]:
-    """A forward marks the decoder's call, and ends with _Reached when it calls the first block."""
+    """Marks the decoder's call in a forward, and raises _Reached when the first block is called."""
 
     def mark(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(backbone.arguments, args, strict=False)) | kwargs
@@ -182,7 +182,7 @@ def _watched(inner: Any, backbone: Backbone) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(inner: nn.Module, device: torch.device) -> Iterator[None]:
-    """No gradients, no dropout, no compiled code; modes and random numbers are as before after."""
+    """Runs without gradients, dropout and compiled code; restores modes and random numbers."""
     training = [module for module in inner.modules() if module.training]  # may drop layers
     try:
         for module in training:

@@ -1,5 +1,7 @@
-"""Numbers and words as a report page writes them, and escaped text for the charts. Knows no
-report."""
+"""Formats numbers and words for a report page, and escapes text for the charts.
+
+Knows nothing of a report's fields.
+"""
 
 from __future__ import annotations
 
