@@ -224,7 +224,7 @@ def test_text_that_cannot_be_had_is_an_error(books, tmp_path):
     path.write_text(books[0])
     with pytest.raises(InputError, match="expected passages with 90000 characters in all, found 2"):
         general(path)
-    with pytest.raises(ConfigError, match="at least 1, found 0"):
+    with pytest.raises(ConfigError, match="at least 1 each, found 0"):
         general(path, 0)
     with pytest.raises(DataUnavailable, match="no such path"):
         general(tmp_path / "nothing.txt")

@@ -20,17 +20,17 @@ from .tokens import encode, end_id, load_tokenizer, train_tokenizer
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """What is read, and how.
+    """What text to read, and how to split and encode it.
 
     Attributes:
         data: As `load_documents` takes it.
         tokenizer: Path of a tokenizer.json. None = train a BPE of vocab_size on the training
             documents.
-        vocab_size: Of the tokenizer that is trained.
+        vocab_size: Size of the tokenizer, if it is trained here.
         heldout: Share of the documents that no arm sees.
         batch: Rows of a step.
         length: Tokens of a row.
-        seed: Of the split and of the order of the text.
+        seed: Seed of the split, and of the order of the text.
 
     Raises:
         ConfigError: The seed is negative.
@@ -55,10 +55,10 @@ class Corpus:
 
     Attributes:
         config: What it was made from.
-        name: Of the text.
-        licence: Of the text.
-        tokenizer: Of the token ids.
-        vocab: Its vocabulary map.
+        name: Name of the text.
+        licence: Licence of the text.
+        tokenizer: The tokenizer that gave the ids.
+        vocab: The tokenizer's vocabulary map.
         training: Documents to train on, int32 each.
         heldout: Documents held out, int32 each.
     """
@@ -96,7 +96,11 @@ class Corpus:
         return Batches(self.heldout, self.end_id, batch=64, tokens=self.config.length, seed=None)
 
     def save(self, folder: Path) -> None:
-        """Writes everything to `folder`, which appears whole. Raises WriteFailed."""
+        """Writes everything to `folder`, which appears whole.
+
+        Raises:
+            WriteFailed: The system refuses to write.
+        """
         with publish_folder(folder, replace=True, last="corpus.json") as made:
             self._write(made)
 
@@ -122,7 +126,7 @@ class Corpus:
         """Reads what `save` wrote.
 
         Args:
-            folder: That was saved to.
+            folder: The folder that `save` wrote.
             expected: The config that the corpus must have; None = any.
 
         Raises:
@@ -141,7 +145,8 @@ class Corpus:
             ) from None
         if expected is not None and config != expected:
             raise ConfigError(
-                f"{folder} was made from {config}, expected {expected}; choose another folder"
+                f"{folder}: expected a corpus of {expected}, found one of {config}; "
+                "choose another folder"
             )
         return cls(
             config,
@@ -158,7 +163,7 @@ def prepare(config: CorpusConfig) -> Corpus:
     """Reads the documents, splits them, trains a tokenizer on the training part, and encodes both.
 
     Raises:
-        DataUnavailable: The text or the tokenizer is not there.
+        DataUnavailable: The text or the tokenizer does not exist.
         InputError: The text is too short, or not UTF-8.
         ConfigError: A setting is invalid.
     """

@@ -20,8 +20,8 @@ class Documents:
     """Texts of one source.
 
     Attributes:
-        name: Of the source.
-        licence: That the texts came with, or "not stated".
+        name: Name of the source.
+        licence: The licence that the texts came with, or "not stated".
         texts: The documents, none of them empty.
     """
 
@@ -31,7 +31,7 @@ class Documents:
 
 
 def load_documents(source: str) -> Documents:
-    """Documents of a source.
+    """Reads the documents of a source.
 
     Args:
         source: "wiki", "wiki:es" or "wiki:fr": Wikipedia summaries, fetched once. "hf:NAME" or
@@ -68,13 +68,13 @@ def split_documents(
 ) -> tuple[list[str], list[str]]:
     """Splits texts into those to train on and those held out.
 
-    The texts whose seeded hash comes first are held out. So neither order nor repetition matters,
-    and no text is on both sides.
+    The texts whose seeded hash comes first are held out. So the split depends neither on order nor
+    on repetition, and no text is on both sides.
 
     Args:
-        texts: At least two distinct ones.
+        texts: At least two distinct texts.
         heldout: Share of the distinct texts that is held out; at least one text is.
-        seed: Of the hash.
+        seed: Seed of the hash.
 
     Returns:
         The texts to train on and the texts held out, both in the order of `texts`.
@@ -90,7 +90,8 @@ def split_documents(
     )
     if len(distinct) < 2:
         raise InputError(
-            f"expected at least two different documents to hold one out, found {len(distinct)}; "
+            f"texts: expected at least two different documents, to hold one out, found "
+            f"{len(distinct)}; "
             "a form feed divides a file into documents"
         )
     count = min(max(1, round(heldout * len(distinct))), len(distinct) - 1)
@@ -137,5 +138,5 @@ def _from_datasets(name: str, config: str) -> tuple[str, list[str]]:
             "give a text file or folder instead"
         ) from error
     if "text" not in data.column_names:
-        raise DataUnavailable(f"hf:{name}: expected a column text, found {data.column_names}")
+        raise DataUnavailable(f'hf:{name}: expected a column "text", found {data.column_names}')
     return data.info.license or "not stated", list(data["text"])

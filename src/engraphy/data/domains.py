@@ -27,8 +27,8 @@ ICD_LICENCE = (
     "ICD-10-CM of the United States' CMS and NCHS after the WHO's ICD-10 "
     "(PyPI simple-icd-10-cm is MIT)"
 )
-# Diseases and findings. Injuries, external causes and factors that influence health (19 to 22) are
-# most of the codes, and say the same of each limb and each encounter.
+# Diseases and findings. Chapters 19 to 22 (injuries, external causes, factors that influence
+# health) have most of the codes, and repeat the same text for each limb and each encounter.
 CHAPTERS = tuple(str(number) for number in range(1, 19))
 _LONGEST = len("E11.9")  # codes below that tell left from right
 _CODE = re.compile(r"\b[A-Z][0-9][0-9A-Z]")
@@ -103,7 +103,7 @@ class Domain:
 def medical(heldout: float = 0.1, seed: int = 0) -> Domain:
     """Diseases of the ICD-10-CM, one document a category, in the order of the classification.
 
-    No training document names the code of a held-out category: notes that do are left out.
+    No training document names the code of a held-out category: notes that name one are left out.
 
     Args:
         heldout: Share of the categories that is held out.
@@ -125,8 +125,15 @@ def medical(heldout: float = 0.1, seed: int = 0) -> Domain:
 def medical_categories(
     heldout: float = 0.1, seed: int = 0
 ) -> tuple[list[Category], list[Category]]:
-    """The categories behind `medical`: those to train on and those held out. Args and Raises: as
-    there."""
+    """The categories behind `medical`: those to train on, and those held out.
+
+    Args:
+        heldout: As in `medical`.
+        seed: As in `medical`.
+
+    Raises:
+        DataUnavailable: The package is not installed.
+    """
     categories = _icd()
     training, _ = split_documents([category.code for category in categories], heldout, seed)
     seen = set(training)
@@ -153,8 +160,8 @@ def general(
 
     Args:
         path: A .txt, .md or .txt.xz file or a folder of them, with a form feed between documents.
-        characters: In all, at least. 90,000 characters of English are about 20,000 tokens.
-        passage: Characters of a passage, at least. A passage is whole paragraphs.
+        characters: Smallest total. 90,000 characters of English are about 20,000 tokens.
+        passage: Smallest number of characters in a passage. A passage is whole paragraphs.
         seed: Of the hash.
 
     Raises:
@@ -164,7 +171,7 @@ def general(
     """
     if characters < 1 or passage < 1:
         raise ConfigError(
-            f"expected characters and passage of at least 1, found {characters} and {passage}"
+            f"characters, passage: expected at least 1 each, found {characters} and {passage}"
         )
     passages: list[str] = []
     for document in _texts(Path(path)):
@@ -184,8 +191,10 @@ def general(
 
 
 def describe(texts: Sequence[str]) -> dict[str, Any]:
-    """Number of documents and of characters, and the SHA-256 of the texts with a zero byte after
-    each."""
+    """Returns the number of documents and of characters, and the SHA-256 of the texts.
+
+    A zero byte after each text is hashed too.
+    """
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode() + b"\0")

@@ -23,7 +23,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE. The same texts give the same tokenizer.
 
     Args:
-        texts: To train on.
+        texts: The texts to train on.
         vocab_size: Number of ids. END is id 0 and PAD id 1.
 
     Raises:
@@ -48,15 +48,18 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
         raise InputError(
-            f"the text is too short for {vocab_size} tokens: it gives {size}; "
+            f"texts: expected text for {vocab_size} tokens, found text too short, for {size} only; "
             "give more text or a smaller vocab_size"
         )
     return tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer.json, as Tokenizer.save writes it. Raises DataUnavailable if `path` is not
-    one."""
+    """Reads a tokenizer.json, as Tokenizer.save writes it.
+
+    Raises:
+        DataUnavailable: `path` is not a tokenizer.json.
+    """
     if not os.path.isfile(path):
         raise DataUnavailable(f"{os.fspath(path)}: expected a tokenizer.json, found no such file")
     try:
@@ -69,8 +72,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def end_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a document. Raises ConfigError if the tokenizer has none under the
-    usual names."""
+    """Returns the id of the token that ends a document.
+
+    Raises:
+        ConfigError: The tokenizer has no such token under the usual names.
+    """
     for name in _END_NAMES:
         token = tokenizer.token_to_id(name)
         if token is not None:
@@ -79,8 +85,10 @@ def end_id(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, int32 [tokens]. No special tokens are added, and the name of one in a
-    text is plain text."""
+    """Returns the token ids of each text, int32 [tokens].
+
+    No special tokens are added. If a text has the name of one, the name is encoded as plain text.
+    """
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:

