@@ -82,7 +82,7 @@ class GenerateConfig:
         memory: Folder that `memory.save` or `finetune` wrote, or its name on the hub. Adapters in
             it are loaded too.
         prompt: Text to go on from.
-        tokens: The most tokens to generate.
+        tokens: Largest number of tokens to generate.
         temperature: 0 = the likeliest token each time; above 0 = samples.
         seed: Seed of the samples.
         dtype: As `choose_dtype` takes it.
@@ -116,7 +116,7 @@ def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: N
         The text, and the gates of each token.
 
     Raises:
-        DataUnavailable: If the model, its tokenizer or the memory is not there.
+        DataUnavailable: If the model, its tokenizer or the memory does not exist.
         DigestMismatch: If the memory was made for another tokenizer.
         InputError: If the prompt has no tokens.
     """
@@ -124,13 +124,14 @@ def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: N
     model, dtype = load_model(config.model, config.dtype)
     say(str(dtype))
     folder = find_memory(config.memory)
-    if (adapter := adapter_of(folder)) is not None:
+    adapter = adapter_of(folder)
+    if adapter is not None:
         model = load_adapter(model, adapter)
     memory = load(model, folder, tokenizer=tokenizer).eval()
     prompt_ids = tokenizer(config.prompt)["input_ids"]
     prompt_BT = torch.tensor([prompt_ids], dtype=torch.long, device=model.device)
     if not prompt_BT.numel():
-        raise InputError(f"prompt: expected at least one token, {config.prompt!r} has none")
+        raise InputError(f"prompt: expected at least one token, found none in {config.prompt!r}")
     ids_BT = _generated(model, prompt_BT, config, _pad_id(tokenizer))
     trace = Trace()
     model(input_ids=ids_BT, use_cache=False, engraphy_trace=trace)

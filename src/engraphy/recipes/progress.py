@@ -31,11 +31,11 @@ _COLUMNS = (
 class ArmProgress:
     """Shows the steps of several arms: bars in a terminal, else a line now and then.
 
-    A context manager.
+    Use it as a context manager.
 
     Args:
         console: Where to print.
-        labels: What an arm is called, by its name.
+        labels: The label that is shown for an arm, by the arm's name.
     """
 
     def __init__(self, console: Console, labels: Mapping[str, str]):
@@ -86,7 +86,7 @@ class ArmProgress:
             )
 
     def _line_is_due(self, name: str, report: StepReport) -> bool:
-        """True after the last step, and if the last line of the arm is _LOG_SECONDS old."""
+        """True after the last step, or if the arm's last line is more than _LOG_SECONDS old."""
         now = time.monotonic()
         due = report.step == report.steps or now - self._logged.get(name, 0) > _LOG_SECONDS
         if due:
@@ -104,8 +104,8 @@ def curves(folder: Path) -> dict[str, Any]:
         A dict of JSON values:
         curve: [tokens, nats a token] of each step.
         heldout_curve: [tokens, nats a token] of held-out text.
-        max_expert_load: Highest of the second half, over the mean load of an expert; None without
-        experts.
+        max_expert_load: Highest load of an expert over the mean load, in the second half of the
+        run; None without experts.
         seconds: Time in steps, without held-out losses and checkpoints.
         tokens_per_second: Median of whole steps, optimiser included.
     """

@@ -14,8 +14,8 @@ from ..data.documents import load_documents, split_documents
 from ..errors import ConfigError, DataUnavailable, InputError
 
 HELDOUT_TOKENS = 100_000
-"""About the most tokens to hold out. They are measured twice; more would take longer and show no
-more."""
+"""About the largest number of tokens to hold out. They are measured twice, so more would take
+longer, and would show nothing new."""
 
 
 def load_texts(source: str) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def load_texts(source: str) -> tuple[str, ...]:
         The documents, none of them empty.
 
     Raises:
-        DataUnavailable: If there is no such file or data set, or no text in it.
+        DataUnavailable: If the file or data set does not exist, or has no text.
         InputError: If the file is not UTF-8, or a line has no "text".
     """
     path = Path(source)
@@ -48,8 +48,8 @@ def _lines_of(path: Path) -> list[str]:
         raise DataUnavailable(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, found {error}") from None
-    # Only line feeds divide. JSON strings may hold U+2028, U+0085 and others, and str.splitlines
-    # cuts at them.
+    # Split at line feeds only. JSON strings may hold U+2028, U+0085 and others, at which
+    # str.splitlines would cut.
     lines = enumerate(content.split("\n"), start=1)
     return [_text(path, number, line) for number, line in lines if line.strip()]
 
@@ -74,7 +74,7 @@ def read_documents(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Reads and encodes the documents to train on and those to hold out.
 
-    Of a single document the end is held out.
+    If there is only one document, its end is held out.
 
     Args:
         source: As `load_texts` takes it.
@@ -102,9 +102,9 @@ def read_documents(
     needed = batch * length
     if total < needed or not sum(map(len, unseen)):
         raise InputError(
-            f"{source}: expected at least {needed:,} tokens to train on, a step of {batch} "
-            f"rows of {length}, and some to hold out, found {total:,}; give more text, or a "
-            "smaller batch or length"
+            f"{source}: expected at least {needed:,} tokens to train on (a step of {batch} rows of "
+            f"{length}), and some to hold out, found {total:,}; give more text, or a smaller batch "
+            "or length"
         )
     begins = np.cumsum([0, *map(len, unseen)])[:-1]
     kept = [ids for ids, begin in zip(unseen, begins, strict=True) if begin < HELDOUT_TOKENS]
@@ -114,7 +114,7 @@ def read_documents(
 def _divided(
     documents: list[np.ndarray], heldout: float
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """One document, or none, as its beginning and its end."""
+    """Divides one document (or none) into its beginning and its end."""
     ids = np.concatenate([np.empty(0, np.int32), *documents])
     cut = len(ids) - max(1, round(heldout * len(ids)))
     return [ids[:cut]], [ids[cut:][:HELDOUT_TOKENS]]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyEntry:
-    """A study by name, known without importing what it runs.
+    """A study by name. It can be listed without importing the code that it runs.
 
     Attributes:
-        name: Of the study.
+        name: Name of the study.
         sentence: What it compares.
         module: Module of this package that has the record.
         record: Name of the `Study` there.
@@ -31,7 +31,7 @@ class StudyEntry:
     options: Mapping[str, str]
 
     def load(self) -> Study:
-        """The study itself. Imports torch, and whatever the study needs."""
+        """Returns the study itself. Imports torch, and what else the study needs."""
         return getattr(importlib.import_module(f"{__name__}.{self.module}"), self.record)
 
 

@@ -1,10 +1,11 @@
-"""`engraphy adapt-study`: what a memory adds to a frozen model on a domain, what it forgets, and
-LoRA beside it.
+"""`engraphy study adapt`: what a frozen model with a memory learns of a domain and what it forgets,
+and the same for LoRA.
 
-Every arm trains on the same tokens of the domain in the same order. Measured are text of the domain
-held out, general text never seen, and multiple-choice items. Each arm runs at each of its rates on
-the first seed, and beyond the best one if that is the lowest or highest tried; then on the other
-seeds at the rate of the lowest held-out loss. Given rates are not searched.
+Every arm trains on the same tokens of the domain in the same order. It is measured on held-out text
+of the domain, on general text never seen, and on multiple-choice items. Each arm runs at each of
+its rates on the first seed. If the best one is the lowest or highest tried, it goes on beyond it.
+On the other seeds it runs at the rate of the lowest held-out loss. If the user gives rates, nothing
+is searched.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class AdaptConfig:
         tokens: Of training, for each run.
         rows_per_head: Of the memory.
         seeds: The first one chooses the learning rates.
-        rates: (arm, learning rate) of the arms that run, and no search; () = all arms, each
-            searches its own.
+        rates: (arm, learning rate) of the arms that run, without a search; () = all arms run, and
+            each searches its own rate.
     """
 
     model: Path
@@ -104,8 +105,11 @@ def adapt_study(
 
 
 def tables(config: AdaptConfig, out: Path) -> str:
-    """Markdown over the results in `out`, and what is missing. Raises ConfigError without the base
-    model's result."""
+    """Returns Markdown: the results in `out`, and which runs are missing.
+
+    Raises:
+        ConfigError: The result of the base model is missing.
+    """
     return study_table(ADAPT, config, out)
 
 

@@ -2,8 +2,8 @@
 what is missing, `study_table` shows the results.
 
 A study says which runs its config and the results so far ask for, how to do one of them, and how to
-put the results into a table. The queue, the resuming, the checks of results, and what every result
-says about version, commit and machine are the engine's.
+put the results into a table. The engine has the rest: the queue, resuming, the checks of results,
+and what every result says about version, commit and machine.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Study:
     """A comparison of many runs.
 
     Attributes:
-        name: Of the study, as `STUDIES` has it.
+        name: Its name in `STUDIES`.
         config: Class of its settings, a frozen dataclass.
         jobs: (config, results so far) -> all runs that they ask for, the first to run first. A pure
             function.
         run: (job, config, work) -> the result of one run, JSON values. It is called in a process of
-            its own with one thread, so it has to be a function of a module.
+            its own with one thread, so it must be a module-level function.
         line: result -> what is printed about a finished run.
         table: (config, jobs, their results, out) -> Markdown.
-        prepare: (config, runs about to start, work) -> None. It is called before they start, in the
-            parent process, for what they share on disk.
+        prepare: (config, runs about to start, work) -> None. Writes what the runs share on disk. It
+            is called before they start, in the parent process.
         dtype: What all runs compute in.
     """
 
@@ -74,8 +74,8 @@ def run_study(
         work: Folder of what can be made again, such as corpora and checkpoints. None = runs/NAME.
 
     Raises:
-        ConfigError: A result in `out` is of other settings, or workers is below 1.
-        EngraphyError: A run failed; the message names it. No further run is started then.
+        ConfigError: A result in `out` has other settings, or workers is below 1.
+        EngraphyError: A run failed; the message names it. After that no further run starts.
     """
     if workers < 1:
         raise ConfigError(f"workers: expected 1 or more, found {workers}")
@@ -86,7 +86,7 @@ def run_study(
 
     def plan() -> list[Job]:
         jobs = study.jobs(config, results)
-        results.of(jobs)  # reads them all: a result of other settings is an error
+        results.of(jobs)  # reads them all: a result with other settings is an error
         new = [job for job in jobs if job not in results and job not in prepared]
         if new:
             study.prepare(config, new, work)
@@ -112,8 +112,11 @@ def run_one(job: Job, study: Study, config: Any, out: Path, work: Path) -> str:
 
 
 def study_table(study: Study, config: Any, out: Path) -> str:
-    """Markdown over the results of a study in `out`, and what is missing of it. Raises ConfigError
-    if a result is damaged or of other settings, or if there is none to show."""
+    """Returns Markdown: the results of a study in `out`, and which runs are missing.
+
+    Raises:
+        ConfigError: A result is damaged or has other settings, or there is none to show.
+    """
     results = Results(out, study.dtype)
     jobs = study.jobs(config, results)
     return study.table(config, jobs, results.of(jobs), out)
