@@ -115,7 +115,7 @@ def load(
         path: A folder, or "user/name" on the hub, with a memory or a model saved with its memory.
         store: The URL to serve the rows from, or the table's folder as a Path. Default: the saved
             table.
-        tokenizer: The model's. If it is given, its vocabulary map has to be the saved one.
+        tokenizer: The model's. If it is given, its vocabulary map must be the saved one.
         margin: As in `attach`.
         hub: Options of a download: revision, token, cache_dir, force_download, local_files_only.
 

@@ -30,11 +30,11 @@ class Parameters:
 
     Attributes:
         total: Everything, the table included.
-        activated: What one token uses. Of the routed experts top_k count, of the table the C*d
-            values of each memory layer. The head counts whole. The token embedding, of which one
-            row is copied, counts only if it is the head.
+        activated: What one token uses: top_k of the routed experts, the C*d values that each memory
+            layer reads from the table, and the whole head. The token embedding counts only if it is
+            the head, because a token copies one row of it.
         table: Values in the table.
-        embedding: Of the token embedding.
+        embedding: Values in the token embedding.
     """
 
     total: int

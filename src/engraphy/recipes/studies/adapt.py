@@ -277,8 +277,8 @@ def _made_with(
 ) -> Iterator[str]:
     tokens = base["text"]["tokens"]
     yield (
-        f"{base['text']['source']}: {tokens['training']:,} tokens to train on, of which each run "
-        f"sees {config.tokens:,}, {tokens['heldout']:,} held out; {tokens['general']:,} tokens of "
+        f"{base['text']['source']}: {tokens['training']:,} tokens to train on (each run sees "
+        f"{config.tokens:,}), {tokens['heldout']:,} held out; {tokens['general']:,} tokens of "
         "general text. ± is one standard error over seeds."
     )
     yield from made_with(results.values())

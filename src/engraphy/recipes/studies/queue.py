@@ -108,7 +108,7 @@ def run_missing(
             since results may bring new jobs.
         out: Folder of the result files.
         workers: Number of runs at a time.
-        run: Takes a job, writes its result, returns a line to print. It has to be picklable.
+        run: Takes a job, writes its result, returns a line to print. It must be picklable.
         report: Takes the line of each finished run.
 
     Raises:

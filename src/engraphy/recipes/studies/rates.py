@@ -87,7 +87,7 @@ class RateSearch:
         rates: Of each arm, in the order of the arms.
         seeds: The first one chooses the rates.
         job: Makes a run of an arm, a seed and a rate.
-        loss: What of a result has to be low.
+        loss: Takes a result, returns the value that should be low.
     """
 
     rates: Mapping[str, Rates]
