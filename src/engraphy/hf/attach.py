@@ -1,4 +1,4 @@
-"""attach, detach, load: a memory for a transformers model that exists.
+"""attach, detach, load: a memory for an existing transformers model.
 
 The model keeps its class and its parts: hooks.py says how the memory takes part in it.
 """
@@ -37,29 +37,32 @@ def attach(
     dtype: torch.dtype | None = None,
     margin: int = 64,
 ) -> EngramMemory:
-    """Give a transformers model a memory, which is returned and registered as `model.engraphy`.
+    """Give a transformers model a memory. The memory is registered as `model.engraphy`.
 
     The value projections start at zero: a fresh memory changes no logit, and its rows learn from
-    the second step. The model's own parameters stay trainable or frozen as they are. Its
-    `save_pretrained` leaves the memory out, which has its own `save`. If attaching fails, the model
-    is as it was.
+    the second step. The model's own parameters stay trainable or frozen as they are. The model's
+    `save_pretrained` leaves the memory out; use `memory.save`. If attaching fails, the model stays
+    as it was.
 
     Args:
         model: The model, also inside PEFT, torch.compile or DistributedDataParallel.
-        config: As from `EngramConfig.for_model`, or a memory that exists.
+        config: A config, such as `EngramConfig.for_model` returns, or an existing memory.
         vocab: The map of the model's tokenizer. None means ids as they are.
         store: "ram:" for a new table, or a table whose rows stay as they are: its URL, its folder
             as a Path, or an open Table.
-        row_format: Of the new table. Default: f32.
+        row_format: Row format of the new table. Default: f32.
         std: The new rows are drawn from N(0, std**2).
-        seed: Of the new rows.
-        dtype: Of the dense layers. Default: the model's.
+        seed: Seed of the new rows.
+        dtype: Dtype of the dense layers. Default: the model's.
         margin: How many tokens a cache can take back (`cache.crop`, assisted decoding).
 
+    Returns:
+        The attached memory.
+
     Raises:
-        ConfigError: This version of transformers was not tested, the model cannot be joined, has a
-            memory already, or has other sizes or no such layer; or the new table does not fit into
-            the free RAM.
+        ConfigError: This version of transformers was not tested; a memory cannot join the model;
+            the model has a memory already, other sizes or no such layer; or the new table does not
+            fit into the free RAM.
         DigestMismatch: The table has other addresses, or the memory was made for another model
             (`memory.made_for`).
     """
@@ -70,7 +73,10 @@ def attach(
     check_joins(model, backbone)
     if isinstance(config, EngramMemory):
         if attachment_of(config) is not None:
-            raise ConfigError("the memory is attached to a model; detach it there first")
+            raise ConfigError(
+                "memory: expected one that is not attached, found it attached to a model; detach "
+                "it there first"
+            )
         check_made_for(backbone, config)
         memory = config.train(model.training)
     else:
@@ -80,7 +86,7 @@ def attach(
 
 
 def detach(model: nn.Module) -> EngramMemory:
-    """Take the memory off a model, which is then what it was before, bit for bit.
+    """Take the memory off a model. The model is then what it was before, bit for bit.
 
     Returns:
         The memory, which can be attached again.
@@ -131,8 +137,8 @@ def load(
     try:
         if tokenizer is not None and not memory.vocab.agrees_with(tokenizer):
             raise DigestMismatch(
-                f"{path}: made for a vocabulary map of digest {memory.vocab.digest}, "
-                f"the tokenizer's is {VocabMap.from_tokenizer(tokenizer).digest}"
+                f"{path}: expected a tokenizer whose vocabulary map has digest "
+                f"{memory.vocab.digest}, found {VocabMap.from_tokenizer(tokenizer).digest}"
             )
         return attach(model, memory, margin=margin)
     except BaseException:
@@ -167,7 +173,10 @@ def _make(
 
 
 def _identity(model: nn.Module, size: int) -> VocabMap:
-    """Ids as they are. Raises ConfigError if the model has more, which would all be dead."""
+    """A map that keeps ids as they are.
+
+    Raises ConfigError if the model has ids beyond `size`: they would all be dead.
+    """
     ids = find_backbone(model).vocab_size
     if size < ids:
         raise ConfigError(

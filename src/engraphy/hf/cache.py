@@ -100,7 +100,7 @@ def _new(kind: type[Cache], *arguments: Any) -> Cache:
 
 
 def cached_state(cache: Any) -> CachedState | None:
-    """What a cache carries for a memory; None if it carries nothing, or is None itself."""
+    """Returns what a cache carries for a memory; None if it carries nothing, or is None itself."""
     return getattr(cache, "engraphy", None)
 
 
@@ -114,7 +114,7 @@ def counts_tokens(cache: Cache) -> bool:
 
 
 def tokens_seen(cache: Any) -> int:
-    """Number of tokens that a cache holds; 0 without one.
+    """Number of tokens that a cache holds; 0 if `cache` is None.
 
     Raises InputError unless it is the Cache of a decoder with attention.
     """
@@ -131,7 +131,7 @@ def tokens_seen(cache: Any) -> int:
 def reserve(cache: Any, memory: EngramMemory, margin: int) -> None:
     """Let an empty cache carry the memory's part, for a forward that leaves the memory out.
 
-    Any other cache stays as it is, because it is the model's own matter.
+    Any other cache stays as it is, because only the model uses it.
     """
     if not _is_decoders(cache):
         return
@@ -153,10 +153,10 @@ def _carry(cache: Cache, memory: EngramMemory, margin: int) -> CachedState:
 def ready_state(
     cache: Cache, memory: EngramMemory, batch: int, seen: int, margin: int
 ) -> CachedState:
-    """What `cache` carries for `memory`, made on the first call.
+    """Returns what `cache` carries for `memory`. The first call makes it.
 
     Args:
-        cache: Of the call.
+        cache: The cache of the call.
         memory: The attached memory.
         batch: Number of sequences.
         seen: Number of tokens in the cache.
@@ -179,8 +179,8 @@ def ready_state(
         carried = _carry(cache, memory, margin)
     if carried.address_digest != memory.address_digest:
         raise InputError(
-            f"cache: belongs to a memory of address digest {carried.address_digest}, "
-            f"this one has {memory.address_digest}"
+            f"cache: expected one of a memory with address digest {memory.address_digest}, "
+            f"found {carried.address_digest}"
         )
     if not carried.whole:
         raise InputError(

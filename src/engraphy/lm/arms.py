@@ -1,9 +1,9 @@
 """Arms of a comparison with equal parameters, counted by code: dense, mixture of experts, and
 experts with a memory.
 
-A token uses as many parameters in each arm. The last two arms have as many in total: the memory's
-table takes the place of a share of the routed experts (paper, section 3: rho is the share that the
-experts keep).
+A token uses the same number of parameters in each arm. The last two arms also have the same total:
+the memory's table takes the place of a share of the routed experts (paper, section 3: rho is the
+share that the experts keep).
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Arm(NamedTuple):
     """One model of a comparison.
 
     Attributes:
-        name: Of the arm.
-        model: Its sizes.
-        memory: Of the memory; None = the arm has none.
-        parameters: Its counts.
+        name: Name of the arm.
+        model: Sizes of the model.
+        memory: Sizes of the memory; None = the arm has no memory.
+        parameters: Parameter counts of the arm.
     """
 
     name: str
