@@ -41,7 +41,7 @@ class StoreGroup(Mapping[int, RowStore]):
         *,
         owned: Iterable[Closable] = (),
     ) -> None:
-        """Checks that the stores belong together. Looks at what stores say of themselves alone.
+        """Checks that the stores belong together, by their `info` alone.
 
         Args:
             stores: layer -> store; at least one.
@@ -49,8 +49,8 @@ class StoreGroup(Mapping[int, RowStore]):
             owned: stores and tables that `close` closes, in this order.
 
         Raises:
-            ConfigError: there is no store, a store is of another layer, the row format is unknown
-                or not that of every store.
+            ConfigError: there is no store, a store belongs to another layer, the row format is
+                unknown, or the stores differ in it.
             DigestMismatch: the stores have rows of different tables.
         """
         if not stores:
@@ -71,7 +71,7 @@ class StoreGroup(Mapping[int, RowStore]):
         *,
         address_digest: str | None = None,
     ) -> StoreGroup:
-        """The rows of the memory that `config` describes. Nothing stays open after an error.
+        """Opens the rows of the memory that `config` describes. Nothing stays open after an error.
 
         Args:
             config: names the layers and their sizes.
@@ -80,8 +80,8 @@ class StoreGroup(Mapping[int, RowStore]):
                 the group is closed.
             row_format: a format, or its kind with d = config.dim. Needed if the stores do not know
                 it; "ram:" takes f32 if it is None.
-            address_digest: the digest that the rows must have, see `check`. If it is None, nothing
-                is compared with the config, and the caller has to call `check`.
+            address_digest: the digest that the rows must have, see `check`. With None nothing is
+                compared with the config, and the caller has to call `check`.
 
         Raises:
             ConfigError: `store` is none of these, or has other layers, sizes or formats.
@@ -111,8 +111,8 @@ class StoreGroup(Mapping[int, RowStore]):
         except BaseException:
             group.close()
             raise
-        for part in group.values():
-            follow(part)
+        for layer_store in group.values():
+            follow(layer_store)
         return group
 
     @classmethod
@@ -161,7 +161,7 @@ class StoreGroup(Mapping[int, RowStore]):
         row_format: RowFormat | None,
         tables: Iterable[Table] = (),
     ) -> StoreGroup:
-        """A group that owns the stores that `make` gives for each layer, and `tables`."""
+        """A group that owns `tables`, and the store that `make` returns for each layer."""
         stores: dict[int, RowStore] = {}
         try:
             for layer in layers:
@@ -190,7 +190,7 @@ class StoreGroup(Mapping[int, RowStore]):
 
     @property
     def info(self) -> StoreInfo:
-        """What the first layer's store says now. Kind, table and path are those of all layers."""
+        """The first layer's StoreInfo now. Its kind, table and path are those of all layers."""
         return next(iter(self.values())).info
 
     @property
@@ -230,11 +230,11 @@ class StoreGroup(Mapping[int, RowStore]):
 
         Args:
             config: the memory's layers, rows and row width.
-            address_digest: the memory's, as from `EngramConfig.address_digest`. Stores that know
-                no digest are taken at their word.
+            address_digest: the memory's digest, from `EngramConfig.address_digest`. Stores that
+                know no digest are accepted.
 
         Raises:
-            ConfigError: layers, row counts or row width are others.
+            ConfigError: layers, row counts or row width differ.
             DigestMismatch: the rows were made for other addresses.
         """
         _check_layers(self, config.hash.layer_ids)
@@ -256,7 +256,7 @@ class StoreGroup(Mapping[int, RowStore]):
             if not store.info.writable:
                 raise ConfigError(
                     f"layer {layer}: expected a writable store, "
-                    f"found {store.info.kind} opened to read"
+                    f"found a {store.info.kind} store that is read-only"
                 )
 
     def copy_to(self, target: Table | Mapping[int, RowStore]) -> None:
@@ -279,12 +279,12 @@ class StoreGroup(Mapping[int, RowStore]):
         return {layer: names_of(store) for layer, store in self.items()}
 
     def adopt_names(self, names: Mapping[int, Iterable[str]]) -> None:
-        """The rows of each layer have these names, too (names.py)."""
+        """Adds the names of rows elsewhere that each layer's rows were read from (names.py)."""
         for layer, store in self.items():
             follow(store).adopt(names.get(layer, ()))
 
     def add_name(self, name: str) -> None:
-        """Rows elsewhere that were copied from these have this name (names.py)."""
+        """Adds the name of rows elsewhere that were written from these (names.py)."""
         for store in self.values():
             follow(store).add(name)
 
@@ -307,7 +307,7 @@ class StoreGroup(Mapping[int, RowStore]):
                 )
             if row_format is None and info.format is None:
                 raise ConfigError(
-                    f"layer {layer}: the {info.kind} store does not know its row format; "
+                    f"layer {layer}: expected a row format, found none in the {info.kind} store; "
                     "give row_format="
                 )
             row_format = row_format or info.format
@@ -330,7 +330,7 @@ def describe(stores: Mapping[int, RowStore], row_format: RowFormat | None = None
 
     Args:
         stores: layer -> store; at least one.
-        row_format: of the rows, if the stores do not know it.
+        row_format: format of the rows, if the stores do not know it.
     """
     parts: list[str] = []
     for layer, store in stores.items():
