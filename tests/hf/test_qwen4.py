@@ -750,7 +750,7 @@ def test_a_config_that_fits_gives_the_memory(tmp_path):
         (
             DEEPSEEK,
             compressed(size=39),
-            "engram_compressed_vocab_size: expected 40 ids, as in the config, found 39 in the vocab",
+            "engram_compressed_vocab_size: expected 40 ids, as in the config, found 39 in the",
         ),
         (
             DEEPSEEK,
