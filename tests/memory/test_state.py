@@ -289,7 +289,7 @@ def test_a_margin_is_used_up_by_cropping_and_refilled_by_extending():
     feed(state, Sequences.random(1, 40, 0))
     state.crop(3).crop(2)
     with pytest.raises(
-        StateTooShort, match=f"asked to take back 1 tokens, 0 are possible.*margin is {MARGIN}"
+        StateTooShort, match=f"expected at most 0 tokens, found 1: .*margin is {MARGIN}"
     ):
         state.crop(1)
     feed(state, Sequences.random(1, 2, 1))
