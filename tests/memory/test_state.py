@@ -396,7 +396,7 @@ def test_a_state_without_sizes_is_bound_by_its_first_memory_and_by_no_other():
         state.extend([[1]])
     state.bind(ORDER, WINDOWS).bind(ORDER, WINDOWS)
     feed(state, Sequences.random(1, 2, 0))
-    with pytest.raises(ConfigError, match="order 3 .* this one has order 4"):
+    with pytest.raises(ConfigError, match="order 3 .* found order 4"):
         state.bind(4, WINDOWS)
     with pytest.raises(ConfigError, match="layer 2 has no memory"):
         state.window(2)

@@ -288,7 +288,7 @@ def test_rows_are_copied_to_stores_and_to_tables(table_path, tmp_path):
             expected, copied = rows_of(source), rows_of(StoreGroup.of_table(table, LAYERS))
         with pytest.raises(StoreError, match="read-only"):
             source.copy_to(StoreGroup.open(config_of(), table_path))
-        with pytest.raises(InputError, match="the target"):
+        with pytest.raises(InputError, match="expected a target"):
             source.copy_to(ram_stores(10))
     for layer in LAYERS:
         np.testing.assert_array_equal(copied[layer], expected[layer])
