@@ -199,7 +199,8 @@ class RowOptimizer:
         saved_for = state.pop("rows", None)
         if saved_for != table_id:
             raise DigestMismatch(
-                f"{path}: expected moments of table {table_id}, found those of table {saved_for}"
+                f"{path}: expected moments of table {table_id}, found {saved_for}: "
+                "they belong to another table"
             )
         self.load_state_dict(state)
         table = Table.open(path)
