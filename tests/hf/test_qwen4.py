@@ -750,12 +750,12 @@ def test_a_config_that_fits_gives_the_memory(tmp_path):
         (
             DEEPSEEK,
             compressed(size=39),
-            "engram_compressed_vocab_size: the config says 40, the vocabulary map has 39 ids",
+            "engram_compressed_vocab_size: expected 40 ids, as in the config, found 39 in the",
         ),
         (
             DEEPSEEK,
             compressed(raw=60),
-            "vocab_size: the config says 64, the vocabulary map takes 60 raw ids",
+            "vocab_size: expected 64 raw ids, as in the config, found 60 in the vocabulary map",
         ),
         (
             DEEPSEEK,
@@ -765,7 +765,7 @@ def test_a_config_that_fits_gives_the_memory(tmp_path):
         (
             TINY,
             VocabMap.identity(96),
-            "vocab_size: the config says 97, the vocabulary map has 96 ids",
+            "vocab_size: expected 97 ids, as in the config, found 96 in the vocabulary map",
         ),
         (TINY, VocabMap(np.arange(97)[::-1].copy()), "expected the identity of 97 ids"),
     ],

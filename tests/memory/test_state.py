@@ -289,7 +289,7 @@ def test_a_margin_is_used_up_by_cropping_and_refilled_by_extending():
     feed(state, Sequences.random(1, 40, 0))
     state.crop(3).crop(2)
     with pytest.raises(
-        StateTooShort, match=f"asked to take back 1 tokens, 0 are possible.*margin is {MARGIN}"
+        StateTooShort, match=f"expected at most 0 tokens, found 1: .*margin is {MARGIN}"
     ):
         state.crop(1)
     feed(state, Sequences.random(1, 2, 1))
@@ -396,7 +396,7 @@ def test_a_state_without_sizes_is_bound_by_its_first_memory_and_by_no_other():
         state.extend([[1]])
     state.bind(ORDER, WINDOWS).bind(ORDER, WINDOWS)
     feed(state, Sequences.random(1, 2, 0))
-    with pytest.raises(ConfigError, match="order 3 .* this one has order 4"):
+    with pytest.raises(ConfigError, match="order 3 .* found order 4"):
         state.bind(4, WINDOWS)
     with pytest.raises(ConfigError, match="layer 2 has no memory"):
         state.window(2)

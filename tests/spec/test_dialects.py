@@ -93,9 +93,9 @@ def test_a_new_dialect_has_specs_and_configs(toy):
     assert toy == EngramConfig(expected, toy_layer(6, 12), 3)
     assert EngramConfig.from_json(json.loads(json.dumps(toy.to_json()))) == toy
     assert expected.primes(2) == PRIMES and expected.row_count(1) == sum(PRIMES)
-    with pytest.raises(ConfigError, match=r"toy_rows.*\[60, 61\].*\[60, 60\]"):
+    with pytest.raises(ConfigError, match=r"toy_rows.*\[60, 60\].*\[60, 61\]"):
         HashSpec.from_hf(CONFIG | {"toy_rows": [60, 61]})
-    with pytest.raises(ConfigError, match="dialect toy has one size"):
+    with pytest.raises(ConfigError, match=r"one size for all orders \(dialect toy\)"):
         HashSpec("toy", (1,), (1, 2), 2, (11, 12), 50, 7)
     with pytest.raises(ConfigError, match=r"toy_at \(Toy-1\) or ple_layer_ids.*among 0 fields"):
         EngramConfig.from_hf({})

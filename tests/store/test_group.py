@@ -288,7 +288,7 @@ def test_rows_are_copied_to_stores_and_to_tables(table_path, tmp_path):
             expected, copied = rows_of(source), rows_of(StoreGroup.of_table(table, LAYERS))
         with pytest.raises(StoreError, match="read-only"):
             source.copy_to(StoreGroup.open(config_of(), table_path))
-        with pytest.raises(InputError, match="the target"):
+        with pytest.raises(InputError, match="expected a target"):
             source.copy_to(ram_stores(10))
     for layer in LAYERS:
         np.testing.assert_array_equal(copied[layer], expected[layer])
@@ -334,3 +334,26 @@ def test_a_prefetcher_reads_a_group_and_the_pairs_alike(table_path):
             for layer, rows in one.submit(ids).wait().items():
                 assert torch.equal(rows, other.submit(ids).wait()[layer])
         assert not any(map(is_closed, group.values()))
+
+
+def test_rows_of_other_addresses_are_said_before_their_format(table_path, tmp_path):
+    """A format says nothing of rows that mean something else."""
+    spec = config_of().hash
+    wider = EngramConfig(spec, LayerSpec(HIDDEN, spec.columns * 2 * DIM), 2 * DIM)
+    for row_format in ("f32", "bf16"):
+        with pytest.raises(DigestMismatch, match="expected address digest"):
+            EngramMemory(wider, VocabMap.identity(VOCAB), table_path, row_format)
+    engraphy.quantize(table_path, tmp_path / "bf16", "bf16")
+    first = open_store(table_path, layer=1)
+    second = open_store(tmp_path / "bf16", layer=3)
+    with pytest.raises(DigestMismatch, match="expected rows of one table"):
+        make_memory({1: first, 3: second})
+    assert not is_closed(first) and not is_closed(second)
+
+
+def test_a_table_that_was_opened_for_a_group_is_closed_if_the_group_cannot_be_made(table_path):
+    table = Table.open(table_path)
+    with pytest.raises(ConfigError, match="layer 7"):
+        StoreGroup.of_table(table, (1, 7), close_table=True)
+    with pytest.raises((StoreError, TableError)):
+        FileStore(table, 1).gather(np.array([0]))

@@ -188,7 +188,7 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, source, monkeypatch):
 
     monkeypatch.setattr(os, "sendfile", write_beside)
     before = open_fds()
-    with pytest.raises(TableError, match="to stay as it is while a pool is filled with it"):
+    with pytest.raises(TableError, match="to stay unchanged while it is copied to a pool"):
         opened(tmp_path / "pool", source[0])
     assert (
         left_beside(tmp_path / "pool") == set()

@@ -66,6 +66,34 @@ def test_old_imports_of_names_give_the_same_objects(unimported):
     )
 
 
+def test_names_that_went_another_way_than_their_module_are_found(unimported):
+    with pytest.warns(DeprecationWarning):
+        from engraphy.fields import as_int  # type: ignore[import-not-found]
+        from engraphy.rows import Readable, addresses
+        from engraphy.store import FileOptions, open_layer, parse_size
+        from engraphy.table import Verified
+        from engraphy.train.rows import RowAdam, check_finite  # type: ignore[import-not-found]
+    homes = {
+        "engraphy.system.checks": (as_int,),
+        "engraphy.rows.read": (Readable, addresses),
+        "engraphy.store.options": (FileOptions, parse_size),
+        "engraphy.store.file": (open_layer,),
+        "engraphy.table.sealing": (Verified,),
+        "engraphy.train.adam": (RowAdam,),
+        "engraphy.train.optimizer": (check_finite,),
+    }
+    for home, found in homes.items():
+        assert {thing.__module__ for thing in found} == {home}
+
+
+def test_a_star_import_of_an_old_module_gives_its_public_names(unimported):
+    names: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning):
+        unimported("engraphy.layer")
+        exec("from engraphy.layer import *", names)
+    assert names["EngramLayer"] is engraphy.EngramLayer and "_GATE_FLOOR" not in names
+
+
 def test_the_packages_that_kept_their_names_warn_of_nothing():
     code = (
         "import engraphy, engraphy.spec, engraphy.rows, engraphy.table, engraphy.memory, "

@@ -242,7 +242,7 @@ def test_a_table_that_is_open_for_writing_is_not_read(tmp_path):
         reader.verify()
     writer.write_rows(1, 0, np.full((1, FMT.row_bytes), 3, np.uint8))
     writer.seal()
-    with pytest.raises(TableError, match="sealed anew"):
+    with pytest.raises(TableError, match="sealed again"):
         reader.verify()
 
 

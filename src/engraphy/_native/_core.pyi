@@ -11,13 +11,13 @@ def levels() -> tuple[str, ...]:
     """Instruction sets that are compiled in and that this CPU runs, weakest first."""
 
 def level() -> str:
-    """The one in use."""
+    """The instruction set in use."""
 
 def set_level(name: str) -> bool:
-    """Use another one. Returns False, and changes nothing, if it is not among `levels()`."""
+    """Uses another instruction set. Returns False, without a change, if `levels()` lacks it."""
 
 def address(array: object) -> int:
-    """Where the memory of a C-contiguous array begins. numpy's attributes take ten times longer.
+    """Address of a C-contiguous array. numpy's attributes take ten times longer.
 
     Raises BufferError or ValueError if it is not contiguous, TypeError if it has no buffer.
     """
@@ -42,17 +42,17 @@ def read_rows(
     except the last, `rows` together. waits: reading may wait for a disk, so the GIL is released
     for few rows too.
 
-    Returns -1; or, and then nothing is written, the position of the first id outside [0, rows).
+    Returns -1. If an id is outside [0, rows), writes nothing and returns its position.
     Raises ValueError if kind or d is invalid.
     """
 
 def decode_rows(
     kind: str, d: int, scale: float, raw: int, count: int, to_bf16: bool, out: int
 ) -> None:
-    """`read_rows` for the rows at raw, uint8 [count, row_bytes], in their order."""
+    """`read_rows` for all rows of raw, uint8 [count, row_bytes], in order."""
 
 def first_bad(ids: int, count: int, rows: int) -> int:
-    """Position of the first of int64 [count] outside [0, rows), -1 if there is none."""
+    """Position of the first id of int64 [count] outside [0, rows); -1 if all are inside."""
 
 def gather_rows(
     shards: int,
@@ -64,9 +64,9 @@ def gather_rows(
     out: int,
     waits: bool,
 ) -> None:
-    """Writes rows `ids` as they are to out: uint8 [count, row_bytes].
+    """Copies the bytes of rows `ids` to out: uint8 [count, row_bytes].
 
-    Arguments as of `read_rows`; the caller has checked the ids.
+    Arguments as for `read_rows`; the caller has checked the ids.
     """
 
 def cache_look(
@@ -79,12 +79,12 @@ def cache_look(
     out: int,
     missing: int,
 ) -> int:
-    """Writes the rows `ids` (int64 [count], checked by the caller) that a cache has to their places
-    in out: uint8 [count, row_bytes].
+    """`Sets.look`: copies those of the rows `ids` that a cache has to their places in out.
 
-    memory: of `Sets` in store/sets.py; it begins with a cache line. changes: of its `NativeSets`.
-    missing: int64 [2, count]; the first M of each row are written: positions, ascending, and
-    versions. Any number of calls may run at once, beside at most one of the three functions below.
+    memory, changes: of a `NativeSets` in store/sets.py; memory begins with a cache line. ids: int64
+    [count], checked by the caller. out: uint8 [count, row_bytes]. missing: int64 [2, count], gets
+    the positions of the M missing rows, ascending, and the versions of their sets. Any number of
+    calls may run at once, together with at most one call of the three functions below.
 
     Returns M, the number of missing rows.
     """
@@ -113,20 +113,20 @@ def cache_hold(
 def cache_write(
     memory: int, changes: int, set_count: int, row_bytes: int, ids: int, from_rows: int, count: int
 ) -> None:
-    """`Sets.write`. from_rows: uint8 [count, row_bytes], or 0 if the new rows are not known."""
+    """`Sets.write`. from_rows: uint8 [count, row_bytes], or 0 if the write failed."""
 
 def threads() -> int:
-    """Threads that share one call of `read_rows`, `decode_rows`, `gather_rows` or `cache_look` on
-    4096 rows or more."""
+    """How many threads share one call of `read_rows`, `decode_rows`, `gather_rows` or `cache_look`
+    on 4096 rows or more."""
 
 def set_threads(count: int) -> None:
-    """Raises ValueError unless count is positive."""
+    """Sets the number of `threads`. Raises ValueError unless count is positive."""
 
 def guard(begin: int, size: int, writable: bool) -> int:
-    """Watches a mapping of a file. If one of its pages cannot be read, all of it becomes zero
-    pages, instead of a SIGBUS that ends the process.
+    """Watches a mapping of a file. If one of its pages cannot be read, the whole mapping becomes
+    zero pages; otherwise a SIGBUS would end the process.
 
-    Returns its slot. Raises RuntimeError if there are too many.
+    Returns the slot of the watch. Raises RuntimeError if all slots are taken.
     """
 
 def unguard(slot: int) -> None:
@@ -136,16 +136,16 @@ def damaged(slot: int) -> bool:
     """Whether a mapping became zero pages."""
 
 def damage_count() -> int:
-    """How often that happened in this process, in all mappings."""
+    """How often a mapping of this process became zero pages."""
 
 def arm_guard() -> None:
-    """Puts the handler of SIGBUS before one that was installed after it. Faults outside of guarded
-    mappings are passed on to that one."""
+    """Puts the guard's SIGBUS handler before any handler that was installed later. Faults outside
+    of guarded mappings are passed on to that handler."""
 
 class RowReader:
-    """Rows of files, read by blocking threads of its own.
+    """Reads rows of files with its own blocking threads.
 
-    It keeps file descriptors as numbers. The caller closes them, after the reader is gone.
+    It keeps file descriptors as numbers. The caller closes them after the reader is gone.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class RowReader:
         whole_pages: bool,
     ) -> None:
         """Row r is row r % file_rows of file r // file_rows. The first row of a file begins at byte
-        `offset`; file i has sizes[i] bytes. threads: reads that run at a time. whole_pages: as
-        direct reads need them.
+        `offset`; file i has sizes[i] bytes. threads: reads that run at a time. whole_pages: read
+        whole pages, as O_DIRECT needs it.
         """
 
     def read(self, ids: int, count: int, out: int) -> tuple[int, int, int, int]:
@@ -172,7 +172,7 @@ class RowReader:
         """
 
 class HashPlan:
-    """What does not change between calls of an addresser.
+    """The part of an addresser that is the same in all calls.
 
     It copies its arrays and never changes; deepcopy shares it.
     """
@@ -191,8 +191,8 @@ class HashPlan:
         offsets: int,
     ) -> None:
         """map: int32 [vocab], raw -> compressed id, negative = dead; 0 = identity. vocab: raw ids
-        lie in [0, vocab). filler: compressed id. stop: raw id that ends the look-back of what
-        follows it, -1 = none. orders: 1 to 32 each, N the largest. multipliers: int64 [layers, N];
+        lie in [0, vocab). filler: compressed id. stop: raw id that ends the look-back of later
+        ids, -1 = none. orders: 1 to 32 each, N the largest. multipliers: int64 [layers, N];
         their products with compressed ids stay in [0, 2**63). primes, offsets: int64 [layers, C],
         C = len(orders) * heads, order-major.
         """
@@ -219,8 +219,10 @@ class HashPlan:
         """
 
 class FusePlan:
-    """What does not change between the tokens of a fusion layer. It keeps addresses: the caller
-    keeps the weights alive, and makes another plan if they move."""
+    """The part of a fusion layer that is the same for all tokens.
+
+    It keeps addresses: the caller keeps the weights alive, and makes a new plan if they move.
+    """
 
     def __init__(
         self,

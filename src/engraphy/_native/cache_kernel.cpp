@@ -5,17 +5,18 @@
 //   1. loads `changes` (acquire) before it looks at anything,
 //   2. copies,
 //   3. loads `changes` again, behind a fence, so that on no machine this load overtakes the copies.
-// If both loads give the same even number, everything between them is of one moment: it was there
-// when that number was stored (release), and a reader that sees anything of the next change also
-// sees its odd number (release fence). If they differ, the version of the row's set decides in the
-// same way, and until it does the row is looked up and copied again. What was copied meanwhile may
-// be torn, and tags may be of two moments. So the reader believes nothing and follows nothing out
-// of the set's memory. Readers write only `reads`, a byte at a time. If a count is lost, or counts
-// for the next row in that place, it does not matter.
+// If both loads give the same even number, everything read between them is consistent: it was there
+// when that number was stored (release), and a reader that sees any part of the next change also
+// sees its odd number (release fence). If the loads differ, the reader checks the version of the
+// row's set in the same way, and repeats look-up and copy until that version is stable. Until then
+// copied rows may be torn, and tags may mix two states. So the reader trusts nothing it has read,
+// and no address that it computes leaves the set. Readers write only `reads`, a byte at a time. A
+// count that is lost, or added to the next row in that way, does no harm.
 //
-// A reader waits for two things of each row: its set, then the row itself. Both are prefetched some
-// way ahead. A few rows take each step together, and little is stored about a row on its way: loads
-// of one step between stores of another, which wait for memory, were measured to take far longer.
+// A reader waits for memory twice per row: for its set, then for the row itself. Both are
+// prefetched some way ahead. A few rows take each step together, and little is stored about a row
+// on its way: loads of one step between stores of another, which wait for memory, were measured to
+// take far longer.
 #include <sched.h>
 #include <stdint.h>
 
@@ -28,8 +29,8 @@ namespace {
 
 constexpr int block = 8;            // rows that take a step together, a power of two
 constexpr int ways = cache_ways, least_small = 4, most_reads = 3;
-constexpr uint8_t main_queue = 16;  // added to the order of what is in it
-constexpr int patience = 200;       // looks at a set that is being changed before others may run
+constexpr uint8_t main_queue = 16;  // added to the order of rows in the main queue
+constexpr int patience = 200;       // looks at a set that is being changed, then sched_yield
 
 struct Place {
     CacheSet *set;
@@ -49,7 +50,7 @@ inline void prefetch_set(const CacheSet *set) {
         __builtin_prefetch((const uint8_t *)set + at);
 }
 
-// The first way that a tag is in, -1: in none.
+// The first way that has the tag; -1 if none has.
 inline int way_of(const CacheSet &set, int32_t tag) {
 #if defined(__AVX512F__)
     const uint32_t same =
@@ -81,12 +82,12 @@ template <bool past> ALWAYS void put(uint8_t *out, const uint8_t *row, int64_t r
 
 inline int32_t tag_of(int64_t id) { return (int32_t)(id + 1); }
 
-// The changes so far. While there is one under way: what they were before, and never are again.
+// `changes`. During a change: its value before, which it never has again, so `unchanged` fails.
 inline uint64_t changes_of(const CacheMemory &memory) {
     return __atomic_load_n(memory.changes, __ATOMIC_ACQUIRE) & ~(uint64_t)1;
 }
 
-// Whether all that was read since `changes_of` returned `seen` is of one moment.
+// Whether everything read since `changes_of` returned `seen` is consistent.
 inline bool unchanged(const CacheMemory &memory, uint64_t seen) {
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
     return __atomic_load_n(memory.changes, __ATOMIC_RELAXED) == seen;
@@ -97,7 +98,7 @@ inline void count_read(CacheSet &set, int way) {
     if (before < most_reads) __atomic_store_n(set.reads + way, before + 1, __ATOMIC_RELAXED);
 }
 
-// Where the row seems to be, on its way from there; null: it seems to be missing.
+// Prefetches the row and returns its address; null if it is missing. Either may be outdated.
 inline const uint8_t *find(const CacheMemory &memory, int64_t id) {
     CacheSet &set = *place_of(memory, id).set;
     const int way = way_of(set, tag_of(id));
@@ -106,8 +107,8 @@ inline const uint8_t *find(const CacheMemory &memory, int64_t id) {
     return prefetched(row_of(memory, set, way), memory.row_bytes);
 }
 
-// Put the row in its place, or know that it is missing, at a moment when its set did not change.
-// Returns the set's version at that moment if the row is missing, -1 if it is here.
+// Looks up and copies the row until its set did not change meanwhile. Returns -1 if the row was
+// copied, or the set's version if it is missing.
 template <bool past> int64_t settle(const CacheMemory &memory, int64_t id, uint8_t *out) {
     CacheSet &set = *place_of(memory, id).set;
     for (int tries = 1;; tries++) {
@@ -155,7 +156,7 @@ template <bool past> ALWAYS int64_t look(const CacheLook &call, int64_t row_byte
     return missing - (call.missing + first);
 }
 
-// As in gather_kernel.cpp: with the usual sizes as constants.
+// The usual row sizes as constants, as in gather_kernel.cpp.
 template <bool past> int64_t look_for(const CacheLook &call) {
     switch (call.memory.row_bytes) {
     case 64: return look<past>(call, 64);
@@ -168,8 +169,8 @@ template <bool past> int64_t look_for(const CacheLook &call) {
     }
 }
 
-// While it lives, the owner of a version is being changed: a set, or around that the cache. There
-// is one writer at a time, so versions need no exchange.
+// Keeps a version odd while its owner is being changed: a set, or the whole cache around it. There
+// is one writer at a time, so versions need no atomic exchange.
 template <class Version> class Change {
   public:
     explicit Change(Version &version) : version_(version), before_(version) {
@@ -184,7 +185,7 @@ template <class Version> class Change {
     const Version before_;
 };
 
-// Make some ways (bits) the latest, in the order in which they are.
+// Moves some ways (bits) to the end of the order; they keep their order.
 void to_the_end(CacheSet &set, uint32_t moved) {
     uint8_t by_age[ways], rank = 0;
     const bool fresh =
@@ -198,8 +199,8 @@ void to_the_end(CacheSet &set, uint32_t moved) {
         }
 }
 
-// The way that leaves the main queue: the first that is not read any more while the oldest, each
-// time, goes to the end with one read less.
+// The way that leaves the main queue. In S3-FIFO the oldest row moves to the end with one read less
+// until one without reads is found; this computes the result of all steps at once.
 int least_read(CacheSet &set) {
     uint8_t reads[ways];  // readers go on counting
     for (int w = 0; w < ways; w++) reads[w] = __atomic_load_n(set.reads + w, __ATOMIC_RELAXED);
@@ -221,7 +222,7 @@ int least_read(CacheSet &set) {
     return way;
 }
 
-// A way that nothing is in any more.
+// A free way; evicts a row if there is none.
 int free_way(const CacheMemory &memory, CacheSet &set) {
     if (const int way = way_of(set, 0); way >= 0) return way;
     for (;;) {

@@ -6,9 +6,9 @@ numbers.
     mix_n(t) = XOR over i < n of x[t-i] * m[i]          (int64, no product overflows)
     row      = mix_n mod prime[n, k] + offset[n, k]     (paper, section 2.2)
 
-x is the compressed id. If look-back may not reach a position, every x from there on back is the
-filler. It never reaches before the sequence, past a document start, past a dead position, or (in
-Qwen4-Exp) past EOS.
+x is the compressed id. At the first position that look-back may not reach, and at all positions
+before it, x is the filler. Look-back never reaches before the sequence, past a document start, past
+a dead position, or (in Qwen4-Exp) past EOS.
 """
 
 # pyright: reportUnnecessaryIsInstance=false, reportPrivateUsage=false
@@ -36,29 +36,34 @@ class Addresser:
     Attributes:
         spec: How ids are hashed.
         vocab: Raw ids -> compressed ids.
-        filler: The compressed id that stands for what look-back does not find.
+        filler: The compressed id of positions that look-back may not reach.
         stop_id: The raw id that ends look-back, -1 if there is none.
 
     Raises:
-        DigestMismatch: The spec's vocab_size is not len(vocab), on which the multipliers depend.
+        DigestMismatch: The spec's vocab_size, on which the multipliers depend, is not len(vocab).
         ConfigError: The filler has no token, or `hot`, which is reserved for the collision-free
             tier, is not None.
     """
 
     def __init__(self, spec: HashSpec, vocab: VocabMap, hot: None = None):
         if hot is not None:
-            raise ConfigError("hot: this version has no hot tier; expected None")
+            raise ConfigError(
+                "hot: expected None, since this version has no hot tier, "
+                f"found {type(hot).__name__}"
+            )
         if spec.vocab_size != len(vocab):
             raise DigestMismatch(
-                f"vocab_size: the hash spec says {spec.vocab_size} ids, "
-                f"the vocabulary map gives {len(vocab)}"
+                f"vocab_size: expected {spec.vocab_size} compressed ids, as in the hash spec, "
+                f"found {len(vocab)} in the vocabulary map"
             )
         filler = int(vocab.table[spec.filler_id]) if spec.filler_id < vocab.raw_size else -1
         if filler < 0:
             raise ConfigError(
-                f"filler_id: raw id {spec.filler_id} has no token in the vocabulary map"
+                "filler_id: expected a raw id with a token in the vocabulary map, "
+                f"found {spec.filler_id}"
             )
-        self.spec, self.vocab = spec, vocab
+        self.spec = spec
+        self.vocab = vocab
         self.filler = filler
         self.stop_id = spec.filler_id if spec.rules.stops_at_filler else -1
         self._multipliers_LN = np.array(
@@ -196,6 +201,8 @@ class Addresser:
             _address(out_LBTC),
             -1 if all_layers else layers.start,
         )
+        # -1: all ids are valid. Otherwise the flat position p of the first bad one: p in the ids,
+        # -2 - p in the history.
         if code >= 0:
             sequence, position = divmod(code, tokens)
             bad_id = int(call.ids_BT[sequence, position])
@@ -207,8 +214,9 @@ class Addresser:
             raise _bad_id(bad_id, sequence, position - past, self.vocab.raw_size)
 
     def _plain(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
-        """The specification: what follows is all there is to an address."""
-        spec, past = self.spec, self.spec.order - 1
+        """The specification: this code alone defines an address."""
+        spec = self.spec
+        past = spec.order - 1
         batch, tokens = call.ids_BT.shape
         vocab_size = self.vocab.raw_size
         history = call.history
@@ -226,7 +234,7 @@ class Addresser:
         x[~alive] = self.filler
 
         blocked = ~alive | (ids == self.stop_id)  # look-back may not reach these
-        resets = np.ones_like(blocked)  # so it restarts after them
+        resets = np.ones_like(blocked)  # so it begins again after them
         resets[:, 1:] = blocked[:, :-1]
         if call.starts is not None:
             resets[:, past:] |= call.starts
@@ -237,11 +245,11 @@ class Addresser:
         run = positions - np.maximum.accumulate(reset_at, axis=1)
         run[~alive] = 0
 
-        terms = [x] + [x] * past
+        terms = [x]  # terms[i] is x[t-i], or the filler
         for i in range(1, past + 1):
             shifted = np.full_like(x, self.filler)
             shifted[:, i:] = x[:, :-i]
-            terms[i] = np.where(run >= i, shifted, self.filler)
+            terms.append(np.where(run >= i, shifted, self.filler))
         for slot, layer in enumerate(range(layers.start, layers.stop)):
             mix = np.zeros((batch, tokens), dtype=np.int64)
             done = 0

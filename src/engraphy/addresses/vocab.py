@@ -1,9 +1,9 @@
 """VocabMap: raw token ids -> the compressed ids that are hashed.
 
-It knows tokenizers, and nothing of addresses.
+It knows tokenizers, but no addresses.
 
 Ids whose text is the same after normalisation share a compressed id, so "Apple", " apple" and
-"APPLE" meet the same n-grams. Only the hash sees compressed ids; the backbone keeps the raw ones
+"APPLE" are in the same n-grams. Only the hash sees compressed ids; the backbone keeps the raw ones
 (paper, section 2.2, Tokenizer Compression).
 """
 
@@ -93,7 +93,7 @@ class VocabMap:
             The map. Ids that have no token are dead.
 
         Raises:
-            ConfigError: `tok` is no such tokenizer or has no tokens, or raw_size is too small.
+            ConfigError: `tok` is no such tokenizer or has no tokens, or raw_size is out of range.
         """
         tok = getattr(tok, "backend_tokenizer", tok)
         if not hasattr(tok, "get_vocab_size") or not hasattr(tok, "id_to_token"):
@@ -113,10 +113,11 @@ class VocabMap:
                 f"found {raw_size!r}"
             )
         texts = tok.decode_batch([[i] for i in known], skip_special_tokens=False)
-        ids: dict[str, int] = {}
+        id_of_key: dict[str, int] = {}
         table = np.full(size if raw_size is None else raw_size, -1, dtype=np.int32)
         for i, text in zip(known, texts, strict=True):
-            table[i] = ids.setdefault(_key(text, tok.id_to_token(i)), len(ids))
+            key = _key(text, tok.id_to_token(i))
+            table[i] = id_of_key.setdefault(key, len(id_of_key))
         return cls(table)
 
     @classmethod
@@ -134,14 +135,14 @@ class VocabMap:
     def widened(self, raw_size: int) -> VocabMap:
         """The same map for a model with more ids, all of them dead.
 
-        `digest` and what `save` writes stay those of this map: dead ids at the end change no
-        address.
+        The new map has the digest of this one, and `save` writes the same file: dead ids at the end
+        change no address.
 
         Args:
             raw_size: The model's vocabulary.
 
         Returns:
-            A map of `raw_size` raw ids; this one if it has as many.
+            A map of `raw_size` raw ids; this one if it has at least as many.
 
         Raises:
             ConfigError: raw_size is too large.
@@ -154,17 +155,18 @@ class VocabMap:
         table_V = np.full(raw_size, -1, np.int32)
         table_V[: self._own_size] = own_V
         wide = VocabMap(table_V)
-        wide._own_size, wide.digest = self._own_size, self.digest
+        wide._own_size = self._own_size
+        wide.digest = self.digest
         return wide
 
     def agrees_with(self, tok: Any) -> bool:
         """Whether a tokenizer gives every live id of this map the same compressed id.
 
-        The tokenizer may have tokens at dead ids of this map or beyond: they stay dead.
+        Tokens that the tokenizer has at dead ids of this map, or beyond its end, do not count.
         """
         live = np.flatnonzero(self.table >= 0)
-        theirs = VocabMap.from_tokenizer(tok).widened(self.raw_size).table
-        return bool((theirs[live] == self.table[live]).all())
+        other = VocabMap.from_tokenizer(tok).widened(self.raw_size).table
+        return bool((other[live] == self.table[live]).all())
 
     @property
     def raw_size(self) -> int:
@@ -211,7 +213,9 @@ class VocabMap:
         """
         try:
             body = json.loads(Path(path).read_text())
-            kind, digest, vocab = body["format"], body["digest"], cls(np.array(body["table"]))
+            kind = body["format"]
+            digest = body["digest"]
+            vocab = cls(np.array(body["table"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             refuse_pointer(path, ConfigError)
             found = f"{type(error).__name__}: {error}"
@@ -222,13 +226,16 @@ class VocabMap:
             raise ConfigError(f"{path}: expected format {_FORMAT!r}, found {kind!r}")
         if vocab.digest != digest:
             raise DigestMismatch(
-                f"{path}: the file says digest {digest}, its table has {vocab.digest}"
+                f"{path}: expected a map of digest {digest}, found {vocab.digest}: damaged"
             )
         return vocab
 
 
 def _key(text: str, token: str) -> str:
-    """What tokens are merged by: normalised text, or the raw token if its bytes do not decode."""
+    """The key of a token: its normalised text, or the raw token if its bytes do not decode.
+
+    Tokens with the same key share a compressed id.
+    """
     if "\ufffd" in text:
         return token
     return _NORMALIZER.normalize_str(text) or text

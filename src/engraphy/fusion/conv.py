@@ -19,17 +19,20 @@ def convolve(
     """The conv of a chunk.
 
     Args:
-        conv_SDK: Taps of each channel, the last one is the present.
+        conv_SDK: Taps of each channel; the last tap is for the present position.
         dilation: Positions between two taps.
         inputs_BTSD: The chunk.
         window: The W = (K - 1) * dilation inputs before it [B, W, S, D]; None = zeros.
-        starts: bool [B, T]. True: a document begins here, and the conv does not look across.
+        starts: bool [B, T]. True: a document begins here, and the conv does not look before it.
+            None = no document begins.
 
     Returns:
-        The outputs [B, T, S, D], and the last W inputs, zero before the last start.
+        The outputs [B, T, S, D], and the last W inputs [B, W, S, D], which are zero before the last
+        start.
     """
-    tokens, kernel = inputs_BTSD.shape[1], conv_SDK.shape[2]
-    before = (kernel - 1) * dilation
+    tokens = inputs_BTSD.shape[1]
+    kernel = conv_SDK.shape[2]
+    before = (kernel - 1) * dilation  # W
     if window is None:
         padded = F.pad(inputs_BTSD, (0, 0, 0, 0, before, 0))
     else:
@@ -39,12 +42,13 @@ def convolve(
     if tokens == 1 and starts is None:  # decoding: one product for all taps
         parts = (padded[:, ::dilation] * taps_KSD).split(1, dim=1)
         return functools.reduce(torch.add, parts), last
-    # A sum of shifted products: on a CPU a third of the time of a grouped conv1d, forward and
+    # A sum of shifted products takes a third of the time of a grouped conv1d on a CPU, forward and
     # backward.
     shifted = [padded.narrow(1, tap * dilation, tokens) for tap in range(kernel)]
     if starts is not None:
         document = F.pad(starts.cumsum(1), (before, 0))  # [B, W+T], counted within the chunk
-        now, final = document[:, before:], document[:, -1:]
+        now = document[:, before:]
+        final = document[:, -1:]
         for tap in range(kernel - 1):
             same = document.narrow(1, tap * dilation, tokens) == now
             shifted[tap] = torch.where(same[:, :, None, None], shifted[tap], 0.0)

@@ -1,6 +1,6 @@
-"""One decoded token, fused by one native call.
+"""Fuses one decoded token with one native call.
 
-`EngramLayer.forward` is the specification. What the kernel cannot do is left to it.
+`EngramLayer.forward` is the specification, and does whatever the kernel cannot do.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from ..spec.layer import LayerSpec
 if TYPE_CHECKING:
     from .._native._core import FusePlan
 
-# Sequences that are decoded natively. For more, a matrix product is faster, since it keeps weights
-# in registers.
+# Most sequences that are decoded natively. With more, a matrix product is faster, since it keeps
+# weights in registers.
 _MOST_SEQUENCES = 8
 _KINDS = (torch.float32, torch.float64, torch.bfloat16)  # as FuseKind in fuse.hpp
 
 
 Weights = Sequence[nn.Parameter | None]
+Key = tuple[Any, ...]
 
 
 class Columns(NamedTuple):
@@ -44,17 +45,17 @@ NO_COLUMNS = Columns(0, 0, 0)  # for a layer without a conv
 
 
 class TokenFuser:
-    """The native form of one layer: its sizes and where its weights lie.
+    """Calls the native kernel for one layer, with a plan: sizes and addresses of the weights.
 
-    The plan is made with the first token and made again when weights have moved. A copy of the
-    layer starts without one.
+    The plan is made with the first token, and again when weights have moved. A copy of the layer
+    starts without a plan.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         self._spec = spec
-        self._plan: FusePlan | None = None
-        self._made_for: list[Any] = []  # address and dtype of each weight
-        self._dtype: torch.dtype | None = None
+        # What the plan was made for and the plan, exchanged as one: another thread that decodes in
+        # another dtype must not find one with the other.
+        self._made: tuple[Key, FusePlan | None] = ((), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFuser, (self._spec,)
@@ -75,20 +76,19 @@ class TokenFuser:
                 conv; None for those that the layer does not have.
             x_B1SD: Hidden states; [B, 1, D] is accepted for one stream.
             rows_B1E: Rows, of any float dtype.
-            live: bool [B, 1], None = all.
+            live: bool [B, 1]; None = all positions are live.
             columns: Where the conv inputs lie.
-            gate_B1S: Is filled if it is given.
+            gate_B1S: Filled with the gates unless it is None.
         """
-        core, dtype = _native.core, x_B1SD.dtype
+        core = _native.core
+        dtype = x_B1SD.dtype
         if core is None or not self._accepts(x_B1SD, len(rows_B1E)):
             return None
-        made_for = [None if weight is None else weight.data_ptr() for weight in weights]
-        made_for += [None if weight is None else weight.dtype for weight in weights]
-        if self._made_for != made_for or self._dtype is not dtype:
-            self._plan = self._new_plan(core.FusePlan, weights, dtype)
-            self._made_for = made_for
-            self._dtype = dtype
-        plan = self._plan
+        made_for = (dtype, *[None if w is None else _place(w) for w in weights])
+        key, plan = self._made
+        if key != made_for:
+            plan = self._new_plan(core.FusePlan, weights, dtype)
+            self._made = made_for, plan
         if plan is None:
             return None
         if rows_B1E.dtype is not dtype:
@@ -124,7 +124,7 @@ class TokenFuser:
     def _new_plan(
         self, make: type[FusePlan], weights: Weights, dtype: torch.dtype
     ) -> FusePlan | None:
-        """A plan for these weights, None if the kernel does not take them."""
+        """A plan for these weights; None if the kernel cannot use them."""
         if dtype not in _KINDS:
             return None
         if not all(weight is None or _is_plain(weight, dtype) for weight in weights):
@@ -145,6 +145,11 @@ class TokenFuser:
             spec.unit_offset,
             *[0 if weight is None else weight.data_ptr() for weight in weights],
         )
+
+
+def _place(weight: nn.Parameter) -> Key:
+    """Where the values of a weight lie, and in which order."""
+    return weight.data_ptr(), weight.dtype, weight.stride()
 
 
 def _is_plain(weight: nn.Parameter, dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
-"""EngramLayer: rows and a hidden state in, what is to be added to the hidden state out.
+"""EngramLayer: computes from rows and a hidden state an update of the hidden state.
 
-Knows no token, no address and no store. Sources: "Conditional Memory via Scalable Lookup" (arXiv
+It knows no token, no address and no store. Sources: "Conditional Memory via Scalable Lookup" (arXiv
 2601.07372, section 2.3) and its public demo, the DeepSeek-V4.1-Flash release, `qwen4_exp` in
 transformers 5.23.
 
@@ -9,8 +9,8 @@ transformers 5.23.
     v_s    = gate_s * W_V e
     out_s  = v_s + SiLU(conv(RMSNorm(v_s)))
 
-for each residual stream s; the value is shared by all streams. conv is depthwise, causal, its
-dilation is the largest n-gram order.
+for each residual stream s; all streams share the value. conv is depthwise and causal; its dilation
+is the largest n-gram order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EngramLayer(nn.Module):
         spec: Sizes and variants.
         key, value: Projections with weights [S*D, E] and [D, E]; biases if `spec.bias`.
         query_norm, key_norm, conv_norm: [S, D]. conv_norm is None without a conv (kernel 0).
-        conv: [S, D, kernel], the last tap is the present; None without a conv.
+        conv: [S, D, kernel]; the last tap is for the present position. None without a conv.
     """
 
     conv: nn.Parameter | None
@@ -60,7 +60,7 @@ class EngramLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Init for training from scratch.
+        """Initialises the parameters for training from scratch.
 
         Projections are N(0, 1/E), so that values have the scale of the rows. Biases and conv are
         zero; norms scale by one.
@@ -76,9 +76,9 @@ class EngramLayer(nn.Module):
             nn.init.zeros_(self.conv)
 
     def zero_value(self) -> None:
-        """Set the value projection and its bias to zero: the layer then adds exactly nothing.
+        """Sets the value projection and its bias to zero: the layer then adds exactly nothing.
 
-        It learns from the first step if the rows are not zero.
+        It still learns from the first step, if the rows are not zero.
         """
         nn.init.zeros_(self.value.weight)
         if self.value.bias is not None:
@@ -94,7 +94,7 @@ class EngramLayer(nn.Module):
         *,
         conv_inputs: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the layer adds to the hidden states; the caller adds it.
+        """Computes the update of the hidden states; the caller adds it to them.
 
         Norms, gate and conv are computed in f32, or in f64 if x is f64.
 
@@ -102,11 +102,12 @@ class EngramLayer(nn.Module):
             x_BTSD: Hidden states.
             rows_BTE: Rows of any float dtype; they are converted to the projections' dtype.
             window: The W = spec.window normalised conv inputs before this chunk [B, W, S, D]; None
-                = nothing there.
-            live: bool [B, T]. False: update and gate are 0, and so is the conv input.
-            starts: bool [B, T]. True: a document begins here, and the conv does not look across.
-            conv_inputs: Return this chunk's conv inputs [B, T, S, D], unmasked, in place of the
-                window, for a caller that may have to step back (SequenceState.push).
+                = zeros.
+            live: bool [B, T]. False: update, gate and conv input are 0. None = all are live.
+            starts: bool [B, T]. True: a document begins here, and the conv does not look before it.
+                None = no document begins.
+            conv_inputs: True: return this chunk's conv inputs [B, T, S, D], unmasked, instead of
+                the last W ones, for a caller that may take back tokens (SequenceState.push).
 
         Returns:
             The update [B, T, S, D] in x's dtype, the gate [B, T, S], and the last W conv inputs,
@@ -116,14 +117,15 @@ class EngramLayer(nn.Module):
             InputError: Shapes or dtypes do not fit.
         """
         check_call(self.spec, x_BTSD, rows_BTE, window, live, starts)
-        spec, wide = self.spec, torch.promote_types(x_BTSD.dtype, torch.float32)
+        spec = self.spec
+        wide = torch.promote_types(x_BTSD.dtype, torch.float32)
         rows_BTE = rows_BTE.to(self.value.weight.dtype)
         h_BTSD = x_BTSD.to(wide)
         key_BTSD = self.key(rows_BTE).unflatten(-1, (spec.streams, spec.hidden_size)).to(wide)
         value_BTD = self.value(rows_BTE).to(wide)
 
-        # The norms scale whole vectors, so their factors are taken out of the dot product: fewer
-        # passes over [B,T,S,D].
+        # A norm's factor is one number per vector, so it is applied after the dot product: this
+        # saves passes over [B, T, S, D].
         scale_SD = self._scale(self.query_norm, wide) * self._scale(self.key_norm, wide)
         dot_BTS = (h_BTSD * scale_SD * key_BTSD).sum(-1)
         u_BTS = (
@@ -158,18 +160,18 @@ class EngramLayer(nn.Module):
         columns: Columns,
         gate_B1S: Tensor | None = None,
     ) -> Tensor | None:
-        """x + update as of `forward`, for one token of each of a few sequences, by one native call.
+        """x + `forward`'s update for one token of each of a few sequences, in one native call.
 
         Args:
             x_B1SD: Hidden states; [B, 1, D] is accepted for one stream.
             rows_B1E: Rows, of any float dtype.
             live: bool [B, 1]; None = all are live.
             columns: Where the conv inputs lie, from the sequences' state.
-            gate_B1S: Is filled if it is given.
+            gate_B1S: Filled with the gates unless it is None.
 
         Returns:
-            x + update, or None if `forward` has to do it: the kernel takes x and weights of one
-            dtype (float32, float64, bfloat16), on the CPU, without gradients and hooks.
+            x + update. None if the caller has to use `forward`: the kernel needs x and weights of
+            one dtype (float32, float64 or bfloat16), on the CPU, without gradients and hooks.
         """
         # Read from the dictionaries: attributes of an nn.Module take longer than the kernel.
         own = self._parameters
@@ -177,7 +179,8 @@ class EngramLayer(nn.Module):
         value: Any = self._modules["value"]
         if not (_is_plain(self) and _is_plain(key) and _is_plain(value)):
             return None
-        keys, values = key._parameters, value._parameters
+        keys = key._parameters
+        values = value._parameters
         weights = (
             keys["weight"],
             keys.get("bias"),
@@ -200,8 +203,8 @@ class EngramLayer(nn.Module):
         Args:
             tensors: Released parameters by their names within the layer (listed in presets.py).
             preset: "demo", "deepseek_v41" or "qwen4".
-            **sizes: What the tensors do not say, as the preset's LayerSpec constructor takes it:
-                order; eps if a model has its own.
+            **sizes: Arguments of the preset's LayerSpec constructor that do not follow from the
+                tensors: order; eps if the model has its own.
 
         Returns:
             A new layer.
@@ -228,6 +231,10 @@ def _is_plain(part: nn.Module) -> bool:
 
 
 def _rstd(x: Tensor, eps: float | None) -> Tensor:
-    """1 / sqrt(mean(x**2) + eps) over the last dimension. eps None: the epsilon of x's dtype, as
-    torch's RMSNorm."""
-    return torch.rsqrt(x.square().mean(-1) + (torch.finfo(x.dtype).eps if eps is None else eps))
+    """1 / sqrt(mean(x**2) + eps) over the last dimension.
+
+    eps: None = the epsilon of x's dtype, as in torch's RMSNorm.
+    """
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    return torch.rsqrt(x.square().mean(-1) + eps)

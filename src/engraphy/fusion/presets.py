@@ -47,12 +47,13 @@ class Preset:
     Attributes:
         dialect: Its `layer` constructs the LayerSpec.
         form: (bias, unit_offset, conv) of the layers that the preset can express.
-        read_sizes: (tensors, shape) -> the sizes that the tensors' shapes give, as `dialect.layer`
-            takes them, and `kernel`. `shape(name, ndim)` is the shape of a tensor; it raises
-            ConfigError if the tensor is missing or has another number of dimensions.
-        parameters: A layer of this form -> released name -> views of the parameters that lie in
-            that tensor, one after the other along its rows.
-        dequantised: Released tensors -> the same in plain floats.
+        read_sizes: (tensors, shape) -> the sizes that follow from the tensors' shapes: the
+            arguments of `dialect.layer`, and `kernel`. `shape(name, ndim)` returns the shape of a
+            tensor; it raises ConfigError if the tensor is missing or has another number of
+            dimensions.
+        parameters: A layer of this form -> {released name: views of parameters}. The released
+            tensor is these views, concatenated along the first dimension.
+        dequantised: Released tensors -> the same tensors in plain floats.
     """
 
     dialect: Dialect
@@ -96,22 +97,22 @@ def _named(name: str) -> Preset:
 
 def _parameters(layer: EngramLayer, name: str) -> dict[str, list[Tensor]]:
     """Released name -> views of parameters. Raises ConfigError if the layer has another form."""
-    preset, spec = _named(name), layer.spec
+    preset = _named(name)
+    spec = layer.spec
     form = (spec.bias, spec.unit_offset, spec.kernel > 0)
     if form != preset.form:
         raise ConfigError(
             f"preset {name}: expected (bias, unit_offset, conv) = {preset.form}, "
-            f"this layer has {form}"
+            f"found {form} in this layer"
         )
     return preset.parameters(layer)
 
 
 def _check_tensors(tensors: Tensors, slots: Mapping[str, list[Tensor]], name: str) -> None:
     if set(slots) != set(tensors):
-        raise ConfigError(
-            f"preset {name}: missing tensors {sorted(set(slots) - set(tensors))}, "
-            f"unknown tensors {sorted(set(tensors) - set(slots))}"
-        )
+        missing = sorted(set(slots) - set(tensors))
+        unknown = sorted(set(tensors) - set(slots))
+        raise ConfigError(f"preset {name}: missing tensors {missing}, unknown tensors {unknown}")
     for released, parts in slots.items():
         tensor = tensors[released]
         expected = [sum(len(part) for part in parts), *parts[0].shape[1:]]
@@ -122,9 +123,9 @@ def _check_tensors(tensors: Tensors, slots: Mapping[str, list[Tensor]], name: st
 
 
 def _read_spec(tensors: Tensors, name: str, sizes: Mapping[str, Any]) -> Any:
-    """The spec that the tensors' shapes and `sizes` give together.
+    """The spec from the tensors' shapes and `sizes`. `sizes` win.
 
-    `sizes` win; the shapes are checked against the spec later.
+    `_check_tensors` compares the shapes with the spec later.
     """
 
     def shape(released: str, ndim: int) -> tuple[int, ...]:
@@ -214,7 +215,7 @@ def _deepseek_parameters(layer: EngramLayer) -> dict[str, list[Tensor]]:
 
 
 def _deepseek_dequantised(tensors: Tensors) -> dict[str, Tensor]:
-    """wkv.weight in f32 if it comes as fp8 with a scale for each block of 32 x 32."""
+    """The tensors, with wkv.weight in f32 if it is fp8 with a scale for each block of 32 x 32."""
     plain = dict(tensors)
     scale = plain.pop("wkv.scale", None)
     weight = plain.get("wkv.weight")

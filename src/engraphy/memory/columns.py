@@ -1,4 +1,4 @@
-"""Columns of buffers [B, n, ...], one a position; a column may be absent in some sequences."""
+"""Columns of buffers [B, n, ...], one per position; a column may be absent in some sequences."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def kept_columns(present_Bn: np.ndarray, look_back: int, margin: int) -> np.ndarray:
     """int64 [B, columns]: the columns to keep.
 
-    The last `margin` are kept as they are, since they may be taken back. Before them come the last
-    `look_back` that are present, -1 if there are fewer.
+    The last `margin` columns are kept as they are, since they may be taken back. Before them come
+    the last `look_back` columns that are present, with -1 in front if there are fewer.
     """
     batch, count = present_Bn.shape
     recent = max(count - margin, 0)
@@ -22,8 +22,10 @@ def kept_columns(present_Bn: np.ndarray, look_back: int, margin: int) -> np.ndar
 
 
 def last_present(present_Bn: np.ndarray, count: int) -> np.ndarray:
-    """int64 [B, count]: the last columns that are present, in order; -1 in front if there are
-    fewer."""
+    """int64 [B, count]: the last columns that are present, in order.
+
+    -1 in front if there are fewer.
+    """
     order = np.argsort(present_Bn, axis=1, kind="stable")  # absent ones first
     order = np.where(np.take_along_axis(present_Bn, order, axis=1), order, -1)
     missing = max(count - order.shape[1], 0)

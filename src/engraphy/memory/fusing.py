@@ -1,4 +1,4 @@
-"""What a block does with a lookup: add to the hidden state what the rows of its layer give."""
+"""The use of a Lookup in a block: its layer's rows update the hidden state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .lookup import Lookup, reordered
 def fuse_token(block: nn.Module, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:
     """x [B, 1, S, D] or [B, 1, D] plus the update, by one native call.
 
-    Returns None if that is not possible: then `fuse_chunk` gives the same.
+    Returns None if that is not possible; `fuse_chunk` computes the same.
     """
     state = lookup.state
     if state is None or lookup.starts is not None or lookup.present is not None:
@@ -37,8 +37,9 @@ def fuse_token(block: nn.Module, layer: int, x: Tensor, lookup: Lookup) -> Tenso
 
 
 def fuse_chunk(block: nn.Module, layer: int, x_BTSD: Tensor, lookup: Lookup) -> Tensor:
-    """x plus the update, for any chunk on any device; the state is given the conv's inputs."""
-    state, present = lookup.state, lookup.present
+    """x plus the update, for any chunk on any device. Pushes the conv inputs to the state."""
+    state = lookup.state
+    present = lookup.present
     device = x_BTSD.device
     window = None if state is None else state.window(layer)
     live = _to(lookup.live, device)
@@ -54,7 +55,7 @@ def fuse_chunk(block: nn.Module, layer: int, x_BTSD: Tensor, lookup: Lookup) -> 
         _reordered(starts, order),
         conv_inputs=state is not None,
     )
-    back = None if order is None else order.argsort(1)  # to where the positions stood
+    back = None if order is None else order.argsort(1)  # to the original positions
     if state is not None and inputs_BTSD is not None:
         state.push(layer, _reordered(inputs_BTSD, back), lookup.starts, present)
     _trace(lookup, layer, _reordered(gate_BTS, back))

@@ -1,6 +1,6 @@
-"""Gradients of rows: as a backward pass hands them over, and summed by row.
+"""Gradients of rows: as a backward pass makes them, and summed by row.
 
-Knows neither tables nor optimisers.
+This module knows neither tables nor optimisers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MANY_PENDING = 1024  # gradients that wait; an optimiser should have drained them by then
-_FEW_WAITING = 16_384  # rows that may wait as they came, in a large table
+_MANY_PENDING = 1024  # pending gradients; an optimiser should have drained them by then
+_FEW_WAITING = 16_384  # rows that may wait unsummed in a large table
 
 
 class RowGrad(NamedTuple):
@@ -26,8 +26,10 @@ class RowGrad(NamedTuple):
 
 
 class SummedGrad(NamedTuple):
-    """Gradient of one layer's rows: ids int64 [U], ascending and distinct; grad f32 [U, d],
-    duplicates summed."""
+    """Gradient of one layer's rows, duplicates summed.
+
+    ids: int64 [U], ascending and distinct. grad: f32 [U, d].
+    """
 
     ids: np.ndarray
     grad: np.ndarray
@@ -36,7 +38,7 @@ class SummedGrad(NamedTuple):
 def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
     """Sums row gradients by layer and row.
 
-    Gradients of a row are summed in the order in which they came, so the result is repeatable.
+    Gradients of a row are summed in their order in `row_grads`, so the result is repeatable.
     """
     by_layer: dict[int, list[RowGrad]] = {}
     for entry in row_grads:
@@ -53,17 +55,18 @@ def _sum_by_row(entries: list[RowGrad]) -> SummedGrad:
     ids_N = ids_N[order]
     is_first = np.concatenate([[True], ids_N[1:] != ids_N[:-1]])
     firsts = np.flatnonzero(is_first)
-    with np.errstate(invalid="ignore"):  # inf - inf: the optimiser says which row it is
+    with np.errstate(invalid="ignore"):  # inf - inf: the optimiser's error names the row
         grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0)
     return SummedGrad(ids_N[firsts], grad_Ud)
 
 
 class Waiting:
-    """Looks after row gradients that wait to be drained: sums them, and warns if nothing drains.
+    """Sums row gradients that wait to be drained, and warns if nothing drains them.
 
-    Those of a layer are summed by row once more rows wait than twice the rows of the last sum, and
-    more than the table has (or 16,384). The order of the sum stays, but numpy adds long runs in
-    parts. So the result equals one sum at the end up to rounding.
+    The gradients of a layer are summed by row as soon as more rows wait than twice the rows of the
+    last sum, and more than the layer has (or 16,384, if that is less). The order of the sum does
+    not change, but numpy adds long runs in parts. So the result equals one sum at the end, up to
+    rounding.
     """
 
     def __init__(self) -> None:
@@ -73,16 +76,16 @@ class Waiting:
         self._count = 0
         self._warned = False
         self._rows: dict[int, int] = {}  # layer -> rows that wait
-        self._summed: dict[int, int] = {}  # layer -> rows that the last sum has left
-        self._weights: dict[int, Tensor] = {}  # layer -> some of them, at the first gradient
+        self._summed: dict[int, int] = {}  # layer -> distinct rows after the last sum
+        self._weights: dict[int, Tensor] = {}  # layer -> a few weights, at the first gradient
 
     def join(self, pending: list[RowGrad], entry: RowGrad, weight: Tensor, table_rows: int) -> None:
         """Appends `entry` to `pending`.
 
         Args:
             pending: the gradients that wait.
-            entry: the next one.
-            weight: a weight of its layer, which a dense optimiser moves.
+            entry: the next gradient.
+            weight: a weight of its layer, which a dense optimiser changes.
             table_rows: how many rows the layer has.
         """
         if not pending:
@@ -97,11 +100,11 @@ class Waiting:
             self._rows[layer] = self._summed[layer] = _sum_waiting(pending, layer)
 
     def _warn_if_undrained(self, layer: int, weight: Tensor) -> None:
-        """Warns if the weights of the layer moved since the first gradient that waits came."""
-        # By value: fused optimisers write past a tensor's version.
+        """Warns if the layer's weights have changed since its first pending gradient."""
+        # Compares values: fused optimisers do not count up a tensor's version.
         now = weight.detach().reshape(-1)[:4].nan_to_num().cpu()
-        moved = not torch.equal(self._weights.setdefault(layer, now), now)
-        if not self._warned and (moved or self._count == _MANY_PENDING):
+        has_moved = not torch.equal(self._weights.setdefault(layer, now), now)
+        if not self._warned and (has_moved or self._count == _MANY_PENDING):
             self._warned = True
             warnings.warn(
                 f"{self._count} row gradients wait in row_grads; if nothing drains them, no row "
@@ -112,7 +115,7 @@ class Waiting:
 
 
 def _sum_waiting(pending: list[RowGrad], layer: int) -> int:
-    """Puts one sum in the place of the layer's entries. Returns its rows."""
+    """Replaces the layer's entries by their sum. Returns the number of its rows."""
     ids_U, grad_Ud = coalesce(entry for entry in pending if entry.layer == layer)[layer]
     first = next(index for index, entry in enumerate(pending) if entry.layer == layer)
     others = [entry for entry in pending[first:] if entry.layer != layer]

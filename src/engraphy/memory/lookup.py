@@ -1,7 +1,7 @@
-"""Lookup: the rows of one chunk, on their way from `EngramMemory.lookup` to the blocks, and Trace,
-a record of what a forward read and let in.
+"""The rows of one chunk (`Lookup`), and a record of what a forward did (`Trace`).
 
-Below them are the steps of a look-up: row ids, reading ahead, the state, and leaves for gradients.
+`EngramMemory.lookup` makes a Lookup, and the blocks use it. Below the two classes are the steps of
+a look-up: row ids, prefetching, the state, and leaves for gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trace:
-    """What a forward did, for looking inside: filled by `lookup` and `fuse` if `lookup` gets it.
+    """What a forward did. If it is passed to `lookup`, `lookup` and `fuse` fill it.
 
     Attributes:
         row_ids: layer -> int64 [B, T, C].
@@ -42,19 +42,19 @@ class Trace:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Rows of one chunk for every memory layer, and what else `fuse` needs to know of the chunk.
+    """Rows of one chunk for every memory layer, and whatever else `fuse` needs to know about it.
 
     Attributes:
         rows: layer -> f32 [B, T, E], leaves that require grad while training. The first access to
             a layer waits for its rows.
-        live: bool [B, T], False = nothing is added here; None = all positions are live.
-        starts: bool [B, T], True = a document begins here; None = none does.
-        state: the state that the chunk has extended.
-        trace: the record that `fuse` adds gates to.
-        present: bool [B, T], False = no token of the sequence stands here; None = all do.
+        live: bool [B, T]. False: `fuse` adds nothing here. None = all positions are live.
+        starts: bool [B, T]. True: a document begins here. None = no document begins.
+        state: the state that the chunk has extended; None = no state.
+        trace: the record that `fuse` adds gates to; None = no record.
+        present: bool [B, T]. False: the sequence has no token here. None = all are present.
         order: int64 [B, T], positions in the order in which convs see them, absent ones last;
-            None = as they stand.
-        off: the memory was disabled. There are no rows, and `fuse` adds nothing.
+            None = in their own order.
+        off: True if the memory was disabled: there are no rows, and `fuse` adds nothing.
     """
 
     rows: Mapping[int, Tensor]
@@ -91,11 +91,11 @@ class Rows(Mapping[int, Tensor]):
 
 
 def lookup_nothing(state: SequenceState | None, trace: Trace | None) -> Lookup:
-    """The lookup of a memory that is disabled. Raises InputError if there is a state."""
+    """The Lookup of a disabled memory. Raises InputError if a state is given."""
     if state is not None:
         raise InputError(
-            "state: expected none while the memory is disabled, since its tokens "
-            "would be missing in it afterwards; start a new one after `disabled`"
+            "state: expected none while the memory is disabled, since the state would miss the "
+            "tokens of this chunk; start a new one after `disabled`"
         )
     return Lookup({}, None, None, None, trace, off=True)
 
@@ -121,7 +121,7 @@ def lookup_chunk(
     trace: Trace | None,
     present: Tensor | None,
 ) -> Lookup:
-    """`EngramMemory.lookup`, for arguments that `check_chunk` has seen."""
+    """`EngramMemory.lookup`, for arguments that `check_chunk` has checked."""
     ids = ids_BT.numpy(force=True)
     alive = _numpy(live)
     begins = _numpy(starts)
@@ -149,7 +149,7 @@ def lookup_chunk(
 
 
 def _learn(memory: EngramMemory, layer: int) -> bool:
-    """Whether rows of the layer that are looked up now collect gradients."""
+    """Whether rows of the layer collect gradients if they are looked up now."""
     if not (memory.training and torch.is_grad_enabled()):
         return False
     if memory.rows_require_grad is not None:
@@ -160,7 +160,7 @@ def _learn(memory: EngramMemory, layer: int) -> bool:
 def _wait_for_rows(
     memory: EngramMemory, layer: int, ids_BTC: np.ndarray, ticket: Ticket, learn: bool
 ) -> Tensor:
-    """Rows f32 [B, T, E]. learn: they are a leaf whose gradient reaches `memory.row_grads`."""
+    """Rows f32 [B, T, E]. learn: make them a leaf, whose gradient goes to `memory.row_grads`."""
     leaf_BTE = ticket.wait()[layer]
     if not learn:
         return leaf_BTE
@@ -228,11 +228,11 @@ def _alive(
 
 
 def _gap_order(present_BT: np.ndarray, first: bool) -> np.ndarray | None:
-    """int64 [B, T]: the positions of each sequence, present ones first, each kind in its order.
+    """int64 [B, T]: the positions of each sequence, present ones first, otherwise in order.
 
-    Returns None if positions can stay as they are: no token follows an absent position. If nothing
-    came before this chunk (`first`), absent positions before the first token do not matter either,
-    since nothing is there to look back to.
+    Returns None if no position has to move: no token follows an absent position. In the first chunk
+    of a sequence (`first`), absent positions before its first token do not matter either, since
+    look-back finds nothing there anyway.
     """
     seen_BT = present_BT.cumsum(1) > 0 if first else np.ones_like(present_BT)
     followed_BT = present_BT[:, ::-1].cumsum(1)[:, ::-1] > 0

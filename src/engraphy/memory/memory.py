@@ -1,9 +1,8 @@
 """EngramMemory: addresses, stores, and one fusion layer per memory layer, joined for a model.
 
-The table is not a Parameter. The rows of a batch become a leaf tensor each time. After backward,
-the gradient of the leaf goes to `row_grads`, which a row optimiser drains. The state of a request
-(last ids, conv window) is a SequenceState in the caller's hands; a forward without one starts from
-nothing.
+The table is not a Parameter. The rows of each batch become a new leaf tensor. After backward, the
+gradient of the leaf goes to `row_grads`, which a row optimiser drains. The state of a request (last
+ids, conv window) is a SequenceState, which the caller keeps; a forward without one has no past.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class EngramMemory(nn.Module):
         blocks: the fusion layers, by layer.
         row_grads: gradients of rows that no optimiser has drained yet.
         rows_require_grad: None = rows learn if any parameter of their layer does, so
-            `requires_grad_` on the memory or on a model around it reaches them. True or False =
-            whatever the parameters do.
+            `requires_grad_` on the memory, or on a model around it, applies to them too. True or
+            False = rows learn or do not, regardless of the parameters.
         follows_adapters: whether PEFT's `disable_adapter` disables an attached memory, too.
     """
 
@@ -73,8 +72,8 @@ class EngramMemory(nn.Module):
             vocab: the vocabulary map of the model's tokenizer.
             store: "ram:" for a new table of `row_format`, all zeros until `init_rows`; the URL of
                 a table ("file:DIR"), whose format is read from it, or its folder as a Path; an
-                open Table (mode "w" to train it in place); or {layer: RowStore}. A Table, or
-                stores that are handed in, stay open when the memory is closed.
+                open Table (mode "w" to train it in place); or {layer: RowStore}. A Table or stores
+                that are passed in stay open when the memory is closed.
             row_format: needed if the stores do not know it.
 
         Raises:
@@ -105,7 +104,7 @@ class EngramMemory(nn.Module):
 
     @property
     def made_for(self) -> dict[str, Any] | None:
-        """What is known of the model that the memory is or was attached to; None = nothing.
+        """The identity of the model that the memory is or was attached to; None = not known.
 
         It is saved with the memory, and compared when the memory is attached again.
         """
@@ -117,9 +116,9 @@ class EngramMemory(nn.Module):
         self._identify_model = None
 
     def follow_model(self, identify: Callable[[], dict[str, Any]]) -> None:
-        """Makes `made_for` what `identify` returns whenever it is asked, until it is set.
+        """Makes `made_for` call `identify` at each access, until `made_for` is set.
 
-        For a host that attaches the memory: the vocabulary of a model may be resized meanwhile.
+        For a host that attaches the memory: the model's vocabulary may be resized later.
         """
         self._identify_model = identify
 
@@ -136,19 +135,19 @@ class EngramMemory(nn.Module):
     def disabled(self) -> AbstractContextManager[None]:
         """`with memory.disabled():` runs the model without its memory, bit for bit the bare model.
 
-        It holds for this thread or task alone, and for forwards that begin in it: `lookup` then
-        returns a Lookup that is `off`, for which `fuse` returns x. Tokens that pass meanwhile are
-        in no state. So `lookup` with a state raises InputError, and so does an attached model with
-        a cache that has seen such tokens, once the memory is enabled again. Compiled blocks stay
-        compiled.
+        This applies to this thread or task alone, and to forwards that begin inside the `with`:
+        `lookup` returns a Lookup that is `off`, for which `fuse` returns x. No state sees the
+        tokens of such forwards. So `lookup` with a state raises InputError. An attached model whose
+        cache has seen such tokens raises it too, once the memory is enabled again. Compiled blocks
+        stay compiled.
         """
         return switch.disabled(self)
 
     def widen(self, raw_size: int) -> None:
-        """Takes token ids below `raw_size`: those beyond the vocabulary map are dead.
+        """Accepts token ids below `raw_size`: those beyond the vocabulary map are dead.
 
-        No address changes. For a model whose vocabulary has grown; a host calls it for an attached
-        memory.
+        No address changes. For a model whose vocabulary has grown; the host of an attached memory
+        calls it.
         """
         if raw_size > self.vocab.raw_size:
             self.vocab = self.vocab.widened(raw_size)
@@ -156,10 +155,10 @@ class EngramMemory(nn.Module):
             self._tokens = TokenReader(self.addresser, self.stores, self.prefetcher)
 
     def close(self) -> None:
-        """Waits for what is being read, and closes the stores that were opened for this memory.
+        """Waits for reads under way, and closes the stores that were opened for this memory.
 
-        Rows that were looked up stay valid. May be called again. Every other use raises StoreError
-        afterwards, also in the model that the memory is attached to: detach it first.
+        Rows that were looked up stay valid. May be called again. Any other use raises StoreError
+        afterwards. So does a model that the memory is still attached to: detach it first.
         """
         self._closed = True
         self.prefetcher.close()
@@ -181,9 +180,9 @@ class EngramMemory(nn.Module):
         return self.bind(SequenceState(batch, margin))
 
     def bind(self, state: SequenceState) -> SequenceState:
-        """Fixes the state's sizes to this memory's, unless they are; returns it.
+        """Gives a new state the sizes of this memory; returns the state.
 
-        Raises ConfigError if it belongs to a memory of other sizes.
+        Raises ConfigError if the state belongs to a memory of other sizes.
         """
         return state.bind(self.config.hash.order, self._windows)
 
@@ -198,10 +197,10 @@ class EngramMemory(nn.Module):
         *,
         present: Tensor | None = None,
     ) -> Lookup:
-        """Asks for the rows of every layer.
+        """Starts to read the rows of every layer.
 
-        They are read from now on, in the order of the layers, while the caller goes on (see
-        prefetch.py). Until the rows of a layer were asked for, nothing may write to its store.
+        They are read in the order of the layers, while the caller goes on (see prefetch.py). Until
+        the caller has taken the rows of a layer, nothing may write to its store.
 
         Args:
             ids_BT: raw token ids, int [B, T], that follow `state`.
@@ -209,18 +208,18 @@ class EngramMemory(nn.Module):
             live: bool [B, T] as in `Addresser.all_rows`: False = takes part in no n-gram.
             starts: bool [B, T] as in `Addresser.all_rows`: True = a document begins here.
             trace: filled with row ids now, and with gates by `fuse`.
-            present: bool [B, T], False = no token of the sequence stands here (a hole in a mask).
-                What follows is looked up and fused as if the position were not there; at the
-                position itself nothing is added.
+            present: bool [B, T], False = the sequence has no token here (a hole in a mask). Later
+                tokens are looked up and fused as if the position did not exist; at the position
+                itself nothing is added.
 
         Returns:
-            Rows are f32, on the CPU, as gathered. With gradients enabled, in training mode and if
-            `rows_require_grad` allows it, they are leaves whose gradients reach `row_grads`.
-            `rows[layer]` waits for them, and raises what went wrong with reading.
+            The Lookup. Its rows are f32, on the CPU. With gradients enabled, in training mode and
+            if `rows_require_grad` allows it, they are leaves whose gradients go to `row_grads`.
+            `rows[layer]` waits for the rows of a layer, and raises the error if reading failed.
 
         Raises:
             InputError: ids, shapes or the state do not fit, or the call is traced, exported or
-                captured (tracing.py). The state is then as it was.
+                captured (tracing.py). The state is then unchanged.
             StoreError: the memory is closed.
         """
         self._check_open()
@@ -247,7 +246,7 @@ class EngramMemory(nn.Module):
         Args:
             layer: one of `layers`.
             x_BTSD: the hidden state before the block, [B, T, S, D]; with one stream also [B, T, D].
-            lookup: as `lookup` returned it for these tokens.
+            lookup: what `lookup` returned for these tokens.
 
         Returns:
             A tensor of the shape of x. x itself if the lookup is `off`.
@@ -277,10 +276,10 @@ class EngramMemory(nn.Module):
         x_BTSD: Tensor | None = None,
         lookup: Lookup | None = None,
     ) -> Any:
-        """The old spelling of `fuse`.
+        """The old name of `fuse`.
 
-        With one callable argument it is nn.Module.apply, which walks over the modules of any model
-        that the memory belongs to. Raises InputError if x or lookup is missing.
+        With one callable argument it is nn.Module.apply, so that `apply` still works on a model
+        that has the memory as a module. Raises InputError if x or lookup is missing.
         """
         if x_BTSD is None and callable(layer):
             return super().apply(layer)
@@ -291,8 +290,14 @@ class EngramMemory(nn.Module):
     def init_rows(self, std: float, seed: int, chunk: int = 1 << 18) -> None:
         """Fills the table with N(0, std**2). A value depends on (seed, layer, row, column) alone.
 
-        chunk: rows at a time. Raises ConfigError if std is negative or not finite, or if the seed
-        is no uint64; StoreError if a store cannot be written.
+        Args:
+            std: standard deviation.
+            seed: a uint64.
+            chunk: rows that are made at a time.
+
+        Raises:
+            ConfigError: std is negative or not finite, or the seed is no uint64.
+            StoreError: a store cannot be written.
         """
         self._check_open()
         tables.init_rows(self, std, seed, chunk)
@@ -300,27 +305,40 @@ class EngramMemory(nn.Module):
     def drain_row_grads(self) -> list[RowGrad]:
         """Pending gradients, oldest first; the list is empty afterwards.
 
-        Those of one layer are summed while they wait, once they are many more than their distinct
-        rows (grads.py). So accumulation over any number of batches takes bounded memory.
+        While the gradients of a layer wait, they are summed as soon as they are many more than the
+        distinct rows (grads.py). So accumulation over any number of batches takes bounded memory.
         """
         pending = self.row_grads
         self.row_grads = []
         return pending
 
     def write_table(self, path: str | os.PathLike[str], parent: str | None = None) -> str:
-        """Copies the rows to a new sealed table at `path`, as they are. Returns its table_id.
+        """Copies the rows to a new sealed table.
 
-        parent: the table_id that the new table names as its parent. Raises TableError if `path` is
-        taken, WriteFailed if the system refuses.
+        Args:
+            path: the folder of the table.
+            parent: the table_id that the new table names as its parent; None = no parent.
+
+        Returns:
+            The table_id.
+
+        Raises:
+            TableError: `path` is taken.
+            WriteFailed: the system refuses.
         """
         self._check_open()
         return tables.write_table(self, path, parent)
 
     def read_table(self, path: str | os.PathLike[str], table_id: str | None = None) -> None:
-        """Copies the rows of the table at `path` into the stores, which must be writable.
+        """Copies the rows of a table into the stores, which must be writable.
 
-        table_id: the one that is expected; None = any. Raises DigestMismatch if the table has
-        other addresses or another table_id, ConfigError if it has another row format.
+        Args:
+            path: the folder of the table.
+            table_id: the expected table_id; None = any.
+
+        Raises:
+            DigestMismatch: the table has other addresses or another table_id.
+            ConfigError: the table has another row format.
         """
         self._check_open()
         tables.read_table(self, path, table_id)
@@ -332,14 +350,14 @@ class EngramMemory(nn.Module):
 
         Args:
             path: new or empty; it may be a link to an empty folder, or an empty mount point.
-            table: "copy" the rows into `path`/table; "link" to the sealed table that the stores
-                serve, or "skip" it (`load` then needs `store`). The last two need a table on disk,
-                whose table_id the dense weights keep.
+            table: "copy" copies the rows into `path`/table; "link" notes the path of the sealed
+                table that the stores serve; "skip" notes nothing (`load` then needs `store`).
+                "link" and "skip" need a table on disk; the dense weights keep its table_id.
 
         Raises:
             ConfigError: `path` is taken, or the table cannot be linked or skipped.
-            WriteFailed: the system refuses; before anything is written if that can be known (no
-                permission, too little free disk).
+            WriteFailed: the system refuses. Missing permission and too little free disk are found
+                before anything is written.
         """
         self._check_open()
         saved.save(self, path, table)

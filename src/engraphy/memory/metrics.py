@@ -1,4 +1,4 @@
-"""What stores and the prefetcher have counted: a table for people, and Prometheus' text format."""
+"""Counters of stores and of the prefetcher: as a table to read, and in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .prefetch import PrefetchStats
 
 __all__ = ["describe", "prometheus", "table"]
 
-# Seconds, 1 us to 17 s: limits that Latency's own buckets have, too.
+# Seconds, 1 us to 17 s. Latency's own buckets have these limits, too.
 _LIMITS = [2.0**power * 1e-9 for power in range(10, 35, 2)]
 _STORE_COUNTERS = {
     "gathers": "Calls that read rows.",
     "rows": "Rows read.",
     "bytes": "Bytes of the rows read.",
-    "reads": "Reads that the system was asked for.",
-    "read_bytes": "Bytes that the system was asked for.",
-    "hits": "Rows that the cache had.",
+    "reads": "Read calls to the system.",
+    "read_bytes": "Bytes of these read calls.",
+    "hits": "Rows found in the cache.",
     "misses": "Rows that the cache read from the store behind it.",
 }
 _PREFETCH_COUNTERS = {
     "tickets": "Tickets submitted.",
     "inline": "Tickets that were read at once.",
     "cancelled": "Tickets given up.",
-    "rows": "Rows asked for.",
+    "rows": "Rows requested.",
 }
 _PREFETCH_GAUGES = {
     "waiting": "Tickets that are not read yet.",
@@ -39,11 +39,11 @@ _Labels = Mapping[str, str]
 
 
 def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> Table:
-    """The counters as a table of rich; a wrapper's are followed by those of the store behind it.
+    """The counters as a `rich` table. Below a wrapper's row is the row of the store behind it.
 
     Args:
-        stores: layer -> store, as `memory.stores`.
-        prefetch: as `memory.prefetcher.stats`; shown below the table.
+        stores: layer -> store, such as `memory.stores`.
+        prefetch: counters such as `memory.prefetcher.stats`, shown below the table; None = none.
     """
     caption = None if prefetch is None else _in_words(prefetch)
     shown = Table("layer", "store", caption=caption)
@@ -69,11 +69,11 @@ def _cells(stats: StoreStats) -> list[str]:
 
 
 def prometheus(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> str:
-    """The counters in Prometheus' text format 0.0.4, ended by a line feed.
+    """The counters in Prometheus' text format 0.0.4, with a line feed at the end.
 
     Args:
-        stores: layer -> store, as `memory.stores`.
-        prefetch: as `memory.prefetcher.stats`.
+        stores: layer -> store, such as `memory.stores`.
+        prefetch: counters such as `memory.prefetcher.stats`; None = none.
 
     Returns:
         Metrics whose names begin with engraphy_, with the layer and the kind of the store as
@@ -89,9 +89,11 @@ def _store_metrics(stores: Mapping[int, RowStore]) -> list[str]:
     counted: list[tuple[_Labels, StoreStats]] = []
     for layer, store in stores.items():
         for kind, stats in _chain(store):
-            counted.append(({"layer": str(layer), "store": kind}, stats))
+            labels = {"layer": str(layer), "store": kind}
+            counted.append((labels, stats))
     served = [(_identity(layer, store), 1) for layer, store in stores.items()]
-    lines = _metric("engraphy_store_info", "gauge", "What is served; always 1.", served)
+    text = "The table and format of the rows, as labels; always 1."
+    lines = _metric("engraphy_store_info", "gauge", text, served)
     for name, text in _STORE_COUNTERS.items():
         values = [(labels, getattr(stats, name)) for labels, stats in counted]
         values = [(labels, value) for labels, value in values if value is not None]

@@ -1,9 +1,9 @@
 """The ids that a SequenceState keeps: the last ones of each sequence.
 
-They are columns of a buffer, one a position, with room behind what is kept, so that a decoded token
-is written and nothing is moved. A column may be absent in some sequences (a hole in a mask). It
-stays a column, since tokens are taken back by columns, and reading passes it over. Columns that are
-too old to be taken back are kept without holes.
+The ids are columns of a buffer, one per position. The buffer has room behind them, so that a
+decoded token is written without moving anything. A column may be absent in some sequences (a hole
+in a mask). It stays in the buffer, since `crop` takes back whole columns, but reading skips it.
+Columns that are too old to be taken back are kept without holes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ class Past:
     def __init__(self, batch: int):
         self.end = 0
         self.ids = np.empty((batch, 0), dtype=np.int64)  # [B, columns]
-        self.starts = np.empty((batch, 0), dtype=bool)
-        self.marked = False  # whether a start was ever written; until then `starts` is not kept
+        self.starts = np.empty((batch, 0), dtype=bool)  # [B, columns]
+        self.marked = False  # whether a start was ever written; until then `starts` is not updated
         self.holes = False  # whether a column was ever absent
         self.clear = 0  # from this column on no document begins and nothing is absent
 
     def append(
         self, ids: np.ndarray, starts: np.ndarray | None, holes: bool, look_back: int, margin: int
     ) -> None:
-        """Add columns.
+        """Adds columns.
 
         Args:
             ids: int64 [B, T].
             starts: bool [B, T]; None = no document begins.
             holes: whether some of `ids` may be ABSENT.
-            look_back: ids that `last` will be asked for.
+            look_back: the most ids that `last` has to return.
             margin: columns that may be taken back.
         """
         self.holes = self.holes or holes
@@ -59,7 +59,7 @@ class Past:
             self.clear = self.end
 
     def columns(self, count: int) -> Columns | None:
-        """Where the `count` ids before the next one are, and where that goes.
+        """Addresses of the `count` ids before the next one, and of the next one.
 
         Returns None if the next id has to go through `append`.
         """
@@ -67,13 +67,13 @@ class Past:
         first = self.end - count
         if first < self.clear or self.end == ids.shape[1]:
             return None
-        if not ids.flags.writeable:  # a view of what was pickled
+        if not ids.flags.writeable:  # it was unpickled as a view
             return None
         begin = _native.compiled().address(ids)
         return Columns(begin + first * 8, begin + self.end * 8, ids.shape[1])
 
     def advance(self) -> None:
-        """The next column of ids has been written."""
+        """Counts the next column, whose ids have been written by address."""
         if self.marked:
             self.starts[:, self.end] = False
         self.end += 1
@@ -81,9 +81,9 @@ class Past:
     def _make_room(
         self, ids: np.ndarray, starts: np.ndarray | None, look_back: int, margin: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Move what is kept to new buffers that have room.
+        """Moves the columns that are kept to new buffers that have room.
 
-        Returns the columns that are still to be written there.
+        Returns the ids and starts that are still to be written there.
         """
         count = ids.shape[1]
         keep = look_back + margin
@@ -102,7 +102,7 @@ class Past:
         return taken(all_ids, index, ABSENT), taken(all_starts, index, False)
 
     def _move(self, kept: int, room: int) -> None:
-        """To new buffers: the last `kept` columns, and room for `room` more."""
+        """Moves the last `kept` columns to new buffers with room for `room` more."""
         first = self.end - kept
         ids = np.zeros((len(self.ids), kept + room), np.int64)
         starts = np.zeros(ids.shape, dtype=bool)
@@ -114,9 +114,10 @@ class Past:
         self.end = kept
 
     def last(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The last columns that are not absent: ids and starts.
+        """Ids and starts of the last columns that are not absent.
 
-        They are `count` columns with -1 in front, or fewer if there are not so many.
+        Returns `count` columns, with -1 in front if a sequence has fewer ids. If no column is
+        absent, returns fewer columns instead.
         """
         first = max(self.end - count, 0)
         ids = self.ids[:, first : self.end]
@@ -126,7 +127,7 @@ class Past:
         return taken(self.ids, index, -1), taken(self.starts, index, False)
 
     def take(self, index: np.ndarray) -> None:
-        """Keep the sequences of `index`, int64 [n], in its order."""
+        """Keeps the sequences of `index`, int64 [n], in its order."""
         self.ids = self.ids[index]
         self.starts = self.starts[index]
 
@@ -139,7 +140,7 @@ class Past:
 
     @classmethod
     def join(cls, pasts: Sequence[Past]) -> Past:
-        """All their sequences; the shorter ones begin with absent columns."""
+        """The sequences of all `pasts`; the shorter ones begin with absent columns."""
         joined = cls(sum(len(past.ids) for past in pasts))
         joined.end = joined.clear = max(past.end for past in pasts)
         joined.holes = joined.marked = True

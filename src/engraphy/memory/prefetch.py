@@ -1,11 +1,11 @@
-"""Prefetcher: rows of a batch are read while the model computes what comes before them.
+"""Prefetcher: reads the rows of a batch while the model computes the layers before them.
 
     ticket = prefetcher.submit({1: ids_BTC, 14: ids_BTC})  # as soon as the tokens are known
     rows = ticket.wait()                                   # {1: rows_BTE, 14: rows_BTE}
 
-One thread reads, first in first out; only stores read in parallel, inside themselves. The caller
-reads a few rows of memory at once, since handing them over would take longer. Knows neither tokens
-nor models.
+One thread reads tickets, first in first out; a store may read in parallel internally. If there are
+few rows and they are in memory, the caller's thread reads them at once, since handing them over
+would take longer. This module knows neither tokens nor models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .ticket import Request, Ticket
 __all__ = ["FEW_ROWS", "LIMIT", "PrefetchStats", "Prefetcher", "Ticket"]
 
 LIMIT = 1 << 30
-# Reading so many from memory takes about as long as handing them to another thread and back.
+# Reading so many rows from memory takes about as long as a hand-over to another thread and back.
 FEW_ROWS = 1024
 
 
@@ -46,10 +46,10 @@ class Prefetcher:
 
         Args:
             sources: the stores of a memory, or layer -> (store, format of its rows).
-            limit: bytes of rows in flight, submitted and not read yet. `submit` waits while there
-                are more, but takes a larger ticket if nothing else is under way.
-            device: where rows go; to CUDA through pinned memory, on a stream of its own (written
-                for it, run on no GPU yet).
+            limit: most bytes of rows in flight, submitted and not read yet. `submit` blocks while
+                there would be more. If nothing is in flight, it accepts a ticket of any size.
+            device: where rows go. CUDA: through pinned memory, on a separate stream (written, but
+                not yet run on a GPU).
 
         Raises:
             ConfigError: the limit is below 1.
@@ -67,14 +67,14 @@ class Prefetcher:
         self._end.atexit = False
 
     def submit(self, ids: Mapping[int, np.ndarray]) -> Ticket:
-        """Asks for rows. What goes wrong with reading, `wait` raises, ids out of range included.
+        """Requests rows. Errors of reading, such as ids out of range, are raised by `wait`.
 
         Args:
             ids: layer -> row ids int64 [B, T, C]. The caller may change the arrays afterwards.
 
         Raises:
             ConfigError: a layer is not in the sources.
-            InputError: another dtype or shape.
+            InputError: a dtype or shape is invalid.
             StoreError: the prefetcher is closed.
         """
         for layer, ids_BTC in ids.items():
@@ -95,8 +95,8 @@ class Prefetcher:
             raise ConfigError(
                 f"prefetch: expected layers of {sorted(self._sources)}, found {layer!r}"
             )
-        array = isinstance(ids_BTC, np.ndarray)
-        if not array or ids_BTC.dtype != np.int64 or ids_BTC.ndim != 3:
+        is_array = isinstance(ids_BTC, np.ndarray)
+        if not is_array or ids_BTC.dtype != np.int64 or ids_BTC.ndim != 3:
             found = getattr(ids_BTC, "dtype", type(ids_BTC).__name__)
             raise InputError(
                 f"prefetch, layer {layer}: expected row ids int64 [B, T, C], "
@@ -113,7 +113,7 @@ class Prefetcher:
         return self._queue.stats
 
     def close(self) -> None:
-        """Takes no more tickets and waits until those submitted are read. The stores stay open.
+        """Accepts no more tickets, and waits until the submitted ones are read. Stores stay open.
 
         May be called again.
         """

@@ -23,16 +23,16 @@ from .ticket import Request, Ticket
 
 @dataclass(frozen=True)
 class PrefetchStats:
-    """What has been submitted.
+    """Counters of a prefetcher.
 
     Attributes:
         tickets: tickets submitted.
         inline: tickets that the caller's thread read at once.
-        cancelled: tickets given up.
-        rows: rows asked for.
-        waiting: tickets that are not read yet, now.
-        bytes_in_flight: bytes of the rows of these.
-        waited: how long `wait` took for tickets that were not inline, the first time.
+        cancelled: tickets cancelled.
+        rows: rows requested.
+        waiting: tickets that are not read yet.
+        bytes_in_flight: bytes of the rows of the waiting tickets.
+        waited: how long the first `wait` for each ticket took; inline tickets do not count.
     """
 
     tickets: int
@@ -45,9 +45,9 @@ class PrefetchStats:
 
 
 class ReadQueue:
-    """What prefetcher, tickets and thread share, behind one lock.
+    """The state that prefetcher, tickets and thread share, behind one lock.
 
-    Nothing here refers to the Prefetcher, so that the garbage collector notices its end.
+    It has no reference to the Prefetcher, so that the garbage collector can collect that one.
     """
 
     def __init__(self, limit: int, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class ReadQueue:
         _ALL.add(self)
 
     def at_once(self, requests: list[Request], rows: int) -> Ticket:
-        """A ticket that is read already, or has failed."""
+        """Reads rows in the caller's thread. Returns a ticket that is done, or has failed."""
         self.count_inline(rows)
         ticket = Ticket(self, requests)
         ticket.counted = True
@@ -75,13 +75,13 @@ class ReadQueue:
         return ticket
 
     def count_inline(self, rows: int) -> None:
-        """Count a ticket that was read without the queue. Raises StoreError once ended."""
+        """Counts a ticket that is read without the queue. Raises StoreError once ended."""
         with self._changed:
             self._count(rows)
             self._inline += 1
 
     def put(self, ticket: Ticket, rows: int) -> None:
-        """Let a ticket wait in the queue. Waits itself while too many bytes are in flight."""
+        """Puts a ticket into the queue. Blocks while too many bytes are in flight."""
         with self._changed:
             while self._bytes and self._bytes + ticket.bytes > self._limit and not self._ended:
                 self._start()
@@ -104,7 +104,7 @@ class ReadQueue:
         self._rows += rows
 
     def wait_for(self, ticket: Ticket) -> None:
-        """Return when it is neither waiting nor being read."""
+        """Blocks until the ticket is done, failed or cancelled."""
         if ticket.counted and ticket.state != "waiting":
             return
         begun = time.perf_counter_ns()
@@ -119,7 +119,7 @@ class ReadQueue:
                 self._buckets[bucket_of(taken)] += 1
 
     def settle(self, ticket: Ticket, rows: dict[int, Tensor], error: BaseException | None) -> None:
-        """It has been read; a ticket that was cancelled meanwhile stays so."""
+        """Stores the result of reading a ticket, unless the ticket was cancelled meanwhile."""
         with self._changed:
             if ticket.state == "waiting":
                 ticket.finish(rows, error)
@@ -129,7 +129,7 @@ class ReadQueue:
             self._changed.notify_all()
 
     def cancel(self, ticket: Ticket) -> None:
-        """Take it out of the queue, and drop its rows."""
+        """Takes a ticket out of the queue, and drops its rows."""
         with self._changed:
             if ticket.state == "cancelled":
                 return
@@ -141,13 +141,13 @@ class ReadQueue:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Take no more tickets."""
+        """Ends the queue: no new tickets are accepted."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """End without reading what waits."""
+        """Ends the queue, and cancels the tickets that wait."""
         with self._changed:
             for ticket in list(self._waiting):
                 self.cancel(ticket)
@@ -155,7 +155,7 @@ class ReadQueue:
         self.join()
 
     def join(self) -> None:
-        """Wait for the end of the thread."""
+        """Waits until the thread has ended."""
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -175,12 +175,12 @@ class ReadQueue:
             )
 
     def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
-        """float32 of this shape from the pool, with any content."""
+        """An uninitialised float32 buffer of this shape, from the pool."""
         with self._changed:
             return self._pool.take(shape)
 
     def to_device(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Copies on the device, complete: the pinned buffers are free when this returns."""
+        """Copies rows to the device. When this returns, the pinned buffers are free."""
         if self._stream is None:
             return rows
         with torch.cuda.stream(self._stream):
@@ -191,7 +191,7 @@ class ReadQueue:
         return copies
 
     def handed_out(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The rows, for the current stream of the caller."""
+        """The rows, for use in the caller's current stream."""
         if self._stream is not None:
             # Their memory belongs to the other stream, which must not reuse it too early.
             for values in rows.values():
@@ -199,7 +199,7 @@ class ReadQueue:
         return dict(rows)
 
     def _start(self) -> None:
-        """Start the thread, if there is none and something to read."""
+        """Starts the thread if there is none, and a ticket waits."""
         if self._thread is not None or not self._waiting:
             return
         thread = threading.Thread(target=_work, args=(self,), name="engraphy-prefetch", daemon=True)
@@ -207,13 +207,13 @@ class ReadQueue:
             thread.start()
         except RuntimeError as error:
             raise StoreError(
-                "prefetch: expected a thread to read ahead, the system starts none "
+                "prefetch: expected a thread to read ahead, found that the system starts none "
                 f"({error}): raise the limit of threads or of address space"
             ) from error
         self._thread = thread
 
     def next(self) -> Ticket | None:
-        """The next ticket for the thread; None = there will be none."""
+        """Waits for the next ticket for the thread; None if the queue has ended."""
         with self._changed:
             while not self._waiting and not self._ended:
                 self._changed.wait()
@@ -223,10 +223,10 @@ class ReadQueue:
             return self._waiting.popleft()
 
     def after_fork(self) -> None:
-        """In a forked child there is no thread, and what it was reading has to be read again."""
-        again = self._reading
-        if again is not None and again.state == "waiting" and again not in self._waiting:
-            self._waiting.appendleft(again)
+        """In a forked child there is no thread: the ticket that it was reading is queued again."""
+        ticket = self._reading
+        if ticket is not None and ticket.state == "waiting" and ticket not in self._waiting:
+            self._waiting.appendleft(ticket)
         self._changed = threading.Condition()
         self._reading = None
         self._thread = None
@@ -242,7 +242,7 @@ def _after_fork() -> None:
 
 
 def _at_exit() -> None:
-    """Python stops threads that are left inside native code, which would abort the process."""
+    """Ends all threads: at exit Python would stop them inside native code and abort the process."""
     for queue in list(_ALL):
         queue.abandon()
 

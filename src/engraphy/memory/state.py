@@ -1,9 +1,9 @@
 """SequenceState: what a batch of sequences carries from one forward to the next.
 
-Modules hold no request state. Two things outlive a chunk: the last ids, since look-back is a
-property of the sequence, and the last inputs of each memory layer's conv. Both are kept as they
-came, with the document starts beside them, and masked when they are read. So tokens can be taken
-back across a start, and what lies before the start counts again.
+Modules hold no request state. Two things outlive a chunk: the last ids, which look-back needs, and
+the last inputs of each memory layer's conv. Both are kept unmasked, together with the document
+starts, and masked when they are read. So tokens can be taken back across a document start, and the
+ids and inputs before that start count again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .window import Window
 
 
 class Cancellable(Protocol):
-    """A reading that can be given up: a prefetcher's ticket."""
+    """A read that can be cancelled, such as a prefetcher's ticket."""
 
     def cancel(self) -> None: ...
 
@@ -34,15 +34,15 @@ class Cancellable(Protocol):
 class SequenceState:
     """The past of `batch` sequences of equal length; up to `margin` tokens can be taken back.
 
-    It is a value in the caller's hands: a forward with a state extends it, and two states share
-    nothing that is ever written. Methods change it in place and return it; `clone` makes an
-    independent one. Keeps N-1+margin ids per sequence, and W+margin conv inputs, detached, per
-    sequence and layer.
+    The caller keeps it, and a forward with a state extends it. Two states share no memory that is
+    ever written. Methods change the state in place and return it; `clone` makes an independent one.
+    A state keeps N-1+margin ids per sequence, and W+margin detached conv inputs per sequence and
+    layer.
 
-    One step is `extend` with a chunk's ids, then per layer `window`, the layer's forward with
-    `conv_inputs=True`, and `push` of what that returns. Each layer knows which chunks it has not
-    seen yet. So chunks may be looked up ahead of their forward, and `crop` undoes a forward that
-    failed half-way.
+    One step is `extend` with a chunk's ids, then for each layer `window`, the layer's forward with
+    `conv_inputs=True`, and `push` of the conv inputs that it returns. Each layer knows which chunks
+    it has not seen yet. So chunks may be looked up ahead of their forward, and `crop` undoes a
+    forward that failed half-way.
 
     Attributes:
         batch: number of sequences.
@@ -64,9 +64,9 @@ class SequenceState:
         Args:
             batch: number of sequences, from 0 on.
             margin: tokens that can be taken back at most, from 0 on.
-            order: N, the largest n-gram order. It may be left out, with `windows`: the memory that
-                first uses the state binds them.
-            windows: memory layer -> W, earlier positions that its conv looks at.
+            order: N, the largest n-gram order. None, for `windows` too: the first memory that uses
+                the state sets both.
+            windows: memory layer -> W, the number of earlier positions that its conv looks at.
 
         Raises:
             InputError: sizes are invalid.
@@ -75,7 +75,7 @@ class SequenceState:
             if not is_int(value) or value < 0:
                 raise InputError(f"{name}: expected an integer from 0 on, found {value!r}")
         if (order is None) != (windows is None):
-            raise InputError("expected order and windows together, or neither")
+            raise InputError("state: expected order and windows together, or neither, found one")
         self.batch = int(batch)
         self.margin = int(margin)
         self.length = 0
@@ -89,21 +89,28 @@ class SequenceState:
             self.bind(order, windows)
 
     def bind(self, order: int, windows: Mapping[int, int]) -> SequenceState:
-        """Fixes N and each layer's window length, unless they are fixed to these already.
+        """Sets N and each layer's window length, unless they are set already.
 
-        Raises ConfigError if a memory of other sizes has fixed them, InputError for invalid sizes.
+        Args:
+            order: N, the largest n-gram order.
+            windows: memory layer -> W.
+
+        Raises:
+            ConfigError: a memory of other sizes has set them.
+            InputError: sizes are invalid.
         """
         if self.order == order and self._sizes == windows:
             return self
-        valid = is_int(order) and order >= 1
-        if not valid or not all(is_int(size) and size >= 0 for size in windows.values()):
+        is_valid = is_int(order) and order >= 1
+        are_valid = all(is_int(size) and size >= 0 for size in windows.values())
+        if not (is_valid and are_valid):
             raise InputError(
                 f"expected order >= 1 and windows >= 0, found {order!r} and {dict(windows)!r}"
             )
         if self.order is not None:
             raise ConfigError(
-                f"the state belongs to a memory of order {self.order} with conv windows "
-                f"{self._sizes}; this one has order {order} and {dict(windows)}"
+                f"state: expected a memory of order {self.order} with conv windows {self._sizes}, "
+                f"to which the state belongs, found order {order} and {dict(windows)}"
             )
         self.order = int(order)
         self._sizes = {layer: int(size) for layer, size in windows.items()}
@@ -112,9 +119,9 @@ class SequenceState:
 
     @property
     def history(self) -> np.ndarray:
-        """The raw ids before the next chunk, int64 [B, N-1], as Addresser takes them.
+        """The raw ids before the next chunk, int64 [B, N-1], for `Addresser.all_rows`.
 
-        -1 = nothing there: before the sequence, before the most recent document start, or dead.
+        -1 = no id: before the sequence, before the most recent document start, or dead.
         """
         look_back = self._bound() - 1
         ids, starts = self._past.last(look_back)
@@ -130,15 +137,15 @@ class SequenceState:
         """Appends T tokens.
 
         Args:
-            ids_BT: raw ids, int [B, T]. Those at dead and absent positions may be anything.
+            ids_BT: raw ids, int [B, T]. Ids at dead and absent positions may have any value.
             live: bool [B, T] as in `Addresser.all_rows`.
             starts: bool [B, T] as in `Addresser.all_rows`.
-            present: bool [B, T], False = there is no token of the sequence at this position (a
-                hole in a mask): what comes after it follows what came before it. It counts as a
-                position for `length` and `crop`.
+            present: bool [B, T], False = the sequence has no token at this position (a hole in a
+                mask): the next token follows directly on the last one before the hole. The position
+                still counts for `length` and `crop`.
 
         Raises:
-            InputError: another shape or dtype, or a negative id at a live position.
+            InputError: a shape or dtype is invalid, or an id at a live position is negative.
         """
         look_back = self._bound() - 1
         ids = as_array(ids_BT)
@@ -169,13 +176,15 @@ class SequenceState:
         """Addresses of the next id of each sequence and of the N-1 before it, int64.
 
         The caller writes the next id there instead of calling `extend`, and then calls
-        `advance_ids`. Returns None if only `history` and `extend` can serve.
+        `advance_ids`. Returns None if the caller has to use `history` and `extend`.
         """
         return self._past.columns(self._bound() - 1)
 
     def advance_ids(self) -> SequenceState:
-        """The next id of each sequence has been written. It is in the vocabulary, and begins no
-        document."""
+        """Counts the next id of each sequence, which the caller has written (see `next_ids`).
+
+        The id must be in the vocabulary, and must not begin a document.
+        """
         self._past.advance()
         self._lengthen(1)
         return self
@@ -187,27 +196,27 @@ class SequenceState:
         self._room = min(self.margin, self._room + tokens)
 
     def window(self, layer: int) -> Tensor | None:
-        """The last W conv inputs of a memory layer, [B, W, S, D], as EngramLayer takes them.
+        """The last W conv inputs of a memory layer, [B, W, S, D], for `EngramLayer.forward`.
 
-        They are zero where nothing is, and before the most recent start. Returns None before the
-        layer's first push, and for a layer without a conv. Valid until the next push, which may
-        write to it.
+        They are zero before the sequence and before the most recent document start. Returns None
+        before the layer's first push, and for a layer without a conv. The tensor is valid until the
+        next push, which may write to it.
         """
         return self._window(layer).read() if self.length else None
 
     def push(
         self, layer: int, inputs_BTSD: Tensor, starts: Any = None, present: Any = None
     ) -> SequenceState:
-        """Appends a chunk's conv inputs of a memory layer. If W is 0 nothing is kept.
+        """Appends a chunk's conv inputs of a memory layer. If W is 0, nothing is kept.
 
         Args:
             layer: a layer of the memory.
             inputs_BTSD: [B, T, S, D], unmasked.
-            starts: bool [B, T], as `extend` took it for the chunk.
-            present: bool [B, T], as `extend` took it for the chunk.
+            starts: bool [B, T], the same as in `extend` for this chunk.
+            present: bool [B, T], the same as in `extend` for this chunk.
 
         Raises:
-            InputError: another shape, or not the next chunk that `extend` took.
+            InputError: the shape is not that of the next chunk in `extend`.
             ConfigError: the layer has no memory.
         """
         window = self._window(layer)
@@ -231,7 +240,7 @@ class SequenceState:
         """Addresses of a layer's next conv inputs and of the W before them, columns [S, D].
 
         The caller writes the inputs there instead of calling `push`, and then calls `advance`.
-        Returns None if only `window` and `push` can serve.
+        Returns None if the caller has to use `window` and `push`.
 
         Args:
             layer: a layer of the memory.
@@ -242,29 +251,34 @@ class SequenceState:
         return window.columns(x_B1SD) if window.size else NO_COLUMNS
 
     def advance(self, layer: int) -> SequenceState:
-        """The next conv inputs of a layer have been written."""
+        """Counts the next conv inputs of a layer, which the caller has written (see `columns`)."""
         window = self._window(layer)
         if window.size:
             window.advance()
         return self
 
     def watch(self, reading: Cancellable, tokens: int) -> None:
-        """`reading` is under way for the last `tokens` tokens; `crop` cancels it if it takes all of
-        them back."""
+        """Registers a read under way for the last `tokens` tokens.
+
+        `crop` cancels it if it takes back all of these tokens.
+        """
         self._readings = [known for known in self._readings if known.reading() is not None]
         self._readings.append(_Reading(self.length - tokens, weakref.ref(reading)))
 
     def crop(self, tokens: int) -> SequenceState:
         """Takes back the last tokens, in the ids and in every layer that has seen them.
 
-        Gives up reading rows for them. Raises StateTooShort if there are not so many, or the
-        margin is smaller: the state stays as it is.
+        Cancels reads of their rows. After an error the state is unchanged.
+
+        Raises:
+            StateTooShort: the state has seen fewer tokens, or the margin is smaller.
+            InputError: `tokens` is not an integer from 0 on.
         """
         if not is_int(tokens) or tokens < 0:
             raise InputError(f"crop: expected a number of tokens from 0 on, found {tokens!r}")
         if tokens > self._room:
             raise StateTooShort(
-                f"crop: asked to take back {tokens} tokens, {self._room} are possible: "
+                f"crop: expected at most {self._room} tokens, found {tokens}: "
                 f"{self.length} were seen, and the margin is {self.margin} since the longest point "
                 "(attach, load and memory.state take margin=)"
             )
@@ -281,9 +295,9 @@ class SequenceState:
         return self
 
     def reorder(self, index_B: Any) -> SequenceState:
-        """Sequence b becomes what sequence index_B[b] was (beam search); int [B].
+        """Replaces each sequence b by sequence index_B[b] (beam search). index_B: int [B].
 
-        Raises InputError for other arrays and for indices out of range.
+        Raises InputError if the array or an index is invalid.
         """
         index = as_index(index_B, self.batch)
         if len(index) != self.batch:
@@ -302,14 +316,15 @@ class SequenceState:
 
     @classmethod
     def join(cls, states: Sequence[SequenceState]) -> SequenceState:
-        """One state for the sequences of all `states`, in their order; the states stay as they are.
+        """Makes one state for the sequences of all `states`, in their order.
 
-        Their lengths may differ (continuous batching): the shorter ones are padded in front with
-        absent positions, so `length` becomes the longest. As many tokens can be taken back as in
-        every one of them.
+        The states are unchanged. Their lengths may differ (continuous batching): shorter ones are
+        padded in front with absent positions, so `length` is that of the longest. As many
+        tokens can be taken back as in every one of the states.
 
-        Raises InputError if there is no state, if the states belong to memories of other sizes or
-        have other margins, or if some layer has not seen all tokens.
+        Raises:
+            InputError: there is no state, the states have different sizes or margins, or some layer
+                has not seen all tokens.
         """
         _check_joinable(states)
         first = states[0]
@@ -340,11 +355,11 @@ class SequenceState:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy takes back is still read for this one.
+        # A copy must not cancel reads that this state still needs.
         return self.__dict__ | {"_readings": []}
 
     def to(self, device: torch.device | str) -> SequenceState:
-        """Moves the conv windows to a device; ids stay in the CPU's memory."""
+        """Moves the conv windows to a device; ids stay in CPU memory."""
         for window in self._windows.values():
             window.to(device)
         return self
@@ -374,7 +389,7 @@ class SequenceState:
 
 
 class _Reading(NamedTuple):
-    """A reading for the tokens from `first` on."""
+    """A read for the tokens from `first` on."""
 
     first: int
     reading: weakref.ref[Cancellable]

@@ -1,8 +1,8 @@
-"""A memory that takes no part for a moment: `with memory.disabled():`.
+"""Switches a memory off for a while: `with memory.disabled():`.
 
-This is a context variable, not a flag of the memory: other threads and tasks go on with the memory.
-A thread that is started inside the `with` begins with the memory on, as it begins with the default
-of every context variable.
+The switch is a context variable, not a flag of the memory: other threads and tasks keep using the
+memory. So does a thread that is started inside the `with`, since a new thread starts with the
+defaults of all context variables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A ticket: rows of several layers that were asked for, and that are read or will be."""
+"""A ticket: a request for rows of several layers, to be waited for or cancelled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """Rows of one layer. ids_BTC: row ids, int64 [B, T, C]."""
+    """The rows to read of one layer. ids_BTC: row ids, int64 [B, T, C]."""
 
     layer: int
     store: RowStore
@@ -39,7 +39,7 @@ class Request(NamedTuple):
 
 
 class Ticket:
-    """Rows that were asked for; made by `Prefetcher.submit`.
+    """Rows that were requested; made by `Prefetcher.submit`.
 
     Attributes:
         state: "waiting", then "done", "failed" or "cancelled".
@@ -51,44 +51,49 @@ class Ticket:
         self._requests = requests
         self._rows: dict[int, Tensor] = {}
         self._error: BaseException | None = None
-        # Lists here and in `submit`: for one or two layers they are faster than generators.
+        # A list, as in `submit`: for one or two layers it is faster than a generator.
         self.bytes = sum([request.ids_BTC.size * request.fmt.d for request in requests]) * 4
         self.state = "waiting"
         self.counted = False  # whether the wait for it is in the statistics
 
     def wait(self) -> dict[int, Tensor]:
-        """layer -> f32 [B, T, E], E = C*d, when all of them are read. The same tensors each time.
+        """Waits until all rows are read.
 
-        Nothing else ever writes to them: a buffer is used again when the last tensor or array over
-        it is gone, the ticket's own included. Raises what reading raised, each time; StoreError
-        after `cancel`.
+        Returns:
+            layer -> f32 [B, T, E], E = C*d; the same tensors each time. Nothing else writes to
+            them: a buffer is reused only after the last tensor or array over it is gone, including
+            the ticket's own.
+
+        Raises:
+            StoreError: The ticket was cancelled.
+            Exception: Whatever reading raised, each time.
         """
         self._queue.wait_for(self)
-        rows = self._rows  # before looking at the error, since another thread may cancel
+        rows = self._rows  # before the error is read, since another thread may cancel
         if self._error is not None:
             raise self._error
         return self._queue.handed_out(rows)
 
     def cancel(self) -> None:
-        """Gives up the rows: what is not read yet will not be, and `wait` raises StoreError.
+        """Gives up the rows: reads that have not begun are dropped, and `wait` raises StoreError.
 
-        Tensors that `wait` returned stay.
+        Tensors that `wait` has returned stay valid.
         """
         self._queue.cancel(self)
 
     def read(self) -> None:
-        """Reads the rows, or keeps the error. For the queue, once."""
+        """Reads the rows, or keeps the error. The queue calls this once."""
         rows: dict[int, Tensor] = {}
         error = None
         try:
             rows = self._read_all(self._queue.buffer)
         except BaseException as caught:  # the waiter raises it, in its own thread
             error = caught
-            traceback.clear_frames(caught.__traceback__)  # they hold buffers
+            traceback.clear_frames(caught.__traceback__)  # frames hold buffers
         self._queue.settle(self, rows, error)
 
     def read_inline(self) -> None:
-        """Reads the rows now, in memory of their own, or keeps the error."""
+        """Reads the rows now, into new memory, or keeps the error."""
         try:
             rows = self._read_all(_new_buffer)
         except BaseException as caught:  # the waiter raises it
@@ -103,7 +108,7 @@ class Ticket:
         return self._queue.to_device(rows)
 
     def finish(self, rows: dict[int, Tensor], error: BaseException | None) -> None:
-        """Takes the result of reading."""
+        """Stores the result of reading."""
         self._rows = rows
         self._error = error
         self._requests = []
@@ -111,7 +116,7 @@ class Ticket:
 
     def give_up(self, error: BaseException) -> None:
         """Drops rows and requests; `wait` raises `error`."""
-        self._error = error  # before the rows go, see `wait`
+        self._error = error  # before the rows are dropped, see `wait`
         self._rows = {}
         self._requests = []
         self.state = "cancelled"

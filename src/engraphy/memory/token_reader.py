@@ -1,8 +1,8 @@
 """TokenReader: one native call looks up one token of each of a few sequences, for all layers.
 
-A decoded token needs a few dozen rows. The steps of a look-up, one by one, take far longer than
-reading them. They are the specification of the call: SequenceState.history, Addresser.all_rows,
-SequenceState.extend, rows.read.
+A decoded token needs a few dozen rows. Reading these takes far less time than the separate steps of
+a look-up in Python. Those steps are the specification of the call: SequenceState.history,
+Addresser.all_rows, SequenceState.extend, rows.read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .state import SequenceState
 class TokenReader:
     """Rows of all layers for one token of each sequence.
 
-    Safe for many threads, if each has states of its own. The prefetcher counts a call as one
-    ticket; each store counts its rows, and the time of the whole call.
+    Safe for many threads, if they share no state. The prefetcher counts a call as one ticket; each
+    store counts its own rows and the time of the whole call.
     """
 
     def __init__(
@@ -39,18 +39,21 @@ class TokenReader:
         self._format = stores.format
         self._prefetcher = prefetcher
         self._stores = {layer: stores[layer] for layer in addresser.spec.layer_ids}
-        # Of the shards that the stores had last; keeps none of them alive.
+        # For the shards of the last call; keeps none of them alive.
         self._known: _Native | None = None
 
     def read(self, ids_B1: Tensor, state: SequenceState) -> dict[int, Tensor] | None:
-        """Rows by layer, f32 [B, 1, E]; `state` is extended by the ids.
+        """Reads the rows of one token of each sequence, and extends `state` by the ids.
 
-        Returns None, and changes nothing, if it takes the steps one by one: rows are not in memory
-        now, an id has no token or is out of range, a document begins within the look-back, there
-        are many sequences, or something is wrong.
+        Returns:
+            layer -> f32 [B, 1, E]. None, without any change, if the caller has to take the separate
+            steps: rows are not in memory now, an id has no token or is out of range, a document
+            begins within the look-back, there are many sequences, or there is an error.
         """
         stores = self._stores
-        batch, layers, width = len(ids_B1), len(stores), self._addresser.spec.columns
+        batch = len(ids_B1)
+        layers = len(stores)
+        width = self._addresser.spec.columns
         count = batch * layers * width
         if not 0 < count <= FEW_ROWS:
             return None
@@ -69,13 +72,15 @@ class TokenReader:
                     raise _StepByStep
             self._prefetcher.count_inline(count)
         except (_StepByStep, StoreError, TableError):
-            return None  # of a closed or damaged store: the steps raise the same, at their time
+            return None  # if a store is closed or damaged, the separate steps raise the error
         state.advance_ids()
         return dict(zip(stores, rows_LB1E.unbind(), strict=True))
 
     def _reader_of(self, shards: list[Any]) -> _Native | None:
-        """The native reader of rows that are in memory, or mapped if the system says whether they
-        are there. None for other rows."""
+        """The native reader for these shards.
+
+        None unless every store is in memory, or mapped with a system that reports which rows are.
+        """
         if _native.core is None or not all(shards):
             return None
         # Lists here and below: for a few layers they are faster than generators.
@@ -87,7 +92,8 @@ class TokenReader:
         return known
 
     def _new_reader(self, core: Any, shards: list[Any]) -> _Native:
-        stores, fmt = self._stores.values(), self._format
+        stores = self._stores.values()
+        fmt = self._format
         places = [addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
         reader = core.TokenReader(
             self._addresser.plan,
@@ -104,11 +110,11 @@ class TokenReader:
 
 
 class _StepByStep(Exception):
-    """Leaves the scope of a read that cannot be made by one call."""
+    """Raised to leave the scope of a read that one native call cannot do."""
 
 
 class _Native(NamedTuple):
-    """The native reader, and the addresses of shards, by layer, that it was made for."""
+    """A native reader, and the addresses of the shards of each layer that it was made for."""
 
     reader: Any
     places: list[Any]

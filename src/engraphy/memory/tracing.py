@@ -1,7 +1,7 @@
-"""A look-up refuses to be recorded: a recording would keep the row ids of one input as constants.
+"""Look-ups refuse to be traced: a traced graph would keep the rows of one input as constants.
 
-numpy computes row ids from token ids, and stores give rows, both outside of any graph. Under
-tracing, export, capture and the transforms of torch.func a look-up raises InputError.
+Row ids are computed with numpy and rows are read from stores, both outside of any graph. Under
+tracing, export, CUDA graph capture and the transforms of torch.func a look-up raises InputError.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: _Function) -> _Function:
-    """torch.compiler.disable, whose own type hides the type of what it decorates."""
+    """torch.compiler.disable, but type checkers still see the type of the decorated function."""
     disabled: Any = torch.compiler.disable(function, reason=REASON)
     return disabled
 
 
 def refuse_tracing(ids: Any) -> None:
-    """Raises InputError while something records what is done with `ids`. Takes microseconds."""
+    """Raises InputError if the operations on `ids` are being recorded. Takes microseconds."""
     recorder = _recorder(ids)
     if recorder is not None:
         raise InputError(
@@ -45,7 +45,7 @@ def refuse_tracing(ids: Any) -> None:
 
 
 def _recorder(ids: Any) -> str | None:
-    """What records; None = nothing."""
+    """What is recording the operations on `ids`, in words; None = nothing."""
     if type(ids) is not Tensor:
         kinds = {kind.__name__ for kind in type(ids).__mro__}
         if kinds & _KINDS:

@@ -1,7 +1,7 @@
 """The conv inputs that a SequenceState keeps: the last ones of one layer.
 
-They are columns of a buffer, as ids are (past.py). A decoding step writes one column. If the buffer
-is full, what is kept moves to a new one with room behind it.
+The inputs are columns of a buffer, as ids are (past.py). A decoding step writes one column. If the
+buffer is full, the columns that are still needed move to a new buffer with room behind them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ from .columns import kept_columns, last, last_present, since_start, taken, taken
 
 
 class _Place(NamedTuple):
-    """What is known of a buffer of conv inputs, since asking the tensor takes longer.
+    """Facts about a buffer of conv inputs, cached because asking the tensor takes longer.
 
-    batch: sequences. values: of one column, of all sequences. address: of the first value. column,
-    stride: bytes between columns, values between sequences.
+    Attributes:
+        batch: Sequences.
+        values: Values of one column in all sequences together.
+        dtype: Dtype of the buffer.
+        cpu: Whether it is in CPU memory.
+        inference: Whether it was made in inference mode.
+        address: Address of the first value.
+        column: Bytes from one column to the next.
+        stride: Values from one sequence to the next.
     """
 
     batch: int
@@ -37,7 +44,7 @@ class _Place(NamedTuple):
 
     @classmethod
     def of(cls, buffer: Tensor) -> _Place:
-        """What is known of a buffer [B, columns, S, D]."""
+        """The facts about a buffer [B, columns, S, D]."""
         return cls(
             len(buffer),
             buffer[:, 0].numel(),
@@ -61,7 +68,7 @@ class _Place(NamedTuple):
 class Window:
     """The columns before `end` of a buffer, with `size` zeros in front of the first.
 
-    size: columns that the conv looks at. margin: columns that may be taken back.
+    size: columns before a position that the conv looks at. margin: columns that may be taken back.
     """
 
     def __init__(self, size: int, margin: int):
@@ -78,12 +85,12 @@ class Window:
         self.clear = 0  # from this column on no document begins and nothing is absent
 
     def expect(self, tokens: int) -> None:
-        """A chunk of so many tokens was looked up; its inputs will come."""
+        """Notes that a chunk of `tokens` tokens was looked up, whose inputs will be appended."""
         if tokens and self.size:
             self.ahead.append(tokens)
 
     def append(self, inputs: Tensor, starts: np.ndarray | None, absent: np.ndarray | None) -> None:
-        """Add the columns of the next chunk.
+        """Adds the columns of the next chunk.
 
         Args:
             inputs: [B, T, S, D].
@@ -113,7 +120,7 @@ class Window:
             self.clear = self.end
 
     def columns(self, x: Tensor) -> Columns | None:
-        """Where the `size` columns before the next one are, and where that goes.
+        """Addresses of the `size` columns before the next one, and of the next one.
 
         Returns None if the inputs for x, one token a sequence, have to go through `append`.
         """
@@ -132,7 +139,7 @@ class Window:
         return Columns(oldest, place.address + self.end * place.column, place.stride)
 
     def advance(self) -> None:
-        """The next column has been written."""
+        """Counts the next column, which has been written by address."""
         self.ahead.pop(0)
         if self.clear:
             self.starts[:, self.end] = self.absent[:, self.end] = False
@@ -142,14 +149,14 @@ class Window:
         return self.inputs is None or self.end + count > self.inputs.shape[1]
 
     def _is_foreign(self, inputs: Tensor) -> bool:
-        """Whether the buffer has another dtype, or was made in inference mode and is used after."""
+        """Whether the buffer has another dtype, or was made in inference mode, which has ended."""
         assert self.inputs is not None
         if inputs.dtype != self.inputs.dtype:
             return True
         return self.inputs.is_inference() and not torch.is_inference_mode_enabled()
 
     def _move(self, inputs: Tensor) -> None:
-        """To a new buffer that has room for these inputs."""
+        """Moves the columns to a new buffer that has room for these inputs."""
         kept = min(self.end, self.keep - inputs.shape[1])
         first = self.end - kept
         columns = kept + inputs.shape[1] + self.keep // 4 + 1
@@ -164,8 +171,10 @@ class Window:
     def _compact(
         self, inputs: Tensor, starts: np.ndarray | None, absent: np.ndarray | None
     ) -> None:
-        """To a new buffer that ends with these inputs. Columns that are too old to be taken back
-        lose their holes."""
+        """Moves the columns to a new buffer, with these inputs at the end.
+
+        Columns that are too old to be taken back lose their holes.
+        """
         nothing = np.zeros(tuple(inputs.shape[:2]), dtype=bool)
         old, old_starts, old_absent = self._new(inputs, self.end)
         if self.inputs is not None:
@@ -185,7 +194,7 @@ class Window:
         self.end = self.clear = kept
 
     def _new(self, inputs: Tensor, columns: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Zeros: a buffer of `columns` for inputs like these, with starts and absences."""
+        """New zeros: a buffer of `columns` columns for inputs like these, starts and absent."""
         dtype = inputs.dtype
         if self.inputs is not None:
             dtype = torch.promote_types(dtype, self.inputs.dtype)
@@ -202,8 +211,8 @@ class Window:
     def read(self) -> Tensor | None:
         """The last `size` inputs that are present, [B, size, S, D].
 
-        They are zero where nothing is and before the most recent start. Returns None before the
-        first `append`.
+        They are zero before the first input and before the most recent start. Returns None before
+        the first `append`.
         """
         if self.inputs is None:
             return None
@@ -220,7 +229,7 @@ class Window:
         return torch.where(seen[:, :, None, None], window, 0.0)
 
     def crop(self, tokens: int) -> None:
-        """Take back the last tokens: first those whose inputs are still to come."""
+        """Takes back the last tokens, beginning with those whose inputs were not appended yet."""
         while tokens and self.ahead:
             length = self.ahead.pop()
             if length > tokens:
@@ -230,14 +239,14 @@ class Window:
             self.end -= tokens
 
     def take(self, index: np.ndarray) -> None:
-        """Keep the sequences of `index`, int64 [n], in its order."""
+        """Keeps the sequences of `index`, int64 [n], in its order."""
         if self.inputs is not None:
             rows = torch.from_numpy(index).to(self.inputs.device)
             inputs = self.inputs.index_select(0, rows)
             self._replace(inputs, self.starts[index], self.absent[index])
 
     def to(self, device: torch.device | str) -> None:
-        """Move the inputs to a device."""
+        """Moves the inputs to a device."""
         if self.inputs is not None:
             self.inputs = self.inputs.to(device)
             self.place = None
@@ -254,7 +263,7 @@ class Window:
 
     @classmethod
     def join(cls, windows: Sequence[Window], batches: Sequence[int]) -> Window:
-        """The inputs of all their sequences; the shorter ones begin with absent columns."""
+        """The sequences of all `windows`; the shorter ones begin with absent columns."""
         joined = cls(windows[0].size, windows[0].margin)
         filled = [window.inputs for window in windows if window.inputs is not None]
         if not filled:

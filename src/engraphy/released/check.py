@@ -1,6 +1,6 @@
-"""Whether a released model's config, its vocabulary map and a table belong together.
+"""Checks that a released model's config, its vocabulary map and a table belong together.
 
-If not, the error names the number that differs.
+If they do not, the error names each field that differs.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from ..table.table import Table
 def check_config(
     config: Any, vocab: VocabMap | None = None, table: Table | None = None
 ) -> EngramConfig:
-    """The memory that a released model's config describes, compared with what it is used with.
+    """Compares the memory that a released model's config describes with its vocabulary and table.
 
     Args:
         config: The model's config, an object or a dict.
-        vocab: The map of the model's tokenizer. Without it, the identity is compared if the release
-            hashes raw ids (Qwen4-Exp), else nothing.
-        table: A table on disk.
+        vocab: The map of the model's tokenizer. If it is None and the release hashes raw ids
+            (Qwen4-Exp), the table is expected to have the identity map. If it is None otherwise, no
+            vocabulary is compared.
+        table: A table on disk; None = compare no table.
 
     Returns:
         The memory.
 
     Raises:
         ConfigError: The config contradicts itself (`EngramConfig.from_hf`).
-        DigestMismatch: Something differs; the message names every field with what was expected and
-            what was found.
+        DigestMismatch: Something differs; the message names the fields, each with the expected
+            value and the one found.
     """
     memory = EngramConfig.from_hf(config)
     if vocab is not None:
@@ -50,18 +51,18 @@ def _check_vocab(spec: HashSpec, raw_size: int | None, vocab: VocabMap) -> None:
     name = release.field_names["vocab_size"]
     if len(vocab) != spec.vocab_size:
         raise DigestMismatch(
-            f"{name}: the config says {spec.vocab_size}, the vocabulary map has {len(vocab)} ids: "
-            "another tokenizer"
+            f"{name}: expected {spec.vocab_size} ids, as in the config, found {len(vocab)} in the "
+            "vocabulary map: it belongs to another tokenizer"
         )
     if raw_size is not None and vocab.raw_size != raw_size:
         raise DigestMismatch(
-            f"vocab_size: the config says {raw_size}, the vocabulary map takes {vocab.raw_size} "
-            f"raw ids: make it with raw_size={raw_size}, or of another tokenizer"
+            f"vocab_size: expected {raw_size} raw ids, as in the config, found {vocab.raw_size} in "
+            f"the vocabulary map: make it with raw_size={raw_size}, or from another tokenizer"
         )
     if spec.rules.raw_ids and vocab.digest != VocabMap.identity(spec.vocab_size).digest:
         raise DigestMismatch(
-            f"vocabulary map: {release.title} hashes raw ids, expected the identity of "
-            f"{spec.vocab_size} ids, found another map"
+            f"vocabulary map: expected the identity of {spec.vocab_size} ids, since "
+            f"{release.title} hashes raw ids, found another map"
         )
     if spec.filler_id >= vocab.raw_size or vocab.table[spec.filler_id] < 0:
         filler = release.field_names["filler_id"]
@@ -72,32 +73,32 @@ def _check_vocab(spec: HashSpec, raw_size: int | None, vocab: VocabMap) -> None:
 
 
 def _check_table(memory: EngramConfig, vocab: VocabMap | None, table: Table) -> None:
-    ours, theirs = memory.hash, table.config.hash
-    release = ours.rules.released
+    release = memory.hash.rules.released
     names = release.field_names
     differences: list[str] = []
     for field in dataclasses.fields(HashSpec):
-        expected, value = getattr(ours, field.name), getattr(theirs, field.name)
+        expected = getattr(memory.hash, field.name)
+        value = getattr(table.config.hash, field.name)
         if expected != value:
-            called = names.get(field.name, field.name)
-            also = "" if called == field.name else f" ({called})"
-            differences.append(
-                f"{field.name}{also}: expected {_plain(expected)}, found {_plain(value)}"
-            )
+            title = field.name
+            config_name = names.get(field.name, field.name)
+            if config_name != field.name:
+                title += f" ({config_name})"
+            differences.append(f"{title}: expected {_plain(expected)}, found {_plain(value)}")
     if memory.dim != table.config.dim:
         differences.append(
             f"row width d ({release.dim_name}): expected {memory.dim}, found {table.config.dim}"
         )
     if differences:
         listed = "; ".join(differences)
-        raise DigestMismatch(f"{table.path}: not the table of this config: {listed}")
+        raise DigestMismatch(f"{table.path}: expected the table of this config; {listed}")
     if vocab is None:
         return
     expected = memory.address_digest(vocab.digest)
     if table.address_digest != expected:
         raise DigestMismatch(
-            f"{table.path}: made with another vocabulary map of {len(vocab)} ids, so for another "
-            f"tokenizer: expected address digest {expected}, found {table.address_digest}"
+            f"{table.path}: expected address digest {expected}, found {table.address_digest}: the "
+            f"table was made with another vocabulary map of {len(vocab)} ids, for another tokenizer"
         )
 
 

@@ -1,7 +1,7 @@
-"""The n-gram tables of a released checkpoint: their tensors, checked, and their rows as records.
+"""The n-gram tables of a released checkpoint: finds and checks their tensors, reads their rows.
 
-Tensors of the table of layer L, after any prefix. Both releases may split a weight into parts,
-`.shard_I`, which have equal rows except the last:
+These are the tensors of the table of layer L; their names may have any prefix. Both releases may
+split a weight into parts, `.shard_I`, of equal row counts except for the last:
 
     DeepSeek-V4.1   layers.L.engram.embed
         .weight             F8_E4M3 [rows, d]
@@ -13,7 +13,7 @@ Tensors of the table of layer L, after any prefix. Both releases may split a wei
         .ngram_heads_vocab_sizes            I64
         .ngram_heads_offsets                I64
 
-The names stand with the dialects, in spec/dialects.
+The names are defined with the dialects, in spec/dialects.
 
 Sources: public listings of the safetensors headers of DeepSeek-V4.1-Flash and of Qwen3.8-Flash-Next
 and its FP8 release; `qwen4_exp` in transformers 5.23 (conversion_mapping.py, split_ngram_parts).
@@ -65,9 +65,9 @@ class Checkpoint:
         config: The memory that config.json describes.
         fmt: The format of the rows as records.
         weights: The tensors of each layer, in row order.
-        scales: The block scales beside each of them; empty if there are none.
+        scales: The block scales of each weight tensor, by layer; empty if the release has none.
         raw_vocab: Size of the model's vocabulary.
-        source_id: 32 hex digits of config, headers and a sample of the rows.
+        source_id: A hash of config, headers and a sample of the rows, 32 hex digits.
     """
 
     directory: Path
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
-        """Read config.json, the index, the headers of the files that hold tables, and a few rows.
+        """Reads config.json, the index, the headers of the files that hold tables, and a few rows.
 
         Args:
             directory: The checkpoint's folder.
@@ -90,8 +90,8 @@ class Checkpoint:
 
         Raises:
             ConfigError: config.json is missing or describes no known memory.
-            TableError: A tensor, or one of its numbers, is not as expected; or a tensor under a
-                table's name is not known.
+            TableError: A tensor is missing or has an unexpected shape, dtype or value; or the name
+                of a table has an unknown tensor below it.
             DigestMismatch: Stored multipliers or primes are not those of the config.
             ShardMissing, ShardTruncated, ShardCorrupt: A file is missing or damaged.
         """
@@ -114,7 +114,13 @@ class Checkpoint:
         return dataclasses.replace(checkpoint, source_id=_source_id(checkpoint))
 
     def read_rows(self, layer: int, first: int, out_nR: np.ndarray) -> None:
-        """Records of rows first..first+n-1 of a layer into uint8 [n, row_bytes], C-contiguous."""
+        """Reads rows first..first+n-1 of a layer as records.
+
+        Args:
+            layer: A layer of the memory.
+            first: The first row.
+            out_nR: uint8 [n, row_bytes], C-contiguous, which is filled.
+        """
         if not self.scales[layer]:
             read_rows(self.weights[layer], first, out_nR)
             return
@@ -123,7 +129,8 @@ class Checkpoint:
         scale_ns = np.empty((len(out_nR), self.fmt.row_bytes - d), np.uint8)
         read_rows(self.weights[layer], first, weight_nd)
         read_rows(self.scales[layer], first, scale_ns)
-        out_nR[:, :d], out_nR[:, d:] = weight_nd, scale_ns
+        out_nR[:, :d] = weight_nd
+        out_nR[:, d:] = scale_ns
 
     def vocab(self, saved: str | os.PathLike[str] | None = None) -> VocabMap:
         """The vocabulary map that the rows were trained with.
@@ -138,8 +145,8 @@ class Checkpoint:
             The map.
 
         Raises:
-            ConfigError: There is neither.
-            DigestMismatch: The map is not the checkpoint's.
+            ConfigError: There is neither a saved map nor a tokenizer.json.
+            DigestMismatch: The map does not belong to the checkpoint.
         """
         size = self.config.hash.vocab_size
         vocab = load_map(saved) if saved is not None else None
@@ -171,7 +178,7 @@ class Checkpoint:
         return _map_of(str(path), path.stat().st_mtime_ns, self.raw_vocab)
 
 
-@functools.lru_cache(maxsize=4)  # one store a layer asks for it, and it takes seconds
+@functools.lru_cache(maxsize=4)  # it takes seconds, and the store of each layer needs it
 def _map_of(path: str, _modified: int, raw_vocab: int) -> VocabMap:
     return VocabMap.from_tokenizer(load_tokenizer(path), raw_vocab)
 
@@ -191,10 +198,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 class _Tensors:
-    """The tensors of a checkpoint, found by name. files: as the index lists them."""
+    """The tensors of a checkpoint by name. files: tensor name -> file, from the index."""
 
     def __init__(self, directory: Path, files: Mapping[str, Path]) -> None:
-        self.directory, self._files = directory, files
+        self.directory = directory
+        self._files = files
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._found: set[str] = set()
 
@@ -208,7 +216,7 @@ class _Tensors:
         return len(self._files)
 
     def find(self, name: str) -> StoredTensor:
-        """Raises TableError where there is none, and what `read_header` raises."""
+        """The tensor of this name. Raises TableError if there is none, or as `read_header` does."""
         if name not in self._files:
             raise TableError(
                 f"{self.directory}: expected the tensor {name}, found none of this name"
@@ -225,10 +233,12 @@ class _Tensors:
         return self._headers[path][name]
 
     def check_all_found(self, table: str) -> None:
-        """Raise TableError if a tensor under a table's name was not asked for.
+        """Raises TableError if a tensor below a table's name was never requested from `find`.
 
-        The rows would be read without what that tensor means, whether the index lists it or not.
-        table: what follows the layer's number in names.
+        Such a tensor may change what the rows mean, whether the index lists it or not.
+
+        Args:
+            table: What follows the layer's number in tensor names.
         """
         pattern = re.compile(rf"((?:.*\.)?)layers\.\d+\.{re.escape(table)}(?:[._].*)?")
         names = {*self._files, *(name for path in self._headers for name in tensor_names(path))}
@@ -244,7 +254,7 @@ class _Tensors:
                 )
 
     def left_out(self, pattern: re.Pattern[str]) -> str:
-        """The end of a message: files of the folder with such tensors that the index leaves out."""
+        """The end of a message: files of the folder with matching tensors that the index lacks."""
         holding = []
         for path in sorted(self.directory.glob("*.safetensors")):
             with contextlib.suppress(TableError):
@@ -267,20 +277,24 @@ def _table(
     stem, names = _names(tensors, release.table, layer)
     weights = [tensors.find(name) for name in names]
     _check_rows(weights, config, layer, lambda: tensors.left_out(_weight_pattern(re.escape(stem))))
-    dtype, where = weights[0].dtype, f"{weights[0].path}: {names[0]}"
+    dtype = weights[0].dtype
+    where = f"{weights[0].path}: {names[0]}"
     if release.block_scales:
         if dtype != "F8_E4M3":
             raise TableError(f"{where}: dtype: expected F8_E4M3, found {dtype}")
         fmt = RowFormat("fp8", config.dim)
-        return fmt, tuple(weights), tuple(_scale(tensors, weight, config.dim) for weight in weights)
+        scales = tuple(_scale(tensors, weight, config.dim) for weight in weights)
+        return fmt, tuple(weights), scales
     _check_hash(tensors, stem.rpartition(".")[0], config, layer)
     scale_name = f"{stem}.weight_scale"
-    if (dtype == "F8_E4M3") != (scale_name in tensors) or dtype not in (*_PLAIN_KINDS, "F8_E4M3"):
+    is_fp8 = dtype == "F8_E4M3"
+    has_scale = scale_name in tensors
+    if is_fp8 != has_scale or not (is_fp8 or dtype in _PLAIN_KINDS):
         raise TableError(
             f"{where}: dtype: expected {', '.join(_PLAIN_KINDS)}, or F8_E4M3 with {scale_name}, "
-            f"found {dtype} {'with' if scale_name in tensors else 'without'} it"
+            f"found {dtype} {'with' if has_scale else 'without'} it"
         )
-    if dtype == "F8_E4M3":
+    if is_fp8:
         scale = _table_scale(tensors.find(scale_name))
         return RowFormat("fp8_scaled", config.dim, scale), tuple(weights), ()
     return RowFormat(_PLAIN_KINDS[dtype], config.dim), tuple(weights), ()
@@ -291,7 +305,7 @@ def _weight_pattern(stem: str) -> re.Pattern[str]:
 
 
 def _names(tensors: _Tensors, table: str, layer: int) -> tuple[str, list[str]]:
-    """What the names of a layer's weights begin with, and the names in row order."""
+    """The common beginning of the names of a layer's weights, and the names in row order."""
     pattern = _weight_pattern(rf"(?:.*\.)?layers\.{layer}\.{re.escape(table)}")
     found = {match: name for name in tensors if (match := pattern.fullmatch(name))}
     stems = sorted({match[1] for match in found})
@@ -333,7 +347,8 @@ def _check_rows(
             raise TableError(
                 f"{where}: rows: expected {first.rows} as in {first.name}, found {weight.rows}"
             )
-    expected, found = config.hash.row_count(layer), sum(weight.rows for weight in weights)
+    expected = config.hash.row_count(layer)
+    found = sum(weight.rows for weight in weights)
     if found != expected:
         raise TableError(
             f"{first.path.parent}: rows of layer {layer}: expected {expected}, which follow from "
@@ -367,9 +382,9 @@ def _table_scale(tensor: StoredTensor) -> float:
 
 
 def _check_hash(tensors: _Tensors, base: str, config: EngramConfig, layer: int) -> None:
-    """Multipliers, primes and offsets that a release keeps among the weights have to be ours."""
-    ours = config.hash.rules.released.hash_values(config.hash, layer)
-    for name, expected in ours.items():
+    """Checks the multipliers, primes and offsets among the weights, if the release stores them."""
+    computed = config.hash.rules.released.hash_values(config.hash, layer)
+    for name, expected in computed.items():
         if f"{base}.{name}" not in tensors:
             continue
         tensor = tensors.find(f"{base}.{name}")
@@ -388,8 +403,10 @@ def _check_hash(tensors: _Tensors, base: str, config: EngramConfig, layer: int) 
 
 
 def _source_id(checkpoint: Checkpoint) -> str:
-    """32 hex digits. Rows spread over each layer are part of it, since the headers stay the same
-    when a checkpoint is trained further."""
+    """A hash of config, headers and a sample of the rows of each layer, 32 hex digits.
+
+    The headers alone would stay the same if a checkpoint were trained further.
+    """
     config = checkpoint.config
     described = json.dumps([config.to_json(), checkpoint.fmt.to_json()], sort_keys=True)
     digest = hashlib.sha256(described.encode())

@@ -1,12 +1,14 @@
-"""Released checkpoints become tables: the same bytes, as records of a sealed table, in bounded
-memory.
+"""Converts released checkpoints to sealed tables: the same bytes, in bounded memory.
 
-    journal at row 0  ->  table created, "open"  ->  rows, synced, journal  ->  ...  ->  sealed  ->
-    journal removed
+    write a journal that says 0 rows
+    create the table, "open"
+    repeat: write rows, sync them, write the journal
+    seal the table
+    remove the journal
 
-The journal stands beside the table and says how many rows are on disk for good, so a conversion
-that was killed goes on there. The checkpoint's source_id stands in the journal and, as `parent`, in
-the table: another source is refused.
+The journal is a file beside the table. It says how many rows are synced, so a conversion that was
+killed continues there. The checkpoint's source_id is in the journal and, as `parent`, in the table,
+so that a conversion never continues from another source.
 """
 
 from __future__ import annotations
@@ -30,22 +32,22 @@ from .checkpoint import Checkpoint
 JOURNAL_SUFFIX = ".converting.json"
 _FORMAT = "engraphy-conversion-1"
 CHUNK_BYTES = 8 << 20  # read and written at a time
-SYNC_BYTES = 256 << 20  # what a kill can cost
+SYNC_BYTES = 256 << 20  # at most so much is written again after a kill
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A conversion that is done.
+    """The result of a conversion.
 
     Attributes:
         path: The table's folder.
         table_id: The table's identity.
         source_id: The checkpoint's identity, which is the table's parent.
-        kind: Of the row format.
+        kind: Kind of the row format.
         rows: Rows of all layers.
         bytes: Bytes of these rows.
-        resumed_at: The row, counted through all layers, from which this call continued an earlier
-            one; 0 if it did not.
+        resumed_at: The row, counted through all layers, at which this call continued an earlier
+            one; 0 if it started from the beginning.
     """
 
     path: str
@@ -64,30 +66,30 @@ def convert(
     vocab_file: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Make a sealed table of a released checkpoint's rows, byte for byte.
+    """Makes a sealed table of a released checkpoint's rows, byte for byte.
 
-    It continues where an earlier call was killed, and takes some MB of memory whatever the size.
+    Continues where an earlier call was killed. Takes some MB of memory, whatever the table's size.
 
     Args:
         checkpoint: The checkpoint's folder.
         out: The table's folder.
-        vocab_file: A saved vocabulary map, by default that of the checkpoint's tokenizer.
-        progress: Is called with the stage, bytes done and bytes in total.
+        vocab_file: A saved vocabulary map; by default that of the checkpoint's tokenizer.
+        progress: Called with the stage, bytes done and bytes in total.
 
     Returns:
-        What was converted.
+        The table's identity and size.
 
     Raises:
-        TableError: `out` is taken, is being converted from another source, does not fit the disk,
-            or cannot be written. After the last, the same call continues.
-        EngraphyError: What `Checkpoint.open` and `Checkpoint.vocab` raise.
+        TableError: `out` is taken, is being converted from another source, does not fit on the
+            disk, or cannot be written. In the last case the same call continues.
+        EngraphyError: As `Checkpoint.open` and `Checkpoint.vocab` raise it.
     """
     out = Path(os.path.abspath(out))
     report = progress or (lambda stage, done, total: None)
     try:
         source = Checkpoint.open(checkpoint)
         journal = _Journal(out.with_name(out.name + JOURNAL_SUFFIX), source.source_id)
-        if journal.read() is None:  # else it may be the table of an earlier call
+        if journal.read() is None:  # otherwise `out` may be the table of an earlier call
             check_folder(out, taken=TableError)
         vocab = source.vocab(vocab_file)
         table, done = _open_table(source, vocab, out, journal)
@@ -120,7 +122,7 @@ def _open_table(
 ) -> tuple[Table, int]:
     """The table, and how many of its rows are written.
 
-    It is a new one, an unfinished one open for writing, or a finished one whose conversion was
+    The table is new, or unfinished and opened for writing, or finished: then the conversion was
     killed before it removed its journal.
     """
     progress = journal.read()
@@ -133,7 +135,7 @@ def _open_table(
     if (manifest.parent, manifest.address_digest, manifest.fmt) != expected or not possible:
         raise TableError(
             f"{out}: expected the unfinished conversion of {source.directory} that {journal.path} "
-            f"tells of, found table {manifest.table_id} of parent {manifest.parent}, "
+            f"describes, found table {manifest.table_id} of parent {manifest.parent}, "
             f"rows of {manifest.fmt}"
         )
     if manifest.next_id is None:
@@ -160,12 +162,16 @@ def _create(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal) -
 def _copy(
     source: Checkpoint, table: Table, journal: _Journal, done: int, progress: Progress
 ) -> None:
-    """Write the rows from the `done`-th on, layers in order; every SYNC_BYTES they are synced and
-    journalled."""
+    """Writes the rows from number `done` on, layers in order.
+
+    Syncs them, and writes the journal, after every SYNC_BYTES.
+    """
     width = table.row_bytes
-    step, span = max(1, CHUNK_BYTES // width), max(1, SYNC_BYTES // width)
+    step = max(1, CHUNK_BYTES // width)
+    span = max(1, SYNC_BYTES // width)
     buffer_nR = np.empty((step, width), np.uint8)
-    total, before = source.config.row_count(), 0
+    total = source.config.row_count()
+    before = 0  # rows of the layers before this one
     progress("converting", done * width, total * width)
     for layer in table.layers:
         rows = table.rows(layer)
@@ -184,10 +190,12 @@ def _copy(
 
 
 def _check_space(out: Path, source: Checkpoint) -> None:
-    rows, width = source.config.row_count(), source.fmt.row_bytes
+    rows = source.config.row_count()
+    width = source.fmt.row_bytes
     shards = list(out.glob("*.safetensors"))  # of an earlier run; sparse
     headers = HEADER_BYTES * max(len(shards), len(source.config.hash.layer_ids))
-    needed = max(0, rows * width + headers - sum(shard.stat().st_blocks * 512 for shard in shards))
+    on_disk = sum(shard.stat().st_blocks * 512 for shard in shards)
+    needed = max(0, rows * width + headers - on_disk)
     free = free_disk(out)
     if free < needed:
         raise TableError(
@@ -196,21 +204,23 @@ def _check_space(out: Path, source: Checkpoint) -> None:
 
 
 class _Journal:
-    """How many rows (through all layers, in order) of a conversion are on disk for good: one small
-    file."""
+    """A small file: how many rows of a conversion are synced, counted through all layers."""
 
     def __init__(self, path: Path, source_id: str) -> None:
-        self.path, self.source_id = path, source_id
+        self.path = path
+        self.source_id = source_id
 
     def read(self) -> tuple[str | None, int] | None:
         """The table_id (None before there is a table) and rows; None if there is no journal.
 
-        Raises TableError if the journal is of another source, or the file is no journal.
+        Raises TableError if the file is no journal, or belongs to another source.
         """
         try:
             data = json.loads(self.path.read_bytes())
-            kind, source = data["format"], data["source_id"]
-            table_id, rows = data["table_id"], data["rows"]
+            kind = data["format"]
+            source = data["source_id"]
+            table_id = data["table_id"]
+            rows = data["rows"]
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:
@@ -218,7 +228,8 @@ class _Journal:
                 f"{self.path}: expected the journal of a conversion, found something else "
                 f"({type(error).__name__}: {error})"
             ) from None
-        if kind != _FORMAT or type(rows) is not int or rows < 0 or table_id is None and rows:
+        is_count = type(rows) is int and rows >= 0
+        if kind != _FORMAT or not is_count or (table_id is None and rows):
             raise TableError(
                 f"{self.path}: expected a journal {_FORMAT} with rows done, found {data}"
             )
@@ -231,10 +242,10 @@ class _Journal:
         return table_id, rows
 
     def write(self, table_id: str | None, rows: int) -> None:
-        """Replace the file in one step that survives a crash."""
+        """Replaces the file in one step that survives a crash."""
         body = {"format": _FORMAT, "source_id": self.source_id, "table_id": table_id, "rows": rows}
         write_file(self.path, json.dumps(body))
 
     def remove(self) -> None:
-        """Take the file away: the conversion is done, or was never begun."""
+        """Removes the file: the conversion is done, or never began."""
         self.path.unlink(missing_ok=True)

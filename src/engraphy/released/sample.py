@@ -1,7 +1,7 @@
-"""A small made-up checkpoint in the files of a release, to try commands on.
+"""Small made-up checkpoints with the file layout of a release, to try commands on.
 
-Tensor names, dtypes, sharding, index and config fields are those of the public headers of
-DeepSeek-V4.1-Flash and Qwen3.8-Flash-Next. The rows are random, the vocabulary has 60 words.
+Tensor names, dtypes, sharding, index and config fields are taken from the public headers of
+DeepSeek-V4.1-Flash and Qwen3.8-Flash-Next. The rows are random. The vocabulary has 60 words.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ RELEASES = ("deepseek_v41", "qwen4", "qwen4_fp8")
 def write_sample(
     path: str | os.PathLike[str], release: str, rows_per_head: int = 3000, seed: int = 0
 ) -> Path:
-    """Write a checkpoint folder with config.json, an index, the shards of the table, a tokenizer.
+    """Writes a checkpoint folder: config.json, index, shards of the table, tokenizer.
 
     Args:
         path: a new folder.
         release: one of RELEASES.
-        rows_per_head: least rows of a head, before the search for primes.
-        seed: of the rows.
+        rows_per_head: least number of rows of a head, where the search for primes begins.
+        seed: seed of the rows.
 
     Returns:
         The folder's absolute path.
@@ -96,7 +96,7 @@ def tokenizer() -> Tokenizer:
 
 
 def v41_tensors(config: Mapping[str, Any], seed: int, scale_dtype: str = "F8_E8M0") -> Tensors:
-    """Codes and scales of finite numbers, one weight and one scale a layer."""
+    """One weight and one scale for each layer, with codes and scales of finite numbers."""
     memory = EngramConfig.from_hf(dict(config))
     rng = np.random.default_rng(seed)
     tensors: Tensors = {}
@@ -112,7 +112,7 @@ def v41_tensors(config: Mapping[str, Any], seed: int, scale_dtype: str = "F8_E8M
 
 
 def qwen_tensors(config: Mapping[str, Any], seed: int, fp8: bool) -> Tensors:
-    """Parts as `torch.chunk` makes them, the hash's own buffers, and for fp8 the one scale."""
+    """For each layer: parts as `torch.chunk` makes them, the hash's buffers; for fp8 one scale."""
     memory = EngramConfig.from_hf(dict(config))
     rng = np.random.default_rng(seed)
     tensors: Tensors = {}
@@ -141,7 +141,7 @@ def qwen_tensors(config: Mapping[str, Any], seed: int, fp8: bool) -> Tensors:
 
 
 def write_v41(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """One file a table, with the weight and its scale, as released; and the tokenizer."""
+    """Writes one file per layer with its weight and scale, as released, and the tokenizer."""
     files: list[list[str]] = [[]]
     for layer in config["engram_layer_ids"]:
         files.append([name for name in tensors if name.startswith(f"layers.{layer}.")])
@@ -150,7 +150,7 @@ def write_v41(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None
 
 
 def write_qwen(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """Parts spread over two files, in another order than theirs; and the tokenizer."""
+    """Writes the parts, spread over two files and not in order, and the tokenizer."""
     names = sorted(tensors, reverse=True)
     write_checkpoint(folder, config, tensors, [names[0::2], names[1::2]])
     tokenizer().save(str(folder / "tokenizer.json"))
@@ -159,9 +159,9 @@ def write_qwen(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Non
 def write_checkpoint(
     folder: Path, config: Mapping[str, Any], tensors: Tensors, files: Sequence[Sequence[str]]
 ) -> None:
-    """Write config.json, the index, and one safetensors file for each list of tensor names.
+    """Writes config.json, the index, and one safetensors file for each list of tensor names.
 
-    Each file holds a tensor of no table too, as those of releases do.
+    Each file also holds a tensor that belongs to no table, as the files of releases do.
     """
     nested = {"model_type": "x", "text_config": dict(config)}
     (folder / "config.json").write_text(json.dumps(nested))
@@ -178,7 +178,7 @@ def write_checkpoint(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> None:
-    """Write tensors of any dtype name from their bytes, uint8 [..., bytes of the last axis]."""
+    """Writes tensors of any dtype name from their bytes, uint8 [..., bytes of the last axis]."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, raw) in tensors.items():

@@ -9,6 +9,8 @@ __all__ = ["RowFormat", "read"]
 __getattr__ = moved_names(
     __name__,
     {
+        "Readable": "rows.read",
+        "addresses": "rows.read",
         "by_shard": "rows.read",
         "check_array": "system.checks",
         "check_ids": "rows.read",

@@ -26,7 +26,7 @@ from .format import RowFormat, chunk_rows
 class Readable(Protocol):
     """What `read` needs of a store (`store.RowStore` is one).
 
-    A store without the attribute `in_memory` may wait for a disk.
+    `read` assumes that a store without the attribute `in_memory` may wait for a disk.
     """
 
     @property
@@ -34,8 +34,8 @@ class Readable(Protocol):
     def reading(self, rows: int = 0) -> AbstractContextManager[Sequence[np.ndarray] | None]:
         """The scope of one read of `rows` rows.
 
-        Gives the mapped shards, or None if the store has none. Shards that begin with the same
-        array are the same shards.
+        Gives the mapped shards, or None if the store has none. If two calls give the same first
+        array, they must give the same shards.
         """
         ...
 
@@ -45,8 +45,8 @@ class Readable(Protocol):
 def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> np.ndarray:
     """Reads rows of a store as numbers.
 
-    Rows of mapped memory are dequantised in place. Otherwise they are gathered first: the values
-    are the same.
+    Rows of mapped memory are dequantised from where they lie. Other rows are gathered first. The
+    values are the same.
 
     Args:
         store: The store.
@@ -61,9 +61,9 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
     Raises:
         RowOutOfRange: An id is negative or beyond the last row. Nothing is written.
         InputError: A shape or dtype is invalid, or fmt is not the store's. Nothing is written.
-        StoreError: The store is closed or not one that can be read. If mapped memory was damaged
-            while it was read, after something was written.
-        ShardTruncated: A file of the store was cut while it was read.
+        StoreError: The store is closed or cannot be read. Also if mapped memory was damaged during
+            the read; `out` may then be written in part.
+        ShardTruncated: A file of the store was truncated during the read.
     """
     info = store.info
     reading = getattr(store, "reading", None)
@@ -74,11 +74,11 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
         )
     if fmt.row_bytes != info.row_bytes:
         raise InputError(
-            f"rows.read: the store's rows have {info.row_bytes} bytes, "
-            f"rows of format {fmt.kind} with d = {fmt.d} have {fmt.row_bytes}"
+            f"rows.read: expected rows of {fmt.row_bytes} bytes ({fmt.kind}, d = {fmt.d}), "
+            f"found {info.row_bytes} in the store"
         )
     if info.format not in (None, fmt):
-        raise InputError(f"rows.read: the store's rows are of {info.format}, found {fmt}")
+        raise InputError(f"rows.read: expected the store's format {info.format}, found {fmt}")
     _check_id_type(ids)
     check_out(out, _out_shape(ids, fmt.d, out), (np.float32, np.uint16))
     with reading(ids.size) as shards:
@@ -91,7 +91,7 @@ def read(store: Readable, ids: np.ndarray, fmt: RowFormat, out: np.ndarray) -> n
 
 
 def _out_shape(ids: np.ndarray, d: int, out: np.ndarray) -> tuple[int, ...]:
-    """The shape that `out` has to have: with the last axis of ids folded in if it looks so."""
+    """The shape that `out` must have: [..., C*d] if `out` has that shape, else [..., C, d]."""
     folded = (d,)
     if ids.ndim:
         folded = (*ids.shape[:-1], ids.shape[-1] * d)
@@ -137,7 +137,7 @@ def _read_native(
     out: np.ndarray,
     waits: bool,
 ) -> None:
-    """Ids of any shape; the kernel checks them before it writes."""
+    """`read` with the native kernel, which checks the ids before it writes."""
     core = _native.compiled()
     at = addresses(shards, info)
     flat = np.ascontiguousarray(ids)
@@ -164,9 +164,9 @@ class _Addresses(NamedTuple):
     Attributes:
         shards_S: uint64 [S], the address of each shard.
         address: The address of shards_S itself.
-        shard_rows: Rows of a shard but the last.
+        shard_rows: Rows of every shard but the last.
         rows: Rows of all shards.
-        first: The first shard, by which the others are known.
+        first: The first shard, which identifies them all.
     """
 
     shards_S: np.ndarray
@@ -176,7 +176,7 @@ class _Addresses(NamedTuple):
     first: weakref.ref[np.ndarray]
 
 
-# By id of the first shard, while it lives: asking many shards takes longer than a read.
+# Cached by id() of the first shard while it lives: asking many shards takes longer than a read.
 _KNOWN: dict[int, _Addresses] = {}
 
 
@@ -191,14 +191,14 @@ def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
     if known is not None and known.first() is shards[0] and known.rows == info.rows:
         return known
     sizes = [len(shard) for shard in shards]
-    fit = all(
+    are_rows = all(
         shard.dtype == np.uint8
         and shard.shape[1:] == (info.row_bytes,)
         and shard.flags.c_contiguous
         for shard in shards
     )
-    equal = all(size == sizes[0] for size in sizes[:-1]) and sizes[-1] <= sizes[0]
-    if not (fit and equal and sum(sizes) == info.rows):
+    are_equal = all(size == sizes[0] for size in sizes[:-1]) and sizes[-1] <= sizes[0]
+    if not (are_rows and are_equal and sum(sizes) == info.rows):
         raise StoreError(
             f"{info.kind} store: expected C-contiguous shards of equal sizes but the last, "
             f"together uint8 [{info.rows}, {info.row_bytes}], "
@@ -226,8 +226,8 @@ def gather_mapped(
         info: The store's StoreInfo.
         ids_N: Row ids, int64 [N], which the caller has checked.
         out_NR: uint8 [N, row_bytes], C-contiguous, which is written.
-        waits: True if reading may have to wait for a disk. False: few rows are copied without
-            letting other threads of Python run, which would take longer than the copy.
+        waits: True if reading may have to wait for a disk. If False, a few rows are copied without
+            releasing the GIL, which would take longer than the copy.
 
     Raises:
         StoreError: The shards are not what the store says.
@@ -269,11 +269,11 @@ def take(shards: Sequence[np.ndarray], ids_N: np.ndarray, out_NR: np.ndarray) ->
 def by_shard(
     shards: Sequence[np.ndarray], ids_N: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-    """Divides row ids by the shard that has them.
+    """Groups row ids by the shard that holds them.
 
     Yields:
-        For each shard that is touched: the shard, ids within it, and their positions in ids_N,
-        which ascend.
+        For each shard that has some of the rows: the shard, the ids within it, and their positions
+        in ids_N, ascending.
     """
     if len(shards) == 1:
         yield shards[0], ids_N, slice(None)
@@ -297,7 +297,7 @@ def check_ids(ids: np.ndarray, rows: int) -> None:
     _check_id_type(ids)
     core = _native.core
     if core is not None and ids.flags.c_contiguous:
-        # numpy would let other threads of Python run, which takes longer.
+        # Not numpy: it would release the GIL, which takes longer than the check.
         bad = core.first_bad(core.address(ids), ids.size, rows)
     else:
         # Negative ids are the largest unsigned ones.

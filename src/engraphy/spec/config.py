@@ -1,4 +1,4 @@
-"""A whole memory as one frozen value: its addresses, its layer, and the width of its rows."""
+"""EngramConfig: a whole memory as one frozen value."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class EngramConfig:
             pad_id: Raw id of the filler. By default the model's pad token, else its EOS.
             streams: Residual streams. By default hc_mult of the config (hyper-connections), else 1.
             kernel: Taps of the conv.
-            seed: Of the multipliers.
+            seed: Seed of the multipliers.
 
         Returns:
             The config.
@@ -102,17 +102,17 @@ class EngramConfig:
         if dim is None:
             dim = max(8, hidden // 2 // spec.columns // 8 * 8)
         dim = as_int("dim", dim, 1)
-        count = streams
-        if count is None:
-            count = as_int("streams", fields.get("hc_mult") or 1)
-        return cls(spec, LayerSpec(hidden, spec.columns * dim, count, spec.order, kernel), dim)
+        if streams is None:
+            streams = as_int("streams", fields.get("hc_mult") or 1)
+        layer_spec = LayerSpec(hidden, spec.columns * dim, streams, spec.order, kernel)
+        return cls(spec, layer_spec, dim)
 
     @classmethod
     def from_hf(cls, config: Any) -> EngramConfig:
         """The memory that a released checkpoint's config describes.
 
-        d is `engram_head_dim` of DeepSeek-V4.1, and `ple_embed_dim` (by default hidden_size) over
-        the columns of Qwen4-Exp.
+        In DeepSeek-V4.1, d is `engram_head_dim`. In Qwen4-Exp, it is `ple_embed_dim` (by default
+        hidden_size) divided by the number of columns.
 
         Args:
             config: As in `HashSpec.from_hf`.
@@ -146,8 +146,11 @@ class EngramConfig:
         layer = self.layer
         wide = layer.hidden_size * layer.streams
         projections = (wide + layer.hidden_size) * (layer.width + layer.bias)
-        norms = 2 * wide + (wide + wide * layer.kernel if layer.kernel else 0)
-        return len(self.hash.layer_ids) * (projections + norms)
+        norms = 2 * wide
+        conv = 0
+        if layer.kernel:
+            conv = wide + wide * layer.kernel  # its norm, and its taps
+        return len(self.hash.layer_ids) * (projections + norms + conv)
 
     def address_digest(self, vocab_digest: str) -> str:
         """Identity of the addresses: hash spec, vocabulary map and row width.

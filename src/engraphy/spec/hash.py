@@ -1,6 +1,6 @@
 """HashSpec: which n-grams are hashed, and how, as one frozen value.
 
-It knows no tokenizer, no store and no tensor. What the published memories differ in stands in
+It knows no tokenizer, no store and no tensor. The differences between published memories are in
 dialects/.
 
 Sources: "Conditional Memory via Scalable Lookup" (arXiv 2601.07372, section 2) and its public demo;
@@ -33,8 +33,8 @@ _MOST_COLUMNS = 4096  # each one takes a search for a prime
 class HashSpec:
     """How token ids become row ids, for all layers of one memory.
 
-    Frozen and hashable; `to_json` and `from_json` are inverse. Sequences are accepted where tuples
-    are kept, and one int for rows_per_head.
+    Frozen and hashable. `from_json` is the inverse of `to_json`. Any sequence is accepted for a
+    tuple, and one int for rows_per_head.
 
     Attributes:
         dialect: A key of `dialects.DIALECTS`.
@@ -45,9 +45,9 @@ class HashSpec:
         rows_per_head: Least number of rows of a head, per order.
         vocab_size: Number of ids that are hashed (compressed ids if a map is used). The multipliers
             depend on it.
-        filler_id: The raw id that stands for what look-back does not find: pad in demo and
+        filler_id: The raw id used at positions that look-back may not reach: pad in demo and
             DeepSeek-V4.1, EOS in Qwen4-Exp.
-        seed: Of the multipliers.
+        seed: Seed of the multipliers.
         pad_to: The row count of a layer is a multiple of it.
 
     Raises:
@@ -107,7 +107,7 @@ class HashSpec:
     ) -> HashSpec:
         """DeepSeek-V4.1-Flash as released; the defaults are its sizes.
 
-        Look-back stops at dead tokens, and all orders have one rows_per_head.
+        Look-back stops at dead tokens, and all orders share one rows_per_head.
 
         Args:
             layer_ids, orders, heads, rows_per_head, vocab_size: As the attributes.
@@ -154,7 +154,7 @@ class HashSpec:
         seed: int = 0,
         pad_to: int = 1,
     ) -> HashSpec:
-        """`__post_init__` makes tuples of the sequences."""
+        """Calls the constructor with any sequences, of which `__post_init__` makes tuples."""
         return cls(
             dialect,
             cast("tuple[int, ...]", layer_ids),
@@ -258,7 +258,7 @@ def _check_hash_spec(spec: HashSpec) -> None:
         )
     orders = spec.orders
     ascending = list(orders) == sorted(set(orders))
-    # 32 is the room of the native kernel.
+    # 32 is the limit of the native kernel.
     if not orders or not ascending or orders[0] < 1 or orders[-1] > 32:
         raise ConfigError(
             f"orders: expected ascending n-gram orders from 1 to 32, found {list(spec.orders)}"
@@ -270,7 +270,7 @@ def _check_hash_spec(spec: HashSpec) -> None:
         )
     if rules.one_size and len(set(spec.rows_per_head)) != 1:
         raise ConfigError(
-            f"rows_per_head: dialect {spec.dialect} has one size for all orders, "
+            f"rows_per_head: expected one size for all orders (dialect {spec.dialect}), "
             f"found {list(spec.rows_per_head)}"
         )
     as_int("heads", spec.heads, 1)
@@ -285,19 +285,21 @@ def _check_hash_spec(spec: HashSpec) -> None:
         )
     if max(spec.rows_per_head) * spec.columns >= 2**62:
         raise ConfigError(
-            f"rows_per_head: {max(spec.rows_per_head)} rows a head do not fit int64 row ids"
+            "rows_per_head: expected sizes that fit int64 row ids, "
+            f"found {max(spec.rows_per_head)} rows per head"
         )
 
 
 def _check_row_counts(spec: HashSpec, name: str, fields: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the field `name`, which may be missing, has other row counts."""
+    """Raises ConfigError if the field `name` has other row counts. It may be missing."""
     if fields.get(name) is None:
         return
     stated = fields[name]
     computed = tuple(spec.row_count(layer) for layer in spec.layer_ids)
     if as_ints(name, stated) != computed:
         raise ConfigError(
-            f"{name}: the config says {list(stated)}, its other fields give {list(computed)}"
+            f"{name}: expected {list(computed)}, which follow from the config's other fields, "
+            f"found {list(stated)}"
         )
 
 

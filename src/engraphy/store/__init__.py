@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..system.moved import moved_names
 from .base import RowStore, StoreInfo, StoreStats, copy_rows
 from .cache import CacheStore
 from .checkpoint import open_checkpoint
@@ -41,3 +42,14 @@ __all__ = [
     "warm",
     "write_layer",
 ]
+
+__getattr__ = moved_names(
+    __name__,
+    {
+        "FileOptions": "store.options",
+        "flag": "store.options",
+        "open_layer": "store.file",
+        "parse_size": "store.options",
+        "split_options": "store.options",
+    },
+)

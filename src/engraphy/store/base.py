@@ -1,8 +1,9 @@
-"""What a store is: rows of bytes by row id. A store knows no tokens, no numbers and no model.
+"""RowStore: the base of all stores. A store holds rows of bytes by row id.
 
-`RowStore` checks and counts; a store implements `info`, `_gather` and `_scatter`. `MappedStore`
-(mapped.py) is the base of stores whose memory can be addressed, `WrapperStore` (wrapper.py) that
-of stores around a store. The folder testing/ has the tests that every store has to pass.
+It knows no tokens, no numbers and no model. `RowStore` checks and counts; a store implements
+`info`, `_gather` and `_scatter`. Stores whose memory can be addressed derive from `MappedStore`
+(mapped.py), stores around another store from `WrapperStore` (wrapper.py). The folder testing/ has
+the tests that every store has to pass.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
 class RowStore(ABC):
     """Rows of one layer.
 
-    Reading is safe from many threads. A read beside a write may show half-written rows.
+    Reading is safe from many threads. A read during a write may return half-written rows.
 
     Attributes:
         inner: the store behind a wrapper; None for other stores.
@@ -121,17 +122,17 @@ class RowStore(ABC):
         try:
             self._scatter(ids_N, rows_NR)
         finally:
-            self._forget_names()  # names that the rows were given while they were written
+            self._forget_names()  # also names that were given during the write
 
     def reading(self, rows: int = 0) -> AbstractContextManager[Shards | None]:
         """The scope of one read straight from mapped memory.
 
             with store.reading(rows) as shards:
 
-        `shards` are read-only uint8 [n, row_bytes] arrays, equal sizes but the last. They are None
-        if the rows are not mapped; nothing is counted then. The memory stays mapped within the
-        scope, even if the store is closed or reloaded meanwhile. Leaving the scope checks that
-        the memory was whole and counts a call of `rows` rows. After an exception it does neither.
+        `shards` are read-only arrays uint8 [n, row_bytes], of equal sizes except for the last. If
+        the rows are not mapped, `shards` is None and nothing is counted. The memory stays mapped
+        within the scope, even if the store is closed or reloaded. Leaving the scope checks that no
+        memory was damaged, and counts a call of `rows` rows. After an exception it does neither.
 
         Args:
             rows: how many rows the caller reads, for `stats`.
@@ -150,17 +151,17 @@ class RowStore(ABC):
 
             with store.updating(rows, ids) as shards:
 
-        `shards` are writable uint8 [n, row_bytes] arrays, equal sizes but the last. They are None
-        if the rows cannot be written in place; use `gather` and `scatter` then. That is so if the
-        rows are not mapped, if a cache keeps copies of them, or if `ids` is None and a sparse file
-        has no disk space yet for some row: space is reserved before the first write, since a full
-        disk would end the process.
+        `shards` are writable arrays uint8 [n, row_bytes], of equal sizes except for the last. If
+        the rows cannot be written in place, `shards` is None; use `gather` and `scatter` then. This
+        happens if the rows are not mapped, if a cache keeps copies of them, or if `ids` is None and
+        a sparse file has no disk space yet for some row. (Space is reserved before the first write,
+        since a full disk would end the process.)
 
-        The memory stays mapped within the scope, even if the store is closed or reloaded
-        meanwhile. The rows lose their names, as in `scatter`. Leaving the scope checks that the
-        memory was whole and counts a call of `rows` rows, as the `gather` before a `scatter`
-        would. After an exception it does neither. The thread that entered the scope has to leave
-        it. Other threads that write the same table, or seal or close it, wait meanwhile.
+        The memory stays mapped within the scope, even if the store is closed or reloaded. The rows
+        lose their names, as in `scatter`. Leaving the scope checks that no memory was damaged, and
+        counts a call of `rows` rows, as the `gather` before a `scatter` would. After an exception
+        it does neither. The thread that entered the scope has to leave it. Until then, other
+        threads that write, seal or close the same table wait.
 
         Args:
             rows: how many rows the caller updates, for `stats`.
@@ -190,7 +191,7 @@ class RowStore(ABC):
         return shards
 
     def close(self) -> None:
-        """Lets go of files and memory; every later use raises StoreError. May be called again."""
+        """Releases files and memory; every later use raises StoreError. May be called again."""
         self._closed = True
 
     def __repr__(self) -> str:
@@ -223,7 +224,7 @@ class RowStore(ABC):
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
         """Writes rows. The arguments have been checked, and the store is writable."""
 
-    # What a store with mapped memory implements besides.
+    # What a store with mapped memory implements in addition.
 
     def _begin_read(self) -> tuple[Shards | None, Any]:
         """Enters `reading`. Returns its memory, and what `_end_read` needs.
@@ -240,7 +241,8 @@ class RowStore(ABC):
     def _begin_update(self, ids_N: np.ndarray | None) -> tuple[Shards | None, Any]:
         """Enters `updating`. Returns its memory, and what `_end_update` needs.
 
-        Raises StoreError if the store is closed or read-only, and what invalid ids raise.
+        Raises StoreError if the store is closed or read-only, and RowOutOfRange or InputError if
+        ids are invalid.
         """
         self._check_writable(ids_N)
         return None, None
@@ -253,14 +255,14 @@ class RowStore(ABC):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StoreError(f"{self.info.name}: it is closed")
+            raise StoreError(f"{self.info.name}: expected an open store, found it closed")
 
     def _check_writable(self, ids_N: np.ndarray | None) -> StoreInfo:
         """Raises unless these rows (None: any) may be written. Returns `info`."""
         self._check_open()
         info = self.info
         if not info.writable:
-            raise StoreError(f"{info.name}: expected one opened for writing, found it read-only")
+            raise StoreError(f"{info.name}: expected a store open for writing, found it read-only")
         if ids_N is not None:
             _check_flat_ids(ids_N, info.rows)
         return info
@@ -270,7 +272,7 @@ class RowStore(ABC):
         self._counters.add_call(rows, begun)
 
     def _forget_names(self) -> None:
-        """The rows are about to change, or have changed."""
+        """Removes the rows' names: the rows are about to change, or have changed."""
         if self.names is not None:
             self.names.forget()
 
@@ -293,20 +295,20 @@ def copy_rows(source: RowStore, target: RowStore, chunk: int = 65_536) -> None:
         InputError: if rows, row_bytes or (if both stores know it) the row format differ.
         StoreError: if the target is read-only.
     """
-    ours = source.info
-    theirs = target.info
-    if (ours.rows, ours.row_bytes) != (theirs.rows, theirs.row_bytes):
+    info = source.info
+    target_info = target.info
+    if (info.rows, info.row_bytes) != (target_info.rows, target_info.row_bytes):
         raise InputError(
-            f"copy_rows: the source has {ours.rows} rows of {ours.row_bytes} bytes, "
-            f"the target {theirs.rows} of {theirs.row_bytes}"
+            f"copy_rows: expected a target of {info.rows} rows of {info.row_bytes} bytes, "
+            f"found {target_info.rows} of {target_info.row_bytes}"
         )
-    if None not in (ours.format, theirs.format) and ours.format != theirs.format:
+    if None not in (info.format, target_info.format) and info.format != target_info.format:
         raise InputError(
-            f"copy_rows: the source has rows of {ours.format}, the target of {theirs.format}"
+            f"copy_rows: expected a target with rows of {info.format}, found {target_info.format}"
         )
-    buffer_nR = np.empty((min(chunk, ours.rows), ours.row_bytes), np.uint8)
-    for first in range(0, ours.rows, chunk):
-        ids_n = np.arange(first, min(first + chunk, ours.rows), dtype=np.int64)
+    buffer_nR = np.empty((min(chunk, info.rows), info.row_bytes), np.uint8)
+    for first in range(0, info.rows, chunk):
+        ids_n = np.arange(first, min(first + chunk, info.rows), dtype=np.int64)
         target.scatter(ids_n, source.gather(ids_n, out=buffer_nR[: len(ids_n)]))
     name_copy(source, target)
 

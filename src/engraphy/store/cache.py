@@ -19,12 +19,12 @@ from .wrapper import WrapperStore
 
 
 class CacheStore(WrapperStore):
-    """The rows of a store; those that are requested often are kept in memory.
+    """Another store, with the rows that are requested often kept in memory.
 
-    It owns the store: closing closes both. Scattered rows go to the store, and to the cache if it
-    has them. Writes that go past the cache are not seen, and neither is another process that
-    writes the same table; so `updating` gives None. A call reads each missing row once. In `stats`
-    misses are the rows that were read from the store, hits are all others.
+    It owns the store: closing closes both. `scatter` writes rows to the store, and to the cache if
+    it has them. The cache does not see writes that bypass it, nor those of another process to the
+    same table; so `updating` gives None. A call reads each missing row once. In `stats` misses are
+    the rows that were read from the store, hits are all others.
 
     Args:
         store: the store behind the cache.
@@ -32,7 +32,7 @@ class CacheStore(WrapperStore):
 
     Raises:
         ConfigError: if the budget is smaller than one set of 16 rows, or the store has more than
-            2**31 - 2 rows or may be exchanged.
+            2**31 - 2 rows or is a ReloadableStore.
         StoreError: if the system refuses the memory.
     """
 
@@ -40,8 +40,8 @@ class CacheStore(WrapperStore):
         super().__init__(store)
         if isinstance(store, ReloadableStore):
             raise ConfigError(
-                "cache: expected a store whose rows stay; "
-                "put a cache around each table that is loaded"
+                "cache: expected a store that is never exchanged, found a "
+                f"{type(store).__name__}; put a cache around each table that it loads"
             )
         info = store.info
         if info.rows > MOST_ROWS:
@@ -55,7 +55,7 @@ class CacheStore(WrapperStore):
         self._make()
 
     def _make(self) -> None:
-        """Begins with an empty cache."""
+        """Starts with an empty cache."""
         row_bytes = self.info.row_bytes
         if _native.core is None:
             self._sets = Sets(self._count, row_bytes)
@@ -71,7 +71,7 @@ class CacheStore(WrapperStore):
         """Ids of the rows that the cache has now.
 
         Returns:
-            int64 [N]: first the rows of the main queues, and of these the most read first.
+            int64 [N]: rows of main queues first, then those of small queues; the most read first.
 
         Raises:
             StoreError: if the store is closed.
@@ -88,14 +88,14 @@ class CacheStore(WrapperStore):
     def _opened(self) -> Sets:
         sets = self._sets
         self._check_open()
-        assert sets is not None  # the store is marked as closed before it lets go of them
+        assert sets is not None  # `close` marks the store as closed before it drops them
         return sets
 
     def _after_fork(self) -> None:
         super()._after_fork()
         is_whole = self._sets is None or (_is_free(self._sets.lock) and _is_free(self._writer))
         if not is_whole:
-            self._make()  # a thread that is gone was in the middle of a change
+            self._make()  # a thread of the parent was in the middle of a change
         self._writer = threading.Lock()
 
     def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
@@ -137,12 +137,12 @@ class CacheStore(WrapperStore):
 
 
 def _sets_within(budget: Any, row_bytes: int) -> int:
-    """How many sets a budget is enough for. Raises ConfigError if it is not enough for one."""
+    """How many sets fit into a budget. Raises ConfigError if not even one fits."""
     least = set_bytes(row_bytes)
     if not _is_integer(budget) or budget < least:
         raise ConfigError(
             f"cache: expected a budget of {least} bytes or more, {WAYS} rows of {row_bytes} bytes "
-            f"and what is noted of them, found {budget!r}"
+            f"and their bookkeeping, found {budget!r}"
         )
     return int(budget) // least
 
@@ -154,8 +154,8 @@ def _is_integer(value: object) -> bool:
 def _is_free(lock: threading.Lock) -> bool:
     """Whether no thread holds a lock, found by taking it.
 
-    `locked()` still says no if a thread that waited for the lock has got it, but not yet the
-    interpreter's.
+    `locked()` still returns False if a thread that waited for the lock has got it, but not yet the
+    GIL.
     """
     if not lock.acquire(blocking=False):
         return False

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from typing import Protocol
 
 from ..errors import ConfigError, DigestMismatch
@@ -40,27 +48,32 @@ class StoreGroup(Mapping[int, RowStore]):
         row_format: RowFormat | None = None,
         *,
         owned: Iterable[Closable] = (),
+        address_digest: str | None = None,
     ) -> None:
-        """Checks that the stores belong together. Looks at what stores say of themselves alone.
+        """Checks that the stores belong together, by their `info` alone.
 
         Args:
             stores: layer -> store; at least one.
             row_format: needed if the stores do not know it.
             owned: stores and tables that `close` closes, in this order.
+            address_digest: what stores that know a digest must have, or None.
 
         Raises:
-            ConfigError: there is no store, a store is of another layer, the row format is unknown
-                or not that of every store.
+            ConfigError: there is no store, a store belongs to another layer, the row format is
+                unknown, or the stores differ in it.
             DigestMismatch: the stores have rows of different tables.
         """
         if not stores:
             raise ConfigError("store: expected a store for each layer, found none")
         self._stores = dict(stores)
         self._owned = tuple(owned)
-        self.format = self._common_format(row_format)
+        # Identity first: of rows that mean something else the format says nothing.
         table_ids = [store.info.table_id for store in self.values()]
         if len(set(table_ids)) > 1:
             raise DigestMismatch(f"store: expected rows of one table, found {table_ids}")
+        if address_digest is not None:
+            self._check_addresses(address_digest)
+        self.format = self._common_format(row_format)
 
     @classmethod
     def open(
@@ -71,7 +84,7 @@ class StoreGroup(Mapping[int, RowStore]):
         *,
         address_digest: str | None = None,
     ) -> StoreGroup:
-        """The rows of the memory that `config` describes. Nothing stays open after an error.
+        """Opens the rows of the memory that `config` describes. Nothing stays open after an error.
 
         Args:
             config: names the layers and their sizes.
@@ -80,8 +93,8 @@ class StoreGroup(Mapping[int, RowStore]):
                 the group is closed.
             row_format: a format, or its kind with d = config.dim. Needed if the stores do not know
                 it; "ram:" takes f32 if it is None.
-            address_digest: the digest that the rows must have, see `check`. If it is None, nothing
-                is compared with the config, and the caller has to call `check`.
+            address_digest: the digest that the rows must have, see `check`. With None nothing is
+                compared with the config, and the caller has to call `check`.
 
         Raises:
             ConfigError: `store` is none of these, or has other layers, sizes or formats.
@@ -94,13 +107,21 @@ class StoreGroup(Mapping[int, RowStore]):
         if isinstance(store, Mapping):
             if row_format is None and isinstance(store, StoreGroup):
                 row_format = store.format
-            group = cls(_of_layers(store, layers), row_format)
+            group = cls(_of_layers(store, layers), row_format, address_digest=address_digest)
         elif isinstance(store, Table):
-            group = cls.of_table(store, layers, row_format)
+            group = cls._made(
+                layers, lambda layer: FileStore(store, layer), row_format, (), address_digest
+            )
         elif isinstance(store, str) and store.startswith("ram:"):
             group = cls.zeros(config, row_format or RowFormat("f32", config.dim), store)
         elif isinstance(store, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            group = cls._made(layers, lambda layer: open_store(store, layer=layer), row_format)
+            group = cls._made(
+                layers,
+                lambda layer: open_store(store, layer=layer),
+                row_format,
+                (),
+                address_digest,
+            )
         else:
             raise ConfigError(
                 f"store: expected a URL, a path, a Table or {{layer: RowStore}}, found {store!r}"
@@ -111,8 +132,8 @@ class StoreGroup(Mapping[int, RowStore]):
         except BaseException:
             group.close()
             raise
-        for part in group.values():
-            follow(part)
+        for layer_store in group.values():
+            follow(layer_store)
         return group
 
     @classmethod
@@ -159,16 +180,18 @@ class StoreGroup(Mapping[int, RowStore]):
         layers: Iterable[int],
         make: Callable[[int], RowStore],
         row_format: RowFormat | None,
-        tables: Iterable[Table] = (),
+        tables: Sequence[Table] = (),
+        address_digest: str | None = None,
     ) -> StoreGroup:
-        """A group that owns the stores that `make` gives for each layer, and `tables`."""
+        """A group that owns `tables`, and the store that `make` returns for each layer."""
         stores: dict[int, RowStore] = {}
         try:
             for layer in layers:
                 stores[layer] = make(layer)
-            return cls(stores, row_format, owned=[*stores.values(), *tables])
+            owned = [*stores.values(), *tables]
+            return cls(stores, row_format, owned=owned, address_digest=address_digest)
         except BaseException:
-            _close_all(stores.values())
+            _close_all([*stores.values(), *tables])
             raise
 
     def __getitem__(self, layer: int) -> RowStore:
@@ -190,7 +213,7 @@ class StoreGroup(Mapping[int, RowStore]):
 
     @property
     def info(self) -> StoreInfo:
-        """What the first layer's store says now. Kind, table and path are those of all layers."""
+        """The first layer's StoreInfo now. Its kind, table and path are those of all layers."""
         return next(iter(self.values())).info
 
     @property
@@ -230,23 +253,18 @@ class StoreGroup(Mapping[int, RowStore]):
 
         Args:
             config: the memory's layers, rows and row width.
-            address_digest: the memory's, as from `EngramConfig.address_digest`. Stores that know
-                no digest are taken at their word.
+            address_digest: the memory's digest, from `EngramConfig.address_digest`. Stores that
+                know no digest are accepted.
 
         Raises:
-            ConfigError: layers, row counts or row width are others.
+            ConfigError: layers, row counts or row width differ.
             DigestMismatch: the rows were made for other addresses.
         """
         _check_layers(self, config.hash.layer_ids)
+        self._check_addresses(address_digest)
         for layer, store in self.items():
-            info = store.info
-            if info.address_digest not in (None, address_digest):
-                raise DigestMismatch(
-                    f"layer {layer}: expected address digest {address_digest}, "
-                    f"found {info.address_digest} in {info.path or f'the {info.kind} store'}"
-                )
             expected = (config.hash.row_count(layer), config.dim)
-            found = (info.rows, self.format.d)
+            found = (store.info.rows, self.format.d)
             if found != expected:
                 raise ConfigError(f"layer {layer}: expected (rows, d) = {expected}, found {found}")
 
@@ -256,7 +274,7 @@ class StoreGroup(Mapping[int, RowStore]):
             if not store.info.writable:
                 raise ConfigError(
                     f"layer {layer}: expected a writable store, "
-                    f"found {store.info.kind} opened to read"
+                    f"found a {store.info.kind} store that is read-only"
                 )
 
     def copy_to(self, target: Table | Mapping[int, RowStore]) -> None:
@@ -279,12 +297,12 @@ class StoreGroup(Mapping[int, RowStore]):
         return {layer: names_of(store) for layer, store in self.items()}
 
     def adopt_names(self, names: Mapping[int, Iterable[str]]) -> None:
-        """The rows of each layer have these names, too (names.py)."""
+        """Adds the names of rows elsewhere that each layer's rows were read from (names.py)."""
         for layer, store in self.items():
             follow(store).adopt(names.get(layer, ()))
 
     def add_name(self, name: str) -> None:
-        """Rows elsewhere that were copied from these have this name (names.py)."""
+        """Adds the name of rows elsewhere that were written from these (names.py)."""
         for store in self.values():
             follow(store).add(name)
 
@@ -298,6 +316,15 @@ class StoreGroup(Mapping[int, RowStore]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_addresses(self, address_digest: str) -> None:
+        for layer, store in self.items():
+            info = store.info
+            if info.address_digest not in (None, address_digest):
+                raise DigestMismatch(
+                    f"layer {layer}: expected address digest {address_digest}, "
+                    f"found {info.address_digest} in {info.path or f'the {info.kind} store'}"
+                )
+
     def _common_format(self, row_format: RowFormat | None) -> RowFormat:
         for layer, store in self.items():
             info = store.info
@@ -307,7 +334,7 @@ class StoreGroup(Mapping[int, RowStore]):
                 )
             if row_format is None and info.format is None:
                 raise ConfigError(
-                    f"layer {layer}: the {info.kind} store does not know its row format; "
+                    f"layer {layer}: expected a row format, found none in the {info.kind} store; "
                     "give row_format="
                 )
             row_format = row_format or info.format
@@ -330,7 +357,7 @@ def describe(stores: Mapping[int, RowStore], row_format: RowFormat | None = None
 
     Args:
         stores: layer -> store; at least one.
-        row_format: of the rows, if the stores do not know it.
+        row_format: format of the rows, if the stores do not know it.
     """
     parts: list[str] = []
     for layer, store in stores.items():

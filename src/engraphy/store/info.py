@@ -26,7 +26,7 @@ class StoreInfo:
         path: where the table or checkpoint lies.
         format: format of the rows.
         address_digest: identity of the addresses: hash spec, vocabulary map, row width.
-        reads: in words, how the store reads rows, if it had a choice.
+        reads: how the store reads rows, in words; None if it had no choice.
     """
 
     kind: str
@@ -74,7 +74,7 @@ class StoreInfo:
 
     @property
     def name(self) -> str:
-        """How messages call the store."""
+        """The store's name in messages."""
         return f"{self.kind} store of {self.path or 'rows'}"
 
 
@@ -86,10 +86,10 @@ class StoreStats:
         gathers: calls that read rows.
         rows: rows of these calls.
         bytes: bytes of these rows.
-        reads: read calls to the system, of stores that read files instead of mapping them.
+        reads: read calls to the system; 0 for stores that map files.
         read_bytes: bytes of these read calls.
-        hits: rows that a cache had; None for other stores.
-        misses: rows that a cache read from the store behind it; None for other stores.
+        hits: rows found in the cache; None for stores that are no cache.
+        misses: rows that the cache read from the store behind it; None likewise.
         under_way: calls of `gather` that have not returned yet.
         latency: how long the calls took.
     """
@@ -106,14 +106,14 @@ class StoreStats:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the rows that a cache had; None for other stores and before the first row."""
+        """hits / rows; None if the store is no cache, and before the first row."""
         if self.hits is None or not self.rows:
             return None
         return self.hits / self.rows
 
     @property
     def amplification(self) -> float | None:
-        """Bytes read from the system for each byte of rows; None if files are mapped."""
+        """Bytes read from files per byte of rows; None if files are mapped."""
         if not self.read_bytes or not self.bytes:
             return None
         return self.read_bytes / self.bytes
@@ -150,12 +150,12 @@ class Counters:
             )
 
     def begin(self) -> None:
-        """A call of `gather` is under way."""
+        """Counts a call of `gather` that begins."""
         with self._lock:
             self._under_way += 1
 
     def end(self) -> None:
-        """A call of `gather` has returned or raised."""
+        """Counts a call of `gather` that has returned or raised."""
         with self._lock:
             self._under_way -= 1
 
@@ -176,7 +176,7 @@ class Counters:
             self._read_bytes += read_bytes
 
     def add_looks(self, hits: int, misses: int) -> None:
-        """Counts rows that a cache had, and rows that it read from the store behind it."""
+        """Counts rows found in a cache, and rows that it read from the store behind it."""
         with self._lock:
             self._hits = (self._hits or 0) + hits
             self._misses = (self._misses or 0) + misses

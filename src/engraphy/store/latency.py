@@ -1,6 +1,6 @@
 """How long calls took, counted in fixed buckets.
 
-There are four buckets to a doubling, since counting has to cost next to nothing.
+There are four buckets per doubling, so that counting costs next to nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Latency:
         return sum(self.counts)
 
     def quantile(self, q: float) -> float | None:
-        """Seconds that a share of the calls did not exceed; up to a quarter too high.
+        """The duration that a share of the calls did not exceed; up to a quarter too high.
 
         Args:
             q: the share, from 0 to 1.
@@ -49,7 +49,7 @@ class Latency:
     def within(self, seconds: float) -> int:
         """How many calls are known to have taken at most `seconds`.
 
-        Exact if `seconds` is a limit of a bucket, as powers of two of a nanosecond are.
+        Exact if `seconds` is the limit of a bucket, such as a power of two in nanoseconds.
         """
         return sum(count for bucket, count in enumerate(self.counts) if limit(bucket) <= seconds)
 
@@ -68,5 +68,5 @@ def limit(bucket: int) -> float:
 
 
 def latency_of(counts: Sequence[int], nanoseconds: int) -> Latency:
-    """A frozen copy of counters that go on counting."""
+    """A frozen copy of counters that keep counting."""
     return Latency(tuple(counts), nanoseconds * 1e-9)

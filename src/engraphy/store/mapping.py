@@ -1,18 +1,18 @@
-"""Files as memory, and whether that memory still is what the files held.
+"""Mapped files, and checks that their memory still holds what the files held.
 
 Touching a page that a truncated file no longer has, or that the disk cannot read, raises SIGBUS,
 which ends the process. The rest of the page in which a shortened file now ends reads as zeros.
 
-With the native part such a fault is caught and noted, and the memory reads as zeros from then on
-(`_native/guard.cpp`). A `Watch` asks for faults after each read, once it has looked at the last
-byte of each file: wherever a file was cut, that byte is gone or zero, and if it is zero the size
-of the file decides. Every 50 ms it also asks for the sizes of all files.
+The native core catches and notes such a fault, and the memory reads as zeros from then on
+(`_native/guard.cpp`). After each read a `Watch` reads the last byte of each file, and then asks for
+faults. No matter where a file was cut, that byte is gone (a fault) or zero; if it is zero, the
+`Watch` checks the file's size. Every 50 ms it also checks the sizes of all files.
 
-Without the native part it compares the sizes before and after each read. A file that is truncated
+Without the native core it compares the sizes before and after each read. A file that is truncated
 between the first comparison and the read still ends the process.
 
-A file that another one is renamed over is not damaged: the old one stays mapped until the store is
-closed.
+Renaming another file over a mapped one does no damage: the old file stays mapped until the store
+is closed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _LOOK_EVERY = 0.05  # seconds
 
 
 class MappedFile:
-    """The first bytes of an open file as memory, shared with all who map it, without read-ahead.
+    """The first bytes of an open file as memory, shared with other processes, without read-ahead.
 
-    The memory is given back when the last array over it dies.
+    The memory is unmapped when the last array over it dies.
 
     Args:
         fd: the open file. It is duplicated; the caller may close it.
@@ -50,8 +50,8 @@ class MappedFile:
 
     Attributes:
         tells_residency: whether mincore() reports which pages are in memory. Linux reports that
-            to processes that own the file or may write to it; to others it says that all are.
-            Always False with ENGRAPHY_RESIDENCY=off.
+            only to processes that own the file or may write to it; to others it reports that all
+            pages are. Always False with ENGRAPHY_RESIDENCY=off.
 
     Raises:
         StoreError: if the system refuses.
@@ -63,7 +63,7 @@ class MappedFile:
         self._writable = writable
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
-            # mmap keeps a duplicate of the descriptor of its own.
+            # mmap keeps its own duplicate of the descriptor.
             self._memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=access)
             self.fd = os.dup(fd) if writable else -1
         except (OSError, ValueError) as error:
@@ -80,12 +80,12 @@ class MappedFile:
                 self._guard = self._core.guard(self._address, size, writable)
             except RuntimeError as error:
                 raise StoreError(f"{path}: {error}") from error
-            # Runs before the memory is unmapped, which happens when `_memory` goes.
+            # Runs before the memory is unmapped, which happens when `_memory` is dropped.
             weakref.finalize(self, self._core.unguard, self._guard).atexit = False
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """uint8 [size]: numpy keeps this object alive as long as an array over it."""
+        """uint8 [size]. numpy keeps this object alive as long as an array over it."""
         return {
             "shape": (self.size,),
             "typestr": "|u1",
@@ -104,8 +104,9 @@ class MappedFile:
     def check_end(self) -> None:
         """Raises ShardTruncated if the file was cut within its last page.
 
-        Such a file ends with zeros, so its size is looked at only if the last byte is zero. If the
-        page of the last byte is gone, reading it is a fault, which `check_memory` reports.
+        The memory of such a file ends with zeros, so the file's size is checked only if the last
+        byte is zero. If the page of the last byte is gone, reading it is a fault, which
+        `check_memory` reports.
         """
         if not self._memory[-1]:
             self.check_size()
@@ -116,7 +117,7 @@ class MappedFile:
             self.check_size()
             raise StoreError(
                 f"{self.path}: the system could not read a page of it, or had no space for one; "
-                "what was read or written since is lost"
+                "reads and writes since then are lost"
             )
 
     def populate(self) -> str:
@@ -153,7 +154,7 @@ class Watch:
     def __init__(self, files: Sequence[MappedFile]) -> None:
         self._files = [weakref.ref(file) for file in files]
         self._core = _native.core
-        # Faults of this process that were known to be in other files; -1: not asked yet.
+        # Number of faults in this process that were found to be in other files; -1 = not asked yet.
         self._seen = -1 if self._core is not None else 0
         self._next_look = 0.0
 
@@ -191,7 +192,7 @@ class Watch:
 
 
 def check_size(path: str, expected: int, found: int) -> None:
-    """Raises ShardTruncated unless a file that is being served has its size."""
+    """Raises ShardTruncated unless a file that is being served still has its size."""
     if found != expected:
         raise ShardTruncated(
             f"{path}: expected {expected} bytes, found {found}: it was changed while it was served"
@@ -201,18 +202,17 @@ def check_size(path: str, expected: int, found: int) -> None:
 class Reserved:
     """Disk space of pages that are about to be written: a full disk is an error, not a SIGBUS.
 
-    Mapped memory of a sparse file takes space page by page as it is written. Each page is reserved
-    once, before its first write. On file systems that write to new places (btrfs, ZFS) that is no
-    guarantee.
+    A mapped sparse file takes disk space page by page as it is written. Each page is reserved once,
+    before its first write. On copy-on-write file systems (btrfs, ZFS) this is no guarantee.
 
     Args:
         files: the mapped files.
-        written: how many bytes at the beginning of each file have their space already.
+        written: how many bytes at the beginning of each file already have disk space.
     """
 
     def __init__(self, files: Sequence[MappedFile], written: int) -> None:
         self._files = files
-        # bool [pages] a file: whether the page has its space. A file without holes has it all.
+        # bool [pages] for each file: whether the page has disk space. Without holes all pages do.
         self._known = [np.full(-(-file.size // PAGE), not _has_holes(file)) for file in files]
         for known in self._known:
             known[: written // PAGE] = True
@@ -220,7 +220,7 @@ class Reserved:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all pages of all files have their space."""
+        """Whether all pages of all files have disk space."""
         if not self._is_complete:
             self._is_complete = all(bool(known.all()) for known in self._known)
         return self._is_complete
@@ -255,7 +255,7 @@ def _has_holes(file: MappedFile) -> bool:
 
 
 def _missing_pages(known: np.ndarray, begins_N: np.ndarray, length: int) -> np.ndarray:
-    """int64 [pages]: distinct pages of these bytes that are not known yet, ascending."""
+    """int64 [pages]: distinct pages of these bytes that have no disk space yet, ascending."""
     first_N = begins_N // PAGE
     last_N = (begins_N + length - 1) // PAGE
     steps_S = np.arange(int((last_N - first_N).max()) + 1)

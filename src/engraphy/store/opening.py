@@ -25,21 +25,21 @@ def open_store(
 ) -> RowStore:
     """Opens the store that a URL names.
 
-    A URL is divided at its first "?". To open a folder whose name has a "?", give its path, here
-    or to `open_checkpoint` or `open_pool`. The schemes:
+    The options of a URL follow its first "?". If the name of a folder has a "?", give its path
+    instead, here or to `open_checkpoint` or `open_pool`. The schemes:
 
     - "ram:" holds `rows` rows of `row_bytes` bytes. They are zero at first and always writable.
     - "file:DIR" serves `layer` of the table at DIR (a path as it is, not percent-encoded). With
-      mode "w" it opens the table for writing, `store.table.seal()` ends that, and closing the
-      store closes the table. Options: read=mmap|pread|auto, threads=128 and direct=0|1 (for
-      pread), populate=0|1 (for mmap); see `FileOptions`, whose `choose` says what "auto" does.
-      `info.reads` says what was chosen. cache=2GiB keeps the rows that are requested often in so
-      much memory for this layer (KiB, MiB, GiB, or bytes).
+      mode "w" it opens the table for writing; `store.table.seal()` ends the writing, and closing
+      the store closes the table. Options: read=mmap|pread|auto, threads=128 and direct=0|1 (for
+      pread), populate=0|1 (for mmap). See `FileOptions`; its `choose` documents "auto", and
+      `info.reads` says what was chosen. cache=2GiB keeps the rows that are requested often in
+      memory, at most 2 GiB for this layer (KiB, MiB, GiB, or bytes without a unit).
     - "checkpoint:DIR" serves `layer` of a released checkpoint from its own shards, read-only.
       vocab=FILE: a saved vocabulary map; by default the map of the checkpoint's tokenizer.
     - "pool:PATH" serves `layer` of a table that all processes of this host share at PATH,
-      read-only. from=DIR: a pool that does not exist yet is filled with the table at DIR, and one
-      that exists has to hold that table. populate=0|1: see `open_pool`.
+      read-only. from=DIR: if the pool does not exist yet, it is filled with the table at DIR;
+      otherwise it has to hold that table. populate=0|1: see `open_pool`.
 
     Args:
         url: the URL, or a path (`pathlib.Path`), which is "file:DIR" without options.
@@ -52,8 +52,8 @@ def open_store(
         The store, which the caller closes.
 
     Raises:
-        ConfigError: if the scheme or an option is unknown, or an argument does not go with the
-            scheme.
+        ConfigError: if the scheme or an option is unknown, or the scheme does not take an
+            argument.
         TableError: if the table cannot be used.
     """
     if not isinstance(url, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -81,7 +81,7 @@ class _Wanted:
     mode: str
 
     def expected(self, what: str) -> ConfigError:
-        """A ConfigError that says what was expected, and what the arguments are."""
+        """A ConfigError with what was expected, and the arguments found."""
         return ConfigError(
             f"store {self.url!r}: expected {what}, found layer={self.layer!r}, "
             f"mode={self.mode!r}, rows={self.rows!r}, row_bytes={self.row_bytes!r}"

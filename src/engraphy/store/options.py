@@ -13,7 +13,7 @@ from ..table.table import Table
 READS = ("auto", "mmap", "pread")
 THREADS = 128
 MAX_THREADS = 1024
-_SHARE_OF_MEMORY = 0.9  # the rest is for what else runs
+_SHARE_OF_MEMORY = 0.9  # the rest is for other processes
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(|KiB|MiB|GiB)", re.ASCII)
 _UNITS = ("", "KiB", "MiB", "GiB")
 
@@ -24,8 +24,8 @@ class FileOptions:
 
     Attributes:
         read: "mmap" (the page cache as memory), "pread" (blocking reads by threads), or "auto".
-        threads: at most so many blocking threads, for pread only.
-        direct: pread past the page cache (O_DIRECT).
+        threads: for pread: the largest number of blocking threads.
+        direct: for pread: bypass the page cache (O_DIRECT).
         populate: for mmap: bring all rows into memory when the store is opened.
     """
 
@@ -69,8 +69,8 @@ class FileOptions:
 
         "auto" is pread with direct=1. It is mmap with populate=1 or for a table that is open for
         writing. Otherwise it is mmap if the rows of all layers fit into nine tenths of the free
-        memory, and pread if they do not: a mapping reads one page at a time, many threads read
-        many.
+        memory, and pread if they do not: a mapping reads one page at a time, while many threads
+        read many.
 
         Returns:
             "mmap" or "pread".
@@ -134,7 +134,7 @@ def parse_size(url: object, text: str) -> int:
     """Reads "2GiB" as bytes; KiB, MiB, GiB, or no unit for bytes.
 
     Raises:
-        ConfigError: if the text is no such size.
+        ConfigError: if the text is not a size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:

@@ -1,9 +1,9 @@
 """A table that all processes of a host share: one copy in memory, made by the first process.
 
-A pool is the directory of a table, on a file system that is memory (tmpfs such as /dev/shm, or DAX
-over a CXL or persistent memory device). It is filled under a temporary name and renamed when it is
-complete, so a pool under its own name is always whole, and one that was left half filled is begun
-anew. The process that fills it holds a lock, which the system releases if the process dies.
+A pool is the directory of a table on an in-memory file system (tmpfs such as /dev/shm, or DAX over
+a CXL or persistent memory device). It is filled under a temporary name and renamed when it is
+complete, so a pool under its own name is always complete. The process that fills it holds a lock.
+If that process dies, the system releases the lock, and the next process starts over.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def open_pool(
     Args:
         path: the directory of the pool.
         layer: the model's layer, 0-based.
-        source: the directory of the table that the pool has to hold. A pool that does not exist
-            is filled with all layers of that table; other processes that open it wait meanwhile.
-        populate: put all pages into this process' page table now; otherwise the first read of
-            each page takes a page fault.
+        source: the directory of the table that the pool has to hold. If the pool does not exist,
+            it is filled with all layers of that table; other processes that open it wait until it
+            is filled.
+        populate: map all pages into this process now. Otherwise the first read of each page takes
+            a page fault.
 
     Raises:
         StoreError: if there is no pool and no source, or no room for the pool.
@@ -67,7 +68,7 @@ def open_pool(
         if wanted is not None and table.table_id != wanted.table_id:
             raise DigestMismatch(
                 f"pool {directory}: expected table {wanted.table_id} of {wanted.path}, found table "
-                f"{table.table_id}; remove the pool to have it filled anew"
+                f"{table.table_id}; remove the pool to have it filled again"
             )
         return PoolStore(table, layer, close_table=True, populate=populate)
     except BaseException:
@@ -76,14 +77,12 @@ def open_pool(
 
 
 def _fill(directory: Path, source: Table) -> None:
-    """Puts a copy of the source at `directory`, unless another process has."""
+    """Copies the source to `directory`, unless another process does so first."""
     lock_path = directory.with_name(f".{directory.name}.lock")
     try:
         lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX
-            )  # waits until the process that fills it is done, or dies
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits until another process is done, or dies
             if not (directory / FILE_NAME).exists():
                 _fill_locked(directory, source)
         finally:
@@ -103,7 +102,7 @@ def _copy(source: Table, target: Path) -> None:
     shards = [shard for layer in source.layers for shard in source.shards(layer)]
     for shard in shards:
         with open(target / shard.name, "xb") as file:
-            # All of it at once: reading a hole of a tmpfs takes memory, too.
+            # The whole file at once: on tmpfs even reading a hole takes memory.
             os.posix_fallocate(file.fileno(), 0, shard.size)
     for shard in shards:
         fd = source.open_shard(shard)
@@ -114,15 +113,18 @@ def _copy(source: Table, target: Path) -> None:
     now = Manifest.read(source.path)
     if now.next_id is not None or now.table_id != source.table_id:
         raise TableError(
-            f"{source.path}: expected table {source.table_id} to stay as it is while a pool is "
-            "filled with it, found it written"
+            f"{source.path}: expected table {source.table_id} to stay unchanged while it is copied "
+            "to a pool, found that it was written"
         )
     dataclasses.replace(now, directory=target).write()
     Table.open(target).close()
 
 
 def _copy_data(fd: int, size: int, target: Path) -> None:
-    """Copies all but holes into a file of zeros. Raises ShardTruncated if the source was cut."""
+    """Copies everything except holes into a file of zeros.
+
+    Raises ShardTruncated if the source was truncated meanwhile.
+    """
     with open(target, "r+b", buffering=0) as file:
         end = 0
         while (begin := _next_data(fd, end)) is not None:
@@ -138,7 +140,7 @@ def _copy_data(fd: int, size: int, target: Path) -> None:
 
 
 def _next_data(fd: int, position: int) -> int | None:
-    """Where the next data begin; None if there is only a hole up to the end."""
+    """The offset of the next data from `position` on; None if only a hole is left."""
     try:
         return os.lseek(fd, position, os.SEEK_DATA)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A store whose table is exchanged while it is read: hot reload."""
+"""Hot reload: a store whose table can be exchanged while it is read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SAME = ("rows", "row_bytes", "format", "layer")
 
 
 class ReloadableStore(WrapperStore):
-    """The rows of a store, until `reload` puts another one in its place.
+    """Serves the rows of a store until `reload` replaces it with another one.
 
-    It owns the store that is served: closing closes it when the last call that reads it is done.
-    Put a cache inside, around each table: `ReloadableStore(CacheStore(...))`.
+    It owns the store that it serves. `close` closes that store too, once the last call that reads
+    it is done. Put a cache inside, around each table: `ReloadableStore(CacheStore(...))`.
 
     Args:
         store: the store to serve first.
@@ -29,26 +29,26 @@ class ReloadableStore(WrapperStore):
         self._readers = _Readers(store)
 
     def check(self, new: RowStore) -> None:
-        """Checks whether a store may take the place of the one that is served.
+        """Checks that a store may replace the one that is served.
 
         Raises:
-            DigestMismatch: if it is addressed in another way.
+            DigestMismatch: if its address digest differs.
             ConfigError: if its rows, row_bytes, format or layer differ, or if it is the store that
                 is served.
         """
-        ours = self.info
-        theirs = new.info
-        name = theirs.path or theirs.kind
-        if ours.address_digest != theirs.address_digest:
+        served = self.info
+        info = new.info
+        name = info.path or info.kind
+        if served.address_digest != info.address_digest:
             raise DigestMismatch(
-                f"reload: expected address digest {ours.address_digest}, "
-                f"{name} has {theirs.address_digest}"
+                f"reload: expected address digest {served.address_digest}, "
+                f"found {info.address_digest} in {name}"
             )
         for field in _SAME:
-            expected = getattr(ours, field)
-            found = getattr(theirs, field)
-            if expected != found:
-                raise ConfigError(f"reload, {field}: expected {expected}, {name} has {found}")
+            expected = getattr(served, field)
+            value = getattr(info, field)
+            if expected != value:
+                raise ConfigError(f"reload, {field}: expected {expected}, found {value} in {name}")
         if new is self or new is self.inner:
             raise ConfigError(
                 f"reload: expected another store, found the one that is served, {new!r}"
@@ -61,8 +61,8 @@ class ReloadableStore(WrapperStore):
         memory use `reload_layers`.
 
         Args:
-            new: the store to serve. After an error it is still the caller's to close, and the old
-                one is served.
+            new: the store to serve. After an error the old store is still served, and the caller
+                has to close `new`.
 
         Raises:
             DigestMismatch, ConfigError: as `check` does.
@@ -104,17 +104,18 @@ class ReloadableStore(WrapperStore):
 
 
 def reload_layers(stores: Mapping[int, ReloadableStore], new: Mapping[int, RowStore]) -> None:
-    """Exchanges the stores of all layers, or of none: everything is checked first.
+    """Exchanges the stores of all layers, or of none: all checks come first.
 
-    A batch that is being read meanwhile may see both tables.
+    A batch that is read at the same time may get rows of both tables.
 
     Args:
         stores: the stores by layer.
-        new: the store that takes the place of each.
+        new: the new stores by layer.
 
     Raises:
         ConfigError: if the layers differ, or a store does not fit (`ReloadableStore.check`).
-        DigestMismatch: if the new stores are not of one table, or addressed in another way.
+        DigestMismatch: if the new stores belong to different tables, or their address digest
+            differs from the old one.
     """
     if set(stores) != set(new):
         raise ConfigError(f"reload: expected layers {sorted(stores)}, found {sorted(new)}")
@@ -130,7 +131,7 @@ def reload_layers(stores: Mapping[int, ReloadableStore], new: Mapping[int, RowSt
 
 
 class _Readers(Held):
-    """A store, and how many calls read it. Once retired, it is closed when no call reads it."""
+    """A store and the number of calls that read it. Once retired, it closes with the last call."""
 
     def __init__(self, store: RowStore) -> None:
         super().__init__(store)
@@ -139,7 +140,7 @@ class _Readers(Held):
         self._retired = False
 
     def begin(self) -> None:
-        """A call reads the store, until `end`."""
+        """Counts a call that reads the store until `end`."""
         with self._lock:
             self._count += 1
 
@@ -151,7 +152,7 @@ class _Readers(Held):
             self.store.close()
 
     def retire(self) -> None:
-        """No further call will read the store."""
+        """Closes the store when the last call has ended; no new call may begin."""
         with self._lock:
             is_last = not self._retired and self._count == 0
             self._retired = True

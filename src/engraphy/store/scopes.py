@@ -1,6 +1,6 @@
-"""The scopes of one read and of one update of mapped memory, which stores give.
+"""Context managers for one read and for one update of a store's mapped memory.
 
-A scope is an object, since a generator takes longer than reading a few rows.
+They are classes, since a generator would take longer than reading a few rows.
 """
 
 # pyright: reportPrivateUsage=false
@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from .base import RowStore
 
-Shards = Sequence[np.ndarray]  # uint8 [n, row_bytes] each, equal sizes but the last
+Shards = Sequence[np.ndarray]  # uint8 [n, row_bytes] each, of equal sizes except for the last
 
 
 class Reading:
@@ -42,15 +42,15 @@ class Reading:
 
 
 class ReadingAll:
-    """The scopes of several stores as one, which gives a list of what each gives.
+    """`Reading` for several stores at once. Gives a list with the shards of each store.
 
-    For the few rows of a token: it makes no object for a store, and measures one time for all.
+    For the few rows of a token: it makes no object per store, and takes the time once for all.
     """
 
     __slots__ = ("_begun", "_entered", "_rows", "_shards", "_stores")
 
     def __init__(self, stores: Iterable[RowStore], rows: int) -> None:
-        """rows: of each store."""
+        """rows: how many rows of each store the caller reads."""
         self._stores = stores
         self._rows = rows
 
@@ -74,7 +74,7 @@ class ReadingAll:
         for store, pin in self._entered:
             try:
                 store._end_read(pin, rows, self._begun)
-            except BaseException as damage:  # the scopes of the other stores are left, too
+            except BaseException as damage:  # also leave the scopes of the other stores
                 first = first or damage
         if first is not None:
             raise first

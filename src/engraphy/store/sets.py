@@ -23,17 +23,16 @@ from .ram import zeros
 WAYS = 16  # rows of a set
 SMALL = 4
 GHOSTS = 12
-_MOST_READS = 3  # the count of reads of a row ends here
+_MOST_READS = 3  # the count of a row's reads stops here
 _EMPTY = 0
 _MAIN = 16  # added to the order of rows in the main queue
 
 # The record of a set, two cache lines:
 #   version     changes whenever rows of the set change, and is odd meanwhile
 #   ghost_next  the ghost that is replaced next
-#   taken       rows that the call under way keeps here; 16 while rows of the set are written
-#   order       0 to 15: the order in which rows came to the end of their queue; 16 more in the
-#               main queue
-#   reads       reads of each row since it came there
+#   taken       rows that the running `keep` puts into the set; 16 while its rows are written
+#   order       0 to 15: a lower number has waited longer in its queue; plus 16 in the main queue
+#   reads       reads of each row since it joined its queue
 #   ghosts      fingerprints; 0 = none
 #   tags        row id + 1; 0 = none, negative = held, while the row is written
 # The rows of the set follow at once, so that a row and its record mostly lie in one page.
@@ -66,7 +65,7 @@ class Sets:
     a count, since it is only a hint for evictions.
 
     Attributes:
-        memory: uint8 [count, set_bytes(row_bytes)], taken as it is used.
+        memory: uint8 [count, set_bytes(row_bytes)]; the system provides pages at their first use.
         records: SET [count], a view of the memory.
         rows: uint8 [count, 16, row_bytes], a view of the memory.
     """
@@ -80,7 +79,7 @@ class Sets:
         self.rows = np.lib.stride_tricks.as_strided(rows, (count, WAYS, row_bytes), strides)
 
     def kept(self) -> np.ndarray:
-        """Ids of the rows, int64 [N]: first those in main queues, and of these the most read."""
+        """Ids of the rows, int64 [N]: main queues before small ones, then most read first."""
         with self.lock:
             set_N, way_N = np.nonzero(self.records["tags"] > _EMPTY)
             is_main_N = self.records["order"][set_N, way_N] // _MAIN
@@ -90,11 +89,11 @@ class Sets:
             return tag_N[best_first_N] - 1
 
     def look(self, ids_N: np.ndarray, out_NR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copies the rows that are here to their places in out_NR.
+        """Copies the cached rows to their places in out_NR.
 
         Returns:
-            The positions of the other rows, int64 [M], ascending; and the versions of their sets,
-            int64 [M], by which `keep` knows whether a set has changed since.
+            The positions of the missing rows, int64 [M], ascending; and the versions of their sets,
+            int64 [M], which tell `keep` whether a set has changed since.
         """
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
@@ -110,10 +109,10 @@ class Sets:
     def keep(
         self, ids_M: np.ndarray, version_M: np.ndarray, reads_M: np.ndarray, rows_MR: np.ndarray
     ) -> None:
-        """Keeps rows that a `look` missed: of each set the first 16, one after the other.
+        """Inserts rows that a `look` missed, in order, at most the first 16 of each set.
 
-        If a set has changed since, the rows that were read may be old, or be here already: they are
-        not kept. Rows of a set that is being written are not kept either.
+        Skips rows of a set that has changed since the `look`: they may be outdated or already
+        cached. Also skips rows of a set that is being written.
 
         Args:
             ids_M: int64 [M], distinct ids.
@@ -136,9 +135,9 @@ class Sets:
     def hold(self, ids_N: np.ndarray) -> None:
         """Holds rows that are going to be written, until `write`.
 
-        Meanwhile `look` misses these rows, and no new row of their sets is kept. So a reader never
-        gets a new row first and the old one in a later call, whether the store or the cache has the
-        new one first.
+        Meanwhile `look` misses these rows, and `keep` adds no row to their sets. So a reader that
+        has seen the new row never sees the old one in a later call, no matter whether the store or
+        the cache is written first.
         """
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
@@ -148,16 +147,16 @@ class Sets:
             self.records["tags"][np.divmod(slot_N[hit_N], WAYS)] = -(ids_N[hit_N] + 1)
 
     def write(self, ids_N: np.ndarray, rows_NR: np.ndarray | None) -> None:
-        """Ends a `hold`: the rows have been written, and those that are here get their new bytes.
+        """Ends a `hold` after the store was written: cached rows get their new bytes.
 
         Args:
-            ids_N: int64 [N], the ids that `hold` had. If an id occurs twice, its last row counts.
-            rows_NR: uint8 [N, row_bytes], the new rows; None if the write failed: it is unknown
-                what was written, so the rows are dropped.
+            ids_N: int64 [N], the ids that `hold` got. If an id occurs twice, its last row counts.
+            rows_NR: uint8 [N, row_bytes], the new rows. None if the write failed: the store may
+                have been written in part, so the rows are dropped.
         """
         set_N = place(ids_N, len(self.records)).set_N
         with self.lock:
-            self.records["version"][set_N] += 2  # what is being read now is not kept
+            self.records["version"][set_N] += 2  # so `keep` skips rows that are being read now
             self.records["taken"][set_N] = 0
             hit_N, slot_N = self._find(ids_N, set_N)
             places = np.divmod(slot_N[hit_N], WAYS)
@@ -170,9 +169,9 @@ class Sets:
     def _find(
         self, ids_N: np.ndarray, set_N: np.ndarray, held: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds rows: whether each is here, bool [N], and its slot, set * 16 + way, int64 [N].
+        """Whether each row is cached, bool [N], and its slot, set * 16 + way, int64 [N].
 
-        held: find rows that are held, too.
+        held: also find rows that are held.
         """
         tags_NW = self.records["tags"][set_N]
         if held:
@@ -183,7 +182,7 @@ class Sets:
     def _insert(
         self, ids_N: np.ndarray, here: _Place, reads_N: np.ndarray, rows_NR: np.ndarray
     ) -> None:
-        """Puts in rows of distinct sets: in the main queue if they have a ghost, else the small."""
+        """Inserts rows of distinct sets: in the main queue if they have a ghost, else the small."""
         records = self.records
         set_N = here.set_N
         records["version"][set_N] += 2
@@ -210,13 +209,14 @@ class Sets:
             small_nW = order_nW < _MAIN
             oldest_n = np.where(small_nW, order_nW, 255).argmin(axis=1)
             from_main_n = small_nW.sum(axis=1) < SMALL
-            again_n = ~from_main_n & (records["reads"][set_n, oldest_n] > 0)
-            goes_n = ~from_main_n & ~again_n
-            self._promote(set_n[again_n], oldest_n[again_n])
-            self._leave_ghost(set_n[goes_n], oldest_n[goes_n])
-            way_N[full_n[goes_n]] = oldest_n[goes_n]
+            was_read_n = records["reads"][set_n, oldest_n] > 0
+            promoted_n = ~from_main_n & was_read_n
+            evicted_n = ~from_main_n & ~was_read_n
+            self._promote(set_n[promoted_n], oldest_n[promoted_n])
+            self._leave_ghost(set_n[evicted_n], oldest_n[evicted_n])
+            way_N[full_n[evicted_n]] = oldest_n[evicted_n]
             way_N[full_n[from_main_n]] = self._least_read(set_n[from_main_n])
-            full_n = full_n[again_n]
+            full_n = full_n[promoted_n]  # a promotion frees no way
         return way_N
 
     def _promote(self, set_N: np.ndarray, way_N: np.ndarray) -> None:
@@ -226,7 +226,7 @@ class Sets:
         self.records["reads"][set_N, way_N] = 0
 
     def _leave_ghost(self, set_N: np.ndarray, way_N: np.ndarray) -> None:
-        """Keeps the fingerprints of rows that are about to leave."""
+        """Keeps the fingerprints of rows that are about to be evicted."""
         records = self.records
         next_N = records["ghost_next"][set_N]
         ids_N = records["tags"][set_N, way_N] - 1
@@ -236,8 +236,8 @@ class Sets:
     def _least_read(self, set_N: np.ndarray) -> np.ndarray:
         """The way that leaves the main queue of each set, int64 [N].
 
-        In S3-FIFO the oldest row leaves if it has no reads left; otherwise it goes to the end with
-        one read less, and the next one is looked at. This is the result of all these steps.
+        In S3-FIFO the oldest row leaves if it has no reads left. Otherwise it moves to the end with
+        one read less, and the next row is tried. This computes the result of all steps at once.
         """
         records = self.records
         order_NW = records["order"][set_N]
@@ -252,24 +252,24 @@ class Sets:
         return way_N
 
     def _to_the_end(self, set_N: np.ndarray, moved_NW: np.ndarray) -> None:
-        """Moves some rows of each set to the end, in the order that they have."""
+        """Moves some rows of each set to the end of their queues; they keep their order."""
         order_NW = self.records["order"][set_N]
         by_age_NW = np.argsort(order_NW % WAYS + moved_NW * WAYS, axis=1, kind="stable")
         self.records["order"][set_N] = np.argsort(by_age_NW, axis=1) + order_NW // _MAIN * _MAIN
 
 
 class NativeSets(Sets):
-    """The same by native kernels. A reader waits only for a thread that is just changing its set.
+    """`Sets` with native kernels. A reader waits only for a thread that is changing its set.
 
     Attributes:
-        changes: uint64 [1], a version of all sets together, odd while a call changes some. A reader
-            that finds it unchanged does not compare the version of each set again.
+        changes: uint64 [1], a version of all sets together, odd while a call changes some. If a
+            reader finds it unchanged, it need not compare the version of each set.
     """
 
     def __init__(self, core: Any, count: int, row_bytes: int) -> None:
         super().__init__(count, row_bytes)
         self._core = core
-        # In the middle of two cache lines, so that no other data lies in its own.
+        # The middle of two cache lines, so that no other data shares its line.
         self.changes = np.zeros(2 * _LINE // 8, np.uint64)[7:8]
         self._place = (core.address(self.memory), core.address(self.changes), count, row_bytes)
 

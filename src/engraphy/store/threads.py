@@ -1,4 +1,4 @@
-"""Threads for blocking calls of the system, as many of them as a store may have under way."""
+"""Threads for a store's blocking system calls, up to a limit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-# Addresses that one more thread needs: its stack, what malloc reserves for it, and 32 MiB for what
-# else the process does.
+# Address space that one more thread needs: its stack, malloc's arena for it, and 32 MiB for the
+# rest of the process.
 _THREAD_ROOM = 160 << 20
 
 
 class Threads:
-    """At most `limit` threads for blocking calls: the caller's and others.
+    """At most `limit` threads for blocking calls, including the caller's.
 
-    The others are started when they are needed, and fewer of them if the system starts no more.
+    The others are started when they are needed. If the system starts no more, there are fewer.
     """
 
     def __init__(self, limit: int) -> None:
@@ -26,7 +26,7 @@ class Threads:
         self._pool: ThreadPoolExecutor | None = None
 
     def each(self, call: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Runs call(item) for each item; raises an error of theirs when all have ended."""
+        """Runs call(item) for each item; if a call fails, raises its error when all have ended."""
         size = -(-len(items) // (4 * self._limit))
         batches = deque(items[first : first + size] for first in range(0, len(items), size))
 
@@ -59,13 +59,13 @@ class Threads:
         while len(started) < count and _has_room():
             try:
                 started.append(self._pool.submit(work))
-            except RuntimeError:  # no more threads; the call that is queued will find nothing left
+            except RuntimeError:  # no thread was started; the queued call will find no batch left
                 break
         return started
 
 
 def _has_room() -> bool:
-    """Whether there are addresses for one more thread, and for what else the process does."""
+    """Whether there is address space for one more thread and the rest of the process."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
         mmap.mmap(-1, _THREAD_ROOM, flags=flags, prot=mmap.PROT_READ).close()

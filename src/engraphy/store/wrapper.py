@@ -1,6 +1,6 @@
-"""Stores around a store: `WrapperStore` forwards everything, a subclass overrides what it changes.
+"""Stores around another store. `WrapperStore` forwards everything; a subclass changes parts of it.
 
-A wrapper that counts its reads, say:
+For example, a wrapper that logs its reads:
 
     class Counted(WrapperStore):
         def _gather(self, ids_N, out_NR):
@@ -20,10 +20,10 @@ from .base import RowStore, Shards, StoreInfo
 class WrapperStore(RowStore):
     """A store that forwards everything to the store behind it, and owns it: closing closes both.
 
-    A subclass that overrides `_gather` changes how rows are read. Mapped memory would go past that,
-    so `reading` gives None then, and `in_memory` and `tells_residency` are False. A subclass that
-    overrides `_gather` or `_scatter` gives None from `updating`, for the same reason. A subclass
-    that wants otherwise overrides `_begin_read`, `_begin_update` or these properties, too.
+    A subclass that overrides `_gather` changes how rows are read. Mapped memory would bypass that,
+    so `reading` then gives None, and `in_memory` and `tells_residency` are False. For the same
+    reason `updating` gives None if a subclass overrides `_gather` or `_scatter`. To change this, a
+    subclass also overrides `_begin_read`, `_begin_update` or these properties.
 
     `stats` counts the calls of the wrapper; the store behind it counts its own.
 
@@ -52,7 +52,7 @@ class WrapperStore(RowStore):
     def info(self) -> StoreInfo:
         return self.wrapped.info
 
-    # Asked anew each time, since a wrapper may exchange the store behind it.
+    # Properties, not attributes, since a wrapper may exchange the store behind it.
 
     @property
     def in_memory(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -70,13 +70,14 @@ class WrapperStore(RowStore):
         return f"<{self._title()} around {self.wrapped!r}>"
 
     def _title(self) -> str:
-        """What `repr` calls the wrapper."""
+        """The wrapper's name in `repr`."""
         return type(self).__name__
 
     def _hold(self) -> Held:
-        """The store for one call, which calls `end()` when it is done. Raises StoreError if closed.
+        """The store for one call; the caller calls `end()` when it is done.
 
-        A wrapper that exchanges its store keeps the held one open until then.
+        A wrapper that exchanges its store keeps the held one open until then. Raises StoreError if
+        the wrapper is closed.
         """
         self._check_open()
         return Held(self.wrapped)
@@ -135,7 +136,7 @@ class WrapperStore(RowStore):
 
 
 class Held:
-    """The store that one call of a wrapper uses; `end` says that the call is done."""
+    """The store that one call of a wrapper uses, until `end`."""
 
     def __init__(self, store: RowStore) -> None:
         self.store = store
@@ -147,14 +148,16 @@ class Held:
         self.end()
 
     def end(self) -> None:
-        """The call no longer uses the store."""
+        """Ends the call's use of the store."""
 
 
 class _Scope(NamedTuple):
     """What a wrapper has to remember of a scope.
 
-    held: the store whose memory was given, whatever is behind the wrapper by now. inner: what that
-    store remembers. is_mapped: whether it gave memory.
+    Attributes:
+        held: the store that the scope was opened on; the wrapper may have another one by now.
+        inner: what that store has to remember.
+        is_mapped: whether that store gave memory.
     """
 
     held: Held

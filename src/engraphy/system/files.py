@@ -1,12 +1,12 @@
-"""Files and folders that appear whole or not at all, and what stands in their way by name.
+"""Files and folders that appear complete or not at all.
 
-    beside its place, under a temporary name  ->  written  ->  synced  ->  renamed
-    ->  the parent synced
+    make a temporary beside the target  ->  write  ->  sync  ->  rename to the target
+    ->  sync the parent
 
-After an error nothing has changed: no part of what was written stays, nor a folder that was made
-for it. A kill may leave the temporary, which the next writer removes (temporaries.py). A link is
-followed: what it points to is written. A mount point cannot be renamed over, so an empty one is
-filled from within. Files have mode 0666 and folders 0777 less the umask, whatever made them.
+After an error nothing has changed: neither the temporary nor folders that were made for it stay. A
+kill may leave the temporary, which the next writer removes (temporaries.py). Links are followed. A
+mount point cannot be renamed over, so an empty one is filled from within. Files get mode 0666 and
+folders 0777, minus the umask, no matter which library made them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Kind = type[EngraphyError]
 
 @contextmanager
 def publish_file(path: str | os.PathLike[str]) -> Generator[BinaryIO]:
-    """A file to write, which is at `path` when the block ends.
+    """Gives a file to write, which appears at `path` when the block ends.
 
-    A file that was there is replaced in one step. After an error nothing has changed.
+    An existing file is replaced in one step. After an error nothing has changed.
 
     Raises:
         WriteFailed: The system refuses, or `path` is not a regular file.
@@ -77,20 +77,20 @@ def publish_folder(
     last: str = "",
     taken: Kind = ConfigError,
 ) -> Generator[Path]:
-    """An empty folder to write into, which is at `path` when the block ends.
+    """Gives an empty folder to write into, which appears at `path` when the block ends.
 
     After an error nothing has changed.
 
     Args:
         path: The place of the folder.
-        replace: True: a folder that is there makes way. False: it has to be new or empty.
+        replace: True: an existing folder is replaced. False: `path` has to be new or empty.
         needed: Bytes of free disk that are needed.
-        last: Name of the file that shows a reader that all files are there. It is moved last if a
-            mount point has to be filled.
-        taken: The error for a place that is taken.
+        last: Name of the file by which a reader knows that the folder is complete. It is moved last
+            if a mount point has to be filled.
+        taken: Class of the error if the place is taken.
 
     Raises:
-        EngraphyError: The place is taken; of class `taken`.
+        EngraphyError: The place is taken; an error of class `taken`.
         WriteFailed: The system refuses.
     """
     target = resolved(path)
@@ -108,9 +108,9 @@ def publish_folder(
 
 
 def put_folder(source: Path, target: Path) -> None:
-    """Gives a finished folder its name; a folder that was there makes way.
+    """Moves a finished folder to its place, where it replaces an existing folder.
 
-    Both lie on one file system.
+    Both must be on one file system.
 
     Raises:
         WriteFailed: The system refuses. `source` stays as it is.
@@ -126,7 +126,7 @@ def put_folder(source: Path, target: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents unless they are there.
+    """Makes a folder and its parents unless they exist.
 
     Raises:
         WriteFailed: The system refuses.
@@ -147,12 +147,12 @@ def check_folder(
     Args:
         path: The place of the folder.
         needed: Bytes that are going to be written.
-        replace: Whether a folder that is there makes way.
-        taken: The error for a place that is taken.
+        replace: Whether an existing folder may be replaced.
+        taken: Class of the error if the place is taken.
 
     Raises:
-        EngraphyError: The place is neither new nor an empty directory, or with `replace` no
-            directory; of class `taken`.
+        EngraphyError: The place is neither new nor an empty directory; with `replace`, it is
+            neither new nor a directory. The error is of class `taken`.
         WriteFailed: Nothing can be made there, or `needed` bytes are not free.
     """
     target = resolved(path)
@@ -162,7 +162,7 @@ def check_folder(
         if not existing.is_dir():
             raise taken(f"{target}: expected a directory at {existing}, found a file")
         with temporary(existing, target.name, folder=True):
-            pass  # the one way to know: permissions, read-only mounts, quotas
+            pass  # only trying finds permissions, read-only mounts and quotas
         free = free_disk(existing)
     if free < needed:
         raise WriteFailed(f"{target}: expected {needed} bytes of free disk, found {free}")
@@ -171,7 +171,7 @@ def check_folder(
 def resolved(path: str | os.PathLike[str]) -> Path:
     """The absolute path, with links followed.
 
-    A link that leads nowhere stays as it is: the functions that write refuse it.
+    A broken link is not followed: the functions that write refuse it.
 
     Raises:
         ConfigError: `path` is no path: it has a NUL.
@@ -185,14 +185,14 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 
 
 def settle_modes(folder: Path, others: Collection[int] = ()) -> None:
-    """Gives the files below a folder the mode of a file that is made in it.
+    """Gives the files below a folder the mode that a new file in it gets.
 
     Some libraries make their files private. Files that their owner cannot write were made so on
-    purpose, and stay as they are.
+    purpose, and are left alone.
 
     Args:
-        folder: Where the files are.
-        others: Inodes that stay as they are, since they are links to files of others.
+        folder: The folder.
+        others: Inodes to leave alone, because they are hard links to files elsewhere.
     """
     with temporary(folder, "mode", folder=False) as (fd, _):
         mode = stat.S_IMODE(os.fstat(fd).st_mode)
@@ -257,8 +257,8 @@ def _refuse_taken(target: Path, replace: bool, taken: Kind) -> None:
 def _place(target: Path) -> Path:
     """The folder in which the temporary is made: beside the target, or the target itself.
 
-    It is the target if that cannot be renamed over, or is a temporary that appears whole later
-    (replaced, it would lose its lock).
+    It is the target if that cannot be renamed over. It is also the target if that is itself a
+    temporary, which would lose its lock if it were replaced.
     """
     if not target.is_dir():
         return target.parent
@@ -279,7 +279,7 @@ def _is_mount(path: Path) -> bool:
 
 
 def _put(part: Path, target: Path, replace: bool, last: str, taken: Kind) -> None:
-    """Moves what has been written into its place."""
+    """Moves the finished temporary to its place."""
     if part.parent == target:
         _move_up(part, target, last)
     elif replace and target.exists():
@@ -310,14 +310,14 @@ def _exchange(part: Path, target: Path) -> None:
     old = os.fsencode(part)
     new = os.fsencode(target)
     if renameat2 is not None and renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _EXCHANGE) == 0:
-        return  # the temporary is now what was there
+        return  # the temporary is now the old folder
     shutil.rmtree(target)
     os.rename(part, target)
 
 
 @contextmanager
 def _new_parents(parent: Path) -> Generator[None]:
-    """Makes a folder and its parents. After an error, those that were made and are empty go."""
+    """Makes a folder and its parents. After an error, removes those that are new and empty."""
     missing = [place for place in (parent, *parent.parents) if not place.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Memory that this process can still get: what the machine has, as far as control groups allow.
+"""Memory that this process can still get: the machine's, within the limits of control groups.
 
-A container's limit stands in a group of /proc/self/cgroup or in any group above it, so all of them
-are read. Version 2 and the memory controller of version 1 may be there side by side. `root` is "/"
-except in tests, which make up such a tree.
+A container's limit is set in a group of /proc/self/cgroup or in any group above it, so all of them
+are read. Version 2 and the memory controller of version 1 may be mounted side by side. `root` is
+"/" except in tests, which make up such a tree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Kind(NamedTuple):
     Attributes:
         limit: The file with the limit.
         usage: The file with the usage.
-        reclaimable: Lines of memory.stat that count as usage, but can be given back.
+        reclaimable: Lines of memory.stat that count as usage, but can be reclaimed.
         usual: Where this version is usually mounted.
     """
 
@@ -53,9 +53,9 @@ _V1 = _Kind(
 def free_memory(root: str | os.PathLike[str] = "/") -> int | None:
     """Bytes of memory that this process can still get.
 
-    The minimum of MemAvailable of /proc/meminfo (the page cache counts as available) and of what
-    each control group on the way up leaves: its limit less its usage, without page cache that can
-    be given back. ENGRAPHY_FREE_MEMORY in the environment, in bytes, replaces it.
+    This is the minimum of MemAvailable in /proc/meminfo and of what each control group, from this
+    process' own up to the top, leaves: its limit minus its usage. Page cache that can be reclaimed
+    counts as free. The environment variable ENGRAPHY_FREE_MEMORY, in bytes, overrides all this.
 
     Args:
         root: Folder that holds proc and sys.
@@ -66,11 +66,11 @@ def free_memory(root: str | os.PathLike[str] = "/") -> int | None:
     Raises:
         ConfigError: ENGRAPHY_FREE_MEMORY is not a number of bytes.
     """
-    given = FREE_MEMORY.given()
-    if given:
-        if not (given.isascii() and given.isdigit()):
-            raise ConfigError(f"{VARIABLE}: expected a number of bytes, found {given!r}")
-        return int(given)
+    override = FREE_MEMORY.given()
+    if override:
+        if not (override.isascii() and override.isdigit()):
+            raise ConfigError(f"{VARIABLE}: expected a number of bytes, found {override!r}")
+        return int(override)
     left = [_left(folder, kind) for folder, kind in _groups(Path(root))]
     sizes = [_meminfo(Path(root), "MemAvailable"), *left]
     return min((size for size in sizes if size is not None), default=None)
@@ -93,7 +93,7 @@ def total_memory(root: str | os.PathLike[str] = "/") -> int | None:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, _Kind]]:
-    """Folders of this process' memory groups, from its own one up to the mount point."""
+    """Folders of this process' memory groups, from its own group up to the mount point."""
     for line in _lines(root / "proc/self/cgroup") or ("0::/", "1:memory:/"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -110,26 +110,27 @@ def _groups(root: Path) -> Iterator[tuple[Path, _Kind]]:
             if ".." in inside.parts:
                 # This mount does not show the group: only its own top can be seen.
                 inside = PurePosixPath()
-            yield from ((mount / place, kind) for place in (inside, *inside.parents))
+            for place in (inside, *inside.parents):
+                yield mount / place, kind
 
 
 def _mounts(root: Path, kind: _Kind) -> list[tuple[Path, str]]:
-    """Where a version is mounted, and which group is the top of the mount.
+    """Where a version is mounted, and which group is at the top of the mount.
 
-    The usual place if mountinfo does not say.
+    Returns the usual place if mountinfo does not list the version.
     """
     mounts: list[tuple[Path, str]] = []
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
-        about = after.split(" ")
-        if len(fields) < 5 or len(about) < 3:
+        file_system = after.split(" ")  # type, source, options
+        if len(fields) < 5 or len(file_system) < 3:
             continue
         if kind is _V2:
-            suits = about[0] == "cgroup2"
+            is_mount = file_system[0] == "cgroup2"
         else:
-            suits = about[0] == "cgroup" and "memory" in about[2].split(",")
-        if suits:
+            is_mount = file_system[0] == "cgroup" and "memory" in file_system[2].split(",")
+        if is_mount:
             top = _plain(fields[3])
             place = _plain(fields[4])
             mounts.append((root / place.lstrip("/"), top))
@@ -137,7 +138,7 @@ def _mounts(root: Path, kind: _Kind) -> list[tuple[Path, str]]:
 
 
 def _left(folder: Path, kind: _Kind) -> int | None:
-    """Bytes that the limit of one group leaves; None without a limit."""
+    """Bytes that one group may still use; None if it has no limit."""
     limit = _number(folder / kind.limit)
     if limit is None:
         return None

@@ -81,6 +81,14 @@ _MODULES = {  # before: now, both under engraphy
     "vocab": "addresses.vocab",
 }
 
+_ELSEWHERE = {  # single names of these modules that went another way
+    "lm.data.SUFFIXES": "data.documents",
+    "fields.as_int": "system.checks",
+    "fields.as_ints": "system.checks",
+    "past.Window": "memory.window",
+    "train.rows.check_finite": "train.optimizer",
+}
+
 
 def moved_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """A `__getattr__` for a package from which names have moved.
@@ -113,7 +121,16 @@ class _Forwarding(ModuleType):
     """An old module: every name is looked up in the new one."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(_now(self.__name__)), name)
+        module = importlib.import_module(_now(self.__name__))
+        if name == "__all__":  # what `from ... import *` gives
+            return [public for public in dir(module) if not public.startswith("_")]
+        elsewhere = _ELSEWHERE.get(f"{self.__name__.removeprefix(_ROOT)}.{name}")
+        if elsewhere is not None:
+            module = importlib.import_module(_ROOT + elsewhere)
+        return getattr(module, name)
+
+    def __dir__(self) -> list[str]:
+        return dir(importlib.import_module(_now(self.__name__)))
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """`engraphy.convert` and `engraphy.quantize` are functions.

@@ -1,4 +1,4 @@
-"""What happens when a table is created: its parts are compared, and its files are made."""
+"""Steps of creating a table: `check_parts` compares its parts, `build` makes its files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(manifest: Manifest) -> WriterLock:
     """Makes the files of a new table in manifest.directory, and takes its writer's lock.
 
     Raises:
-        TableError: engram.json cannot be read back: refused now, not after hours of writing.
+        TableError: engram.json cannot be read back. Better now than after hours of writing.
         WriteFailed: The system refuses.
     """
     for shard in manifest.all_shards():

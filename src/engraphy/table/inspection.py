@@ -1,7 +1,7 @@
-"""What is in a table: statistics of its rows, and whether the table is what it says.
+"""Statistics of a table's rows, and checks that the table is what its engram.json says.
 
-Knows neither tokens nor models. All rows are looked at, or a sample of each layer that depends on
-the seed alone.
+Both read all rows, or a sample of each layer that depends on the seed alone. This module knows
+neither tokens nor models.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class LayerStatistics:
         rows: Rows of the layer.
         bytes: Bytes of these rows.
         disk_bytes: Bytes that its shards take on disk: fewer while rows were never written.
-        scanned: Rows that were looked at.
-        zero: Those of them whose bytes are all zero: never written, or trained to nothing.
+        scanned: Rows that were read.
+        zero: How many of these are all zero bytes: never written, or trained to zero.
         norms: Quantile -> Euclidean norm of the other rows; empty if there are none.
     """
 
@@ -57,10 +57,10 @@ class LayerChecked:
     Attributes:
         layer: The model's layer.
         rows: Rows of the layer.
-        columns: Number of its columns, each of which has a prime.
-        primes: The smallest and the largest of these.
-        decoded: Rows that were looked at.
-        not_finite: Those of them that hold NaN or infinities; the first ten.
+        columns: Number of its columns; each has one prime.
+        primes: The smallest and the largest prime.
+        decoded: Rows that were decoded.
+        not_finite: Ids of the first ten decoded rows that hold NaN or infinities.
     """
 
     layer: int
@@ -73,14 +73,14 @@ class LayerChecked:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` has looked at.
+    """The result of `verify`.
 
     Attributes:
         table_id: The table's id.
         shards: Number of shards that were hashed.
         of: Number of shards that the table has.
         bytes: Bytes of rows that were hashed.
-        layers: What was found in each layer.
+        layers: The result for each layer.
     """
 
     table_id: str
@@ -91,7 +91,7 @@ class Verification:
 
     @property
     def sound(self) -> bool:
-        """Whether all decoded rows are numbers. Every other damage is raised as an error."""
+        """Whether all decoded rows are finite. `verify` raises an error for any other damage."""
         return not any(layer.not_finite for layer in self.layers)
 
 
@@ -106,12 +106,12 @@ def statistics(
 
     Args:
         path: The table's directory.
-        sample: Rows of each layer to look at; None = all.
-        seed: Of the choice of rows.
+        sample: Rows of each layer to read; None = all.
+        seed: Seed of the choice of rows.
         progress: Called as rows are read.
 
     Raises:
-        TableError: What `Table.open` raises.
+        TableError: As `Table.open` raises it.
         ConfigError: `sample` is below 1.
     """
     table = Table.open(path)
@@ -160,20 +160,19 @@ def _quantiles(norms_n: np.ndarray) -> dict[float, float]:
 def verify(
     path: str | os.PathLike[str], shards: int | None = None, decode: int = 65_536, seed: int = 0
 ) -> Verification:
-    """Checks whether a sealed table is what it says.
+    """Checks whether a sealed table is what its engram.json says.
 
-    engram.json is compared with what follows from its own config, shard headers with engram.json,
-    and the number of rows in the headers with the sum of the primes, each of which is tested. Rows
-    are hashed, and some are decoded.
+    Compares engram.json with its own config, the shard headers with engram.json, and the number of
+    rows in the headers with the sum of the primes. Tests each prime. Hashes rows, and decodes some.
 
     Args:
         path: The table's directory.
         shards: Number of shards to hash, drawn at random; None = all.
         decode: Rows of each layer to decode.
-        seed: Of the choice of rows to decode.
+        seed: Seed of the choice of rows to decode.
 
     Raises:
-        TableError: What `Table.open` and `Table.verify` raise; or the counts are wrong.
+        TableError: As `Table.open` and `Table.verify` raise it; also if the row counts are wrong.
         ConfigError: `shards` or `decode` is out of range.
     """
     table = Table.open(path)
@@ -201,7 +200,7 @@ def _check_layer(table: Table, layer: int, decode: int, seed: int) -> LayerCheck
 
 
 def _check_counts(table: Table, layer: int) -> tuple[int, ...]:
-    """The primes of a layer's columns, once they and the rows of its shards agree."""
+    """The primes of a layer's columns. Raises TableError if its shards have other row counts."""
     spec = table.config.hash
     primes = spec.primes(layer)
     lowest = np.repeat(spec.rows_per_head, spec.heads).tolist()

@@ -1,7 +1,7 @@
 """The lock of a table's one writer: the file `writer.lock` in the table's folder.
 
-The file is there while a process writes (and after a kill). The holder removes the file before it
-gives the lock back, so a lock counts only if the locked file still has its name.
+The file exists while a process writes, and remains if that process is killed. The holder removes
+the file before it releases the lock, so a lock counts only if the locked file still has its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOCK_NAME = "writer.lock"
 class WriterLock:
     """A lock that is held; made by `take`.
 
-    A forked child has a copy, which it can neither remove nor unlock: the lock is its parent's.
+    A forked child has a copy, which removes and unlocks nothing: the lock belongs to the parent.
     """
 
     def __init__(self, fd: int) -> None:
@@ -56,7 +56,7 @@ class WriterLock:
             os.close(fd)  # its last holder removed it between the two calls
 
     def release(self, directory: Path) -> None:
-        """Gives the lock back. `directory` is where the table is now: it may have been renamed."""
+        """Releases the lock. `directory` is where the table is now: it may have been renamed."""
         if os.getpid() == self._owner:
             path = directory / LOCK_NAME
             with suppress(OSError):
@@ -66,5 +66,5 @@ class WriterLock:
         self._close()
 
     def drop(self) -> None:
-        """Closes the file as a kill would: it stays where it is, and protects nothing."""
+        """Closes the file as a kill would: the file stays, but locks nothing."""
         self._close()

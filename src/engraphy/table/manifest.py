@@ -1,8 +1,8 @@
-"""engram.json: what a table says of itself, as a frozen value that is written and read as a whole.
+"""engram.json, the description of a table, as a frozen value that is read and written as a whole.
 
 Rows, shards, sizes and digest follow from the configuration. They are written for readers without
-this library, and compared on reading, so a field that was changed by hand is found. A checksum of
-all fields protects what follows from nothing else.
+this library, and compared when the file is read, which finds fields that were edited. A checksum of
+all fields also protects those that follow from no other field.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Manifest:
         config: The memory that the table belongs to.
         fmt: Format of the rows.
         vocab_digest: Identity of the vocabulary map.
-        shard_rows: Rows of every shard but a layer's last.
+        shard_rows: Rows of every shard except a layer's last.
         table_id: Identity of the rows, 32 hex digits.
-        parent: The table_id before the present one, or None.
+        parent: The previous table_id, or that of the table this one was made from; None = neither.
         next_id: The table_id that the next seal gives if rows have changed; None = sealed.
-        sha256: Of the rows of each shard, by file name, as last sealed; None = never sealed.
+        sha256: File name of each shard -> SHA-256 of its rows at the last seal; None = never
+            sealed.
     """
 
     directory: Path
@@ -101,7 +102,7 @@ class Manifest:
     def _check_count(self, path: Path, listed: int) -> None:
         """Checks the number of shards before a list of them is made.
 
-        An invalid shard_rows, such as 1, can mean more shards than memory holds.
+        With an invalid shard_rows, such as 1, the list might not fit in memory.
         """
         spec = self.config.hash
         count = sum(-(-spec.row_count(layer) // self.shard_rows) for layer in spec.layer_ids)
@@ -158,7 +159,7 @@ class Manifest:
 
         Raises:
             TableError: There is no file, or a field is invalid; names the field.
-            DigestMismatch: Its digest is not the one that its own configuration gives.
+            DigestMismatch: Its address_digest does not follow from its own configuration.
         """
         path = directory / FILE_NAME
         try:
@@ -214,7 +215,7 @@ class Manifest:
             raise TableError(
                 f"{path}: sha256: expected one for each shard of a sealed table, found null"
             )
-        # The row format, for example, follows from nothing else.
+        # Protects fields that follow from no other field, such as the row format.
         expected = _checksum(data)
         if checksum is not None and checksum != expected:
             raise TableError(
@@ -274,7 +275,7 @@ def _is_list(value: Any) -> TypeGuard[list[Any]]:
 
 
 def _first_difference(expected: Any, found: Any, name: str = "") -> str | None:
-    """What first differs between two JSON values, for the message of an error; None if nothing."""
+    """The first difference between two JSON values, for an error message; None if equal."""
     if _is_object(expected) and _is_object(found):
         return _first_different_field(expected, found, f"{name}." if name else "")
     if _is_list(expected) and _is_list(found) and len(expected) == len(found):

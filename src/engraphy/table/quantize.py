@@ -1,7 +1,7 @@
 """Tables of the same addresses in other row formats: made by `quantize`, compared by `compare`.
 
-What a format costs a model is its loss on text, which needs the model. What it costs the rows is
-measured here, while they are written.
+The cost of a format for a model is a higher loss on text, and measuring that needs the model. This
+module measures the differences of the rows, while they are written.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class Difference:
 
     Attributes:
         rows: Number of rows.
-        different: Rows of which at least one value differs.
-        not_finite: Rows with NaN or infinities on either side, or a difference beyond float32. They
-            are left out of what follows.
+        different: Rows with at least one different value.
+        not_finite: Rows with NaN or infinities on either side, or a difference beyond float32. The
+            statistics below leave them out.
         max_abs: The largest difference of two values.
         mean_abs: The mean difference of two values.
-        relative_rms: Root of the sum of squared differences over that of the reference's values.
+        relative_rms: The square root of the sum of squared differences, divided by the square root
+            of the sum of the reference's squared values.
         mean_cosine: Mean cosine of a row and its reference, over rows whose reference is not zero.
         min_cosine: The smallest such cosine.
 
@@ -61,7 +62,7 @@ class Quantized:
         kind: The kind of its rows.
         bytes: Bytes of its rows.
         parent_bytes: Bytes of the parent's rows.
-        difference: Of its rows to the parent's, by layer.
+        difference: Difference of its rows from the parent's, by layer.
     """
 
     path: str
@@ -75,15 +76,15 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two tables, the first of which is the reference.
+    """The result of comparing two tables. The first one is the reference.
 
     Attributes:
         table_ids: Their ids.
         parents: The ids of the tables that they were made from.
         address_digests: Identities of their addresses.
         kinds: Kinds of their rows.
-        difference: Of the second's rows to the first's, by layer. None if addresses differ: then
-            rows of one id mean different n-grams.
+        difference: Difference of the second table's rows from the first's, by layer. None if the
+            addresses differ: rows with the same id then belong to different n-grams.
     """
 
     table_ids: tuple[str, str]
@@ -121,8 +122,8 @@ def quantize(
     Raises:
         ConfigError: The rows cannot have this kind, or have it already.
         InputError: A value does not fit the kind; names the rows.
-        TableError: `out` is taken or cannot be written, such as on a full disk; or what
-            `Table.open` raises.
+        TableError: `out` is taken or cannot be written, for example on a full disk; or as
+            `Table.open` raises it.
     """
     source = Table.open(path)
     out = Path(os.path.abspath(out))

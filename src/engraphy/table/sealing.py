@@ -36,8 +36,8 @@ class Verified:
 def seal_shards(opened: Manifest, dirty: Collection[str]) -> Manifest:
     """Brings the shards of an open table to the state that a seal gives them.
 
-    Syncs and hashes the dirty shards. If a hash differs from the one last sealed, the table gets
-    its next id, which is written into every shard.
+    Syncs and hashes the dirty shards. If a hash differs from the one of the last seal, the table
+    gets its next id, which is written into every shard.
 
     Args:
         opened: The manifest of the table, open for writing.
@@ -63,8 +63,8 @@ def seal_shards(opened: Manifest, dirty: Collection[str]) -> Manifest:
 
 def _sealed(opened: Manifest, hashes: dict[str, str]) -> Manifest:
     sealed = dataclasses.replace(opened, next_id=None, sha256={**opened.sha256, **hashes})
-    before = ((opened.sha256.get(name), sha256) for name, sha256 in hashes.items())
-    if any(old is not None and old != new for old, new in before):
+    changed = [name for name, new in hashes.items() if opened.sha256.get(name) not in (None, new)]
+    if changed:
         sealed = dataclasses.replace(sealed, table_id=opened.table_ids[-1], parent=opened.table_id)
     return sealed
 
@@ -82,7 +82,7 @@ def verify_table(path: Path, table_id: str, sample: int | None) -> Verified:
         raise TableUnsealed(f"{path}: expected a sealed table, found one that is open for writing")
     if now.table_id != table_id:
         raise TableError(
-            f"{path}: expected table {table_id}, found {now.table_id}: it was sealed anew"
+            f"{path}: expected table {table_id}, found {now.table_id}: it was sealed again"
         )
     shards = now.all_shards()
     chosen = shards

@@ -1,8 +1,8 @@
 """One shard: a safetensors file with the tensor `rows`, U8 [rows, row_bytes].
 
-Its header is padded to 4096 bytes. This module knows what a shard must look like, byte for byte,
-and names the way in which a file does not. The header is the same for the same shard and table_id,
-so checking it is a comparison; it is parsed only for the message of an error.
+Its header is padded to 4096 bytes. This module defines every byte of a shard's header, and its
+errors name the way in which a file differs. Shard and table_id determine the header, so a check is
+a comparison; the header is parsed only for error messages.
 
 Source: the safetensors format (8 bytes of header length, JSON that may end in spaces, data).
 """
@@ -30,7 +30,7 @@ MAX_SHARD_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Shard:
-    """Where one shard of a table lies, and what is in it.
+    """The place and the size of one shard of a table.
 
     Attributes:
         path: The file.
@@ -55,7 +55,7 @@ class Shard:
     def header(self, table_id: str) -> bytes:
         """The 4096 bytes before row 0.
 
-        The table_id comes first: it is rewritten in place within one disk sector.
+        The table_id comes first, so that rewriting it changes only one disk sector.
         """
         rows = {
             "dtype": "U8",
@@ -68,7 +68,7 @@ class Shard:
         return length.to_bytes(8, "little") + text.encode().ljust(length)
 
     def create(self, table_id: str) -> None:
-        """Makes the file and syncs it. All rows are zero and sparse: they take no space."""
+        """Makes the file and syncs it. All rows are zero; they are sparse and take no space."""
         with open(self.path, "xb") as file:
             file.write(self.header(table_id))
             file.truncate(self.size)
@@ -95,7 +95,7 @@ class Shard:
             return self._check(fd, table_ids)
 
     def open(self, table_ids: Collection[str], writable: bool) -> int:
-        """A file descriptor, which the caller closes. Checks as `check` does."""
+        """Checks the file as `check` does. Returns a file descriptor, which the caller closes."""
         fd = self._open_fd(os.O_RDWR if writable else os.O_RDONLY)
         try:
             self._check(fd, table_ids)
@@ -105,9 +105,9 @@ class Shard:
         return fd
 
     def map(self, table_ids: Collection[str], writable: bool) -> np.ndarray:
-        """Rows as uint8 [rows, row_bytes] over the file's pages, without read-ahead.
+        """Maps the rows as uint8 [rows, row_bytes], without read-ahead.
 
-        Checks as `check` does.
+        Checks the file as `check` does.
         """
         with self._open(os.O_RDWR if writable else os.O_RDONLY) as fd:
             self._check(fd, table_ids)
@@ -136,7 +136,7 @@ class Shard:
             os.fsync(fd)
 
     def sync(self) -> None:
-        """Brings to disk what was written to the file or to a mapping of it."""
+        """Syncs the file to disk, including writes through mappings of it."""
         with self._open(os.O_RDWR) as fd:
             os.fsync(fd)
 
@@ -226,9 +226,9 @@ class Shard:
 def shards_of(
     directory: Path, layer: int, rows: int, shard_rows: int, row_bytes: int
 ) -> list[Shard]:
-    """The shards of a layer: `shard_rows` rows each, the last one what is left.
+    """The shards of a layer: `shard_rows` rows each, and the rest in the last one.
 
-    The numbers in their names count from 1.
+    The numbers in their names begin at 1.
     """
     count = -(-rows // shard_rows)
     shards: list[Shard] = []

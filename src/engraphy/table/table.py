@@ -1,13 +1,14 @@
-"""A table on disk: a directory with engram.json and safetensors shards. It knows files, but neither
-stores nor tokens.
+"""A table on disk: a directory with engram.json and safetensors shards.
+
+It knows files, but neither stores nor tokens.
 
     create / open "w"  ->  engram.json says "open"
     write rows
     seal               ->  engram.json says "sealed"
 
-Only a sealed table opens for reading, and renaming engram.json is the last act of a seal. A process
-that dies before that leaves an open table, whatever it was doing: open it for writing and seal it,
-and it is whole again, with its shards hashed anew. docs/guide/table-format.md describes the format.
+Only a sealed table opens for reading, and renaming engram.json is the last step of a seal. A
+process that dies earlier leaves an open table. To repair it, open it for writing and seal it: the
+seal hashes all its shards again. docs/guide/table-format.md describes the format.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Table:
             fmt: Format of the rows; its d is config.dim.
             vocab: The vocabulary map, of config.hash.vocab_size ids.
             shard_rows: Rows of a shard; by default as many as 1 GiB holds.
-            parent: The table_id of the table that this one is made from.
+            parent: The table_id of the table that this one is made from; None = from no table.
 
         Raises:
             TableError: `path` exists and is not an empty directory.
@@ -117,14 +118,14 @@ class Table:
     def open(cls, path: str | os.PathLike[str], mode: str = "r") -> Table:
         """Opens an existing table.
 
-        Opening looks at engram.json and at sizes and headers of the shards; `verify` checks the
-        content. Mode "w" also accepts a table that was left open. A reader that is open meanwhile
-        sees what is being written.
+        Checks engram.json, and the sizes and headers of the shards; `verify` checks their content.
+        Mode "w" also accepts a table that was left open. Readers that are open at the same time see
+        rows as they are written.
 
         Args:
             path: The table's directory.
-            mode: "r" needs a sealed table. "w" takes the table's one writer lock and marks it open
-                before anything can be written.
+            mode: "r" needs a sealed table. "w" takes the table's one writer lock, and marks the
+                table as open before anything can be written.
 
         Raises:
             TableError: There is no table, engram.json is invalid, or there is another writer.
@@ -134,7 +135,7 @@ class Table:
             ShardTruncated: A shard is too short or too long.
             ShardCorrupt: The header of a shard is damaged.
             DigestMismatch: engram.json contradicts itself.
-            ConfigError: Another mode.
+            ConfigError: `mode` is neither "r" nor "w".
         """
         directory = Path(os.path.abspath(path))
         if mode not in ("r", "w"):
@@ -154,10 +155,10 @@ class Table:
     def _open_to_write(cls, directory: Path) -> Table:
         lock = WriterLock.take(directory)
         try:
-            manifest = Manifest.read(directory)  # once more: no other process can write it now
+            manifest = Manifest.read(directory)  # again: no other process can write it now
             manifest.check_shards()
             if manifest.next_id is not None:
-                # What its last writer wrote is not known: all shards count as changed.
+                # It is not known what the last writer wrote: all shards count as changed.
                 return cls(manifest, lock, manifest.all_shards())
             manifest = dataclasses.replace(manifest, next_id=secrets.token_hex(16))
             manifest.write()
@@ -193,7 +194,7 @@ class Table:
 
     @property
     def shard_rows(self) -> int:
-        """Rows of every shard but a layer's last."""
+        """Rows of every shard except a layer's last."""
         return self._manifest.shard_rows
 
     @property
@@ -203,12 +204,12 @@ class Table:
 
     @property
     def table_id(self) -> str:
-        """Identity of the rows; a seal after a change gives a new one."""
+        """Identity of the rows; sealing changed rows gives a new one."""
         return self._manifest.table_id
 
     @property
     def changed(self) -> bool:
-        """Whether rows may differ from those that were last sealed."""
+        """Whether rows may have changed since the last seal."""
         return bool(self._dirty)
 
     @property
@@ -239,7 +240,7 @@ class Table:
             A file descriptor, which the caller closes.
 
         Raises:
-            TableError: What `open` raises of shards, or the table is closed.
+            TableError: A shard is missing or damaged (see `open`), or the table is closed.
         """
         self._expect("r", "w")
         return shard.open(self._manifest.table_ids, self.mode == "w")
@@ -248,10 +249,10 @@ class Table:
         """Checks that the table has the addresses of a model.
 
         Args:
-            digest: What `EngramConfig.address_digest` gives for the model.
+            digest: The model's, from `EngramConfig.address_digest`.
 
         Raises:
-            DigestMismatch: The table's address digest is another.
+            DigestMismatch: The table has another address digest.
         """
         if digest != self.address_digest:
             raise DigestMismatch(
@@ -262,13 +263,14 @@ class Table:
     def shard_arrays(self, layer: int) -> list[np.ndarray]:
         """The rows of a layer as mapped memory.
 
-        The arrays can be written while the table is open for writing, inside `writing` only.
+        The arrays are writable if the table is open for writing. Write to them inside `writing`
+        only.
 
         Returns:
             uint8 [n, row_bytes] for each shard, of equal sizes but the last.
 
         Raises:
-            TableError: What `open` raises of shards, or the table is closed.
+            TableError: A shard is missing or damaged (see `open`), or the table is closed.
         """
         self._expect("r", "w")
         return [
@@ -277,7 +279,7 @@ class Table:
 
     @contextmanager
     def writing(self, layer: int, shards: Iterable[int]) -> Generator[None]:
-        """The scope of every change of rows: notes which shards the seal has to hash.
+        """The scope of every change of rows. It notes the shards, which the seal then hashes.
 
         Args:
             layer: The layer whose rows change.
@@ -293,13 +295,13 @@ class Table:
             yield
 
     def write_rows(self, layer: int, first: int, rows_NR: np.ndarray) -> None:
-        """Writes rows in order, without mapping them: for conversions.
+        """Writes consecutive rows without mapping them, for conversions.
 
-        Nothing is written if an error is raised for the arguments.
+        If the arguments are invalid, nothing is written.
 
         Args:
             layer: A layer of the table.
-            first: The row of the layer that the first of `rows_NR` becomes.
+            first: Row id of the first row.
             rows_NR: uint8 [N, row_bytes].
 
         Raises:
@@ -351,17 +353,17 @@ class Table:
             sample: Number of shards to hash, drawn at random; None = all.
 
         Raises:
-            ShardCorrupt: Rows are not those that were sealed. Names the shard and both digests.
+            ShardCorrupt: Rows differ from those that were sealed. Names the shard and both digests.
             TableUnsealed: The table is open for writing.
-            TableError: The table was sealed anew since it was opened, or files are damaged as for
-                `open`.
+            TableError: The table was sealed again since it was opened, or a file is damaged (see
+                `open`).
             ConfigError: `sample` is not between 1 and the number of shards.
         """
         self._expect("r", "w")
         return verify_table(self.path, self.table_id, sample)
 
     def close(self) -> None:
-        """Ends the use of the table and releases a writer's lock. Unsealed rows stay unsealed."""
+        """Closes the table and releases the writer's lock. Unsealed rows stay unsealed."""
         with self._gate:
             self._leave("closed")
 
@@ -384,7 +386,7 @@ _ALL: weakref.WeakSet[Table] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for table in list(_ALL):
-        # The thread that held it may not be in the child.
+        # The thread that held the lock may not exist in the child.
         table._gate = threading.RLock()  # pyright: ignore[reportPrivateUsage]
 
 

@@ -1,4 +1,4 @@
-"""What a text does with a table: rows that it touches, n-grams that share a row, the hottest rows.
+"""How a text uses a table: the rows that it reads, n-grams that share a row, the hottest rows.
 
 The text is one sequence of token ids. Documents in it are not separated, as in released models.
 """
@@ -34,8 +34,8 @@ class HeadUsage:
         head: The head, from 0.
         ngrams: Distinct n-grams in the text.
         rows: Rows that the head has.
-        used: Rows that are touched.
-        sharing: Distinct n-grams whose row another one has too.
+        used: Rows that the text reads.
+        sharing: Distinct n-grams that share their row with another n-gram.
     """
 
     order: int
@@ -73,8 +73,8 @@ class LayerUsage:
         layer: The model's layer.
         tokens: Positions of the text.
         rows: Rows of the layer.
-        used: Rows that are touched.
-        heads: What each head of each order does.
+        used: Rows that the text reads.
+        heads: Counts of each head of each order.
         hottest: Rows of all heads, most reads first.
     """
 
@@ -87,10 +87,11 @@ class LayerUsage:
 
 
 def usage(table: Table, vocab: VocabMap, ids_T: np.ndarray, hottest: int = 5) -> list[LayerUsage]:
-    """Counts what a text touches in each layer of a table.
+    """Counts the rows that a text reads in each layer of a table.
 
-    Takes about 100 bytes a token. n-grams are distinguished by 64 bits that the table's own rules
-    of look-back give, so two of U count as one with a probability of U**2 / 2**65.
+    Takes about 100 bytes of memory per token. n-grams are told apart by 64-bit hashes that follow
+    the table's rules of look-back. Among U distinct n-grams, some two count as one with a
+    probability of about U**2 / 2**65.
 
     Args:
         table: The table.
@@ -100,7 +101,7 @@ def usage(table: Table, vocab: VocabMap, ids_T: np.ndarray, hottest: int = 5) ->
 
     Raises:
         DigestMismatch: The map is not the table's.
-        InputError: The map does not have an id, or `ids_T` has another shape.
+        InputError: An id is not in the map, or the shape or dtype of `ids_T` is invalid.
     """
     table.check_address(table.config.address_digest(vocab.digest))
     if ids_T.ndim != 1 or not len(ids_T):
@@ -141,9 +142,9 @@ def find_vocab(
 
     Args:
         table: The table.
-        saved: A saved map, which counts if it is given.
-        tokenizer: Else the map is this tokenizer's, or the identity if that is the table's. Without
-            both it is the identity (Qwen4-Exp).
+        saved: A saved map. If it is given, the tokenizer is not used.
+        tokenizer: Makes the map, unless the table was made with the identity map. Without a
+            tokenizer and a saved map the result is the identity (Qwen4-Exp).
 
     Raises:
         DigestMismatch: The map is not the table's.
@@ -161,9 +162,9 @@ def find_vocab(
 
 
 def _ngram_names(spec: HashSpec, vocab: VocabMap, ids_T: np.ndarray) -> np.ndarray:
-    """uint64 [T, orders]: what distinguishes n-grams.
+    """uint64 [T, orders]: a hash of the n-gram of each order at each position.
 
-    Each name is made of two row ids, in a table too large to fit anywhere.
+    It combines two row ids of an imaginary table with 2**56 rows per head, which is never stored.
     """
     giant = dataclasses.replace(
         spec, layer_ids=(0, 1), heads=1, rows_per_head=(_GIANT,) * len(spec.orders), pad_to=1
@@ -203,7 +204,7 @@ def _addresses(addresser: Addresser, ids_T: np.ndarray, first: int, last: int) -
 
 @dataclass(frozen=True)
 class _Count:
-    """What the distinct n-grams of one order do in one head: by row, R rows that are touched."""
+    """Counts of the distinct n-grams of one order in one head, for the R rows that they read."""
 
     total: int  # distinct n-grams
     rows_R: np.ndarray
@@ -212,7 +213,7 @@ class _Count:
 
     @classmethod
     def of(cls, rows_U: np.ndarray, reads_U: np.ndarray) -> _Count:
-        """rows_U: the row of each n-gram. reads_U: how often the text has it."""
+        """rows_U: the row of each n-gram. reads_U: how often the n-gram occurs in the text."""
         rows_R, row_U, ngrams_R = np.unique(rows_U, return_inverse=True, return_counts=True)
         reads_R = np.bincount(row_U, reads_U).astype(np.int64)
         return cls(len(rows_U), rows_R, ngrams_R, reads_R)

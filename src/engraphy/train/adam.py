@@ -16,7 +16,7 @@ class RowAdam(RowOptimizer):
     """Adam on rows, lazily: a step leaves the moments of rows that it does not touch.
 
     Equal to torch.optim.SparseAdam (bias correction by the common step count), and to dense Adam
-    if every step touches every row. Keeps 2d f32 values a row.
+    if every step touches every row. Keeps 2d f32 values per row.
     """
 
     name = "row_adam"

@@ -1,8 +1,8 @@
-"""Row optimisers: they update the rows that a step has read, and nothing else.
+"""Row optimisers: they update the rows that a step has read, and no others.
 
-The cost of a step depends on the rows of the batch, not on the table. Moments are in sibling stores
-of the same row count, one per layer. These are the plain versions: sort by row id, sum duplicates
-in a fixed order, make one update a row.
+The cost of a step depends on the rows of the batch, not on the table. Moments are in stores of
+their own, one per layer, with as many rows as the layer. A step sorts gradients by row id, sums
+duplicates in a fixed order, and makes one update per row.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _TRAINABLE = ("f32", "bf16")
 class RowOptimizer:
     """Base of the row optimisers: drains `memory.row_grads`, and updates rows and moments.
 
-    A subclass gives `name`, `moment_width`, `update` and `hyper`; `engraphy.train.testing` has the
-    tests that it should pass. Rows are f32, or bf16 and then rounded to nearest after each step:
-    updates below half a unit in the last place are lost.
+    A subclass defines `name`, `moment_width`, `update` and `hyper`; `engraphy.train.testing` has
+    the tests that it should pass. Rows are f32 or bf16. bf16 rows are rounded to nearest after each
+    step, so updates below half a unit in the last place are lost.
 
     Attributes:
-        name: names the kind of optimiser in what `save` writes.
+        name: the kind of optimiser, which `save` writes.
         memory: the memory whose rows learn.
         lr: learning rate of the next step.
         steps: steps made.
@@ -51,11 +51,12 @@ class RowOptimizer:
         Args:
             memory: the memory whose rows learn.
             lr: learning rate.
-            moments: "ram:", or "file:DIR" or a folder as a Path, where a new table is made, for
-                moments that do not fit in memory.
+            moments: "ram:" to keep the moments in memory. "file:DIR", or a folder as a Path, to
+                make a new table there, for moments that do not fit in memory.
 
         Raises:
-            ConfigError: the row format cannot be trained, or the rows cannot be written.
+            ConfigError: the row format cannot be trained, the rows cannot be written, or `moments`
+                is none of these.
         """
         if memory.format.kind not in _TRAINABLE:
             raise ConfigError(
@@ -79,7 +80,7 @@ class RowOptimizer:
         return StoreGroup.of_table(table, self.memory.layers, close_table=True)
 
     def moment_width(self, dim: int) -> int:
-        """m: f32 values that are kept for a row of `dim` values."""
+        """m: the number of f32 moments for a row of `dim` values."""
         raise NotImplementedError
 
     def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
@@ -93,14 +94,14 @@ class RowOptimizer:
         raise NotImplementedError
 
     def hyper(self) -> dict[str, Any]:
-        """Settings that have to be the same when a run is resumed, as JSON can hold them."""
+        """Settings that must be the same when a run is resumed, as JSON values."""
         raise NotImplementedError
 
     def step(self, summed: dict[int, SummedGrad] | None = None) -> None:
         """Makes one update.
 
         Args:
-            summed: gradients by layer, as `coalesce` returns them, perhaps scaled. None = the
+            summed: gradients by layer from `coalesce`, which may have been scaled. None = the
                 memory's pending gradients.
 
         Raises:
@@ -110,7 +111,8 @@ class RowOptimizer:
             summed = coalesce(self.memory.drain_row_grads())
             check_finite(summed)
         self.steps += 1
-        row_format, moment_format = self.memory.format, self._moment_format
+        row_format = self.memory.format
+        moment_format = self._moment_format
         for layer, (ids_U, grad_Ud) in summed.items():
             store = self.memory.stores[layer]
             moments = self.moments[layer]
@@ -166,12 +168,13 @@ class RowOptimizer:
 
     def _moment_config(self) -> EngramConfig:
         """The memory's config with rows as wide as the moments."""
-        config, width = self.memory.config, self._moment_format.d
+        config = self.memory.config
+        width = self._moment_format.d
         layer = dataclasses.replace(config.layer, width=config.hash.columns * width)
         return dataclasses.replace(config, layer=layer, dim=width)
 
     def close(self) -> None:
-        """Lets go of the moments. May be called again; a step afterwards raises StoreError."""
+        """Closes the moments. May be called again; a step afterwards raises StoreError."""
         self.moments.close()
 
     def load(self, path: str | Path, table_id: str) -> None:
@@ -193,8 +196,12 @@ class RowOptimizer:
                 f"{path}: expected the moments of a row optimiser, "
                 f"found {type(error).__name__}: {error}"
             ) from None
-        if state.pop("rows", None) != table_id:
-            raise DigestMismatch(f"{path}: the moments belong to another table than {table_id}")
+        saved_for = state.pop("rows", None)
+        if saved_for != table_id:
+            raise DigestMismatch(
+                f"{path}: expected moments of table {table_id}, found {saved_for}: "
+                "they belong to another table"
+            )
         self.load_state_dict(state)
         table = Table.open(path)
         try:

@@ -1,9 +1,9 @@
 """Several processes train copies of one table: they share row gradients and make the same update.
 
-DistributedDataParallel takes care of the dense parameters, and does not see the rows, which are no
-parameters. After backward each process holds the gradients of the rows that its part of the batch
-has read. They are gathered in the order of the ranks, and every process steps with their mean. So
-copies that were equal stay equal, bit for bit.
+DistributedDataParallel averages the gradients of dense parameters. Rows are no parameters, so it
+does not see them. After backward each process holds the gradients of the rows that its part of the
+batch has read. These are gathered in the order of the ranks, and every process steps with their
+mean. So equal copies stay equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def replica_group(memory: EngramMemory) -> dist.ProcessGroup:
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ConfigError(
-            "replica_group: expected torch.distributed to be initialised, as in a process that "
-            "torchrun started and that called init_process_group"
+            "replica_group: expected torch.distributed to be initialised, found it is not: start "
+            "the process with torchrun, and call init_process_group"
         )
     group: Any = dist.new_group(backend="gloo")
     digests = _gather(torch.frombuffer(bytearray(_digest(memory)), dtype=torch.uint8), group)
     different = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
     if different:
         raise DigestMismatch(
-            f"expected the same table in all {len(digests)} processes, found another than that of "
-            f"rank 0 in ranks {different}: give all of them the same config, seed and rows"
+            f"replica_group: expected the table of rank 0 in all {len(digests)} processes, found "
+            f"another one in ranks {different}: give all of them the same config, seed and rows"
         )
     return group
 
@@ -53,11 +53,12 @@ def drain_mean(memory: EngramMemory, replicas: dist.ProcessGroup | None) -> dict
 
     Args:
         memory: the memory.
-        replicas: the group of `replica_group`. Every process of it has to take part in every step.
+        replicas: the group from `replica_group`; None = this process alone. All its processes have
+            to call this in every step.
 
     Returns:
-        The gradients by layer; with `replicas` their mean over all processes, which is what
-        DistributedDataParallel makes of dense gradients.
+        The gradients by layer; with `replicas` their mean over all processes, as
+        DistributedDataParallel computes it for dense gradients.
     """
     own = coalesce(memory.drain_row_grads())
     if replicas is None:
@@ -74,7 +75,7 @@ def drain_mean(memory: EngramMemory, replicas: dist.ProcessGroup | None) -> dict
 
 
 def _mean(layer: int, own: SummedGrad, counts_W: list[int], group: dist.ProcessGroup) -> SummedGrad:
-    """Mean over all ranks. counts_W: how many rows of the layer each of them has."""
+    """Mean over all ranks. counts_W: how many rows of the layer each rank has."""
     ids_W = _gather_ragged(torch.from_numpy(own.ids), counts_W, group)
     grads_W = _gather_ragged(torch.from_numpy(own.grad), counts_W, group)
     entries = [RowGrad(layer, ids, grad) for ids, grad in zip(ids_W, grads_W, strict=True)]

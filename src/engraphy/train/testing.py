@@ -1,4 +1,4 @@
-"""The contract of row optimisers as tests, for those here and for those of others. Needs pytest.
+"""Tests that every row optimiser has to pass, including your own. Needs pytest.
 
 from engraphy.train.testing import RowOptimizerSuite
 
@@ -55,7 +55,7 @@ def random_grads(seed: int, count: int = 60) -> list[RowGrad]:
 
 
 class RowOptimizerSuite:
-    """Derive a class whose name begins with Test, and give `make`."""
+    """The tests. Derive a class whose name begins with Test, and define `make`."""
 
     def make(self, memory: EngramMemory, moments: str | Path = "ram:") -> RowOptimizer:
         """The optimiser under test, with a learning rate above 0."""
@@ -64,7 +64,7 @@ class RowOptimizerSuite:
     def train(
         self, memory: EngramMemory, seeds: range, moments: str | Path = "ram:"
     ) -> RowOptimizer:
-        """An optimiser that has made one step a seed."""
+        """An optimiser that has made one step for each seed."""
         optimizer = self.make(memory, moments)
         for seed in seeds:
             memory.row_grads += random_grads(seed)

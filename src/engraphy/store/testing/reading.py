@@ -1,4 +1,4 @@
-"""What holds for every store, and for one that cannot be written."""
+"""Tests of every store (`StoreTests`), and of read-only ones (`ReadOnlyStoreTests`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..base import RowStore, copy_rows
 from ..ram import RamStore
 from .tools import check_parts, in_children, in_threads, random_ids, random_rows
 
-# Ids that are wrong, the error that they raise, and a pattern of its message.
+# Invalid ids, the error that they raise, and a pattern of its message.
 BAD_IDS: list[tuple[Any, type[Exception], str]] = [
     (np.array([3, 10**6, 4]), RowOutOfRange, "row id 1000000 at position 1: expected 0 to {last}"),
     (np.array([-1]), RowOutOfRange, "row id -1 at position 0: expected 0 to {last}"),
@@ -34,13 +34,13 @@ Filled = tuple[RowStore, np.ndarray]  # a store, and uint8 [rows, row_bytes], th
 
 
 class StoreTests:
-    """What holds for every store. Derive from the read-only or the writable kind instead.
+    """Tests of every store. Derive from `ReadOnlyStoreTests` or `WritableStoreTests` instead.
 
     Attributes:
-        rows: how many rows `make_store` is given.
+        rows: how many rows `make_store` gets.
         row_format: format of these rows.
         mapped: whether `reading` gives memory.
-        updatable: whether `updating` gives memory, if it is told the ids.
+        updatable: whether `updating` gives memory if it gets the ids.
         forks: whether a forked child can use the store.
     """
 
@@ -167,7 +167,7 @@ class StoreTests:
                 np.testing.assert_array_equal(np.concatenate(shards), expected)
         assert store.stats.gathers == self.mapped
 
-    # What is refused, before anything is written.
+    # Errors, raised before anything is written.
 
     def test_wrong_ids_are_refused(self, filled: Filled) -> None:
         store, expected = filled
@@ -267,7 +267,7 @@ class StoreTests:
 
 
 class ReadOnlyStoreTests(StoreTests):
-    """Tests of a store that cannot be written."""
+    """Tests of a read-only store."""
 
     def test_a_store_opened_for_reading_is_not_written(self, filled: Filled) -> None:
         store, expected = filled

@@ -33,7 +33,7 @@ def random_ids(rows: int, count: int = 500, seed: int = 0) -> np.ndarray:
 def write_rows(
     store: RowStore, shards: Shards | None, ids_N: np.ndarray, rows_NR: np.ndarray
 ) -> None:
-    """Writes rows to the memory that `updating` gave, or by `scatter` if it gave None."""
+    """Writes rows to the memory from `updating`, or with `scatter` if that gave None."""
     if shards is None:
         store.scatter(ids_N, rows_NR)
         return
@@ -43,14 +43,14 @@ def write_rows(
 
 
 def check_changed(store: RowStore, before: np.ndarray, ids: np.ndarray, new: np.ndarray) -> None:
-    """Asserts that rows `ids` are new and all others are as they were."""
+    """Asserts that rows `ids` are `new`, and that all others are unchanged."""
     wanted = before.copy()
     wanted[ids] = new
     np.testing.assert_array_equal(store.gather(np.arange(len(wanted))), wanted)
 
 
 def check_parts(shards: Shards, expected: np.ndarray) -> None:
-    """Asserts that memory is these rows, in equal parts but the last."""
+    """Asserts that the shards are these rows, in equal parts except for the last."""
     np.testing.assert_array_equal(np.concatenate(shards), expected)
     sizes = [len(shard) for shard in shards]
     assert set(sizes[:-1]) <= {sizes[0]}
@@ -58,7 +58,7 @@ def check_parts(shards: Shards, expected: np.ndarray) -> None:
 
 
 def in_threads(count: int, act: Callable[[int], None]) -> None:
-    """Runs act(0) ... act(count - 1) in threads, and raises the first error of any."""
+    """Runs act(0) ... act(count - 1) in threads, and raises their first error."""
     errors: list[BaseException] = []
 
     def run(number: int) -> None:
@@ -77,7 +77,7 @@ def in_threads(count: int, act: Callable[[int], None]) -> None:
 
 
 def in_children(checks: Sequence[Callable[[], object]]) -> None:
-    """Asserts that each check passes in a forked child of its own; one that hangs is killed.
+    """Asserts that each check passes, each in a new forked child. A child that hangs is killed.
 
     A check fails if it raises or returns False.
     """
@@ -107,7 +107,7 @@ def _run_and_exit(check: Callable[[], object]) -> NoReturn:
 def _fork() -> int:
     """os.fork beside other threads, without Python's warning and without coverage in the child.
 
-    Another thread may hold coverage's lock just then, and the child would wait for it forever.
+    Another thread may hold coverage's lock at the fork, and the child would wait for it forever.
     """
     trace = sys.gettrace()
     sys.settrace(None)
