@@ -322,3 +322,14 @@ def test_weights_that_have_moved_are_used_where_they_are_now():
     assert layer.decode(x, rows, None, NO_COLUMNS) is None
     out = layer.decode(x.double(), rows, None, NO_COLUMNS)
     assert out.dtype == torch.float64 and torch.equal(out, x.double())
+
+
+def test_weights_in_another_order_at_the_same_place_are_not_decoded_by_the_old_plan():
+    layer = make(LayerSpec.deepseek_v41(40, 40, streams=1), torch.float32)
+    x, rows = sample(layer, 2)
+    with torch.no_grad():
+        assert layer.decode(x, rows, None, NO_COLUMNS) is not None
+        layer.value.weight.data = layer.value.weight.data.t()  # the same address, other strides
+        assert layer.decode(x, rows, None, NO_COLUMNS) is None
+        layer.value.weight.data = layer.value.weight.data.t()
+        assert layer.decode(x, rows, None, NO_COLUMNS) is not None
