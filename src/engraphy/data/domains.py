@@ -107,7 +107,7 @@ def medical(heldout: float = 0.1, seed: int = 0) -> Domain:
 
     Args:
         heldout: Share of the categories that is held out.
-        seed: Of the split.
+        seed: Seed of the split.
 
     Raises:
         DataUnavailable: The package is not installed.
@@ -162,7 +162,7 @@ def general(
         path: A .txt, .md or .txt.xz file or a folder of them, with a form feed between documents.
         characters: Smallest total. 90,000 characters of English are about 20,000 tokens.
         passage: Smallest number of characters in a passage. A passage is whole paragraphs.
-        seed: Of the hash.
+        seed: Seed of the hash.
 
     Raises:
         ConfigError: characters or passage is below 1.
@@ -214,8 +214,8 @@ def package(name: str, module: str) -> Any:
     """Imports a module of an optional package.
 
     Args:
-        name: Of the package.
-        module: Of the module.
+        name: Name of the package.
+        module: Name of the module.
 
     Raises:
         DataUnavailable: The package is not installed. The message says how to install it.

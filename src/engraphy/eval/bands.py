@@ -111,7 +111,7 @@ def loss_by_band(losses: np.ndarray, counts: np.ndarray) -> dict[str, BandLoss]:
 
     Args:
         losses: Nats.
-        counts: Of the same shape. Targets with a count of -1 are left out.
+        counts: Counts of the same shape. Targets with a count of -1 are left out.
     """
     bands = {}
     for name, (low, high) in BANDS.items():

@@ -82,7 +82,7 @@ def medical_items(categories: Sequence[Category], count: int = 100, seed: int = 
     Args:
         categories: Those trained on, or those held out.
         count: Number of items.
-        seed: Of the choice of items and options.
+        seed: Seed of the choice of items and options.
 
     Raises:
         InputError: The categories give too few items.
@@ -129,7 +129,7 @@ def geography_items(count: int = 120, seed: int = 0) -> list[Item]:
 
     Args:
         count: Number of items.
-        seed: Of the choice of items and options.
+        seed: Seed of the choice of items and options.
 
     Raises:
         DataUnavailable: The package is not installed.
@@ -211,7 +211,7 @@ def wikipedia_items(
 
     Args:
         count: Number of items.
-        seed: Of the choice of items and options.
+        seed: Seed of the choice of items and options.
         texts: The summaries. None = those of `wiki_texts`.
 
     Raises:
@@ -239,7 +239,7 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 32) ->
 
     Args:
         model: A causal language model.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         items: At least one.
         batch: Number of texts at a time.
 

@@ -64,7 +64,7 @@ def heldout_parts(
     """Measures all of `batches`, one after the other, without gradients.
 
     Args:
-        token_losses: of the model; see TokenLosses.
+        token_losses: Token losses of the model; see TokenLosses.
         batches: held-out text, on the CPU.
         ends: False = leave out the targets that are the end token. They are marks of the packing,
             not text.

@@ -39,7 +39,7 @@ def read_batch(arguments: Mapping[str, Any], cache: Cache | None, seen: int) -> 
     choice) are flattened to sequences, as decoders do.
 
     Args:
-        arguments: Of the call, by name.
+        arguments: Arguments of the call, by name.
         cache: Its cache.
         seen: Number of tokens in the cache.
 

@@ -26,7 +26,7 @@ class CachedState:
     """What a cache carries for a memory.
 
     Attributes:
-        address_digest: Of the memory.
+        address_digest: Address digest of the memory.
         margin: How many tokens can be taken back.
         state: None until the first forward that uses it.
         whole: False within a forward, and after one that an error cut short.

@@ -75,8 +75,8 @@ class EngraphyConfig(PreTrainedConfig):
     Attributes:
         text_config: The backbone's config.
         memory_config: `EngramConfig.to_json()` of the memory.
-        address_digest: Of the memory that belongs to these weights.
-        table_id: Of the table that belongs to these weights.
+        address_digest: Address digest of the memory that belongs to these weights.
+        table_id: Table id of the table that belongs to these weights.
     """
 
     model_type = "engraphy"
@@ -142,12 +142,12 @@ class EngraphyForCausalLM:
 
         Args:
             path: The directory, or a name on the hub.
-            config: Of the directory.
+            config: The config of the directory.
             store: The URL or folder to serve the rows from. Default: the saved table, read-only.
                 "ram:" copies it into memory, to train it.
             margin: As in `attach`.
-            options: Of the backbone's own from_pretrained. A dtype also holds for the memory's
-                dense layers, which keep theirs otherwise.
+            options: Options of the backbone's own from_pretrained. A dtype also applies to the
+                memory's dense layers, which keep theirs otherwise.
 
         Returns:
             What the backbone's own from_pretrained returns.
@@ -222,9 +222,9 @@ def save_pretrained(
         is_main_process: False writes nothing, as with transformers.
         push_to_hub: Upload the folder afterwards, with the files beside the model (a tokenizer).
         repo_id: Where to upload. Default: the folder's name.
-        options: Of the backbone's own save_pretrained (state_dict, max_shard_size, variant, ...);
-            and with push_to_hub: private, token, revision, commit_message, commit_description,
-            create_pr.
+        options: Options of the backbone's own save_pretrained (state_dict, max_shard_size,
+            variant, ...); with push_to_hub also private, token, revision, commit_message,
+            commit_description, create_pr.
 
     Raises:
         ConfigError: The model has no memory, is inside PEFT (merge it first), or
@@ -296,7 +296,7 @@ def push_to_hub(
     Args:
         model: The model, or the memory.
         repo_id: "user/name", or "name" for the user of the token.
-        max_shard_size: Of the backbone's files.
+        max_shard_size: Largest shard size of the backbone's files.
         options: private, token, revision, commit_message, commit_description, create_pr.
 
     Returns:

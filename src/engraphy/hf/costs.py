@@ -48,8 +48,8 @@ def cost(
 
     Args:
         config: The memory.
-        row_format: Of the table: a RowFormat, or its kind ("f32", "bf16", ...).
-        dtype: Of the dense layers.
+        row_format: Row format of the table: a RowFormat, or its kind ("f32", "bf16", ...).
+        dtype: Dtype of the dense layers.
     """
     fmt = RowFormat(row_format, config.dim) if isinstance(row_format, str) else row_format
     dense_parameters = config.dense_parameters()

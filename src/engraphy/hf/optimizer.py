@@ -32,7 +32,7 @@ class MemoryAdamW(torch.optim.AdamW):
         rows: The row optimiser. None leaves the table as it is.
         clip: The largest norm of dense and row gradients together. None does not clip.
         replicas: The processes that train copies of the table, as in OptimizerPair.
-        weight_decay: Of the matrices.
+        weight_decay: Weight decay of the matrices.
         adamw: lr, betas, eps, fused.
 
     Raises:

@@ -48,7 +48,7 @@ def rename_cache(arguments: dict[str, Any], name: str) -> None:
     has both, the new one counts.
 
     Args:
-        arguments: Of the call; changed in place.
+        arguments: Arguments of the call; changed in place.
         name: `cache_argument` of the decoder.
 
     Raises:

@@ -112,11 +112,11 @@ def three_arms(
         pad_id: Raw id of the filler.
         rho: Share of the routed experts that the memory arm keeps. The others pay for the table,
             the shared experts for the memory's dense part.
-        layers: Of the memory.
-        orders: Of the memory.
-        heads: Of the memory.
+        layers: Layers of the memory.
+        orders: Orders of the memory.
+        heads: Heads of the memory.
         dim: Width of a row.
-        seed: Of the memory's hash.
+        seed: Seed of the memory's hash.
 
     Raises:
         ConfigError: The counts cannot be made equal within 1 %.
@@ -170,7 +170,7 @@ def _solve_width(
 
     Args:
         config: Whose width is changed.
-        memory: Of the arm, or None.
+        memory: The arm's memory, or None.
         field: The SwiGLU width to change.
         blocks: How many blocks have it.
         activated: Parameters to come close to.

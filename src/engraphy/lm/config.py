@@ -18,7 +18,7 @@ class LMConfig:
         vocab_size: Number of token ids.
         hidden_size: D.
         layers: Number of blocks.
-        heads: Of attention.
+        heads: Heads of attention.
         ffn: Width of the SwiGLU in blocks without experts.
         moe_layers: Blocks (0-based) that have a mixture of experts in place of the SwiGLU.
         experts: Routed experts of such a block.
@@ -27,7 +27,7 @@ class LMConfig:
         shared_ffn: Width of the shared expert; 0 = none.
         tie_embeddings: The head is the token embedding.
         rope_theta: Base of the rotary positions.
-        eps: Of the norms.
+        eps: Epsilon of the norms.
         max_tokens: Longest row.
 
     Raises:

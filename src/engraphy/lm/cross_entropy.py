@@ -25,7 +25,7 @@ def mean_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Ten
 
     Args:
         x_ND: What the head takes. Logits are computed in its dtype, the rest in f32.
-        weight_VD: Of the head, in the same dtype.
+        weight_VD: Weight of the head, in the same dtype.
         target_N: int64; those that are IGNORED do not count.
 
     Returns:

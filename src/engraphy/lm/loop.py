@@ -41,10 +41,10 @@ class TrainConfig:
     """Settings of one run.
 
     Attributes:
-        tokens: Of training.
-        lr: Of the dense parameters.
+        tokens: Training tokens.
+        lr: Learning rate of the dense parameters.
         row_rate_scale: Rows learn at lr * row_rate_scale, without decay.
-        weight_decay: Of the dense parameters.
+        weight_decay: Weight decay of the dense parameters.
         clip: Largest gradient norm.
         warmup: Share of the run.
         dtype: "float32", or "bfloat16" (autocast).
@@ -87,11 +87,11 @@ class StepReport:
 
     Attributes:
         step: Number of the step, from 1.
-        steps: Of the whole run.
+        steps: Steps of the whole run.
         tokens: Trained on so far.
         loss: Mean nats a token of this step's batch.
-        norm: Of the gradient, before clipping.
-        tokens_per_second: Of this step.
+        norm: Norm of the gradient, before clipping.
+        tokens_per_second: Tokens per second of this step.
         heldout: Mean nats a token of held-out text, if it was measured after this step.
         max_load: Load of the busiest expert over the mean load; None without experts.
     """
@@ -111,14 +111,14 @@ class Run:
 
     Args:
         model: To train.
-        batches: Of training text.
+        batches: Batches of training text.
         config: Settings of the run.
         origin: JSON values that say where the initial weights come from (a seed, an arm). A
             checkpoint of another origin is refused.
 
     Attributes:
         step_index: Steps that are done.
-        steps: Of the whole run.
+        steps: Steps of the whole run.
     """
 
     def __init__(

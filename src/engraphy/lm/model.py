@@ -113,7 +113,7 @@ class LM(nn.Module):
             max_new_tokens: Most ids to return.
             temperature: 0 = take the likeliest id each time.
             top_k: Sample from the likeliest top_k ids; None = from all.
-            seed: Of the samples.
+            seed: Seed of the samples.
             stop_id: Generation stops before it.
 
         Raises:

@@ -43,8 +43,8 @@ class MoE(nn.Module):
         hidden_size: D.
         experts: Number of routed experts.
         top_k: Experts of a token.
-        expert_width: Of a routed expert.
-        shared_width: Of the shared expert; 0 = none.
+        expert_width: Width of a routed expert.
+        shared_width: Width of the shared expert; 0 = none.
 
     Attributes:
         balance: f32 [experts], a buffer, so checkpoints keep it.

@@ -56,7 +56,7 @@ class FinetuneConfig:
         data: A text file or a folder of them (form feeds divide documents), a .jsonl file with
             "text" in each line, or what `data.documents.load_documents` takes.
         out: A new folder for the memory.
-        tokens: Tokens of training; None = each token of the text once.
+        tokens: Training tokens; None = each token of the text once.
         lr: Learning rate of the dense layers; the rows learn five times as fast. The default did
             best in docs/results/beside-lora.md.
         layers: Layers with a memory, 0-based; None = as `EngramConfig.for_model` chooses.
@@ -68,7 +68,7 @@ class FinetuneConfig:
         seed: Seed of weights, order and split.
         lora: Rank of LoRA adapters that are trained together with the memory, at a tenth of its
             rate, and saved in `out`/adapter; None = the memory alone.
-        dtype: Of the frozen model, as `choose_dtype` takes it. The memory is float32 while it
+        dtype: Dtype of the frozen model, as `choose_dtype` takes it. The memory is float32 while it
             trains.
     """
 

@@ -92,13 +92,13 @@ class Headline:
         gap: Loss of the memory arm minus that of MoE.
         stderr: Standard error of `gap`; empty if it is not known.
         documents: What the standard error covers.
-        labels: Of the memory arm and of MoE; `losses` and `perplexities` too.
+        labels: Labels of the memory arm and of MoE; `losses` and `perplexities` too.
         losses: Validation losses.
-        perplexities: Of the validation losses.
+        perplexities: Perplexities of the validation losses.
         perplexity_change: Relative change of the perplexity.
         budgets: Parameters of both arms.
         equal: True if the budgets are equal.
-        seed: Of the run; may be empty.
+        seed: Seed of the run; may be empty.
         ladder: Chart of the losses.
     """
 

@@ -18,7 +18,7 @@ def normal_rows(seed: int, layer: int, ids_N: np.ndarray, dim: int, std: float) 
     standard deviations.
 
     Args:
-        seed: Of the whole memory, from 0 to 2**64 - 1.
+        seed: Seed of the whole memory, from 0 to 2**64 - 1.
         layer: The model's layer.
         ids_N: Row ids, integers [N].
         dim: Width of a row, d.

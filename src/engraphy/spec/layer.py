@@ -23,8 +23,8 @@ class LayerSpec:
         order: N, the dilation of the conv.
         kernel: Taps of the short conv; 0 = no conv.
         bias: The key and value projections have one.
-        eps: Of the query and key norms; None = the dtype's machine epsilon (torch's default).
-        conv_eps: Of the conv's norm.
+        eps: Epsilon of the query and key norms; None = machine epsilon of the dtype (as in torch).
+        conv_eps: Epsilon of the conv's norm.
         unit_offset: Norms scale by (1 + weight), and weights start at zero. If False, norms scale
             by weights that start at one.
 

@@ -56,8 +56,8 @@ class AdaptConfig:
     Attributes:
         model: Folder of a transformers model.
         general: Text that neither the model nor the domain holds: a file or a folder.
-        tokens: Of training, for each run.
-        rows_per_head: Of the memory.
+        tokens: Training tokens, for each run.
+        rows_per_head: Rows per head of the memory.
         seeds: The first one chooses the learning rates.
         rates: (arm, learning rate) of the arms that run, without a search; () = all arms run, and
             each searches its own rate.

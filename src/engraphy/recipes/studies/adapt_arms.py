@@ -1,5 +1,4 @@
-"""Ways to adapt a frozen language model to a domain, at comparable sizes: a memory, its controls,
-LoRA.
+"""Ways to adapt a frozen language model to a domain: a memory, its controls, and LoRA.
 
 A value counts as trainable if training may change it. Those of a memory are its dense layers and
 its whole table. An optimiser over `parameters()` sees the dense layers alone, so LoRA is compared
@@ -41,7 +40,7 @@ BEYOND = 2
 ROW_RATE = 5.0
 """The rows' learning rate over that of the dense layers."""
 ROW_STD = 0.02
-"""Of the rows at the start."""
+"""Standard deviation of the rows at the start."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Sizes:
     """Values that training may change.
 
     Attributes:
-        dense: In dense layers.
-        table: In the table.
-        rank: Of LoRA; None = there is none.
+        dense: Values in dense layers.
+        table: Values in the table.
+        rank: LoRA's rank; None = there is none.
     """
 
     dense: int
@@ -69,8 +68,8 @@ class Adapted:
     """A frozen model with what is trained beside it.
 
     Attributes:
-        model: With the memory attached, or a PEFT model.
-        sizes: Of what is trained.
+        model: The model with its memory attached, or a PEFT model.
+        sizes: Sizes of what is trained.
         memory: None for LoRA.
     """
 
@@ -116,8 +115,8 @@ def adapt(model: Any, vocab: VocabMap, arm: str, rows_per_head: int, seed: int) 
         model: A transformers model; it is changed in place.
         vocab: Map of its vocabulary.
         arm: One of LABELS.
-        rows_per_head: Of the memory.
-        seed: Of the initial values.
+        rows_per_head: Rows per head of the memory.
+        seed: Seed of the initial values.
 
     Raises:
         ConfigError: The arm is unknown.

@@ -34,9 +34,9 @@ class Job(StudyJob):
     """One run.
 
     Attributes:
-        arm: Of LABELS, or BASE: the model as it is.
-        tokens: Of training.
-        rows_per_head: Of the memory.
+        arm: One of LABELS, or BASE: the model as it is.
+        tokens: Training tokens.
+        rows_per_head: Rows per head of the memory.
         model: Name of its folder.
     """
 
@@ -76,7 +76,7 @@ def load_texts(general: Path, tokenizer: Any) -> Texts:
 
     Args:
         general: File or folder of general text.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
     """
     domain = domains.medical()
     passages = domains.general(general, GENERAL_CHARACTERS)

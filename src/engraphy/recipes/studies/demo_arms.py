@@ -39,9 +39,9 @@ class ArmConfig:
 
     Attributes:
         train: Settings of a run.
-        seed: Of the weights.
+        seed: Seed of the weights.
         rho: Share of the routed experts that the memory arm keeps.
-        row_std: Of the table's initial values.
+        row_std: Standard deviation of the table's initial values.
 
     Raises:
         ConfigError: The seed is negative.
@@ -127,13 +127,13 @@ def train_arms(
     killed.
 
     Args:
-        names: Of the arms, of LABELS.
-        corpus_folder: Of the prepared corpus.
+        names: Names of the arms, from LABELS.
+        corpus_folder: Folder of the prepared corpus.
         config: What all arms share.
         folder: Each arm writes to `folder`/NAME.
         resume: Continue from the newest checkpoints.
         report: Takes the name of an arm and the report of its step.
-        threads: Of each arm; None = an equal share of the CPUs.
+        threads: Threads of each arm; None = an equal share of the CPUs.
 
     Raises:
         EngraphyError: An arm failed; the message names it.

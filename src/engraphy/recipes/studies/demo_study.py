@@ -49,7 +49,7 @@ class Job(StudyJob):
     """One run.
 
     Attributes:
-        tokens: Of training.
+        tokens: Training tokens.
         data: As `load_documents` takes it.
     """
 
@@ -63,7 +63,7 @@ class StudyConfig:
 
     Attributes:
         seeds: The first one chooses the learning rates.
-        tokens: Of training, for each run.
+        tokens: Training tokens, for each run.
         data: As `load_documents` takes it.
     """
 

@@ -29,7 +29,7 @@ class Job:
 
     Attributes:
         arm: What is trained.
-        seed: Of everything random.
+        seed: Seed of everything random.
         lr: Learning rate.
     """
 

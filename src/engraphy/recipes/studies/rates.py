@@ -49,7 +49,7 @@ class Rates:
         """The rates that the arm tries, as far as they are known, in the order of their runs.
 
         Args:
-            losses: Of the rates that have run. Those that the search would not try choose nothing.
+            losses: Losses of the rates that have run; rates outside of the search are ignored.
         """
         wanted = list(self.first)
         while all(lr in losses for lr in wanted):
@@ -84,7 +84,7 @@ class RateSearch:
     """The runs of arms over learning rates and seeds.
 
     Attributes:
-        rates: Of each arm, in the order of the arms.
+        rates: Rates of each arm, in the order of the arms.
         seeds: The first one chooses the rates.
         job: Makes a run of an arm, a seed and a rate.
         loss: Takes a result, returns the value that should be low.

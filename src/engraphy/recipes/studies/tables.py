@@ -68,7 +68,7 @@ def rate_table(
 
     Args:
         title: Head of the first column.
-        labels: Of the arms.
+        labels: Labels of the arms.
         losses: By arm and rate.
         rates: The columns.
     """
