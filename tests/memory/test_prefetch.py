@@ -22,7 +22,7 @@ from engraphy.memory.buffers import BufferPool
 from engraphy.memory.prefetch import Prefetcher
 from engraphy.rows import RowFormat
 from engraphy.store import RamStore, RowStore, StoreInfo
-from tests.tools.forking import fork
+from engraphy.store.testing.tools import fork
 
 FMT, ROWS = RowFormat("int8", 16), 500
 LAYERS = (1, 14)

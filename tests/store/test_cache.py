@@ -25,8 +25,8 @@ from engraphy.store.cache import CacheStore
 from engraphy.store.options import parse_size
 from engraphy.store.reload import ReloadableStore
 from engraphy.store.sets import GHOSTS, SMALL, WAYS, place, set_bytes
+from engraphy.store.testing.tools import fork
 from engraphy.table import Table
-from tests.tools.forking import fork
 from tests.tools.store_builders import LAYER, sealed, shards_of
 
 WIDTH = 12

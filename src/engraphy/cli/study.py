@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from ..recipes.studies import STUDIES
 from .arguments import DATA, SEEDS, parse_rates
 from .terminal import errors
 
@@ -45,7 +46,7 @@ def main(
             raise typer.BadParameter(f"expected --{parameter} after {name}, found it before")
 
 
-@app.command()
+@app.command(help=STUDIES["demo"].sentence)
 def demo(
     out: Path = OUT,
     work: Path = WORK,
@@ -54,7 +55,6 @@ def demo(
     tokens: int = TOKENS,
     workers: int = WORKERS,
 ) -> None:
-    """The arms of the demo and a one-row control, over seeds and learning rates."""
     from ..recipes.studies import demo_study as recipe
 
     with errors("the same command continues"):
@@ -63,23 +63,22 @@ def demo(
         typer.echo(recipe.tables(config, out))
 
 
-@app.command()
+@app.command(help=STUDIES["adapt"].sentence)
 def adapt(
-    model: Path = typer.Argument(help="Folder of a transformers model."),  # noqa: B008
-    general: Path = typer.Argument(  # noqa: B008
+    model: Path = typer.Argument(help="Folder of a transformers model."),
+    general: Path = typer.Argument(
         help="Text that neither the model nor the domain holds: a file or a folder."
     ),
     out: Path = ADAPT_OUT,
     seeds: int = SEEDS,
     tokens: int = typer.Option(100_000, help="Training tokens of each run."),
-    rate: list[str] = typer.Option(  # noqa: B008
+    rate: list[str] = typer.Option(
         [],
         help="ARM=RATE: only this arm, at this learning rate; may be repeated. "
         "Without it all arms run and search their rates.",
     ),
     workers: int = WORKERS,
 ) -> None:
-    """A memory, its controls and LoRA adapt a frozen model to medical text."""
     with errors("the same command continues"):
         from ..recipes.studies import adapt as recipe
 

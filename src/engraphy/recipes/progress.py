@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,13 @@ def curves(folder: Path) -> dict[str, Any]:
     with open(folder / "metrics.jsonl") as file:
         steps = [json.loads(line) for line in file]
     loads = [step["max_load"] for step in steps[len(steps) // 2 :] if step["max_load"] is not None]
+    evaluated = [step for step in steps if step["heldout"] is not None]
+    speeds = [step["tokens_per_second"] for step in steps]
+    step_tokens = [step["tokens"] / step["step"] for step in steps]
     return {
         "curve": [[step["tokens"], step["loss"]] for step in steps],
-        "heldout_curve": [
-            [step["tokens"], step["heldout"]] for step in steps if step["heldout"] is not None
-        ],
+        "heldout_curve": [[step["tokens"], step["heldout"]] for step in evaluated],
         "max_expert_load": max(loads, default=None),
-        "seconds": sum(step["tokens"] / step["step"] / step["tokens_per_second"] for step in steps),
-        "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps),
+        "seconds": sum(map(truediv, step_tokens, speeds)),
+        "tokens_per_second": statistics.median(speeds),
     }

@@ -110,17 +110,13 @@ class StoreGroup(Mapping[int, RowStore]):
             group = cls(_of_layers(store, layers), row_format, address_digest=address_digest)
         elif isinstance(store, Table):
             group = cls._made(
-                layers, lambda layer: FileStore(store, layer), row_format, (), address_digest
+                layers, lambda layer: FileStore(store, layer), row_format, address_digest
             )
         elif isinstance(store, str) and store.startswith("ram:"):
             group = cls.zeros(config, row_format or RowFormat("f32", config.dim), store)
         elif isinstance(store, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
             group = cls._made(
-                layers,
-                lambda layer: open_store(store, layer=layer),
-                row_format,
-                (),
-                address_digest,
+                layers, lambda layer: open_store(store, layer=layer), row_format, address_digest
             )
         else:
             raise ConfigError(
@@ -128,7 +124,7 @@ class StoreGroup(Mapping[int, RowStore]):
             )
         try:
             if address_digest is not None:
-                group.check(config, address_digest)
+                group._check_sizes(config)
         except BaseException:
             group.close()
             raise
@@ -157,7 +153,7 @@ class StoreGroup(Mapping[int, RowStore]):
             ConfigError: the table has no such layer, or another row format.
         """
         tables = [table] if close_table else []
-        return cls._made(layers, lambda layer: FileStore(table, layer), row_format, tables)
+        return cls._made(layers, lambda layer: FileStore(table, layer), row_format, tables=tables)
 
     @classmethod
     def zeros(cls, config: EngramConfig, row_format: RowFormat, url: str = "ram:") -> StoreGroup:
@@ -180,8 +176,8 @@ class StoreGroup(Mapping[int, RowStore]):
         layers: Iterable[int],
         make: Callable[[int], RowStore],
         row_format: RowFormat | None,
-        tables: Sequence[Table] = (),
         address_digest: str | None = None,
+        tables: Sequence[Table] = (),
     ) -> StoreGroup:
         """A group that owns `tables`, and the store that `make` returns for each layer."""
         stores: dict[int, RowStore] = {}
@@ -262,6 +258,9 @@ class StoreGroup(Mapping[int, RowStore]):
         """
         _check_layers(self, config.hash.layer_ids)
         self._check_addresses(address_digest)
+        self._check_sizes(config)
+
+    def _check_sizes(self, config: EngramConfig) -> None:
         for layer, store in self.items():
             expected = (config.hash.row_count(layer), config.dim)
             found = (store.info.rows, self.format.d)

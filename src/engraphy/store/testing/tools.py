@@ -83,7 +83,7 @@ def in_children(checks: Sequence[Callable[[], object]]) -> None:
     """
     children: list[int] = []
     for check in checks:
-        child = _fork()
+        child = fork()
         if not child:
             _run_and_exit(check)
         children.append(child)
@@ -104,7 +104,7 @@ def _run_and_exit(check: Callable[[], object]) -> NoReturn:
         os._exit(code)
 
 
-def _fork() -> int:
+def fork() -> int:
     """os.fork beside other threads, without Python's warning and without coverage in the child.
 
     Another thread may hold coverage's lock at the fork, and the child would wait for it forever.
