@@ -60,6 +60,33 @@ def test_step_by_step_equals_one_forward(streams):
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_rows_are_read_to_the_device_of_their_layers_weights(in_memory, monkeypatch):
+    """Layer 3 is on another device: the meta device stands for a GPU."""
+    monkeypatch.setattr(RamStore, "in_memory", in_memory)
+    memory = make_memory()
+    memory.blocks["3"].to("meta")
+    lookup = memory.lookup(sample(2, 5)[0])
+    assert [lookup.rows[layer].device.type for layer in LAYERS] == ["cpu", "meta"]
+    assert lookup.rows[3].shape == (2, 5, memory.config.layer.width)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+def test_a_memory_that_was_moved_to_a_gpu_computes_and_learns_there():
+    ids, x = sample(2, 21)
+    memory = make_memory().train()
+    expected = run(memory, ids, x)
+    expected.square().sum().backward()
+    grads = memory.drain_row_grads()
+    memory.to("cuda")
+    found = run(memory, ids, x.to("cuda"))
+    torch.testing.assert_close(found.cpu(), expected)
+    found.square().sum().backward()
+    for there, here in zip(memory.drain_row_grads(), grads, strict=True):
+        np.testing.assert_array_equal(there.ids, here.ids)
+        np.testing.assert_allclose(there.grad, here.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("cuts", [(1, 20), (4, 5, 13), (10, 11), (21,)])
 def test_chunked_prefill_with_document_starts_equals_one_forward(cuts):
     memory = make_memory()

@@ -103,6 +103,33 @@ def no_thread_is_left():
 # Rows.
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_rows_go_to_the_device_that_was_asked_for(in_memory, monkeypatch):
+    """The meta device has no values, but every machine has it: shape, dtype and device arrive."""
+    monkeypatch.setattr(RamStore, "in_memory", in_memory)
+    ids = {layer: some_ids(layer, 1, 5) for layer in LAYERS}
+    with Prefetcher(ram()) as prefetcher:
+        rows = prefetcher.submit(ids, device="meta").wait()
+        here = prefetcher.submit(ids).wait()
+    for layer in LAYERS:
+        assert rows[layer].device.type == "meta" and here[layer].device.type == "cpu"
+        assert rows[layer].shape == here[layer].shape and rows[layer].dtype == torch.float32
+        np.testing.assert_array_equal(here[layer].numpy(), expected(layer, ids[layer]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_rows_on_a_gpu_are_those_of_the_stores_while_buffers_are_reused(in_memory, monkeypatch):
+    monkeypatch.setattr(RamStore, "in_memory", in_memory)
+    with Prefetcher(ram()) as prefetcher:
+        for seed in range(50):
+            ids = {layer: some_ids(seed + layer, 4, 200) for layer in LAYERS}
+            rows = prefetcher.submit(ids, device="cuda").wait()
+            for layer in LAYERS:
+                assert rows[layer].is_cuda
+                np.testing.assert_array_equal(rows[layer].cpu(), expected(layer, ids[layer]))
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 4), (4, 1, 4), (1, 700, 4), (2, 300, 8), (3, 0, 4), (0, 5, 4), (2, 2, 1)]
 )
@@ -336,8 +363,9 @@ def test_a_failed_ticket_holds_no_buffer():
     store.fails = OSError("the disk is gone")
     seen: list[weakref.ref] = []
     with Prefetcher(sources) as prefetcher:
-        take = prefetcher._queue._pool.take
-        prefetcher._queue._pool.take = lambda shape: (
+        pool = prefetcher._queue.transfer(torch.device("cpu")).pool
+        take = pool.take
+        pool.take = lambda shape: (
             seen.append(weakref.ref(made := take(shape))),
             made,
         )[1]

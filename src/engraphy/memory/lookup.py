@@ -131,7 +131,8 @@ def lookup_chunk(
     row_ids_LBTC, order = _row_ids(memory.addresser, ids, state, alive, begins, there)
     row_ids = dict(zip(memory.layers, row_ids_LBTC, strict=True))
     tickets = {
-        layer: memory.prefetcher.submit({layer: ids_BTC}) for layer, ids_BTC in row_ids.items()
+        layer: memory.prefetcher.submit({layer: ids_BTC}, device=_device(memory, layer))
+        for layer, ids_BTC in row_ids.items()
     }
     alive = _alive(memory.vocab, ids, alive, there)
     if state is not None:
@@ -146,6 +147,12 @@ def lookup_chunk(
         for layer, ticket in tickets.items()
     }
     return Lookup(Rows(rows), _tensor(alive), starts, state, trace, present, _tensor(order))
+
+
+def _device(memory: EngramMemory, layer: int) -> torch.device:
+    """The device of the layer's dense weights, which is where its rows are needed."""
+    parameters = memory.blocks[str(layer)].parameters()
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def _learn(memory: EngramMemory, layer: int) -> bool:
@@ -167,7 +174,7 @@ def _wait_for_rows(
 
     def hand_over(leaf: Tensor) -> None:
         assert leaf.grad is not None
-        grad_Nd = leaf.grad.detach().reshape(-1, memory.config.dim).numpy()
+        grad_Nd = leaf.grad.reshape(-1, memory.config.dim).numpy(force=True)
         memory.add_row_grad(RowGrad(layer, ids_BTC.reshape(-1), grad_Nd))
         leaf.grad = None
 

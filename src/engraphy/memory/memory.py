@@ -213,8 +213,10 @@ class EngramMemory(nn.Module):
                 itself nothing is added.
 
         Returns:
-            The Lookup. Its rows are f32, on the CPU. With gradients enabled, in training mode and
-            if `rows_require_grad` allows it, they are leaves whose gradients go to `row_grads`.
+            The Lookup. Its rows are f32, on the device of their layer's dense weights. (Those of
+            one token of each sequence may be on the CPU: `fuse` moves them.) With gradients
+            enabled, in training mode and if `rows_require_grad` allows it, they are leaves whose
+            gradients go to `row_grads`.
             `rows[layer]` waits for the rows of a layer, and raises the error if reading failed.
 
         Raises:

@@ -40,7 +40,6 @@ class Prefetcher:
         self,
         sources: StoreGroup | Mapping[int, tuple[RowStore, RowFormat]],
         limit: int = LIMIT,
-        device: torch.device | str = "cpu",
     ) -> None:
         """Starts no thread yet.
 
@@ -48,8 +47,6 @@ class Prefetcher:
             sources: the stores of a memory, or layer -> (store, format of its rows).
             limit: most bytes of rows in flight, submitted and not read yet. `submit` blocks while
                 there would be more. If nothing is in flight, it accepts a ticket of any size.
-            device: where rows go. CUDA: through pinned memory, on a separate stream (written, but
-                not yet run on a GPU).
 
         Raises:
             ConfigError: the limit is below 1.
@@ -62,15 +59,19 @@ class Prefetcher:
         for layer, (store, fmt) in sources.items():
             _check_format(layer, store, fmt)
         self._sources = dict(sources)
-        self._queue = ReadQueue(limit, torch.device(device))
+        self._queue = ReadQueue(limit)
         self._end = weakref.finalize(self, self._queue.end)
         self._end.atexit = False
 
-    def submit(self, ids: Mapping[int, np.ndarray]) -> Ticket:
+    def submit(
+        self, ids: Mapping[int, np.ndarray], *, device: torch.device | str = "cpu"
+    ) -> Ticket:
         """Requests rows. Errors of reading, such as ids out of range, are raised by `wait`.
 
         Args:
             ids: layer -> row ids int64 [B, T, C]. The caller may change the arrays afterwards.
+            device: where the rows go. CUDA: through page-locked memory, on a separate stream
+                (written, but not yet run on a GPU).
 
         Raises:
             ConfigError: a layer is not in the sources.
@@ -83,10 +84,11 @@ class Prefetcher:
         requests = [
             Request(layer, *self._sources[layer], ids_BTC) for layer, ids_BTC in ids.items()
         ]
+        transfer = self._queue.transfer(torch.device(device))
         if rows <= FEW_ROWS and all([request.store.in_memory for request in requests]):
-            return self._queue.at_once(requests, rows)
+            return self._queue.at_once(requests, rows, transfer)
         copies = [request._replace(ids_BTC=request.ids_BTC.copy()) for request in requests]
-        ticket = Ticket(self._queue, copies)
+        ticket = Ticket(self._queue, copies, transfer)
         self._queue.put(ticket, rows)
         return ticket
 

@@ -9,7 +9,6 @@ import time
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from ..errors import StoreError
 from ..store.latency import BUCKETS, Latency, bucket_of, latency_of
-from .buffers import BufferPool
 from .ticket import Request, Ticket
+from .transfer import Transfer
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,8 @@ class ReadQueue:
     It has no reference to the Prefetcher, so that the garbage collector can collect that one.
     """
 
-    def __init__(self, limit: int, device: torch.device) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Reentrant, since the garbage collector may call `end` at any time.
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
@@ -61,15 +58,23 @@ class ReadQueue:
         self._bytes = 0
         self._thread: threading.Thread | None = None
         self._ended = False
-        self._pool = BufferPool(limit, pinned=device.type == "cuda")
+        self._transfers: dict[torch.device, Transfer] = {}
         self._tickets = self._inline = self._cancelled = self._rows = self._nanoseconds = 0
         self._buckets = [0] * BUCKETS
         _ALL.add(self)
 
-    def at_once(self, requests: list[Request], rows: int) -> Ticket:
+    def transfer(self, device: torch.device) -> Transfer:
+        """The way of rows to a device."""
+        with self._changed:
+            transfer = self._transfers.get(device)
+            if transfer is None:
+                transfer = self._transfers[device] = Transfer(device, self._limit)
+            return transfer
+
+    def at_once(self, requests: list[Request], rows: int, transfer: Transfer) -> Ticket:
         """Reads rows in the caller's thread. Returns a ticket that is done, or has failed."""
         self.count_inline(rows)
-        ticket = Ticket(self, requests)
+        ticket = Ticket(self, requests, transfer)
         ticket.counted = True
         ticket.read_inline()
         return ticket
@@ -174,29 +179,10 @@ class ReadQueue:
                 waited=latency_of(self._buckets, self._nanoseconds),
             )
 
-    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An uninitialised float32 buffer of this shape, from the pool."""
+    def buffer(self, transfer: Transfer, shape: tuple[int, ...]) -> np.ndarray:
+        """An uninitialised float32 buffer of this shape, from the pool of `transfer`."""
         with self._changed:
-            return self._pool.take(shape)
-
-    def to_device(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Copies rows to the device. When this returns, the pinned buffers are free."""
-        if self._stream is None:
-            return rows
-        with torch.cuda.stream(self._stream):
-            copies = {
-                layer: values.to(self._device, non_blocking=True) for layer, values in rows.items()
-            }
-        self._stream.synchronize()
-        return copies
-
-    def handed_out(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The rows, for use in the caller's current stream."""
-        if self._stream is not None:
-            # Their memory belongs to the other stream, which must not reuse it too early.
-            for values in rows.values():
-                values.record_stream(torch.cuda.current_stream(self._device))
-        return dict(rows)
+            return transfer.pool.take(shape)
 
     def _start(self) -> None:
         """Starts the thread if there is none, and a ticket waits."""

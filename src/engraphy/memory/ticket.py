@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..store.base import RowStore
 
 if TYPE_CHECKING:
     from .read_queue import ReadQueue
+    from .transfer import Transfer
 
 
 class Request(NamedTuple):
@@ -46,9 +48,10 @@ class Ticket:
         bytes: bytes of the rows.
     """
 
-    def __init__(self, queue: ReadQueue, requests: list[Request]) -> None:
+    def __init__(self, queue: ReadQueue, requests: list[Request], transfer: Transfer) -> None:
         self._queue = queue
         self._requests = requests
+        self._transfer = transfer
         self._rows: dict[int, Tensor] = {}
         self._error: BaseException | None = None
         # A list, as in `submit`: for one or two layers it is faster than a generator.
@@ -60,9 +63,9 @@ class Ticket:
         """Waits until all rows are read.
 
         Returns:
-            layer -> f32 [B, T, E], E = C*d; the same tensors each time. Nothing else writes to
-            them: a buffer is reused only after the last tensor or array over it is gone, including
-            the ticket's own.
+            layer -> f32 [B, T, E], E = C*d, on the device that `submit` was given; the same
+            tensors each time. Nothing else writes to them: a buffer is reused only after the last
+            tensor or array over it is gone, including the ticket's own.
 
         Raises:
             StoreError: The ticket was cancelled.
@@ -72,7 +75,7 @@ class Ticket:
         rows = self._rows  # before the error is read, since another thread may cancel
         if self._error is not None:
             raise self._error
-        return self._queue.handed_out(rows)
+        return self._transfer.hand_out(rows)
 
     def cancel(self) -> None:
         """Gives up the rows: reads that have not begun are dropped, and `wait` raises StoreError.
@@ -86,7 +89,7 @@ class Ticket:
         rows: dict[int, Tensor] = {}
         error = None
         try:
-            rows = self._read_all(self._queue.buffer)
+            rows = self._read_all(partial(self._queue.buffer, self._transfer))
         except BaseException as caught:  # the waiter raises it, in its own thread
             error = caught
             traceback.clear_frames(caught.__traceback__)  # frames hold buffers
@@ -105,7 +108,7 @@ class Ticket:
         rows = {}
         for request in self._requests:
             rows[request.layer] = request.read(buffer(request.shape))
-        return self._queue.to_device(rows)
+        return self._transfer.send(rows)
 
     def finish(self, rows: dict[int, Tensor], error: BaseException | None) -> None:
         """Stores the result of reading."""
