@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from engraphy import _native
-from engraphy.store import open_store
+from engraphy.errors import ShardTruncated
+from engraphy.store import mapping, open_store
 from tests.tools.paths import ROOT
 from tests.tools.store_builders import LAYER, fmt_of, in_own_namespace, sealed
 
@@ -327,3 +328,37 @@ def test_guards_end_with_the_memory(tmp_path):
     assert core.guard(0, 1, False) == free
     core.unguard(free)
     np.testing.assert_array_equal(kept, expected[:7])
+
+
+def test_the_ends_of_files_are_looked_at_by_one_call_which_leaves_out_what_is_unmapped(tmp_path):
+    core = _native.core
+    files = []
+    for number, last in enumerate((1, 2)):
+        path = tmp_path / str(number)
+        path.write_bytes(bytes(5000) + bytes([last]))
+        with open(path, "rb") as file:
+            files.append(mapping.MappedFile(file.fileno(), str(path), 5001))
+    ends = core.FileEnds([file.slot for file in files], [file.last_byte for file in files])
+    damages = core.damage_count()
+    assert ends.whole(damages) and not ends.whole(damages - 1)
+    os.truncate(tmp_path / "0", 4500)  # in the last page: the rest of it reads as zeros
+    assert not ends.whole(damages) and core.damage_count() == damages
+    del files[0]
+    assert ends.whole(damages)
+    os.truncate(tmp_path / "1", 0)  # the page is gone
+    assert not ends.whole(damages) and core.damage_count() == damages + 1
+    with pytest.raises(ValueError, match="same files"):
+        core.FileEnds([1, 2], [1])
+
+
+@pytest.mark.parametrize("last", [0, 7])
+def test_a_file_that_ends_with_a_zero_is_served_and_missed_when_it_is_cut(tmp_path, last):
+    path = tmp_path / "file"
+    path.write_bytes(bytes([9]) * 5000 + bytes([last]))
+    with open(path, "rb") as file:
+        mapped = mapping.MappedFile(file.fileno(), str(path), 5001)
+    watch = mapping.Watch([mapped])
+    watch.after()
+    os.truncate(path, 5000)
+    with pytest.raises(ShardTruncated, match="expected 5001 bytes, found 5000"):
+        watch.after()

@@ -142,6 +142,17 @@ def arm_guard() -> None:
     """Puts the guard's SIGBUS handler before any handler that was installed later. Faults outside
     of guarded mappings are passed on to that handler."""
 
+class FileEnds:
+    """The last bytes of guarded files, looked at by one call."""
+
+    def __init__(self, slots: Sequence[int], last_bytes: Sequence[int]) -> None:
+        """For each file the slot of its guard, and the address of its last byte."""
+
+    def whole(self, damages: int) -> bool:
+        """Whether no file was cut, as far as its memory shows: no last byte is zero, and
+        `damage_count` still is `damages`. Files that were unguarded since do not count.
+        """
+
 class RowReader:
     """Reads rows of files with its own blocking threads.
 

@@ -127,6 +127,7 @@ void unguard(int number) {
     slot.taken = false;
 }
 
+uint32_t version_of(int slot) { return slots[slot].version; }
 bool damaged(int slot) { return slots[slot].damaged; }
 int64_t damage_count() { return damages; }
 

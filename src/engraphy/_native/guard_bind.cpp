@@ -1,5 +1,8 @@
 // The guard from Python. Nothing here waits, so the GIL is kept.
 #include <stdexcept>
+#include <vector>
+
+#include <nanobind/stl/vector.h>
 
 #include "bind.hpp"
 #include "guard.hpp"
@@ -7,6 +10,38 @@
 namespace nb = nanobind;
 
 namespace engraphy {
+namespace {
+
+// The last bytes of guarded files. Files that were unmapped since are left out: the GIL is kept, and
+// `unguard` comes before.
+class FileEnds {
+  public:
+    FileEnds(const std::vector<int> &slots, const std::vector<uintptr_t> &last_bytes) {
+        if (slots.size() != last_bytes.size())
+            throw std::invalid_argument("slots and last_bytes must be of the same files");
+        for (size_t i = 0; i < slots.size(); i++)
+            files_.push_back({last_bytes[i], slots[i], version_of(slots[i])});
+    }
+
+    bool whole(int64_t damages) const {
+        bool all = true;
+        for (const File &file : files_)
+            if (version_of(file.slot) == file.version) __builtin_prefetch((void *)file.last_byte);
+        for (const File &file : files_)
+            if (version_of(file.slot) == file.version) all &= ends_whole(file.last_byte);
+        return all && damage_count() == damages;
+    }
+
+  private:
+    struct File {
+        uintptr_t last_byte;
+        int slot;
+        uint32_t version;
+    };
+    std::vector<File> files_;
+};
+
+}  // namespace
 
 void bind_guard(nb::module_ &m) {
     using nb::arg;
@@ -19,6 +54,10 @@ void bind_guard(nb::module_ &m) {
     m.def("damaged", &damaged, arg("slot"));
     m.def("damage_count", &damage_count);
     m.def("arm_guard", &arm_guard);
+    nb::class_<FileEnds>(m, "FileEnds")
+        .def(nb::init<const std::vector<int> &, const std::vector<uintptr_t> &>(), arg("slots"),
+             arg("last_bytes"))
+        .def("whole", &FileEnds::whole, arg("damages"));
 }
 
 }  // namespace engraphy

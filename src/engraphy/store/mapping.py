@@ -4,9 +4,10 @@ Touching a page that a truncated file no longer has, or that the disk cannot rea
 which ends the process. The rest of the page in which a shortened file now ends reads as zeros.
 
 The native core catches and notes such a fault, and the memory reads as zeros from then on
-(`_native/guard.cpp`). After each read a `Watch` reads the last byte of each file, and then asks for
-faults. No matter where a file was cut, that byte is gone (a fault) or zero; if it is zero, the
-`Watch` checks the file's size. Every 50 ms it also checks the sizes of all files.
+(`_native/guard.cpp`). After each read a `Watch` reads the last byte of each file, by one native
+call, and then asks for faults. No matter where a file was cut, that byte is gone (a fault) or zero;
+if it is zero, the `Watch` checks the file's size. Every 50 ms it also checks the sizes of all
+files.
 
 Without the native core it compares the sizes before and after each read. A file that is truncated
 between the first comparison and the read still ends the process.
@@ -97,6 +98,16 @@ class MappedFile:
         """uint8 [rows, row_bytes] from byte `offset` on."""
         return np.asarray(self)[offset : offset + rows * row_bytes].reshape(rows, row_bytes)
 
+    @property
+    def slot(self) -> int:
+        """The slot of the native guard."""
+        return self._guard
+
+    @property
+    def last_byte(self) -> int:
+        """The address of the last byte."""
+        return self._address + self.size - 1
+
     def check_size(self) -> None:
         """Raises ShardTruncated unless the file still has the size that was mapped."""
         check_size(self.path, self.size, self._memory.size())
@@ -154,9 +165,12 @@ class Watch:
     def __init__(self, files: Sequence[MappedFile]) -> None:
         self._files = [weakref.ref(file) for file in files]
         self._core = _native.core
-        # Number of faults in this process that were found to be in other files; -1 = not asked yet.
-        self._seen = -1 if self._core is not None else 0
         self._next_look = 0.0
+        # Number of faults in this process that were found to be in other files; -1 = not asked yet.
+        self._seen = -1
+        if self._core is not None:
+            slots = [file.slot for file in files]
+            self._ends = self._core.FileEnds(slots, [file.last_byte for file in files])
 
     def before(self) -> None:
         """Call this before memory is read or written. Raises ShardTruncated."""
@@ -179,13 +193,14 @@ class Watch:
             for file in self._alive():
                 file.check_size()
             return
+        if self._ends.whole(self._seen):
+            return
         for file in self._alive():
             file.check_end()
         faults = self._core.damage_count()
-        if faults != self._seen:
-            for file in self._alive():
-                file.check_memory()
-            self._seen = faults
+        for file in self._alive():
+            file.check_memory()
+        self._seen = faults
 
     def _alive(self) -> Iterator[MappedFile]:
         return filter(None, (reference() for reference in self._files))
