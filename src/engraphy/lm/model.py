@@ -21,6 +21,7 @@ from ..errors import ConfigError, InputError
 from .config import LMConfig
 from .cross_entropy import mean_cross_entropy, token_cross_entropy
 from .moe import MoE, SwiGLU, compute_dtype
+from .norm import RMSNorm
 
 if TYPE_CHECKING:
     from ..memory.memory import EngramMemory, Trace
@@ -49,7 +50,7 @@ class LM(nn.Module):
         self.memory = memory
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.eps)
+        self.norm = RMSNorm(config.hidden_size, config.eps)
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -243,9 +244,9 @@ class Block(nn.Module):
 
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, config.eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.eps)
         self.ffn: MoE | SwiGLU
         if layer in config.moe_layers:
             self.ffn = MoE(
