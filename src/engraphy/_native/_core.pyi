@@ -277,8 +277,9 @@ class FusePlan:
         """One token of each of `batch` (B) sequences. Of kind 2, window, inputs and gate are
         float32.
 
-        x: [B, S, D]. rows: [B, E]. window: the first sequence's oldest conv input [S, D], (taps -
-        1) * dilation columns before the present; the next sequence's lies `stride` values further.
+        x: [B, S, D]. rows: float32 [B, E], whatever the kind. window: the first sequence's oldest
+        conv input [S, D], (taps - 1) * dilation columns before the present; the next sequence's
+        lies `stride` values further.
         live: bool [B]; 0 = all. Writes x and what the layer adds to out [B, S, D]; the gate to gate
         [B, S] unless it is 0; the present conv inputs to inputs, [S, D] for each sequence, as far
         apart as the windows. Raises ValueError if batch is not positive or an array is missing.

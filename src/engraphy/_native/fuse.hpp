@@ -29,7 +29,8 @@ struct FusePlan {
 struct FuseCall {
     const FusePlan &plan;
     int64_t batch;
-    const void *x, *rows;  // [B, S, D], [B, E]
+    const void *x;         // [B, S, D]
+    const float *rows;     // [B, E], whatever the kind
     const bool *live;      // [B]; null = all
     void *out;             // [B, S, D]: x with what the layer adds
     // Of the type that is computed with:
@@ -37,7 +38,7 @@ struct FuseCall {
     void *inputs;        // column [S, D] of each sequence, for the present conv inputs
     int64_t stride;      // values from one sequence's columns to the next one's
     void *gate;          // [B, S]; null = not wanted
-    void *keys, *values, *widened;  // [B, S*D], [B, D], [B, E]: scratch of the kernel
+    void *keys, *values, *widened, *mixed;  // [B, S*D], [B, D], [B, E], [D]: scratch of the kernel
 };
 
 using FuseFunction = void(const FuseCall &);

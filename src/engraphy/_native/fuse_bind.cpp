@@ -55,10 +55,12 @@ class LayerPlan {
         const int64_t keys = batch * plan_.streams * plan_.hidden * size;
         const int64_t values = batch * plan_.hidden * size;
         const int64_t widened = batch * plan_.width * size;
-        const std::unique_ptr<char[]> scratch(new char[keys + values + widened]);
-        kernels().fuse({plan_, batch, (const void *)x, (const void *)rows, (const bool *)live,
-                        (void *)out, (const void *)window, (void *)inputs, stride, (void *)gate,
-                        scratch.get(), scratch.get() + keys, scratch.get() + keys + values});
+        const int64_t mixed = plan_.hidden * size;
+        const std::unique_ptr<char[]> scratch(new char[keys + values + widened + mixed]);
+        char *const at = scratch.get();
+        kernels().fuse({plan_, batch, (const void *)x, (const float *)rows, (const bool *)live,
+                        (void *)out, (const void *)window, (void *)inputs, stride, (void *)gate, at,
+                        at + keys, at + keys + values, at + keys + values + widened});
     }
 
   private:

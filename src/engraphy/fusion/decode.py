@@ -75,7 +75,7 @@ class TokenFuser:
             weights: key weight and bias, value weight and bias, query_norm, key_norm, conv_norm and
                 conv; None for those that the layer does not have.
             x_B1SD: Hidden states; [B, 1, D] is accepted for one stream.
-            rows_B1E: Rows, of any float dtype.
+            rows_B1E: Rows, of a float dtype other than float64.
             live: bool [B, 1]; None = all positions are live.
             columns: Where the conv inputs lie.
             gate_B1S: Filled with the gates unless it is None.
@@ -91,8 +91,10 @@ class TokenFuser:
             self._made = made_for, plan
         if plan is None:
             return None
-        if rows_B1E.dtype is not dtype:
-            rows_B1E = rows_B1E.to(dtype)
+        if rows_B1E.dtype is torch.float64:
+            return None
+        if rows_B1E.dtype is not torch.float32:
+            rows_B1E = rows_B1E.float()
         rows_B1E = rows_B1E.contiguous()
         if live is not None:
             live = live.contiguous()
