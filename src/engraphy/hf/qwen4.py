@@ -26,72 +26,19 @@ from ..addresses.vocab import VocabMap
 from ..errors import ConfigError, DigestMismatch, StoreError
 from ..released.check import check_config
 from ..rows.format import RowFormat
-from ..rows.read import read
 from ..spec.config import EngramConfig
 from ..spec.dialects.qwen4 import QWEN4
 from ..spec.hash import HashSpec
 from ..store.base import RowStore
 from ..store.group import StoreGroup
 from ..table.table import Table
+from .served import ServedRows, ServedTable
 
 _KEYS = r"\.ngram_embedding\."  # the checkpoint's names of the table and its parts
 # Buffers that the model computes from its config.
 _COMPUTED = tuple(QWEN4.released.hash_tensors)
 _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CHUNK_ROWS = 65_536
-
-
-class ServedRows(nn.Module):
-    """In the place of the table's nn.Embedding: int64 ids [...] -> rows [..., d].
-
-    Rows have the model's dtype, and are on the device of the ids. They are constants and do not
-    learn: the module has no parameters, and nothing in state_dict.
-    """
-
-    like: Tensor
-
-    def __init__(
-        self, stores: StoreGroup, layer: int, dtype: torch.dtype, replaced: nn.Module
-    ) -> None:
-        super().__init__()
-        self.stores = stores
-        self.store = stores[layer]
-        self.format = stores.format
-        self._replaced = (replaced,)  # a module set as an attribute would be in state_dict
-        # Holds no value: model.to() gives it the model's dtype.
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
-
-    @property
-    def replaced(self) -> nn.Module:
-        """The module that stood here."""
-        return self._replaced[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The table's shape and dtype on the meta device.
-
-        The model looks here for the device to send row ids to.
-        """
-        shape = (self.store.info.rows, self.format.d)
-        return torch.empty(shape, dtype=self.like.dtype, device="meta")
-
-    @torch.compiler.disable
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, ids: Tensor
-    ) -> Tensor:
-        """Reads the rows.
-
-        Raises RowOutOfRange for an id beyond the table, StoreError once the store is closed.
-        """
-        shape = (*ids.shape, self.format.d)
-        if self.like.dtype == torch.bfloat16:
-            out = torch.empty(shape, dtype=torch.bfloat16)
-            values = out.view(torch.uint16).numpy()  # numpy has no bf16: its bits
-        else:
-            out = torch.empty(shape, dtype=torch.float32)
-            values = out.numpy()
-        read(self.store, ids.cpu().numpy(), self.format, values)
-        return out.to(ids.device, self.like.dtype)
 
 
 class NoTable(nn.Module):
@@ -162,6 +109,9 @@ def serve_table(
 ) -> None:
     """Reads the rows of a Qwen4-Exp model's n-gram table from a store, from now on.
 
+    Before the first block, the rows of all layers are submitted to be read; a block waits for those
+    of its layer.
+
     `model.save_pretrained` raises StoreError while a table is served: the checkpoint would lack the
     table, and transformers would load random rows instead. With `without_table=True` it writes such
     a checkpoint, for `load_without_table`.
@@ -182,12 +132,13 @@ def serve_table(
     memory = _checked(model)
     if any(isinstance(ple.ple_embedding.ngram_embedding, ServedRows) for ple in layers.values()):
         raise ConfigError("a table is served already: restore_table(model) first")
-    stores = _open(model.config, memory, store, row_format)
+    table = ServedTable(_open(model.config, memory, store, row_format), memory.hash)
+    served = {}
     for layer, ple in layers.items():
         module = ple.ple_embedding
-        module.ngram_embedding = ServedRows(
-            stores, layer, ple.norm_key.weight.dtype, module.ngram_embedding
-        )
+        rows = ServedRows(table, layer, ple.norm_key.weight, module.ngram_embedding)
+        served[layer] = module.ngram_embedding = rows
+    table.install(model.get_decoder(), served)
     _guard_saving(model)
 
 
@@ -200,10 +151,10 @@ def restore_table(model: PreTrainedModel) -> None:
     served = [module for module in modules if isinstance(module.ngram_embedding, ServedRows)]
     if not served:
         raise ConfigError(f"{type(model).__name__}: expected a served table, found none")
+    table = served[0].ngram_embedding.table
     for module in served:
-        rows = module.ngram_embedding
-        module.ngram_embedding = rows.replaced
-        rows.stores.close()
+        module.ngram_embedding = module.ngram_embedding.replaced
+    table.close()
     if not any(isinstance(module.ngram_embedding, NoTable) for module in modules):
         del model.save_pretrained
 
