@@ -29,6 +29,7 @@ BENCHES = {
     "lookup": "Look-up of a batch",
     "token": "One decoded token",
     "fusion": "Fusion in training and prefill",
+    "serve": "A served Qwen4-Exp table, read ahead",
     "end_to_end": "End to end",
 }
 
