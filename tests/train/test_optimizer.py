@@ -16,6 +16,7 @@ from engraphy.train import (
     OptimizerPair,
     RowAdagrad,
     RowAdam,
+    RowNesterov,
     coalesce,
     gradient_norm,
     warmup_cosine,
@@ -79,6 +80,20 @@ def test_row_adam_equals_dense_adam_where_every_row_is_touched():
         np.testing.assert_allclose(table_of(memory), weight.detach().numpy(), rtol=0, atol=1e-5)
 
 
+def test_row_nesterov_equals_torch_s_where_every_row_is_touched():
+    memory, rng = make_memory(), np.random.default_rng(1)
+    weight = torch.nn.Parameter(torch.from_numpy(table_of(memory).copy()))
+    theirs = torch.optim.SGD([weight], lr=0.01, momentum=0.95, nesterov=True)
+    ours = RowNesterov(memory, lr=0.01)
+    for _ in range(10):
+        grad = rng.standard_normal((ROWS, DIM)).astype(np.float32)
+        memory.row_grads.append(RowGrad(LAYER, np.arange(ROWS), grad))
+        ours.step()
+        weight.grad = torch.from_numpy(grad)
+        theirs.step()
+        np.testing.assert_allclose(table_of(memory), weight.detach().numpy(), rtol=0, atol=1e-5)
+
+
 def test_row_adagrad_follows_its_formula_written_out_row_by_row():
     memory, rng = make_memory(), np.random.default_rng(2)
     rows, sums = table_of(memory).astype(np.float64), np.zeros(ROWS)
@@ -118,6 +133,12 @@ def test_moments_of_another_table_or_optimizer_are_refused(tmp_path):
 def test_settings_out_of_range_are_errors(bad):
     with pytest.raises(ConfigError, match="RowAdam: expected"):
         RowAdam(make_memory(), **bad)
+
+
+def test_settings_of_nesterov_out_of_range_are_errors():
+    for bad in ({"lr": -1.0}, {"momentum": 1.0}, {"momentum": -0.1}):
+        with pytest.raises(ConfigError, match="RowNesterov: expected"):
+            RowNesterov(make_memory(), **bad)
 
 
 def make_pair(clip: float | None) -> tuple[torch.nn.Parameter, EngramMemory, OptimizerPair]:
@@ -207,4 +228,6 @@ def test_gradient_norm_of_nothing_is_zero():
 def test_moments_have_the_documented_width():
     memory = make_memory()
     assert RowAdam(memory).moments[LAYER].info.row_bytes == RowFormat("f32", 2 * DIM).row_bytes
+    assert RowAdam(memory, moment_dtype="bf16").moments[LAYER].info.row_bytes == 4 * DIM
+    assert RowNesterov(memory).moments[LAYER].info.row_bytes == 4 * DIM
     assert RowAdagrad(memory).moments[LAYER].info.row_bytes == 4

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from engraphy.errors import StoreError
-from engraphy.train import RowAdagrad, RowAdam, RowOptimizer
-from engraphy.train.testing import RowOptimizerSuite, random_grads, small_memory
+from engraphy.train import RowAdagrad, RowAdam, RowNesterov, RowOptimizer
+from engraphy.train.testing import RowOptimizerSuite, random_grads
 
-KINDS = [RowAdam, RowAdagrad]
+KINDS = {
+    "adam": RowAdam,
+    "adam, bf16 moments": partial(RowAdam, moment_dtype="bf16"),
+    "adagrad": RowAdagrad,
+    "nesterov": RowNesterov,
+    "nesterov, bf16 moments": partial(RowNesterov, moment_dtype="bf16", seed=3),
+    "adam, to nearest": partial(RowAdam, moment_dtype="bf16", rounding="nearest"),
+}
 
 
+@pytest.mark.parametrize("row_format", ["f32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 class TestRowOptimizers(RowOptimizerSuite):
     @pytest.fixture(autouse=True)
-    def of_kind(self, kind):
-        self.kind = kind
+    def of_kind(self, kind, row_format):
+        self.kind = KINDS[kind]
+        self.row_format = row_format
 
     def make(self, memory, moments="ram:"):
         return self.kind(memory, moments=moments)
 
     def test_moments_at_a_url_are_those_at_its_path(self, tmp_path):
-        optimizer = self.make(small_memory(), f"file:{tmp_path / 'moments'}")
+        optimizer = self.make(self.memory(), f"file:{tmp_path / 'moments'}")
         assert optimizer.moments.info.path == str(tmp_path / "moments")
         assert optimizer.moments.writable
         optimizer.close()
 
     def test_a_closed_optimizer_steps_no_more(self):
-        memory = small_memory()
+        memory = self.memory()
         optimizer = self.make(memory)
         optimizer.close()
         optimizer.close()

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .summed import SummedGrad
+
 _MANY_PENDING = 1024  # pending gradients; an optimiser should have drained them by then
 _FEW_WAITING = 16_384  # rows that may wait unsummed in a large table
 
@@ -25,16 +27,6 @@ class RowGrad(NamedTuple):
     grad: np.ndarray
 
 
-class SummedGrad(NamedTuple):
-    """Gradient of one layer's rows, duplicates summed.
-
-    ids: int64 [U], ascending and distinct. grad: f32 [U, d].
-    """
-
-    ids: np.ndarray
-    grad: np.ndarray
-
-
 def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
     """Sums row gradients by layer and row.
 
@@ -43,21 +35,10 @@ def coalesce(row_grads: Iterable[RowGrad]) -> dict[int, SummedGrad]:
     by_layer: dict[int, list[RowGrad]] = {}
     for entry in row_grads:
         by_layer.setdefault(entry.layer, []).append(entry)
-    return {layer: _sum_by_row(entries) for layer, entries in by_layer.items()}
-
-
-def _sum_by_row(entries: list[RowGrad]) -> SummedGrad:
-    ids_N = np.concatenate([entry.ids for entry in entries])
-    grad_Nd = np.concatenate([entry.grad for entry in entries])
-    if not len(ids_N):
-        return SummedGrad(ids_N, grad_Nd)
-    order = np.argsort(ids_N, kind="stable")
-    ids_N = ids_N[order]
-    is_first = np.concatenate([[True], ids_N[1:] != ids_N[:-1]])
-    firsts = np.flatnonzero(is_first)
-    with np.errstate(invalid="ignore"):  # inf - inf: the optimiser's error names the row
-        grad_Ud = np.add.reduceat(grad_Nd[order], firsts, axis=0)
-    return SummedGrad(ids_N[firsts], grad_Ud)
+    return {
+        layer: SummedGrad.of([entry.ids for entry in entries], [entry.grad for entry in entries])
+        for layer, entries in by_layer.items()
+    }
 
 
 class Waiting:
@@ -65,8 +46,7 @@ class Waiting:
 
     The gradients of a layer are summed by row as soon as more rows wait than twice the rows of the
     last sum, and more than the layer has (or 16,384, if that is less). The order of the sum does
-    not change, but numpy adds long runs in parts. So the result equals one sum at the end, up to
-    rounding.
+    not change, so the result equals one sum at the end, bit for bit.
     """
 
     def __init__(self) -> None:

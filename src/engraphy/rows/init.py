@@ -27,18 +27,18 @@ def normal_rows(seed: int, layer: int, ids_N: np.ndarray, dim: int, std: float) 
     Returns:
         float32 [N, dim] ~ N(0, std**2).
     """
-    key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(layer))
+    key = splitmix64(splitmix64(np.array([seed], dtype=np.uint64)) ^ np.uint64(layer))
     counter = ids_N.astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)
     total = np.zeros(counter.shape, dtype=np.int64)
     for word in range(3):
-        bits = _mix((counter * np.uint64(3) + np.uint64(word)) ^ key)
+        bits = splitmix64((counter * np.uint64(3) + np.uint64(word)) ^ key)
         for shift in (0, 16, 32, 48):
             total += ((bits >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int64)
     return ((total - 6 * 0xFFFF) * (std / 65536.0)).astype(np.float32)
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
-    """splitmix64, with wrap-around uint64 arithmetic."""
+def splitmix64(value: np.ndarray) -> np.ndarray:
+    """A hash of uint64 values: splitmix64, with wrap-around arithmetic."""
     value = value + _GAMMA
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

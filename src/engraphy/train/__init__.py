@@ -1,8 +1,10 @@
 """Training a memory: row optimisers, and a dense and a row optimiser that step together."""
 
-from ..memory.grads import SummedGrad, coalesce
+from ..memory.grads import coalesce
+from ..memory.summed import SummedGrad
 from .adagrad import RowAdagrad
 from .adam import RowAdam
+from .nesterov import RowNesterov
 from .optimizer import RowOptimizer
 from .pair import OptimizerPair, clip_together, gradient_norm, warmup_cosine, weight_decay_groups
 from .replicated import drain_mean, replica_group
@@ -11,6 +13,7 @@ __all__ = [
     "OptimizerPair",
     "RowAdagrad",
     "RowAdam",
+    "RowNesterov",
     "RowOptimizer",
     "SummedGrad",
     "clip_together",

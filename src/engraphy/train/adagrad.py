@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..memory.memory import EngramMemory
+from ..memory.summed import folded, in_lanes
 from .optimizer import RowOptimizer
 
 
@@ -27,6 +28,9 @@ class RowAdagrad(RowOptimizer):
         lr: float = 2e-2,
         eps: float = 1e-8,
         moments: str | os.PathLike[str] = "ram:",
+        *,
+        rounding: str = "stochastic",
+        seed: int = 0,
     ):
         """Starts with accumulators of zero.
 
@@ -35,6 +39,8 @@ class RowAdagrad(RowOptimizer):
             lr: learning rate.
             eps: is added to the root of the accumulator.
             moments: "ram:", "file:DIR" or a folder as a Path, see RowOptimizer.
+            rounding: "stochastic" or "nearest", of bf16 rows; see RowOptimizer.
+            seed: of stochastic rounding.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -42,7 +48,7 @@ class RowAdagrad(RowOptimizer):
         if not (lr >= 0 and eps > 0):
             raise ConfigError(f"RowAdagrad: expected lr >= 0 and eps > 0, found {lr}, {eps}")
         self.eps = eps
-        super().__init__(memory, lr, moments)
+        super().__init__(memory, lr, moments, rounding=rounding, seed=seed)
 
     def moment_width(self, dim: int) -> int:
         """One value a row."""
@@ -54,5 +60,18 @@ class RowAdagrad(RowOptimizer):
 
     def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
         """Adds to the accumulators, then moves the rows."""
-        moments_Um += (grad_Ud * grad_Ud).mean(axis=1, keepdims=True)
-        rows_Ud -= np.float32(self.lr) * grad_Ud / (np.sqrt(moments_Um) + np.float32(self.eps))
+        moments_Um += mean_square(grad_Ud)[:, None]
+        rates_U1 = np.float32(self.lr) / (np.sqrt(moments_Um) + np.float32(self.eps))
+        rows_Ud -= rates_U1 * grad_Ud
+
+
+def mean_square(grad_Ud: np.ndarray) -> np.ndarray:
+    """f32 [U]: mean of the squares of each row.
+
+    Column c belongs to running sum c % 16. The 16 sums are folded in halves (memory/summed.py).
+    """
+    squares_Uk16 = np.square(in_lanes(grad_Ud))
+    sums_U16 = squares_Uk16[:, 0].copy()
+    for block in range(1, squares_Uk16.shape[1]):
+        sums_U16 += squares_Uk16[:, block]
+    return folded(sums_U16) / np.float32(grad_Ud.shape[1])

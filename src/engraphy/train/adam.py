@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -16,7 +17,8 @@ class RowAdam(RowOptimizer):
     """Adam on rows, lazily: a step leaves the moments of rows that it does not touch.
 
     Equal to torch.optim.SparseAdam (bias correction by the common step count), and to dense Adam
-    if every step touches every row. Keeps 2d f32 values per row.
+    if every step touches every row. Keeps 2d values per row: beside f32 rows, moments in f32 take
+    twice the memory of the rows, those in bf16 as much as the rows.
     """
 
     name = "row_adam"
@@ -28,6 +30,10 @@ class RowAdam(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         moments: str | os.PathLike[str] = "ram:",
+        *,
+        moment_dtype: str = "f32",
+        rounding: str = "stochastic",
+        seed: int = 0,
     ):
         """Starts with moments of zero.
 
@@ -37,6 +43,9 @@ class RowAdam(RowOptimizer):
             betas: decay of the mean and of the mean square, each in [0, 1).
             eps: is added to the root of the mean square.
             moments: "ram:", "file:DIR" or a folder as a Path, see RowOptimizer.
+            moment_dtype: "f32" or "bf16"; see RowOptimizer, also for the next two.
+            rounding: "stochastic" or "nearest".
+            seed: of stochastic rounding.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -47,7 +56,9 @@ class RowAdam(RowOptimizer):
             )
         self.betas = betas
         self.eps = eps
-        super().__init__(memory, lr, moments)
+        super().__init__(
+            memory, lr, moments, moment_dtype=moment_dtype, rounding=rounding, seed=seed
+        )
 
     def moment_width(self, dim: int) -> int:
         """Mean and mean square of d values."""
@@ -59,10 +70,15 @@ class RowAdam(RowOptimizer):
 
     def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
         """Moves the moments towards the gradient, then the rows."""
-        beta1, beta2 = self.betas
+        decay, square_decay, size, eps = self._factors()
         dim = rows_Ud.shape[1]
         mean, square = moments_Um[:, :dim], moments_Um[:, dim:]
-        mean += (1 - beta1) * (grad_Ud - mean)
-        square += (1 - beta2) * (grad_Ud * grad_Ud - square)
-        size = self.lr * np.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
-        rows_Ud -= np.float32(size) * mean / (np.sqrt(square) + np.float32(self.eps))
+        mean += decay * (grad_Ud - mean)
+        square += square_decay * (grad_Ud * grad_Ud - square)
+        rows_Ud -= size * mean / (np.sqrt(square) + eps)
+
+    def _factors(self) -> tuple[np.float32, ...]:
+        """1 - beta1, 1 - beta2, the step's size with its bias correction, eps."""
+        beta1, beta2 = self.betas
+        size = self.lr * math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        return np.float32(1 - beta1), np.float32(1 - beta2), np.float32(size), np.float32(self.eps)

@@ -16,24 +16,27 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DigestMismatch, InputError
-from ..memory.grads import SummedGrad, coalesce
+from ..memory.grads import coalesce
 from ..memory.memory import EngramMemory
+from ..memory.summed import SummedGrad
 from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
 from ..store.group import StoreGroup
 from ..system.files import publish_folder
 from ..system.lfs import refuse_pointer
 from ..table.table import Table
+from .rounding import FIRST_MOMENT, ROW, Rounding
 
 _TRAINABLE = ("f32", "bf16")
+_BEFORE = {"moments": "f32", "rounding": {"mode": "nearest", "seed": 0}}  # of states without them
 
 
 class RowOptimizer:
     """Base of the row optimisers: drains `memory.row_grads`, and updates rows and moments.
 
     A subclass defines `name`, `moment_width`, `update` and `hyper`; `engraphy.train.testing` has
-    the tests that it should pass. Rows are f32 or bf16. bf16 rows are rounded to nearest after each
-    step, so updates below half a unit in the last place are lost.
+    the tests that it should pass. Rows are f32 or bf16, and so are moments. bf16 is rounded as
+    rounding.py says: stochastically, or to nearest, which loses small steps.
 
     Attributes:
         name: the kind of optimiser, which `save` writes.
@@ -41,11 +44,22 @@ class RowOptimizer:
         lr: learning rate of the next step.
         steps: steps made.
         moments: the stores of the moments, by layer.
+        moment_format: how the moments of a row are stored.
+        rounding: how rows and moments are rounded to bf16.
     """
 
     name: str
 
-    def __init__(self, memory: EngramMemory, lr: float, moments: str | os.PathLike[str] = "ram:"):
+    def __init__(
+        self,
+        memory: EngramMemory,
+        lr: float,
+        moments: str | os.PathLike[str] = "ram:",
+        *,
+        moment_dtype: str = "f32",
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ):
         """Starts with moments of zero.
 
         Args:
@@ -53,11 +67,17 @@ class RowOptimizer:
             lr: learning rate.
             moments: "ram:" to keep the moments in memory. "file:DIR", or a folder as a Path, to
                 make a new table there, for moments that do not fit in memory.
+            moment_dtype: "f32" or "bf16".
+            rounding: "stochastic" or "nearest", of rows and moments that are bf16.
+            seed: of stochastic rounding, from 0 to 2**64 - 1.
 
         Raises:
-            ConfigError: the row format cannot be trained, the rows cannot be written, or `moments`
-                is none of these.
+            ConfigError: the row format cannot be trained, the rows cannot be written, or an
+                argument is none of these.
         """
+        if moment_dtype not in _TRAINABLE:
+            raise ConfigError(f"moment_dtype: expected one of {_TRAINABLE}, found {moment_dtype!r}")
+        self.rounding = Rounding(rounding, seed)
         if memory.format.kind not in _TRAINABLE:
             raise ConfigError(
                 f"row format: expected one of {_TRAINABLE} to train, found {memory.format.kind!r}"
@@ -66,13 +86,13 @@ class RowOptimizer:
         self.memory = memory
         self.lr = lr
         self.steps = 0
-        self._moment_format = RowFormat("f32", self.moment_width(memory.config.dim))
+        self.moment_format = RowFormat(moment_dtype, self.moment_width(memory.config.dim))
         self.moments = self._new_moments(moments)
 
     def _new_moments(self, target: str | os.PathLike[str]) -> StoreGroup:
         """Moments of all rows, all zero."""
         if isinstance(target, str) and target.startswith("ram:"):
-            return StoreGroup.zeros(self._moment_config(), self._moment_format, target)
+            return StoreGroup.zeros(self._moment_config(), self.moment_format, target)
         if isinstance(target, str) and not target.startswith("file:"):
             raise ConfigError(f"moments: expected ram:, file:DIR or a Path, found {target!r}")
         folder = target.removeprefix("file:") if isinstance(target, str) else target
@@ -80,7 +100,7 @@ class RowOptimizer:
         return StoreGroup.of_table(table, self.memory.layers, close_table=True)
 
     def moment_width(self, dim: int) -> int:
-        """m: the number of f32 moments for a row of `dim` values."""
+        """m: the number of moments for a row of `dim` values."""
         raise NotImplementedError
 
     def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
@@ -111,29 +131,64 @@ class RowOptimizer:
             summed = coalesce(self.memory.drain_row_grads())
             check_finite(summed)
         self.steps += 1
+        for layer, grad in summed.items():
+            self._step_plain(layer, *grad)
+
+    def _step_plain(self, layer: int, ids_U: np.ndarray, grad_Ud: np.ndarray) -> None:
+        """Updates rows and moments of a layer by `update`."""
+        store = self.memory.stores[layer]
+        moments = self.moments[layer]
         row_format = self.memory.format
-        moment_format = self._moment_format
-        for layer, (ids_U, grad_Ud) in summed.items():
-            store = self.memory.stores[layer]
-            moments = self.moments[layer]
-            rows_Ud = row_format.decode(store.gather(ids_U))
-            moments_Um = moment_format.decode(moments.gather(ids_U))
-            self.update(rows_Ud, grad_Ud, moments_Um)
-            store.scatter(ids_U, row_format.encode(rows_Ud))
-            moments.scatter(ids_U, moment_format.encode(moments_Um))
+        rows_Ud = row_format.decode(store.gather(ids_U))
+        moments_Um = self.moment_format.decode(moments.gather(ids_U))
+        self.update(rows_Ud, grad_Ud, moments_Um)
+        key = self.rounding.key(self.steps, layer)
+        rows_Ud = self._stored(row_format, rows_Ud, ids_U, key, ROW)
+        moments_Um = self._stored(self.moment_format, moments_Um, ids_U, key, FIRST_MOMENT)
+        store.scatter(ids_U, rows_Ud)
+        moments.scatter(ids_U, moments_Um)
+
+    def _stored(
+        self, fmt: RowFormat, values_Nm: np.ndarray, ids_N: np.ndarray, key: int, part: int
+    ) -> np.ndarray:
+        """Records of values: uint8 [N, row_bytes]. Each d columns have their own random bits."""
+        if fmt.kind == "f32":
+            return values_Nm.view(np.uint8)
+        dim = self.memory.config.dim
+        raw_Nm = np.empty(values_Nm.shape, np.uint16)
+        for number, first in enumerate(range(0, fmt.d, dim)):
+            columns = slice(first, first + dim)
+            raw_Nm[:, columns] = self.rounding.to_bf16(
+                values_Nm[:, columns], ids_N, key, part + number
+            )
+        return raw_Nm.view(np.uint8)
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps and learning rate; the moments are tables (`save`)."""
-        return {"name": self.name, "steps": self.steps, "lr": self.lr, "hyper": self.hyper()}
+        """Steps, learning rate and settings; the moments are tables (`save`)."""
+        return {"steps": self.steps, "lr": self.lr, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`. Raises ConfigError for another optimiser or other settings."""
-        expected = {"name": self.name, "hyper": self.hyper()}
-        found = {key: state.get(key) for key in expected}
+        """Inverse of `state_dict`.
+
+        Raises:
+            ConfigError: it is the state of another optimiser or of other settings.
+        """
+        expected = self._identity()
+        found = {key: state.get(key, _BEFORE.get(key)) for key in expected}
         if found != expected:
-            raise ConfigError(f"row optimiser: expected {expected}, found {found}")
+            hint = ""
+            if found.get("rounding") != expected.get("rounding"):
+                hint = ": rounding= and seed= choose how bf16 is rounded"
+            raise ConfigError(f"row optimiser: expected {expected}, found {found}{hint}")
         self.steps = int(state["steps"])
         self.lr = float(state["lr"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same when a run is resumed. Rounding counts if something is bf16."""
+        identity = {"name": self.name, "hyper": self.hyper(), "moments": self.moment_format.kind}
+        if "bf16" in (self.memory.format.kind, self.moment_format.kind):
+            identity["rounding"] = self.rounding.to_json()
+        return identity
 
     @property
     def moment_bytes(self) -> int:
@@ -164,12 +219,12 @@ class RowOptimizer:
     def _new_table(self, path: Path) -> Table:
         """A table of moments, open for writing."""
         config = self._moment_config()
-        return Table.create(path, config, self._moment_format, self.memory.vocab)
+        return Table.create(path, config, self.moment_format, self.memory.vocab)
 
     def _moment_config(self) -> EngramConfig:
         """The memory's config with rows as wide as the moments."""
         config = self.memory.config
-        width = self._moment_format.d
+        width = self.moment_format.d
         layer = dataclasses.replace(config.layer, width=config.hash.columns * width)
         return dataclasses.replace(config, layer=layer, dim=width)
 
@@ -213,8 +268,7 @@ class RowOptimizer:
 
 def check_finite(summed: dict[int, SummedGrad]) -> None:
     """Raises InputError naming the layer and row of the first gradient that is not finite."""
-    for layer, (ids_U, grad_Ud) in summed.items():
-        finite = np.isfinite(grad_Ud).all(axis=1)
-        if not finite.all():
-            row = int(ids_U[~finite][0])
+    for layer, grad in summed.items():
+        row = grad.bad_row()
+        if row is not None:
             raise InputError(f"layer {layer}, row {row}: the gradient is not finite")

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError, InputError
-from ..memory.grads import SummedGrad
+from ..memory.summed import SummedGrad
 from .optimizer import RowOptimizer, check_finite
 from .replicated import drain_mean
 
@@ -132,17 +131,14 @@ def clip_together(
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.mul_(clip / norm)
-    scaled = {}
-    for layer, (ids_U, grad_Ud) in summed.items():
-        scaled[layer] = SummedGrad(ids_U, grad_Ud * np.float32(clip / norm))
-    return norm, scaled
+    return norm, {layer: grad.scaled(clip / norm) for layer, grad in summed.items()}
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], summed: dict[int, SummedGrad]) -> float:
     """Euclidean norm over dense gradients and row gradients whose duplicates are summed."""
     grads = [p.grad for p in parameters if p.grad is not None]
     squares = [float(nn.utils.get_total_norm(grads)) ** 2] if grads else []
-    squares += [float(np.square(grad, dtype=np.float64).sum()) for _, grad in summed.values()]
+    squares += [grad.square_sum() for grad in summed.values()]
     return math.sqrt(sum(squares))
 
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError, DigestMismatch
-from ..memory.grads import RowGrad, SummedGrad, coalesce
+from ..memory.grads import RowGrad, coalesce
 from ..memory.memory import EngramMemory
+from ..memory.summed import SummedGrad
 
 _CHUNK = 65_536
 

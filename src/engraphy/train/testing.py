@@ -55,7 +55,17 @@ def random_grads(seed: int, count: int = 60) -> list[RowGrad]:
 
 
 class RowOptimizerSuite:
-    """The tests. Derive a class whose name begins with Test, and define `make`."""
+    """The tests. Derive a class whose name begins with Test, and define `make`.
+
+    Attributes:
+        row_format: "f32" or "bf16": the rows that most tests train.
+    """
+
+    row_format = "f32"
+
+    def memory(self, seed: int = 1) -> EngramMemory:
+        """`small_memory` with rows of this suite's format."""
+        return small_memory(self.row_format, seed)
 
     def make(self, memory: EngramMemory, moments: str | Path = "ram:") -> RowOptimizer:
         """The optimiser under test, with a learning rate above 0."""
@@ -72,7 +82,7 @@ class RowOptimizerSuite:
         return optimizer
 
     def test_rows_that_were_not_read_do_not_change(self) -> None:
-        memory = small_memory()
+        memory = self.memory()
         optimizer = self.train(memory, range(1))
         before = rows_of(memory)
         moments_before = optimizer.moments[5].gather(np.arange(101))
@@ -84,15 +94,17 @@ class RowOptimizerSuite:
         np.testing.assert_array_equal(optimizer.moments[5].gather(np.arange(101)), moments_before)
 
     def test_the_first_step_goes_against_the_gradient(self) -> None:
-        memory = small_memory()
+        memory = self.memory()
         before = rows_of(memory)
         grad_1d = np.array([[1.0, -2.0, 0.5, 3.0]], np.float32)
         memory.row_grads.append(RowGrad(2, np.array([7]), grad_1d))
-        self.make(memory).step()
+        optimizer = self.make(memory)
+        optimizer.lr = 0.5  # enough for bf16 rows
+        optimizer.step()
         assert ((rows_of(memory) - before)[7] * grad_1d[0] < 0).all()
 
     def test_a_learning_rate_of_zero_changes_no_row(self) -> None:
-        memory = small_memory()
+        memory = self.memory()
         before = rows_of(memory)
         optimizer = self.make(memory)
         optimizer.lr = 0.0
@@ -101,7 +113,7 @@ class RowOptimizerSuite:
         np.testing.assert_array_equal(rows_of(memory), before)
 
     def test_duplicates_are_summed_before_the_update(self) -> None:
-        duplicates, sums = small_memory(), small_memory()
+        duplicates, sums = self.memory(), self.memory()
         grad_Nd = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]], np.float32)
         duplicates.row_grads.append(RowGrad(2, np.array([7, 3, 7]), grad_Nd))
         summed_Ud = np.stack([grad_Nd[1], grad_Nd[0] + grad_Nd[2]])
@@ -111,7 +123,7 @@ class RowOptimizerSuite:
         np.testing.assert_array_equal(rows_of(duplicates), rows_of(sums))
 
     def test_accumulated_gradients_equal_one_larger_batch(self) -> None:
-        halves, whole = small_memory(), small_memory()
+        halves, whole = self.memory(), self.memory()
         first, second = random_grads(1), random_grads(2)
         halves.row_grads += [*first, *second]
         for a, b in zip(first, second, strict=True):
@@ -122,7 +134,7 @@ class RowOptimizerSuite:
         np.testing.assert_array_equal(rows_of(halves), rows_of(whole))
 
     def test_a_step_drains_the_gradients_and_is_counted(self) -> None:
-        memory = small_memory()
+        memory = self.memory()
         optimizer = self.train(memory, range(2))
         assert memory.row_grads == [] and optimizer.steps == 2
         before = rows_of(memory)
@@ -130,21 +142,43 @@ class RowOptimizerSuite:
         assert optimizer.steps == 3
         np.testing.assert_array_equal(rows_of(memory), before)
 
-    def test_a_gradient_that_is_not_finite_stops_the_step_before_any_update(self) -> None:
-        memory = small_memory()
+    def test_a_step_without_rows_changes_nothing(self) -> None:
+        memory = self.memory()
+        optimizer = self.train(memory, range(1))
+        before = rows_of(memory)
+        memory.row_grads.append(RowGrad(2, np.empty(0, np.int64), np.empty((0, DIM), np.float32)))
+        optimizer.step()
+        np.testing.assert_array_equal(rows_of(memory), before)
+        assert optimizer.steps == 2
+
+    def test_gradients_of_which_no_sum_is_finite_stop_the_step_too(self) -> None:
+        memory = self.memory()
         before = rows_of(memory)
         optimizer = self.make(memory)
+        huge_Nd = np.full((2, DIM), 3e38, np.float32)
+        memory.row_grads += [*random_grads(0), RowGrad(5, np.array([7, 7]), huge_Nd)]
+        with pytest.raises(InputError, match="layer 5, row 7: the gradient is not finite"):
+            optimizer.step()
+        np.testing.assert_array_equal(rows_of(memory), before)
+
+    def test_a_gradient_that_is_not_finite_stops_the_step_before_any_update(self) -> None:
+        memory = self.memory()
+        before = rows_of(memory)
+        optimizer = self.make(memory)
+        moments_before = optimizer.moments[2].gather(np.arange(101))
         wrong = RowGrad(5, np.array([3]), np.full((1, DIM), np.inf, np.float32))
         memory.row_grads += [*random_grads(0), wrong]
         with pytest.raises(InputError, match="layer 5, row 3: the gradient is not finite"):
             optimizer.step()
         np.testing.assert_array_equal(rows_of(memory), before)
+        np.testing.assert_array_equal(optimizer.moments[2].gather(np.arange(101)), moments_before)
         assert memory.row_grads == [] and optimizer.steps == 0
 
-    def test_moments_are_f32_of_the_documented_width(self) -> None:
-        memory = small_memory()
+    def test_moments_have_the_documented_width(self) -> None:
+        memory = self.memory()
         optimizer = self.make(memory)
-        row_bytes = RowFormat("f32", optimizer.moment_width(DIM)).row_bytes
+        kind = optimizer.moment_format.kind
+        row_bytes = RowFormat(kind, optimizer.moment_width(DIM)).row_bytes
         assert [store.info.row_bytes for store in optimizer.moments.values()] == [row_bytes] * 2
         assert optimizer.moment_bytes == memory.stores.rows * row_bytes
 
@@ -160,14 +194,14 @@ class RowOptimizerSuite:
             self.make(small_memory("int8"))
 
     def test_a_read_only_table_is_refused(self, tmp_path: Path) -> None:
-        memory = small_memory()
+        memory = self.memory()
         memory.write_table(tmp_path / "table")
         with EngramMemory(memory.config, memory.vocab, tmp_path / "table") as served:
             with pytest.raises(ConfigError, match="layer 2: expected a writable store"):
                 self.make(served)
 
     def test_a_table_on_disk_is_trained_in_place(self, tmp_path: Path) -> None:
-        memory = small_memory()
+        memory = self.memory()
         first_id = memory.write_table(tmp_path / "table")
         table = Table.open(tmp_path / "table", mode="w")
         for learner in (memory, EngramMemory(memory.config, memory.vocab, table)):
@@ -179,19 +213,19 @@ class RowOptimizerSuite:
             assert served.stores.table_id != first_id
 
     def test_moments_on_disk_equal_those_in_memory(self, tmp_path: Path) -> None:
-        in_memory, on_disk = small_memory(), small_memory()
+        in_memory, on_disk = self.memory(), self.memory()
         self.train(in_memory, range(3))
         self.train(on_disk, range(3), tmp_path / "moments").close()
         np.testing.assert_array_equal(rows_of(on_disk), rows_of(in_memory))
         with pytest.raises(ConfigError, match="moments: expected ram:, file:DIR or a Path"):
-            self.make(small_memory(), "pool:moments")
+            self.make(self.memory(), "pool:moments")
 
     def test_saved_moments_continue_bit_for_bit(self, tmp_path: Path) -> None:
-        straight = small_memory()
+        straight = self.memory()
         optimizer = self.train(straight, range(3))
         table_id = straight.write_table(tmp_path / "table")
         optimizer.save(tmp_path / "moments", table_id)
-        resumed = small_memory(seed=9)
+        resumed = self.memory(seed=9)
         resumed.read_table(tmp_path / "table")
         again = self.make(resumed)
         again.load(tmp_path / "moments", table_id)
@@ -204,7 +238,7 @@ class RowOptimizerSuite:
         np.testing.assert_array_equal(rows_of(resumed), rows_of(straight))
 
     def test_moments_of_another_table_or_optimizer_are_refused(self, tmp_path: Path) -> None:
-        optimizer = self.train(small_memory(), range(1))
+        optimizer = self.train(self.memory(), range(1))
         optimizer.save(tmp_path / "moments", "0" * 32)
         with pytest.raises(DigestMismatch, match="belong to another table"):
             optimizer.load(tmp_path / "moments", "1" * 32)
