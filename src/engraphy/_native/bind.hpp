@@ -28,5 +28,6 @@ void bind_hash(nanobind::module_ &m);
 void bind_pread(nanobind::module_ &m);
 void bind_rows(nanobind::module_ &m);
 void bind_token(nanobind::module_ &m);
+void bind_update(nanobind::module_ &m);
 
 }  // namespace engraphy

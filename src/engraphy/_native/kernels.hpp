@@ -12,6 +12,7 @@
 #include "fuse.hpp"
 #include "hash.hpp"
 #include "rows.hpp"
+#include "update.hpp"
 
 namespace engraphy {
 
@@ -25,6 +26,10 @@ struct Kernels {
     CacheKeepFunction *cache_keep;
     CacheHoldFunction *cache_hold;
     CacheWriteFunction *cache_write;
+    SumRunsFunction *sum_runs;
+    SquareRunsFunction *square_runs;
+    WithinFunction *within;
+    UpdateFunction *update;
 };
 
 // What the kernel files define, each once per level.
@@ -39,8 +44,13 @@ struct Kernels {
     CacheKeepFunction cache_keep;                                                       \
     CacheHoldFunction cache_hold;                                                       \
     CacheWriteFunction cache_write;                                                     \
-    constexpr Kernels kernels = {hash,       first_bad,  read_rows,  gather_rows, fuse, \
-                                 cache_look, cache_keep, cache_hold, cache_write};      \
+    SumRunsFunction sum_runs;                                                           \
+    SquareRunsFunction square_runs;                                                     \
+    WithinFunction within;                                                              \
+    UpdateFunction update_rows;                                                         \
+    constexpr Kernels kernels = {hash,       first_bad,   read_rows,  gather_rows, fuse, \
+                                 cache_look, cache_keep,  cache_hold, cache_write,       \
+                                 sum_runs,   square_runs, within,     update_rows};      \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)

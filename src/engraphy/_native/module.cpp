@@ -27,4 +27,5 @@ NB_MODULE(_core, m) {
     engraphy::bind_pread(m);
     engraphy::bind_rows(m);
     engraphy::bind_token(m);
+    engraphy::bind_update(m);
 }

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..memory.memory import EngramMemory
 from ..memory.summed import folded, in_lanes
+from .fused import Rule
 from .optimizer import RowOptimizer
 
 
@@ -63,6 +64,9 @@ class RowAdagrad(RowOptimizer):
         moments_Um += mean_square(grad_Ud)[:, None]
         rates_U1 = np.float32(self.lr) / (np.sqrt(moments_Um) + np.float32(self.eps))
         rows_Ud -= rates_U1 * grad_Ud
+
+    def _rule(self) -> Rule:
+        return Rule("adagrad", (self.lr, self.eps))
 
 
 def mean_square(grad_Ud: np.ndarray) -> np.ndarray:

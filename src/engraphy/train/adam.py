@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..memory.memory import EngramMemory
+from .fused import Rule
 from .optimizer import RowOptimizer
 
 
@@ -70,15 +71,18 @@ class RowAdam(RowOptimizer):
 
     def update(self, rows_Ud: np.ndarray, grad_Ud: np.ndarray, moments_Um: np.ndarray) -> None:
         """Moves the moments towards the gradient, then the rows."""
-        decay, square_decay, size, eps = self._factors()
+        decay, square_decay, size, eps = map(np.float32, self._factors())
         dim = rows_Ud.shape[1]
         mean, square = moments_Um[:, :dim], moments_Um[:, dim:]
         mean += decay * (grad_Ud - mean)
         square += square_decay * (grad_Ud * grad_Ud - square)
         rows_Ud -= size * mean / (np.sqrt(square) + eps)
 
-    def _factors(self) -> tuple[np.float32, ...]:
+    def _rule(self) -> Rule:
+        return Rule("adam", self._factors())
+
+    def _factors(self) -> tuple[float, ...]:
         """1 - beta1, 1 - beta2, the step's size with its bias correction, eps."""
         beta1, beta2 = self.betas
         size = self.lr * math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
-        return np.float32(1 - beta1), np.float32(1 - beta2), np.float32(size), np.float32(self.eps)
+        return 1 - beta1, 1 - beta2, size, self.eps

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..memory.memory import EngramMemory
+from .fused import Rule
 from .optimizer import RowOptimizer
 
 
@@ -70,3 +71,6 @@ class RowNesterov(RowOptimizer):
         moments_Um *= momentum
         moments_Um += grad_Ud
         rows_Ud -= np.float32(self.lr) * (grad_Ud + momentum * moments_Um)
+
+    def _rule(self) -> Rule:
+        return Rule("nesterov", (self.momentum, self.lr))

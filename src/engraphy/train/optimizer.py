@@ -5,6 +5,9 @@ their own, one per layer, with as many rows as the layer. A step sorts gradients
 duplicates in a fixed order, and makes one update per row.
 """
 
+# _native is private to engraphy.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import _native
 from ..errors import ConfigError, DigestMismatch, InputError
 from ..memory.grads import coalesce
 from ..memory.memory import EngramMemory
@@ -25,6 +29,7 @@ from ..store.group import StoreGroup
 from ..system.files import publish_folder
 from ..system.lfs import refuse_pointer
 from ..table.table import Table
+from .fused import Rows, Rule, update
 from .rounding import FIRST_MOMENT, ROW, Rounding
 
 _TRAINABLE = ("f32", "bf16")
@@ -131,8 +136,33 @@ class RowOptimizer:
             summed = coalesce(self.memory.drain_row_grads())
             check_finite(summed)
         self.steps += 1
+        rule = self._native_rule()
         for layer, grad in summed.items():
-            self._step_plain(layer, *grad)
+            if rule is None:
+                self._step_plain(layer, *grad)
+            else:
+                rows = Rows(self.memory.stores[layer], self.memory.format)
+                moments = Rows(self.moments[layer], self.moment_format)
+                key = self.rounding.key(self.steps, layer)
+                update(rule, grad, rows, moments, self.rounding.mode == "stochastic", key)
+
+    def _native_rule(self) -> Rule | None:
+        """The native twin of `update` for this step; None if there is none.
+
+        A class that overrides `update` alone has none, whatever it inherits.
+        """
+        if _native.core is None:
+            return None
+        for kind in type(self).__mro__:
+            if "_rule" in vars(kind):
+                return self._rule()
+            if "update" in vars(kind):
+                return None
+        return None
+
+    def _rule(self) -> Rule:
+        """The native twin of `update`."""
+        raise NotImplementedError
 
     def _step_plain(self, layer: int, ids_U: np.ndarray, grad_Ud: np.ndarray) -> None:
         """Updates rows and moments of a layer by `update`."""
