@@ -258,6 +258,22 @@ def test_chunks_with_history_equal_one_call(level):
 
 
 @every_level
+def test_positions_that_are_live_and_have_a_token_are_marked(level):
+    case = fixed_case([1, -1, 2] * 10)
+    rng = np.random.default_rng(4)
+    ids = rng.integers(0, 30, (3, 131))
+    live = rng.random(ids.shape) < 0.7
+    alive = np.full(ids.size + 32, 77, np.uint8)
+    out = np.empty((2, *ids.shape, 16), np.int64)
+    with _native.forced(level):
+        case.plan().rows(
+            address(ids), *ids.shape, 0, address(live), 0, address(out), -1, address(alive[16:])
+        )
+    assert (alive[:16] == 77).all() and (alive[-16:] == 77).all()
+    np.testing.assert_array_equal(alive[16:-16], (live & (ids % 3 != 1)).reshape(-1))
+
+
+@every_level
 def test_one_layer_equals_its_part_of_all(level):
     case = fixed_case()
     ids = np.random.default_rng(2).integers(0, 30, (3, 70))

@@ -271,9 +271,11 @@ class HashPlan:
         starts: int,
         out: int,
         layer: int = -1,
+        alive: int = 0,
     ) -> int:
         """Writes out: int64 [layers, batch, tokens, C], or [batch, tokens, C] of the layer with
-        index `layer`.
+        index `layer`. Writes alive, bool [batch, tokens], unless it is 0: True where a position is
+        live and its id has a token.
 
         ids: int64 [batch, tokens], raw. history: int64 [batch, N - 1], raw, -1 = nothing there; 0 =
         nothing at all. live, starts: bool [batch, tokens]; 0 = all live, no starts.

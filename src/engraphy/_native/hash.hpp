@@ -42,9 +42,11 @@ struct HashCall {
     const uint8_t *starts;   // [batch, tokens] 1 = a document begins here; null = none
     int first_layer, layer_count;
     int64_t *out;            // [layer_count, batch, tokens, C]
+    uint8_t *alive = nullptr;  // [batch, tokens] gets 1 where a position is live and its id has a
+                               // token; null = not wanted
 };
 
-// Returns -1 when `out` is written. Otherwise nothing is written and an id is outside [0, vocab): p
+// Returns -1 when the outputs are written. Otherwise nothing is written and an id is outside [0, vocab): p
 // >= 0 is its flat position in ids, p <= -2 means position -2 - p in history. The first one counts,
 // sequence by sequence, history first.
 using HashFunction = int64_t(const HashPlan &, const HashCall &);

@@ -18,7 +18,7 @@ void bind_hash(nb::module_ &m) {
              arg("layers"), arg("multipliers"), arg("primes"), arg("offsets"))
         .def("rows", &Plan::rows, nb::call_guard<nb::gil_scoped_release>(), arg("ids"),
              arg("batch"), arg("tokens"), arg("history"), arg("live"), arg("starts"), arg("out"),
-             arg("layer") = -1)
+             arg("layer") = -1, arg("alive") = 0)
         // It never changes, so a copy of the object around it (copy.deepcopy of a model, say) may
         // share it.
         .def("__deepcopy__", [](nb::object self, nb::handle) { return self; });

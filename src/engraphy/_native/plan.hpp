@@ -58,7 +58,7 @@ class Plan {
     Plan(const Plan &) = delete;
 
     int64_t rows(uintptr_t ids, int64_t batch, int64_t tokens, uintptr_t history, uintptr_t live,
-                 uintptr_t starts, uintptr_t out, int layer) const {
+                 uintptr_t starts, uintptr_t out, int layer, uintptr_t alive) const {
         require(batch >= 0 && tokens >= 0 && layer >= -1 && layer < plan_.layers,
                 "batch and tokens must not be negative, layer must be -1 or an index of the plan's "
                 "layers");
@@ -70,7 +70,8 @@ class Plan {
                                (const uint8_t *)starts,
                                layer < 0 ? 0 : layer,
                                layer < 0 ? plan_.layers : 1,
-                               (int64_t *)out};
+                               (int64_t *)out,
+                               (uint8_t *)alive};
         return kernels().hash(plan_, call);
     }
 

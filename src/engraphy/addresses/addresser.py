@@ -104,7 +104,7 @@ class Addresser:
             ConfigError: The layer has no memory.
         """
         index = self.spec.layer_index(layer)
-        return self._compute(ids_BT, slice(index, index + 1), history, live, starts, None)[0]
+        return self._compute(ids_BT, slice(index, index + 1), history, live, starts)[0]
 
     def all_rows(
         self,
@@ -113,6 +113,8 @@ class Addresser:
         live: Any = None,
         starts: Any = None,
         out: np.ndarray | None = None,
+        *,
+        alive_out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Flat row ids of all layers.
 
@@ -125,6 +127,8 @@ class Addresser:
             live: bool [B, T]. False: the position takes part in no n-gram.
             starts: bool [B, T]. True: a document begins here. None = as released.
             out: int64 [L, B, T, C], C-contiguous; is filled and returned.
+            alive_out: bool [B, T], C-contiguous; is filled: True where the position is live and its
+                id has a token.
 
         Returns:
             int64 [L, B, T, C], layers in the order of spec.layer_ids.
@@ -133,7 +137,8 @@ class Addresser:
             InputError: An id is out of range (the message names its position and value), or a shape
                 or dtype does not fit.
         """
-        return self._compute(ids_BT, slice(0, len(self.spec.layer_ids)), history, live, starts, out)
+        layers = slice(0, len(self.spec.layer_ids))
+        return self._compute(ids_BT, layers, history, live, starts, out, alive_out)
 
     def _compute(
         self,
@@ -142,16 +147,19 @@ class Addresser:
         history: Any,
         live: Any,
         starts: Any,
-        out: np.ndarray | None,
+        out: np.ndarray | None = None,
+        alive_out: np.ndarray | None = None,
     ) -> np.ndarray:
         call = self._check(ids_BT, history, live, starts)
         shape = (layers.stop - layers.start, *call.ids_BT.shape, self.spec.columns)
         if out is None:
             out = np.empty(shape, dtype=np.int64)
         else:
-            _check_out(out, shape)
+            _check_out("out", out, shape, np.int64)
+        if alive_out is not None:
+            _check_out("alive_out", alive_out, call.ids_BT.shape, np.bool_)
         compute = self._plain if _native.core is None else self._native
-        compute(call, layers, out)
+        compute(call, layers, out, alive_out)
         return out
 
     def _check(self, ids_BT: Any, history: Any, live: Any, starts: Any) -> _Call:
@@ -187,7 +195,9 @@ class Addresser:
             )
         return self._plan
 
-    def _native(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
+    def _native(
+        self, call: _Call, layers: slice, out_LBTC: np.ndarray, alive_BT: np.ndarray | None
+    ) -> None:
         """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`)."""
         batch, tokens = call.ids_BT.shape
         all_layers = layers.stop - layers.start == len(self.spec.layer_ids)
@@ -200,6 +210,7 @@ class Addresser:
             _address(call.starts),
             _address(out_LBTC),
             -1 if all_layers else layers.start,
+            _address(alive_BT),
         )
         # -1: all ids are valid. Otherwise the flat position p of the first bad one: p in the ids,
         # -2 - p in the history.
@@ -213,7 +224,9 @@ class Addresser:
             bad_id = int(call.history[sequence, position])
             raise _bad_id(bad_id, sequence, position - past, self.vocab.raw_size)
 
-    def _plain(self, call: _Call, layers: slice, out_LBTC: np.ndarray) -> None:
+    def _plain(
+        self, call: _Call, layers: slice, out_LBTC: np.ndarray, alive_BT: np.ndarray | None
+    ) -> None:
         """The specification: this code alone defines an address."""
         spec = self.spec
         past = spec.order - 1
@@ -232,6 +245,8 @@ class Addresser:
         x = np.where(alive, self.vocab.table[np.where(alive, ids, 0)], -1).astype(np.int64)
         alive &= x >= 0
         x[~alive] = self.filler
+        if alive_BT is not None:
+            alive_BT[...] = alive[:, past:]
 
         blocked = ~alive | (ids == self.stop_id)  # look-back may not reach these
         resets = np.ones_like(blocked)  # so it begins again after them
@@ -280,13 +295,13 @@ def _array(name: str, values: Any) -> np.ndarray:
         ) from None
 
 
-def _check_out(out: Any, shape: tuple[int, ...]) -> None:
-    expected = f"writable, aligned, C-contiguous int64 {list(shape)}"
+def _check_out(name: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    expected = f"writable, aligned, C-contiguous {np.dtype(dtype)} {list(shape)}"
     if not isinstance(out, np.ndarray):
-        raise InputError(f"out: expected {expected}, found {type(out).__name__}")
+        raise InputError(f"{name}: expected {expected}, found {type(out).__name__}")
     array = cast("np.ndarray[Any, np.dtype[Any]]", out)
-    if array.shape != shape or array.dtype != np.int64 or not array.flags.carray:
-        raise InputError(f"out: expected {expected}, found {array.dtype} {list(array.shape)}")
+    if array.shape != shape or array.dtype != dtype or not array.flags.carray:
+        raise InputError(f"{name}: expected {expected}, found {array.dtype} {list(array.shape)}")
 
 
 def _address(values: np.ndarray | None) -> int:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..addresses.addresser import Addresser
-from ..addresses.vocab import VocabMap
 from ..errors import InputError
 from .grads import RowGrad
 from .prefetch import Ticket
@@ -128,15 +127,19 @@ def lookup_chunk(
     there = _numpy(present)
     if there is not None and _check_present(there, ids.shape).all():
         present = there = None
-    row_ids_LBTC, order = _row_ids(memory.addresser, ids, state, alive, begins, there)
+    if there is not None:
+        alive = there if alive is None else alive & there
+        begins = None if begins is None else begins & there
+    row_ids_LBTC, alive, order = _row_ids(memory.addresser, ids, state, alive, begins, there)
     row_ids = dict(zip(memory.layers, row_ids_LBTC, strict=True))
     tickets = {
-        layer: memory.prefetcher.submit({layer: ids_BTC}, device=_device(memory, layer))
+        layer: memory.prefetcher.submit(
+            {layer: ids_BTC}, device=_device(memory, layer), owned=trace is None
+        )
         for layer, ids_BTC in row_ids.items()
     }
-    alive = _alive(memory.vocab, ids, alive, there)
     if state is not None:
-        state.extend(ids, alive, begins, there)
+        state.extend_checked(ids, alive, begins, there)
         for ticket in tickets.values():
             if ticket.state == "waiting":
                 state.watch(ticket, ids.shape[1])
@@ -199,39 +202,36 @@ def _row_ids(
     live: np.ndarray | None,
     starts: np.ndarray | None,
     present: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Row ids int64 [L, B, T, C] of a chunk that follows `state`, and `Lookup.order`."""
-    history = None if state is None else state.history
-    if present is None:
-        return addresser.all_rows(ids_BT, history, live, starts), None
-    live = present if live is None else live & present
-    starts = None if starts is None else starts & present
-    order = _gap_order(present, first=state is None or state.length == 0)
-    if order is None:
-        return addresser.all_rows(ids_BT, history, live, starts), None
-    ids_BT = np.take_along_axis(ids_BT, order, axis=1)
-    live = np.take_along_axis(live, order, axis=1)
-    if starts is not None:
-        starts = np.take_along_axis(starts, order, axis=1)
-    rows_LBTC = addresser.all_rows(ids_BT, history, live, starts)
-    back = np.argsort(order, axis=1)[None, :, :, None]
-    return np.take_along_axis(rows_LBTC, back, axis=2), order
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Row ids int64 [L, B, T, C] of a chunk that follows `state`.
 
+    Args:
+        addresser, ids_BT, state, present: as in `EngramMemory.lookup`.
+        live, starts: the same, False where no token is present.
 
-def _alive(
-    vocab: VocabMap, ids_BT: np.ndarray, live: np.ndarray | None, present: np.ndarray | None
-) -> np.ndarray | None:
-    """Which positions are live, present and have a token in the vocabulary map, bool [B, T].
-
-    None = all of them.
+    Returns:
+        The row ids; bool [B, T], which positions are live and have a token in the vocabulary map,
+        None = all; and `Lookup.order`.
     """
+    history = None if state is None else state.history
+    order = None
     if present is not None:
-        live = present if live is None else live & present
-    if not vocab.has_dead_ids:
-        return live
-    valid = np.ones(ids_BT.shape, dtype=bool) if live is None else live
-    alive = valid & (vocab.table[np.where(valid, ids_BT, 0)] >= 0)
-    return None if alive.all() else alive
+        order = _gap_order(present, first=state is None or state.length == 0)
+    if order is not None:
+        ids_BT = np.take_along_axis(ids_BT, order, axis=1)
+        live = None if live is None else np.take_along_axis(live, order, axis=1)
+        starts = None if starts is None else np.take_along_axis(starts, order, axis=1)
+    alive = np.empty(ids_BT.shape, dtype=bool) if addresser.vocab.has_dead_ids else None
+    rows_LBTC = addresser.all_rows(ids_BT, history, live, starts, alive_out=alive)
+    if alive is None:
+        alive = live
+    elif alive.all():
+        alive = None
+    if order is not None:
+        back = np.argsort(order, axis=1)
+        rows_LBTC = np.take_along_axis(rows_LBTC, back[None, :, :, None], axis=2)
+        alive = None if alive is None else np.take_along_axis(alive, back, axis=1)
+    return rows_LBTC, alive, order
 
 
 def _gap_order(present_BT: np.ndarray, first: bool) -> np.ndarray | None:

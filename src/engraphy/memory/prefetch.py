@@ -64,14 +64,20 @@ class Prefetcher:
         self._end.atexit = False
 
     def submit(
-        self, ids: Mapping[int, np.ndarray], *, device: torch.device | str = "cpu"
+        self,
+        ids: Mapping[int, np.ndarray],
+        *,
+        device: torch.device | str = "cpu",
+        owned: bool = False,
     ) -> Ticket:
         """Requests rows. Errors of reading, such as ids out of range, are raised by `wait`.
 
         Args:
-            ids: layer -> row ids int64 [B, T, C]. The caller may change the arrays afterwards.
+            ids: layer -> row ids int64 [B, T, C].
             device: where the rows go. CUDA: through page-locked memory, on a separate stream
                 (written, but not yet run on a GPU).
+            owned: True: the caller never changes the arrays again, so they are not copied. False:
+                the caller may change them afterwards.
 
         Raises:
             ConfigError: a layer is not in the sources.
@@ -87,8 +93,9 @@ class Prefetcher:
         transfer = self._queue.transfer(torch.device(device))
         if rows <= FEW_ROWS and all([request.store.in_memory for request in requests]):
             return self._queue.at_once(requests, rows, transfer)
-        copies = [request._replace(ids_BTC=request.ids_BTC.copy()) for request in requests]
-        ticket = Ticket(self._queue, copies, transfer)
+        if not owned:
+            requests = [request._replace(ids_BTC=request.ids_BTC.copy()) for request in requests]
+        ticket = Ticket(self._queue, requests, transfer)
         self._queue.put(ticket, rows)
         return ticket
 

@@ -147,7 +147,7 @@ class SequenceState:
         Raises:
             InputError: a shape or dtype is invalid, or an id at a live position is negative.
         """
-        look_back = self._bound() - 1
+        self._bound()
         ids = as_array(ids_BT)
         if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
             raise InputError(
@@ -164,12 +164,28 @@ class SequenceState:
             raise InputError(
                 f"ids: expected no negative id at a live position, found {int(live_ids.min())}"
             )
-        if alive is not None:
-            ids = np.where(alive, ids, -1)
-        if there is not None:
-            ids = np.where(there, ids, ABSENT)
-        self._past.append(ids, begins, there is not None, look_back, self.margin)
-        self._lengthen(ids.shape[1])
+        return self.extend_checked(ids, alive, begins, there)
+
+    def extend_checked(
+        self,
+        ids_BT: np.ndarray,
+        live: np.ndarray | None,
+        starts: np.ndarray | None,
+        present: np.ndarray | None,
+    ) -> SequenceState:
+        """`extend` by a chunk that was checked before, such as by `Addresser.all_rows`.
+
+        Args:
+            ids_BT: integers [B, T].
+            live, starts, present: bool [B, T] or None, as in `extend`. Where no token is present,
+                live and starts are False.
+        """
+        if live is not None:
+            ids_BT = np.where(live, ids_BT, -1)
+        if present is not None:
+            ids_BT = np.where(present, ids_BT, ABSENT)
+        self._past.append(ids_BT, starts, present is not None, self._bound() - 1, self.margin)
+        self._lengthen(ids_BT.shape[1])
         return self
 
     def next_ids(self) -> Columns | None:
