@@ -15,22 +15,18 @@ is the largest n-gram order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec.layer import LayerSpec
-from . import presets
+from . import plain, presets
 from .checks import check_call
-from .conv import convolve
 from .decode import Columns, TokenFuser
+from .plain import Formula, Norms, Past
 from .projection import Projection
-
-_GATE_FLOOR = 1e-6
 
 
 class EngramLayer(nn.Module):
@@ -118,39 +114,17 @@ class EngramLayer(nn.Module):
         """
         check_call(self.spec, x_BTSD, rows_BTE, window, live, starts)
         spec = self.spec
-        wide = torch.promote_types(x_BTSD.dtype, torch.float32)
+        eps = spec.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(x_BTSD.dtype, torch.float32)).eps
+        formula = Formula(
+            spec.order, eps, spec.conv_eps, spec.unit_offset, conv_inputs, residual=False
+        )
         rows_BTE = rows_BTE.to(self.value.weight.dtype)
-        h_BTSD = x_BTSD.to(wide)
-        key_BTSD = self.key(rows_BTE).unflatten(-1, (spec.streams, spec.hidden_size)).to(wide)
-        value_BTD = self.value(rows_BTE).to(wide)
-
-        # A norm's factor is one number per vector, so it is applied after the dot product: this
-        # saves passes over [B, T, S, D].
-        scale_SD = self._scale(self.query_norm, wide) * self._scale(self.key_norm, wide)
-        dot_BTS = (h_BTSD * scale_SD * key_BTSD).sum(-1)
-        u_BTS = (
-            dot_BTS
-            * _rstd(h_BTSD, spec.eps)
-            * _rstd(key_BTSD, spec.eps)
-            / math.sqrt(spec.hidden_size)
-        )
-        gate_BTS = torch.sigmoid(u_BTS.sign() * u_BTS.abs().clamp_min(_GATE_FLOOR).sqrt())
-        if live is not None:
-            gate_BTS = torch.where(live[:, :, None], gate_BTS, 0.0)
-        update_BTSD = gate_BTS[..., None] * value_BTD[:, :, None]
-        if self.conv is None or self.conv_norm is None:
-            return update_BTSD.to(x_BTSD.dtype), gate_BTS, None
-
-        inputs_BTSD = (
-            update_BTSD
-            * _rstd(update_BTSD, spec.conv_eps)[..., None]
-            * self._scale(self.conv_norm, wide)
-        )
-        mixed_BTSD, window = convolve(self.conv, spec.order, inputs_BTSD, window, starts)
-        update_BTSD = update_BTSD + F.silu(mixed_BTSD)
-        if live is not None:
-            update_BTSD = torch.where(live[:, :, None, None], update_BTSD, 0.0)
-        return update_BTSD.to(x_BTSD.dtype), gate_BTS, inputs_BTSD if conv_inputs else window
+        key_BTSD = self.key(rows_BTE).unflatten(-1, self.query_norm.shape)
+        norms = Norms(self.query_norm, self.key_norm, self.conv_norm, self.conv)
+        past = Past(window, live, starts)
+        return plain.fuse(x_BTSD, key_BTSD, self.value(rows_BTE), norms, past, formula)
 
     def decode(
         self,
@@ -193,9 +167,6 @@ class EngramLayer(nn.Module):
         )
         return self._fuser(weights, x_B1SD, rows_B1E, live, columns, gate_B1S)
 
-    def _scale(self, norm: Tensor, dtype: torch.dtype) -> Tensor:
-        return norm.to(dtype) + 1.0 if self.spec.unit_offset else norm.to(dtype)
-
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], preset: str, **sizes: Any) -> EngramLayer:
         """A layer from released tensors, in the dtype that holds them all.
@@ -228,13 +199,3 @@ def _is_plain(part: nn.Module) -> bool:
     if type(part) is not EngramLayer and type(part) is not Projection:
         return False
     return not (part._forward_hooks or part._forward_pre_hooks)
-
-
-def _rstd(x: Tensor, eps: float | None) -> Tensor:
-    """1 / sqrt(mean(x**2) + eps) over the last dimension.
-
-    eps: None = the epsilon of x's dtype, as in torch's RMSNorm.
-    """
-    if eps is None:
-        eps = torch.finfo(x.dtype).eps
-    return torch.rsqrt(x.square().mean(-1) + eps)
