@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.layer import LayerSpec
-from . import plain, presets
-from .checks import check_call
+from . import chunk, plain, presets
+from .checks import check_call, watched
 from .decode import Columns, TokenFuser
+from .op import fuse
 from .plain import Formula, Norms, Past
 from .projection import Projection
 
@@ -54,6 +55,11 @@ class EngramLayer(nn.Module):
         self.conv_norm = nn.Parameter(torch.empty(streams, hidden)) if spec.kernel else None
         self.conv = nn.Parameter(torch.empty(streams, hidden, spec.kernel)) if spec.kernel else None
         self.reset_parameters()
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether `forward` alone makes what a call returns: no subclass, no hook."""
+        return _is_plain(self)
 
     def reset_parameters(self) -> None:
         """Initialises the parameters for training from scratch.
@@ -89,6 +95,7 @@ class EngramLayer(nn.Module):
         starts: Tensor | None = None,
         *,
         conv_inputs: bool = False,
+        residual: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Computes the update of the hidden states; the caller adds it to them.
 
@@ -104,6 +111,7 @@ class EngramLayer(nn.Module):
                 None = no document begins.
             conv_inputs: True: return this chunk's conv inputs [B, T, S, D], unmasked, instead of
                 the last W ones, for a caller that may take back tokens (SequenceState.push).
+            residual: True: return x + update in place of the update.
 
         Returns:
             The update [B, T, S, D] in x's dtype, the gate [B, T, S], and the last W conv inputs,
@@ -113,18 +121,57 @@ class EngramLayer(nn.Module):
             InputError: Shapes or dtypes do not fit.
         """
         check_call(self.spec, x_BTSD, rows_BTE, window, live, starts)
+        past = Past(window, live, starts)
         spec = self.spec
         eps = spec.eps
         if eps is None:
             eps = torch.finfo(torch.promote_types(x_BTSD.dtype, torch.float32)).eps
-        formula = Formula(
-            spec.order, eps, spec.conv_eps, spec.unit_offset, conv_inputs, residual=False
-        )
+        formula = Formula(spec.order, eps, spec.conv_eps, spec.unit_offset, conv_inputs, residual)
+        dtype = self._projected_dtype()
+        if dtype is not None and chunk.runs(x_BTSD, dtype, self.spec.kernel):
+            return self._fuse_natively(x_BTSD, rows_BTE, dtype, past, formula)
         rows_BTE = rows_BTE.to(self.value.weight.dtype)
         key_BTSD = self.key(rows_BTE).unflatten(-1, self.query_norm.shape)
         norms = Norms(self.query_norm, self.key_norm, self.conv_norm, self.conv)
-        past = Past(window, live, starts)
         return plain.fuse(x_BTSD, key_BTSD, self.value(rows_BTE), norms, past, formula)
+
+    def _fuse_natively(
+        self, x_BTSD: Tensor, rows_BTE: Tensor, dtype: torch.dtype, past: Past, formula: Formula
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        window = past.window
+        if window is not None and torch.is_grad_enabled():
+            window = window.clone()  # its owner may write to it before the backward pass
+        out_BTSD, gate_BTS, inputs, *_ = fuse(
+            x_BTSD,
+            rows_BTE,
+            self.key.weight,
+            self.key.bias,
+            self.value.weight,
+            self.value.bias,
+            self.query_norm,
+            self.key_norm,
+            self.conv_norm,
+            self.conv,
+            window,
+            past.live,
+            past.starts,
+            dtype,
+            *formula,
+        )
+        return out_BTSD, gate_BTS, None if self.conv is None else inputs
+
+    def _projected_dtype(self) -> torch.dtype | None:
+        """The dtype in which torch would compute the projections; None if that is not two plain
+        products on the CPU, or something wants to see each operation."""
+        if not (_is_plain(self.key) and _is_plain(self.value)) or watched():
+            return None
+        tensors = (self.key.weight, self.value.weight, *self._parameters.values())
+        dtype = self.key.weight.dtype
+        if self.value.weight.dtype is not dtype or not all(map(_is_ordinary, tensors)):
+            return None
+        if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
+            return torch.get_autocast_dtype("cpu")
+        return dtype
 
     def decode(
         self,
@@ -198,4 +245,15 @@ def _is_plain(part: nn.Module) -> bool:
     """False if a subclass, another projection or a hook may change what `forward` computes."""
     if type(part) is not EngramLayer and type(part) is not Projection:
         return False
-    return not (part._forward_hooks or part._forward_pre_hooks)
+    return not (
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+    )
+
+
+def _is_ordinary(tensor: Tensor | None) -> bool:
+    """False for a tensor of a type of its own (sharded, quantised), or elsewhere than on the
+    CPU."""
+    return tensor is None or (type(tensor) in (nn.Parameter, Tensor) and tensor.is_cpu)
