@@ -30,7 +30,7 @@ SCALED = 0.0123
 DTYPES = (np.dtype(np.float32), np.dtype(np.uint16))  # uint16: the bits of bf16
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("f32", "bf16"))
-POISON, GUARD = 0xA5, 64
+POISON, GUARD, LINE = 0xA5, 64, 64
 AROUND_THE_PREFETCH = (0, 1, 2, 7, 8, 9, 16, 40)
 
 
@@ -43,12 +43,14 @@ def any_bytes(count: int, fmt: RowFormat, seed: int = 0) -> np.ndarray:
 
 
 class Guarded:
-    """A poisoned array that begins at any byte, with poison before and behind it."""
+    """A poisoned array that begins `skip` bytes after a line, with poison before and behind it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, skip: int = 0):
         size = int(np.prod(shape)) * dtype.itemsize
-        self._bytes = np.full(GUARD + skip + size + GUARD, POISON, np.uint8)
-        self._begin, self._end = GUARD + skip, GUARD + skip + size
+        self._bytes = np.full(GUARD + LINE + skip + size + GUARD, POISON, np.uint8)
+        to_line = -(self._bytes.ctypes.data + GUARD) % LINE
+        self._begin = GUARD + to_line + skip
+        self._end = self._begin + size
         self.array = self._bytes[self._begin : self._end].view(dtype).reshape(shape)
 
     def intact(self) -> bool:
@@ -95,12 +97,19 @@ def every_record(kind: str) -> list[tuple[RowFormat, np.ndarray]]:
     halves = np.arange(2**16, dtype=np.uint16)
     if kind in ("f16", "bf16"):
         return [(fmt_of(kind, 64), halves.view(np.uint8).reshape(-1, 128))]
+    # Kernels take another way if a code is NaN.
+    numbers = np.where((codes & 0x7F) == 0x7F, codes - 1, codes).astype(np.uint8)
     if kind == "fp8":  # row b: all codes under scale byte b
         scales = np.repeat(codes[:, None], 8, axis=1)
-        return [(fmt_of(kind, 256), np.concatenate([np.tile(codes, (256, 1)), scales], axis=1))]
+        return [
+            (fmt_of(kind, 256), np.concatenate([np.tile(some, (256, 1)), scales], axis=1))
+            for some in (codes, numbers)
+        ]
     if kind == "fp8_scaled":
         scales = (SCALED, 1.0, 2.0**-149, 2.0**-140 * 3, 2.0**-126, 3.4028234e38, 1e36)
-        return [(fmt_of(kind, 256, scale), codes[None]) for scale in scales]
+        return [
+            (fmt_of(kind, 256, scale), some[None]) for scale in scales for some in (codes, numbers)
+        ]
     if kind == "f32":
         bits = np.random.default_rng(0).integers(0, 2**32, 2**18, np.uint32)
         highs = (halves.astype(np.uint32) << 16)[
@@ -117,9 +126,11 @@ def every_record(kind: str) -> list[tuple[RowFormat, np.ndarray]]:
         [0, 1, 2, 3, 100, 126, 127, 128, 129, 130, 200, 254, 255, 0x7F, 0x80, 0xF8], np.uint8
     )
     few_scales = halves[::257] | np.uint16(1)
+    values = 2 if kind == "int4" else 1  # of a byte
     return [
-        (fmt_of(kind, some.size * (2 if kind == "int4" else 1)), with_scales(some, halves)),
-        (fmt_of(kind, codes.size * (2 if kind == "int4" else 1)), with_scales(codes, few_scales)),
+        (fmt_of(kind, some.size * values), with_scales(some, halves)),
+        (fmt_of(kind, 4 * some.size * values), with_scales(np.tile(some, 4), halves)),
+        (fmt_of(kind, codes.size * values), with_scales(codes, few_scales)),
     ]
 
 
@@ -238,6 +249,23 @@ def test_rows_of_several_shards_are_read_as_the_plain_version_reads_them(
         assert read(store, ids.array, fmt, out.array) is out.array
     assert out.intact()
     assert_same_bits(out.array, plain)
+
+
+@every_level
+@every_kind
+@every_dtype
+@pytest.mark.parametrize("skip", [0, 4])
+def test_a_large_output_has_the_same_bits_and_ends_where_it_should(level, kind, dtype, skip):
+    """Kernels write it past the caches if its rows begin with a line, that is, if `skip` is 0."""
+    fmt, raw = every_record(kind)[-1]
+    count = (8 << 20) // (fmt.d * dtype.itemsize) + 3
+    store = in_shards(raw, len(raw) // 3 + 1)
+    ids = np.random.default_rng(0).integers(0, len(raw), count)
+    out = Guarded((count, fmt.d), dtype, skip)
+    with _native.forced(level):
+        read(store, ids, fmt, out.array)
+    assert out.intact()
+    assert_same_bits(out.array, decoded("off", fmt, raw, dtype)[ids])
 
 
 @every_level

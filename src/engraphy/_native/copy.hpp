@@ -45,6 +45,10 @@ ALWAYS void stream(uint8_t *to, const uint8_t *from, int64_t size) {
 #endif
 }
 
+template <bool past> ALWAYS void copy_to(uint8_t *to, const uint8_t *from, int64_t size) {
+    past ? stream(to, from, size) : copy(to, from, size);
+}
+
 inline void streamed() {
 #if defined(__SSE2__)
     _mm_sfence();

@@ -1,7 +1,7 @@
 // Rows of mapped memory as they are, compiled once per instruction set (kernels.hpp says what that
 // forbids).
 //
-// Rows some way ahead are prefetched. A large output of whole cache lines is written past the
+// Rows some way ahead are prefetched (mapped.hpp). A large output of whole cache lines is written past the
 // caches, so that it does not evict what is in them. That pays only if each row begins and ends
 // with a line: joining other rows into lines first costs more than it gains. The usual row sizes
 // are constants for the compiler, so that copies become straight code.
@@ -15,19 +15,12 @@ namespace engraphy::ENGRAPHY_LEVEL {
 namespace {
 
 template <bool past> ALWAYS void each_row(const GatherCall &call, int64_t row_bytes) {
-    constexpr int most = 16;
-    const int ahead = row_bytes <= line ? most : 8;  // rows that are on their way
-    const int64_t last = call.last;
     uint8_t *out = call.out + call.first * row_bytes;
-    const uint8_t *coming[most];
-    for (int64_t i = call.first; i < call.first + ahead && i < last; i++)
-        coming[i % ahead] = prefetched(row_at(call, i, row_bytes), row_bytes);
-    for (int64_t i = call.first; i < last; i++, out += row_bytes) {
-        const uint8_t *row = coming[i % ahead];
-        if (i + ahead < last)
-            coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
-        if (past) stream(out, row, row_bytes);
-        else copy(out, row, row_bytes);
+    ComingRows<GatherCall> rows(call, row_bytes);
+    for (int64_t i = call.first; i < call.last; i++, out += row_bytes) {
+        const uint8_t *row = rows.at(i);
+        if (!past && i + 1 < call.last) prefetch_to_write(out + row_bytes, row_bytes);
+        copy_to<past>(out, row, row_bytes);
     }
 }
 

@@ -9,7 +9,6 @@
 #include <stdint.h>
 
 #include "cache.hpp"
-#include "chunk.hpp"
 #include "fuse.hpp"
 #include "hash.hpp"
 #include "rows.hpp"
@@ -31,8 +30,6 @@ struct Kernels {
     SquareRunsFunction *square_runs;
     WithinFunction *within;
     UpdateFunction *update;
-    ChunkFunction *chunk_forward;
-    ChunkFunction *chunk_backward;
 };
 
 // What the kernel files define, each once per level.
@@ -51,12 +48,9 @@ struct Kernels {
     SquareRunsFunction square_runs;                                                     \
     WithinFunction within;                                                              \
     UpdateFunction update_rows;                                                         \
-    ChunkFunction chunk_forward;                                                        \
-    ChunkFunction chunk_backward;                                                       \
     constexpr Kernels kernels = {hash,       first_bad,   read_rows,  gather_rows, fuse, \
                                  cache_look, cache_keep,  cache_hold, cache_write,       \
-                                 sum_runs,   square_runs, within,     update_rows,       \
-                                 chunk_forward, chunk_backward};                         \
+                                 sum_runs,   square_runs, within,     update_rows};      \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)

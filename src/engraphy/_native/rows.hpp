@@ -22,6 +22,7 @@ struct RowsCall {
     const int64_t *ids;            // [N]; null = 0, 1, 2, ...
     uint8_t *out;  // float32 or bf16 bits [N, d]; like records and ids it may begin at any byte
     int64_t first, last;           // which of the N to write: several threads share a call
+    bool stream = false;           // past the caches
 };
 
 // The position of the first of `count` ids outside [0, rows), -1 if there is none.

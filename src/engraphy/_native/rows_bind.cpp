@@ -11,9 +11,12 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
+int64_t out_bytes(int64_t count, int64_t d, bool to_bf16) { return count * d * (to_bf16 ? 2 : 4); }
+
 // By as many threads as it is worth; ids have been checked.
-void read_parts(const RowsCall &whole, int64_t count) {
+void read_parts(RowsCall whole, int64_t count) {
     const int64_t parts = parts_of(count);
+    whole.stream = out_bytes(count, whole.d, whole.to_bf16) >= streamed_from;
     computing().each(parts, threads(), [&](int64_t part) {
         RowsCall call = whole;
         call.first = count * part / parts;
@@ -39,7 +42,7 @@ int64_t read_rows(const char *kind, int64_t d, float scale, uintptr_t shards, in
                            (uint8_t *)out,
                            0,
                            0};
-    const Unlocked unlocked(waits ? INT64_MAX : count * d * (to_bf16 ? 2 : 4));
+    const Unlocked unlocked(waits ? INT64_MAX : out_bytes(count, d, to_bf16));
     const int64_t bad = kernels().first_bad(call.ids, count, rows);
     if (bad == -1) read_parts(call, count);
     return bad;
@@ -54,7 +57,7 @@ int64_t first_bad(uintptr_t ids, int64_t count, int64_t rows) {
 void decode_rows(const char *kind, int64_t d, float scale, uintptr_t raw, int64_t count,
                  bool to_bf16, uintptr_t out) {
     if (count < 0) throw std::invalid_argument("count must not be negative");
-    const Unlocked unlocked(count * d * (to_bf16 ? 2 : 4));
+    const Unlocked unlocked(out_bytes(count, d, to_bf16));
     const uint8_t *const shard = (const uint8_t *)raw;
     read_parts(
         {kind_of(kind, d), d, scale, to_bf16, &shard, count, count, nullptr, (uint8_t *)out, 0, 0},

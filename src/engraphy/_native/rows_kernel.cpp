@@ -1,9 +1,11 @@
 // Gather and dequantise, compiled once per instruction set (kernels.hpp says what that forbids).
 //
-// One row after the other, straight from mapped memory into the output, while rows some way ahead
-// are prefetched. The inner loops are plain; the compiler turns them into the vectors of each
-// level. The comparisons below are of 32 bits, so that the compiler does not narrow masks to bytes
-// and widen them again. Non-temporal stores gained nothing.
+// One row after the other, straight from mapped memory into the output. Rows of small codes are
+// dequantised in registers (registers.hpp). The plain loops here say what their values are; they
+// do what is left. The compiler turns them into the vectors of each level. The comparisons below
+// are of 32 bits, so that it does not narrow masks to bytes and widen them again.
+//
+// A large output of whole lines is written past the caches.
 //
 // Why the bits are those of the plain version:
 //   Codes are exact in float32 and multiplied by their scale once. The file is compiled without
@@ -18,8 +20,10 @@
 #include <string.h>
 
 #include "bf16.hpp"
+#include "copy.hpp"
 #include "kernels.hpp"
 #include "mapped.hpp"
+#include "registers.hpp"
 #include "rows.hpp"
 
 namespace engraphy::ENGRAPHY_LEVEL {
@@ -27,12 +31,7 @@ namespace {
 
 static_assert(FLT_EVAL_METHOD == 0, "products have to be rounded to float32 at once");
 
-// Records and outputs may begin at any byte.
-typedef uint16_t U16 __attribute__((aligned(1), may_alias));
-typedef uint32_t U32 __attribute__((aligned(1), may_alias));
-
 constexpr uint32_t quiet_nan = 0x7fc00000;
-constexpr int ahead = 8;  // rows that are on their way; 16 and 32 were no faster
 
 // What becomes of the bits of a float32. of_clean: the same for numbers, infinities, and NaNs whose
 // low half is zero.
@@ -72,20 +71,23 @@ inline uint32_t from_e4m3(uint32_t code) {
     return (code & 0x80) << 24 | (wide == 0x7fu << 20 ? quiet_nan : widened<120>(wide));
 }
 
-// A kind of row: the bytes of d values, and their way into `out`.
+// A kind of row: the bytes of d values, and their way into `out`. `plain` says what the values are;
+// it is not inlined, so that the compiler sees to the other way.
+#define PLAIN static __attribute__((noinline)) void
 
 struct F32 {
     static int64_t row_bytes(int64_t d) { return 4 * d; }
-    template <class To>
+    template <class To, bool past>
     static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         const U32 *bits = (const U32 *)row;
-        for (int64_t i = 0; i < d; i++) out[i] = To::of(bits[i]);
+        if constexpr (sizeof(*out) == sizeof(*bits)) copy_to<past>((uint8_t *)out, row, 4 * d);
+        else for (int64_t i = 0; i < d; i++) out[i] = To::of(bits[i]);
     }
 };
 
 struct F16 {
     static int64_t row_bytes(int64_t d) { return 2 * d; }
-    template <class To>
+    template <class To, bool past>
     static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         const U16 *half = (const U16 *)row;
         for (int64_t i = 0; i < d; i++) out[i] = To::of(from_f16(half[i]));
@@ -94,11 +96,11 @@ struct F16 {
 
 struct Bf16 {
     static int64_t row_bytes(int64_t d) { return 2 * d; }
-    template <class To>
+    template <class To, bool past>
     static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         const U16 *bits = (const U16 *)row;
-        if constexpr (sizeof(*out) == sizeof(*bits))
-            memcpy(out, row, 2 * d);  // signalling NaNs stay as they are
+        if constexpr (sizeof(*out) == sizeof(*bits))  // signalling NaNs stay as they are
+            copy_to<past>((uint8_t *)out, row, 2 * d);
         else for (int64_t i = 0; i < d; i++) out[i] = To::of((uint32_t)bits[i] << 16);
     }
 };
@@ -106,20 +108,23 @@ struct Bf16 {
 struct Fp8 {
     static int64_t row_bytes(int64_t d) { return d + d / fp8_block; }
     template <class To>
+    PLAIN plain(const uint8_t *codes, uint32_t exponent, typename To::Bits *__restrict out) {
+        if (exponent == 255) {
+            for (int i = 0; i < fp8_block; i++)
+                out[i] = To::of(quiet_nan |
+                                ((codes[i] & 0x7f) == 0x7f ? (codes[i] & 0x80u) << 24 : 0));
+            return;
+        }
+        const float scale = as_float(exponent ? exponent << 23 : 1u << 22);  // 2**-127 is subnormal
+        for (int i = 0; i < fp8_block; i++)
+            out[i] = To::of_clean(bits_of(as_float(from_e4m3(codes[i])) * scale));
+    }
+    template <class To, bool past>
     static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
         for (int64_t block = 0; block < d / fp8_block; block++, out += fp8_block) {
             const uint8_t *codes = row + block * fp8_block;
             const uint32_t exponent = row[d + block];
-            if (exponent == 255) {
-                for (int i = 0; i < fp8_block; i++)
-                    out[i] = To::of(quiet_nan |
-                                    ((codes[i] & 0x7f) == 0x7f ? (codes[i] & 0x80u) << 24 : 0));
-                continue;
-            }
-            const float scale =
-                as_float(exponent ? exponent << 23 : 1u << 22);  // 2**-127 is subnormal
-            for (int i = 0; i < fp8_block; i++)
-                out[i] = To::of_clean(bits_of(as_float(from_e4m3(codes[i])) * scale));
+            if (!fp8_codes<past>(codes, exponent, out)) plain<To>(codes, exponent, out);
         }
     }
 };
@@ -127,10 +132,14 @@ struct Fp8 {
 struct Fp8Scaled {
     static int64_t row_bytes(int64_t d) { return d; }
     template <class To>
-    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d,
-                       float scale) {
+    PLAIN plain(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float scale) {
         for (int64_t i = 0; i < d; i++)
             out[i] = To::of_clean(bits_of(as_float(from_e4m3(row[i])) * scale));
+    }
+    template <class To, bool past>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d,
+                       float scale) {
+        if (!fp8_scaled_row<past>(row, out, d, scale)) plain<To>(row, out, d, scale);
     }
 };
 
@@ -148,18 +157,22 @@ bool nan_scale(const uint8_t *at, typename To::Bits *out, int64_t d, float &scal
 struct Int8 {
     static int64_t row_bytes(int64_t d) { return d + 2; }
     template <class To>
-    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    PLAIN plain(const uint8_t *row, typename To::Bits *__restrict out, int64_t d) {
         float scale;
         if (nan_scale<To>(row + d, out, d, scale)) return;
         for (int64_t i = 0; i < d; i++)
             out[i] = To::of_clean(bits_of((float)(int8_t)row[i] * scale));
+    }
+    template <class To, bool past>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        if (!int8_row<past>(row, out, d)) plain<To>(row, out, d);
     }
 };
 
 struct Int4 {
     static int64_t row_bytes(int64_t d) { return d / 2 + 2; }
     template <class To>
-    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+    PLAIN plain(const uint8_t *row, typename To::Bits *__restrict out, int64_t d) {
         float scale;
         if (nan_scale<To>(row + d / 2, out, d, scale)) return;
         for (int64_t i = 0; i < d / 2; i++) {
@@ -167,31 +180,43 @@ struct Int4 {
             out[2 * i + 1] = To::of_clean(bits_of((float)((int8_t)row[i] >> 4) * scale));
         }
     }
+    template <class To, bool past>
+    static void decode(const uint8_t *row, typename To::Bits *__restrict out, int64_t d, float) {
+        if (!int4_row<past>(row, out, d)) plain<To>(row, out, d);
+    }
 };
 
-template <class Kind, class To> void read_all(const RowsCall &call) {
+template <class Kind, class To, bool past> __attribute__((noinline)) void read_all(const RowsCall &call) {
     const int64_t d = call.d, row_bytes = Kind::row_bytes(d), last = call.last;
     typename To::Bits *out = (typename To::Bits *)call.out + call.first * d;
-    const uint8_t *coming[ahead];
-    for (int64_t i = call.first; i < call.first + ahead && i < last; i++)
-        coming[i % ahead] = prefetched(row_at(call, i, row_bytes), row_bytes);
+    ComingRows<RowsCall> rows(call, row_bytes);
     for (int64_t i = call.first; i < last; i++, out += d) {
-        const uint8_t *row = coming[i % ahead];
-        if (i + ahead < last)
-            coming[i % ahead] = prefetched(row_at(call, i + ahead, row_bytes), row_bytes);
-        Kind::template decode<To>(row, out, d, call.scale);
+        const uint8_t *row = rows.at(i);
+        if (!past && i + 1 < last) prefetch_to_write(out + d, d * sizeof(*out));
+        Kind::template decode<To, past>(row, out, d, call.scale);
     }
 }
 
-template <class To> void read_kind(const RowsCall &call) {
+template <class To, bool past> void read_kind(const RowsCall &call) {
     switch (call.kind) {
-        case RowKind::f32: return read_all<F32, To>(call);
-        case RowKind::f16: return read_all<F16, To>(call);
-        case RowKind::bf16: return read_all<Bf16, To>(call);
-        case RowKind::fp8: return read_all<Fp8, To>(call);
-        case RowKind::fp8_scaled: return read_all<Fp8Scaled, To>(call);
-        case RowKind::int8: return read_all<Int8, To>(call);
-        case RowKind::int4: return read_all<Int4, To>(call);
+        case RowKind::f32: return read_all<F32, To, past>(call);
+        case RowKind::f16: return read_all<F16, To, past>(call);
+        case RowKind::bf16: return read_all<Bf16, To, past>(call);
+        case RowKind::fp8: return read_all<Fp8, To, past>(call);
+        case RowKind::fp8_scaled: return read_all<Fp8Scaled, To, past>(call);
+        case RowKind::int8: return read_all<Int8, To, past>(call);
+        case RowKind::int4: return read_all<Int4, To, past>(call);
+    }
+}
+
+template <class To> void read_to(const RowsCall &call) {
+    const bool whole_lines =
+        (uintptr_t)call.out % line == 0 && call.d * sizeof(typename To::Bits) % line == 0;
+    if (call.stream && whole_lines) {
+        read_kind<To, true>(call);
+        streamed();
+    } else {
+        read_kind<To, false>(call);
     }
 }
 
@@ -207,7 +232,7 @@ int64_t first_bad(const int64_t *unaligned, int64_t count, int64_t rows) {
 }
 
 void read_rows(const RowsCall &call) {
-    call.to_bf16 ? read_kind<ToBf16>(call) : read_kind<ToF32>(call);
+    call.to_bf16 ? read_to<ToBf16>(call) : read_to<ToF32>(call);
 }
 
 }  // namespace engraphy::ENGRAPHY_LEVEL
