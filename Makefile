@@ -9,6 +9,7 @@
 #             what depends on the machine, under each instruction set and one and two threads
 # make valgrind
 #             the native kernels under memcheck; needs valgrind, and says so
+# make guard  instructions, allocations, bytes and native calls beside the committed counts; so too
 #
 # ENGRAPHY_REQUIRE_NATIVE=true demands the C++ core; without it a machine that cannot build it
 # gets a pure-Python installation.
@@ -36,7 +37,7 @@ endef
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test quick docs test-transformers test-levels valgrind check clean
+.PHONY: demo test quick docs test-transformers test-levels valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -62,6 +63,9 @@ valgrind: $(VENV)/installed-dev
 	@command -v valgrind >/dev/null || { echo "make valgrind: expected the program valgrind, found \
 	none; on Debian: apt-get install valgrind libc6-dbg" >&2; exit 2; }
 	$(PY) -m tests.tools.memcheck
+
+guard: $(VENV)/installed-dev
+	$(PY) -m tests.tools.guard
 
 docs: $(VENV)/installed-docs
 	$(PY) docs/generate.py

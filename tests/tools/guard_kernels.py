@@ -1,0 +1,213 @@
+"""The native kernels whose instructions `make guard` counts: each once, on fixed inputs.
+
+callgrind runs this module. It clears its counters at getppid and writes them at getpgrp, two calls
+of the system that nothing else here makes. A kernel is one line of KERNELS, and a function that
+prepares its inputs and returns the call. Inputs begin with a page, so that loops are cut the same
+way in every run. There is no torch here: under callgrind its import takes minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from engraphy import HashSpec, RowFormat, VocabMap, _native
+from engraphy.addresses.addresser import Addresser
+from engraphy.rows import read
+from engraphy.store import CacheStore, RamStore
+
+Call = Callable[[], object]
+
+VOCAB, ROWS, COUNT = 400, 5_000, 1024
+SPECS = {
+    "demo": HashSpec.demo((1, 4), (2, 3), 4, 10_007, vocab_size=VOCAB, pad_id=0),
+    "DeepSeek-V4.1": HashSpec.deepseek_v41(
+        (1, 4), (2, 3, 4), 8, 10_007, vocab_size=VOCAB, pad_id=2
+    ),
+    "Qwen4-Exp": HashSpec.qwen4((1, 4), (2, 3), 8, 10_007, vocab_size=VOCAB, eos_id=5),
+}
+
+
+def paged(values: np.ndarray) -> np.ndarray:
+    """A copy that begins with a page."""
+    memory = np.frombuffer(mmap.mmap(-1, max(values.nbytes, 1)), np.uint8)
+    copy = memory[: values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+def normal(*shape: int) -> np.ndarray:
+    """f32, the same in every run."""
+    seed = np.random.default_rng(math.prod(shape))
+    return paged(seed.standard_normal(shape, dtype=np.float32))
+
+
+def at(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def some_ids(below: int, *shape: int) -> np.ndarray:
+    return paged(np.random.default_rng(0).integers(0, below, shape))
+
+
+def addresses(dialect: str) -> Call:
+    """Row ids of both layers for 4 sequences of 256 tokens."""
+    addresser = Addresser(SPECS[dialect], VocabMap.identity(VOCAB))
+    ids_BT = some_ids(VOCAB, 4, 256)
+    out = paged(np.empty((2, 4, 256, SPECS[dialect].columns), np.int64))
+    return lambda: addresser.all_rows(ids_BT, out=out)
+
+
+def filled(fmt: RowFormat) -> RamStore:
+    store = RamStore(ROWS, fmt.row_bytes)
+    store.scatter(np.arange(ROWS), fmt.encode(normal(ROWS, fmt.d)))
+    return store
+
+
+def rows(kind: str, dtype: type = np.float32) -> Call:
+    """1,024 rows of width 64 from RAM, as float32, or as the bits of bf16."""
+    fmt = RowFormat(kind, 64)
+    store, ids_N, out = filled(fmt), some_ids(ROWS, COUNT), paged(np.empty((COUNT, 64), dtype))
+    return lambda: read(store, ids_N, fmt, out)
+
+
+def gather() -> Call:
+    """The bytes of 1,024 rows of 264 bytes."""
+    store, ids_N = filled(RowFormat("fp8", 256)), some_ids(ROWS, COUNT)
+    out = paged(np.empty((COUNT, 264), np.uint8))
+    return lambda: store.gather(ids_N, out)
+
+
+def cache() -> Call:
+    """1,024 rows of 264 bytes, all of them cached."""
+    fmt = RowFormat("fp8", 256)
+    store, ids_N = CacheStore(filled(fmt), 4 << 20), some_ids(200, COUNT)
+    out = paged(np.empty((COUNT, 264), np.uint8))
+    store.gather(ids_N, out)
+    return lambda: store.gather(ids_N, out)
+
+
+def token_rows(kind: str) -> Call:
+    """The rows of one token, 2 layers of 16 rows of width 64, from RAM."""
+    spec, fmt = SPECS["Qwen4-Exp"], RowFormat(kind, 64)
+    plan = Addresser(spec, VocabMap.identity(VOCAB)).plan
+    count = max(spec.row_count(layer) for layer in spec.layer_ids)
+    tables = [paged(fmt.encode(normal(count, 64))) for _ in spec.layer_ids]
+    shards = [np.array([at(table)], np.uint64) for table in tables]
+    where = [at(shard) for shard in shards]
+    sizes = fmt.kind, fmt.d, 1.0, fmt.row_bytes
+    reader = _native.compiled().TokenReader(
+        plan, *sizes, where, [count] * 2, [count] * 2, [False] * 2
+    )
+    ids, columns = some_ids(VOCAB, 1), some_ids(VOCAB, 4)
+    out = paged(np.empty((2, 1, spec.columns * 64), np.float32))
+
+    def call() -> object:
+        assert tables and shards  # which the reader has addresses of
+        return reader.read(at(ids), 1, at(columns), at(columns) + 16, 4, at(out))
+
+    return call
+
+
+def token_fusion(bf16: bool) -> Call:
+    """One token: hidden size 576, one stream, rows of 1,024 values, a convolution of 4 taps."""
+    hidden, width, taps, dilation = 576, 1024, 4, 3
+    shapes = (
+        [(hidden, width), (hidden,), (hidden, width), (hidden,)]
+        + 3 * [(1, hidden)]
+        + [(1, hidden, taps)]
+    )
+
+    def value(*shape: int) -> np.ndarray:
+        values = normal(*shape)
+        return paged((values.view(np.uint32) >> 16).astype(np.uint16)) if bf16 else values
+
+    weights, x, table_rows = [value(*shape) for shape in shapes], value(hidden), normal(width)
+    columns = normal((taps - 1) * dilation + 1, hidden)
+    out, gate = paged(np.empty_like(x)), normal(1)
+    plan = _native.compiled().FusePlan(
+        2 if bf16 else 0, 1, hidden, width, taps, dilation, 1e-6, 1e-6, False, *map(at, weights)
+    )
+    last = at(columns[-1:])
+
+    def call() -> object:
+        assert weights  # which the plan has addresses of
+        arguments = at(x), at(table_rows), at(columns), last, columns.size, 0, at(out), at(gate)
+        return plan.fuse(1, *arguments)
+
+    return call
+
+
+def sorted_rows() -> Call:
+    """1,024 row ids, about half of them distinct, sorted with their positions."""
+    ids_N = some_ids(700, COUNT)
+    order, distinct, starts = (paged(np.zeros(COUNT + 1, np.int64)) for _ in range(3))
+    core = _native.compiled()
+    return lambda: core.sort_rows(at(ids_N), COUNT, at(order), at(distinct), at(starts))
+
+
+def row_update(rule: str, moments_a_row: int, bf16: bool = False) -> Call:
+    """Rows of width 64 get 1,024 gradients, summed by row. bf16: rows and moments, rounded
+    stochastically."""
+    core = _native.compiled()
+    grads_Nd, ids_N = normal(COUNT, 64), some_ids(700, COUNT)
+    order, distinct, starts = (paged(np.zeros(COUNT + 1, np.int64)) for _ in range(3))
+    count = core.sort_rows(at(ids_N), COUNT, at(order), at(distinct), at(starts))
+    firsts = np.zeros(1, np.int64)
+    arrays = [np.array([at(grads_Nd)], np.uint64), firsts, order, starts, distinct]
+    arrays.append(grads_Nd)
+    runs = (at(arrays[0]), at(firsts), 1, at(order), at(starts), count, 64, 1.0)
+    places = []
+    for width in (64, moments_a_row):
+        values = paged(np.zeros((700, width), np.uint16 if bf16 else np.float32))
+        address = np.array([at(values)], np.uint64)
+        arrays += [values, address]
+        places.append((at(address), 700, 700, bf16, False))
+    factors = (0.1, 0.001, 0.01, 1e-8)
+
+    def call() -> object:
+        assert arrays  # which the addresses belong to
+        return core.update_rows(rule, factors, runs, at(distinct), *places, bf16, 7)
+
+    return call
+
+
+KERNELS: dict[str, Callable[[], Call]] = {
+    **{f"addresses of 4 x 256 tokens, {name}": partial(addresses, name) for name in SPECS},
+    **{
+        f"1,024 rows of width 64, {kind} to float32": partial(rows, kind)
+        for kind in ("f32", "f16", "bf16", "fp8", "int8", "int4")
+    },
+    **{
+        f"1,024 rows of width 64, {kind} to bf16": partial(rows, kind, np.uint16)
+        for kind in ("f32", "bf16", "fp8", "int8", "int4")
+    },
+    "1,024 rows of 264 bytes, gathered": gather,
+    "1,024 rows of 264 bytes, from a cache": cache,
+    **{f"rows of one token, {kind}": partial(token_rows, kind) for kind in ("bf16", "fp8", "int8")},
+    "1,024 row ids, sorted": sorted_rows,
+    "1,024 gradients, RowAdam, float32": partial(row_update, "adam", 128),
+    "1,024 gradients, RowAdam, bf16": partial(row_update, "adam", 128, True),
+    "1,024 gradients, RowAdagrad, float32": partial(row_update, "adagrad", 1),
+    "1,024 gradients, RowNesterov, bf16": partial(row_update, "nesterov", 64, True),
+    "fusion of one token, float32": partial(token_fusion, False),
+    "fusion of one token, bf16": partial(token_fusion, True),
+}
+
+
+def main() -> None:
+    for make in KERNELS.values():
+        call = make()
+        call()  # what is made at first use does not count
+        os.getppid()
+        call()
+        os.getpgrp()
+
+
+if __name__ == "__main__":
+    main()
