@@ -9,7 +9,8 @@ scalar, avx2, avx512. If the demanded level is not available, importing works an
 
 ENGRAPHY_THREADS is the number of threads that share a large gather or a large read of rows as
 numbers; `set_threads` changes it later. The default is the number of CPUs that the process may use,
-at most 8. Calls on less than 4096 rows take one thread.
+at most 8. Calls on less than 4096 rows take one thread. The fusion of a chunk takes as many threads
+as torch does, if that is fewer.
 """
 
 from __future__ import annotations

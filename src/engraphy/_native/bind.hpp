@@ -21,6 +21,7 @@ class Unlocked {
 };
 
 void bind_cache(nanobind::module_ &m);
+void bind_chunk(nanobind::module_ &m);
 void bind_fuse(nanobind::module_ &m);
 void bind_gather(nanobind::module_ &m);
 void bind_guard(nanobind::module_ &m);

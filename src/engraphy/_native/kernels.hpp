@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "cache.hpp"
+#include "chunk.hpp"
 #include "fuse.hpp"
 #include "hash.hpp"
 #include "rows.hpp"
@@ -30,6 +31,8 @@ struct Kernels {
     SquareRunsFunction *square_runs;
     WithinFunction *within;
     UpdateFunction *update;
+    ChunkFunction *chunk_forward;
+    ChunkFunction *chunk_backward;
 };
 
 // What the kernel files define, each once per level.
@@ -48,9 +51,12 @@ struct Kernels {
     SquareRunsFunction square_runs;                                                     \
     WithinFunction within;                                                              \
     UpdateFunction update_rows;                                                         \
+    ChunkFunction chunk_forward;                                                        \
+    ChunkFunction chunk_backward;                                                       \
     constexpr Kernels kernels = {hash,       first_bad,   read_rows,  gather_rows, fuse, \
                                  cache_look, cache_keep,  cache_hold, cache_write,       \
-                                 sum_runs,   square_runs, within,     update_rows};      \
+                                 sum_runs,   square_runs, within,     update_rows,       \
+                                 chunk_forward, chunk_backward};                         \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)

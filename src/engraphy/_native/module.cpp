@@ -20,6 +20,7 @@ NB_MODULE(_core, m) {
     m.def("set_level", [](const std::string &name) { return engraphy::select_level(name.c_str()); },
           nb::arg("name"));
     engraphy::bind_cache(m);
+    engraphy::bind_chunk(m);
     engraphy::bind_fuse(m);
     engraphy::bind_gather(m);
     engraphy::bind_guard(m);

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import InputError
 from ..spec.layer import LayerSpec
@@ -51,3 +54,16 @@ def _expect(
         raise InputError(
             f"{name}: expected {kind} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}"
         )
+
+
+def watched() -> bool:
+    """Whether each operation has to be seen by itself.
+
+    A transform of torch.func and forward-mode differentiation see them; and an exporter, whose
+    graph has to do without this library.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    core: Any = torch._C
+    forward_level: int = forward_ad._current_level
+    return core._functorch.peek_interpreter_stack() is not None or forward_level >= 0

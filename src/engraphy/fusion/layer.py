@@ -15,22 +15,19 @@ is the largest n-gram order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec.layer import LayerSpec
-from . import presets
-from .checks import check_call
-from .conv import convolve
+from . import chunk, plain, presets
+from .checks import check_call, watched
 from .decode import Columns, TokenFuser
+from .op import fuse
+from .plain import Formula, Norms, Past
 from .projection import Projection
-
-_GATE_FLOOR = 1e-6
 
 
 class EngramLayer(nn.Module):
@@ -58,6 +55,11 @@ class EngramLayer(nn.Module):
         self.conv_norm = nn.Parameter(torch.empty(streams, hidden)) if spec.kernel else None
         self.conv = nn.Parameter(torch.empty(streams, hidden, spec.kernel)) if spec.kernel else None
         self.reset_parameters()
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether `forward` alone makes what a call returns: no subclass, no hook."""
+        return _is_plain(self)
 
     def reset_parameters(self) -> None:
         """Initialises the parameters for training from scratch.
@@ -93,6 +95,7 @@ class EngramLayer(nn.Module):
         starts: Tensor | None = None,
         *,
         conv_inputs: bool = False,
+        residual: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Computes the update of the hidden states; the caller adds it to them.
 
@@ -108,6 +111,7 @@ class EngramLayer(nn.Module):
                 None = no document begins.
             conv_inputs: True: return this chunk's conv inputs [B, T, S, D], unmasked, instead of
                 the last W ones, for a caller that may take back tokens (SequenceState.push).
+            residual: True: return x + update in place of the update.
 
         Returns:
             The update [B, T, S, D] in x's dtype, the gate [B, T, S], and the last W conv inputs,
@@ -117,40 +121,57 @@ class EngramLayer(nn.Module):
             InputError: Shapes or dtypes do not fit.
         """
         check_call(self.spec, x_BTSD, rows_BTE, window, live, starts)
+        past = Past(window, live, starts)
         spec = self.spec
-        wide = torch.promote_types(x_BTSD.dtype, torch.float32)
+        eps = spec.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(x_BTSD.dtype, torch.float32)).eps
+        formula = Formula(spec.order, eps, spec.conv_eps, spec.unit_offset, conv_inputs, residual)
+        dtype = self._projected_dtype()
+        if dtype is not None and chunk.runs(x_BTSD, dtype, self.spec.kernel):
+            return self._fuse_natively(x_BTSD, rows_BTE, dtype, past, formula)
         rows_BTE = rows_BTE.to(self.value.weight.dtype)
-        h_BTSD = x_BTSD.to(wide)
-        key_BTSD = self.key(rows_BTE).unflatten(-1, (spec.streams, spec.hidden_size)).to(wide)
-        value_BTD = self.value(rows_BTE).to(wide)
+        key_BTSD = self.key(rows_BTE).unflatten(-1, self.query_norm.shape)
+        norms = Norms(self.query_norm, self.key_norm, self.conv_norm, self.conv)
+        return plain.fuse(x_BTSD, key_BTSD, self.value(rows_BTE), norms, past, formula)
 
-        # A norm's factor is one number per vector, so it is applied after the dot product: this
-        # saves passes over [B, T, S, D].
-        scale_SD = self._scale(self.query_norm, wide) * self._scale(self.key_norm, wide)
-        dot_BTS = (h_BTSD * scale_SD * key_BTSD).sum(-1)
-        u_BTS = (
-            dot_BTS
-            * _rstd(h_BTSD, spec.eps)
-            * _rstd(key_BTSD, spec.eps)
-            / math.sqrt(spec.hidden_size)
+    def _fuse_natively(
+        self, x_BTSD: Tensor, rows_BTE: Tensor, dtype: torch.dtype, past: Past, formula: Formula
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        window = past.window
+        if window is not None and torch.is_grad_enabled():
+            window = window.clone()  # its owner may write to it before the backward pass
+        out_BTSD, gate_BTS, inputs, *_ = fuse(
+            x_BTSD,
+            rows_BTE,
+            self.key.weight,
+            self.key.bias,
+            self.value.weight,
+            self.value.bias,
+            self.query_norm,
+            self.key_norm,
+            self.conv_norm,
+            self.conv,
+            window,
+            past.live,
+            past.starts,
+            dtype,
+            *formula,
         )
-        gate_BTS = torch.sigmoid(u_BTS.sign() * u_BTS.abs().clamp_min(_GATE_FLOOR).sqrt())
-        if live is not None:
-            gate_BTS = torch.where(live[:, :, None], gate_BTS, 0.0)
-        update_BTSD = gate_BTS[..., None] * value_BTD[:, :, None]
-        if self.conv is None or self.conv_norm is None:
-            return update_BTSD.to(x_BTSD.dtype), gate_BTS, None
+        return out_BTSD, gate_BTS, None if self.conv is None else inputs
 
-        inputs_BTSD = (
-            update_BTSD
-            * _rstd(update_BTSD, spec.conv_eps)[..., None]
-            * self._scale(self.conv_norm, wide)
-        )
-        mixed_BTSD, window = convolve(self.conv, spec.order, inputs_BTSD, window, starts)
-        update_BTSD = update_BTSD + F.silu(mixed_BTSD)
-        if live is not None:
-            update_BTSD = torch.where(live[:, :, None, None], update_BTSD, 0.0)
-        return update_BTSD.to(x_BTSD.dtype), gate_BTS, inputs_BTSD if conv_inputs else window
+    def _projected_dtype(self) -> torch.dtype | None:
+        """The dtype in which torch would compute the projections; None if that is not two plain
+        products on the CPU, or something wants to see each operation."""
+        if not (_is_plain(self.key) and _is_plain(self.value)) or watched():
+            return None
+        tensors = (self.key.weight, self.value.weight, *self._parameters.values())
+        dtype = self.key.weight.dtype
+        if self.value.weight.dtype is not dtype or not all(map(_is_ordinary, tensors)):
+            return None
+        if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
+            return torch.get_autocast_dtype("cpu")
+        return dtype
 
     def decode(
         self,
@@ -193,9 +214,6 @@ class EngramLayer(nn.Module):
         )
         return self._fuser(weights, x_B1SD, rows_B1E, live, columns, gate_B1S)
 
-    def _scale(self, norm: Tensor, dtype: torch.dtype) -> Tensor:
-        return norm.to(dtype) + 1.0 if self.spec.unit_offset else norm.to(dtype)
-
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], preset: str, **sizes: Any) -> EngramLayer:
         """A layer from released tensors, in the dtype that holds them all.
@@ -227,14 +245,15 @@ def _is_plain(part: nn.Module) -> bool:
     """False if a subclass, another projection or a hook may change what `forward` computes."""
     if type(part) is not EngramLayer and type(part) is not Projection:
         return False
-    return not (part._forward_hooks or part._forward_pre_hooks)
+    return not (
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+    )
 
 
-def _rstd(x: Tensor, eps: float | None) -> Tensor:
-    """1 / sqrt(mean(x**2) + eps) over the last dimension.
-
-    eps: None = the epsilon of x's dtype, as in torch's RMSNorm.
-    """
-    if eps is None:
-        eps = torch.finfo(x.dtype).eps
-    return torch.rsqrt(x.square().mean(-1) + eps)
+def _is_ordinary(tensor: Tensor | None) -> bool:
+    """False for a tensor of a type of its own (sharded, quantised), or elsewhere than on the
+    CPU."""
+    return tensor is None or (type(tensor) in (nn.Parameter, Tensor) and tensor.is_cpu)

@@ -47,19 +47,22 @@ def fuse_chunk(block: nn.Module, layer: int, x_BTSD: Tensor, lookup: Lookup) -> 
     order = _to(lookup.order, device)
     if starts is not None and present is not None:
         starts = starts & present.to(device)
-    update_BTSD, gate_BTS, inputs_BTSD = block(
+    # The layer adds the residual itself, which saves a pass, unless something else sees its update.
+    residual = order is None and isinstance(block, EngramLayer) and block.is_bare
+    out_BTSD, gate_BTS, inputs_BTSD = block(
         _reordered(x_BTSD, order),
         _reordered(lookup.rows[layer].to(device), order),
         window,
         _reordered(live, order),
         _reordered(starts, order),
         conv_inputs=state is not None,
+        **({"residual": True} if residual else {}),
     )
     back = None if order is None else order.argsort(1)  # to the original positions
     if state is not None and inputs_BTSD is not None:
         state.push(layer, _reordered(inputs_BTSD, back), lookup.starts, present)
     _trace(lookup, layer, _reordered(gate_BTS, back))
-    return x_BTSD + _reordered(update_BTSD, back)
+    return out_BTSD if residual else x_BTSD + _reordered(out_BTSD, back)
 
 
 def _empty_gate(x: Tensor, streams: int) -> Tensor:

@@ -7,7 +7,7 @@ a look-up: row ids, prefetching, the state, and leaves for gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,14 @@ class Lookup:
     present: Tensor | None = None
     order: Tensor | None = None
     off: bool = False
+
+    def finished(self) -> Lookup:
+        """The same lookup, with the rows of every layer in a plain dict. Waits for them.
+
+        A compiled block may be given it (`torch.compile(block, fullgraph=True)`): reading stays
+        outside of the graph. Raises the error if reading failed.
+        """
+        return replace(self, rows={layer: self.rows[layer] for layer in self.rows})
 
 
 class Rows(Mapping[int, Tensor]):

@@ -46,7 +46,8 @@ THREADS = Variable(
     "ENGRAPHY_THREADS",
     "an integer from 1 to 1024",
     "the number of CPUs that the process may use, at most 8",
-    "Sets how many threads share a gather or read of 4096 rows or more.",
+    "Sets how many threads share a gather or read of 4096 rows or more, and at most the fusion of "
+    "a chunk.",
 )
 HUGE_PAGES = Variable(
     "ENGRAPHY_HUGE_PAGES",

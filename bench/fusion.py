@@ -1,0 +1,320 @@
+"""The share of the fusion layer in training and in prefill, and where its time goes.
+
+    python bench/fusion.py [--rounds 9] [--threads 1] [--json FILE]
+
+Training: steps of the reference model with a memory, at the demo's own sizes and with every width
+four times as large (D = 512, rows as wide as `EngramConfig.for_model` chooses them). The parts are
+clocked inside the step. The layer is the fusion forward and backward. The limit is the layer's
+matrix products alone, on tensors of the same shapes: those of the projections, forward and
+backward.
+
+Prefill: a Llama of 135 M parameters (random weights, the shape of SmolLM2-135M) reads a prompt of
+512 tokens with an attached memory of `EngramConfig.for_model`'s defaults and without it, in turns.
+Parts are clocked in the hooks. The limit is the projections alone.
+
+All figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from claims import Claim, write
+from probe import machine
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import engraphy
+from engraphy import EngramConfig, EngramMemory, LayerSpec, VocabMap
+from engraphy.data.packing import Batches
+from engraphy.lm import LM, LMConfig, demo_config, three_arms
+from engraphy.lm.loop import Run, TrainConfig
+
+VOCAB = 2048
+WIDER = 4  # times the demo's widths
+PROMPT = 512
+
+
+class Clocks:
+    """Seconds of named parts, added up until they are taken."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, clocked."""
+
+        def clocked(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.add(name, time.perf_counter() - begun)
+
+        return clocked
+
+    def taken(self) -> dict[str, float]:
+        seconds = self.seconds
+        self.seconds = {}
+        return seconds
+
+
+def demo_sizes() -> tuple[LMConfig, EngramConfig]:
+    """The demo's model and memory."""
+    arm = three_arms(demo_config(VOCAB), VOCAB, 0).memory
+    assert arm.memory is not None
+    return arm.model, arm.memory
+
+
+def wide_sizes() -> tuple[LMConfig, EngramConfig]:
+    """The demo's model with wider layers, and a memory as wide as `for_model` makes it."""
+    model, memory = demo_sizes()
+    names = ("hidden_size", "ffn", "expert_ffn", "shared_ffn", "heads")
+    model = dataclasses.replace(model, **{name: WIDER * getattr(model, name) for name in names})
+    dim = model.hidden_size // 2 // memory.hash.columns
+    layer = LayerSpec(model.hidden_size, memory.hash.columns * dim, order=memory.hash.order)
+    return model, EngramConfig(memory.hash, layer, dim)
+
+
+def documents(count: int) -> list[np.ndarray]:
+    """Documents of 100 to 300 ids, distributed as words are."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(100, 300, count)
+    return [(rng.zipf(1.2, size) - 1).clip(0, VOCAB - 2) + 1 for size in sizes]
+
+
+def make_run(sizes: tuple[LMConfig, EngramConfig], dtype: str) -> Run:
+    torch.manual_seed(0)
+    memory = EngramMemory(sizes[1], VocabMap.identity(VOCAB))
+    memory.init_rows(0.02, 0)
+    batches = Batches(documents(1000), end_id=0, seed=0)
+    return Run(LM(sizes[0], memory), batches, TrainConfig(tokens=10**9, dtype=dtype))
+
+
+def clock_parts(run: Run, clocks: Clocks) -> None:
+    """Clocks the memory's parts of each step from now on. Rows are taken before the layer runs."""
+    memory = run.model.memory
+    assert memory is not None and run.pair.rows is not None
+    fuse = memory.fuse
+
+    def clocked_fuse(layer: int, x_BTSD: torch.Tensor, lookup: Any) -> torch.Tensor:
+        begun = time.perf_counter()
+        lookup.rows[layer]
+        taken = time.perf_counter()
+        out_BTSD = fuse(layer, x_BTSD, lookup)
+        clocks.add("look-up", taken - begun)
+        clocks.add("fusion forward", time.perf_counter() - taken)
+        if not out_BTSD.requires_grad:
+            return out_BTSD
+        # Gradients arrive at the output first, and leave at x, with nothing else between.
+        start = [0.0]
+        out_BTSD.register_hook(lambda _: start.__setitem__(0, time.perf_counter()))
+        x_BTSD.register_hook(
+            lambda _: clocks.add("fusion backward", time.perf_counter() - start[0])
+        )
+        return out_BTSD
+
+    replaced: Any = memory
+    replaced.lookup = clocks.around("look-up", memory.lookup)
+    replaced.fuse = clocked_fuse
+    replaced.add_row_grad = clocks.around("row gradients", memory.add_row_grad)
+    rows: Any = run.pair.rows
+    rows.step = clocks.around("row optimiser", rows.step)
+
+
+def train_parts(sizes: tuple[LMConfig, EngramConfig], dtype: str, rounds: int) -> dict[str, float]:
+    """Median seconds of the parts of a training step, "step" the whole."""
+    run = make_run(sizes, dtype)
+    clocks = Clocks()
+    clock_parts(run, clocks)
+    steps: list[dict[str, float]] = []
+    for _ in range(rounds + 2):
+        begun = time.perf_counter()
+        run.step()
+        step = time.perf_counter() - begun
+        parts = clocks.taken()
+        parts["fusion backward"] -= parts["row gradients"]  # which is handed over in between
+        steps.append({"step": step, **parts})
+    assert run.model.memory is not None
+    run.model.memory.close()
+    return medians(steps[2:])
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(values[name] for values in rounds) for name in rounds[0]}
+
+
+def products(spec: LayerSpec, tokens: int, dtype: torch.dtype, backward: bool) -> float:
+    """Median seconds of a layer's matrix products alone: of the projections, and of their
+    gradients."""
+    outputs = (spec.streams + 1) * spec.hidden_size
+    weight = torch.randn(outputs, spec.width).to(dtype)
+    rows_NE = torch.randn(tokens, spec.width).to(dtype)
+    grad = torch.randn(tokens, outputs).to(dtype)
+
+    def run() -> None:
+        rows_NE @ weight.T
+        if backward:
+            grad @ weight
+            grad.T @ rows_NE
+
+    seconds = []
+    for _ in range(9):
+        begun = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def report_training(name: str, goal: float, dtype: str, rounds: int) -> list[Claim]:
+    sizes = demo_sizes() if name == "demo" else wide_sizes()
+    model, memory = sizes
+    parts = train_parts(sizes, dtype, rounds)
+    step = parts.pop("step")
+    limit = products(memory.layer, 16 * 128, getattr(torch, dtype), backward=True)
+    print(f"training, {name}: D {model.hidden_size}, E {memory.layer.width}, 16 x 128, {dtype}")
+    for part, seconds in parts.items():
+        print(f"  {part:24}{seconds * 1e3:9.2f} ms{seconds / step * 100:8.2f} %")
+    layer = parts["fusion forward"] + parts["fusion backward"]
+    whole = sum(parts.values())
+    print(f"  {'whole memory':24}{whole * 1e3:9.2f} ms{whole / step * 100:8.2f} %")
+    print(f"  {'layer':24}{layer * 1e3:9.2f} ms{layer / step * 100:8.2f} %")
+    print(f"  {'its matrix products':24}{limit * 1e3:9.2f} ms{limit / step * 100:8.2f} %")
+    print(f"  {'step':24}{step * 1e3:9.2f} ms")
+    return [
+        Claim(
+            f"the layer in a training step, {name} ({dtype})",
+            layer / step * 100,
+            "%",
+            goal,
+            "at most",
+            limit / step * 100,
+        )
+    ]
+
+
+def attached(dtype: torch.dtype) -> tuple[Any, EngramMemory]:
+    """The Llama, and its memory, which is not attached."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(dtype).eval()
+    memory = engraphy.attach(model, EngramConfig.for_model(config))
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    engraphy.detach(model)
+    return model, memory
+
+
+def clock_hooks(model: Any, memory: EngramMemory, clocks: Clocks) -> list[Any]:
+    """Clocks the attached memory's hooks."""
+    begun = [0.0]
+
+    def start(*_: Any) -> None:
+        begun[0] = time.perf_counter()
+
+    def stop(name: str) -> Callable[..., None]:
+        return lambda *_: clocks.add(name, time.perf_counter() - begun[0])
+
+    decoder = model.model
+    handles = []
+    modules = [("look-up", decoder)]
+    modules += [("fusion and rows", decoder.layers[layer]) for layer in memory.layers]
+    for name, module in modules:
+        handles.append(module.register_forward_pre_hook(start, prepend=True))
+        handles.append(module.register_forward_pre_hook(stop(name)))
+    return handles
+
+
+@torch.no_grad()
+def report_prefill(dtype_name: str, rounds: int, goal: float | None) -> list[Claim]:
+    dtype = getattr(torch, dtype_name)
+    model, memory = attached(dtype)
+    ids = torch.randint(3, 49_152, (1, PROMPT))
+    clocks = Clocks()
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    parts: list[dict[str, float]] = []
+    for turn in range(rounds + 1):
+        for name in ("with", "without") if turn % 2 else ("without", "with"):
+            handles = []
+            if name == "with":
+                engraphy.attach(model, memory)
+                handles = clock_hooks(model, memory, clocks)
+            begun = time.perf_counter()
+            model(ids, use_cache=True, logits_to_keep=1)
+            seconds[name].append(time.perf_counter() - begun)
+            if name == "with":
+                for handle in handles:
+                    handle.remove()
+                engraphy.detach(model)
+                parts.append(clocks.taken())
+    pairs = np.subtract(seconds["with"], seconds["without"])[1:] / np.array(seconds["with"][1:])
+    again = np.median(np.random.default_rng(0).choice(pairs, (1000, len(pairs))), axis=1)
+    share = float(np.median(pairs)) * 100
+    whole = statistics.median(seconds["with"][1:])
+    layers = len(memory.layers)
+    limit = layers * products(memory.config.layer, PROMPT, dtype, backward=False)
+    print(f"prefill of 1 x {PROMPT}, {dtype_name}, {layers} memory layers: {whole * 1e3:.1f} ms")
+    for part, value in medians(parts[1:]).items():
+        print(f"  {part:24}{value * 1e3:9.2f} ms{value / whole * 100:8.2f} %")
+    print(f"  {'projections alone':24}{limit * 1e3:9.2f} ms{limit / whole * 100:8.2f} %")
+    print(f"  {'with less without':24}{share / 100 * whole * 1e3:9.2f} ms{share:8.2f} %")
+    inside = sum(medians(parts[1:]).values()) / whole * 100
+    return [
+        Claim(
+            f"prefill of 135M, (with - without) / with ({dtype_name})",
+            share,
+            "%",
+            goal,
+            "at most",
+            limit / whole * 100,
+            float(again.std()),
+        ),
+        Claim(
+            f"prefill of 135M, in the memory's hooks ({dtype_name})", inside, "%", goal, "at most"
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="writes the claims to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    claims = []
+    for name, goal, dtype in (
+        ("demo", 8.0, "float32"),
+        ("demo", 8.0, "bfloat16"),
+        ("wide", 5.0, "float32"),
+    ):
+        claims += report_training(name, goal, dtype, options.rounds)
+    for dtype in ("float32", "bfloat16"):
+        claims += report_prefill(dtype, options.rounds, 5.0)
+    write(options.json, "fusion", machine(Path.cwd()), claims)
+
+
+if __name__ == "__main__":
+    main()
