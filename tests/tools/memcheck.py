@@ -81,9 +81,6 @@ def fusion(level: str, rng: np.random.Generator) -> None:
     def values(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    def at(array: np.ndarray) -> int:
-        return array.__array_interface__["data"][0]
-
     weights = [
         values(streams * hidden, width),
         values(streams * hidden),
@@ -95,18 +92,58 @@ def fusion(level: str, rng: np.random.Generator) -> None:
     x, rows = values(batch, streams, hidden), values(batch, width)
     columns = values(batch, before + 1, streams, hidden)
     out, gate = np.empty_like(x), np.empty((batch, streams), np.float32)
-    inputs = at(columns) + before * columns.strides[1]
+    inputs = _at(columns) + before * columns.strides[1]
     sizes = 0, streams, hidden, width, taps, order, 1e-6, 1e-6, False
-    pointers = at(x), at(rows), at(columns), inputs, columns[0].size, 0, at(out), at(gate)
+    pointers = _at(x), _at(rows), _at(columns), inputs, columns[0].size, 0, _at(out), _at(gate)
     with _native.forced(level):
-        _native.core.FusePlan(*sizes, *map(at, weights)).fuse(batch, *pointers)
+        _native.core.FusePlan(*sizes, *map(_at, weights)).fuse(batch, *pointers)
     assert np.isfinite(out).all() and ((gate > 0) & (gate < 1)).all()
+
+
+def chunks(level: str, rng: np.random.Generator) -> None:
+    """Chunks of three sequences, forward and backward; float32 is compared with float64, and the
+    values where there is torch, in the tests."""
+    batch, streams, hidden, taps, order = 3, 2, 37, 4, 3
+    before = (taps - 1) * order
+    for tokens in (1, 5, 140):  # 140: more than one piece of the work
+        shape = (batch, tokens, streams, hidden)
+        shapes = [(streams, hidden), (streams, hidden), *[(taps, streams, hidden)] * 2]
+        shapes += [shape, shape, (batch, tokens, hidden), (batch, before, streams, hidden)]
+        exact = [rng.standard_normal(size) for size in shapes]
+        exact[3] = exact[2] * exact[1]
+        flags = [rng.random((batch, tokens)) < share for share in (0.8, 0.1)]
+        grads = [rng.standard_normal(size) for size in (shape, shape[:3], shape)]
+        found = []
+        for kind, dtype in ((4, np.float64), (0, np.float32)):
+
+            def empty(*size: int, dtype: type = dtype) -> np.ndarray:
+                return np.empty(size, dtype)
+
+            reads = [*(values.astype(dtype) for values in exact), *flags]
+            out, gate = empty(*shape), empty(*shape[:3])
+            inputs, stats = empty(*shape), empty(*shape[:3], 4)
+            sizes = kind, *shape, taps, order, 1e-6, 1e-6, True, tokens, False
+            made = [np.empty_like(reads[place]) for place in (4, 5, 6, 7)]
+            made.append(empty(2 + 2 * taps, streams, hidden))
+            given = [values.astype(dtype) for values in grads]
+            with _native.forced(level):
+                arguments = (*sizes, *map(_at, reads), 1)
+                core = _native.core
+                core.fuse_chunk(*arguments, *map(_at, (out, gate, inputs, stats)))
+                core.fuse_chunk_backward(*arguments, *map(_at, (*given, gate, stats, *made)))
+            found.append([out, gate, inputs, *made])
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-3 * np.abs(one).max())
+
+
+def _at(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 def kernels() -> None:
     """Run by valgrind."""
     for level in _native.core.levels():
-        for number, run in enumerate((hashes, stores, fusion)):
+        for number, run in enumerate((hashes, stores, fusion, chunks)):
             run(level, np.random.default_rng(number))
             print(f"{level}: {run.__name__}", flush=True)
 
