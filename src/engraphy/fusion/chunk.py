@@ -122,8 +122,7 @@ def backward(
     x_grad = torch.empty_like(call.x) if needs_x else _nothing()
     key_grad, value_grad = torch.empty_like(call.key), torch.empty_like(call.value)
     window_grad = _nothing() if window is None or not needs_window else torch.empty_like(window)
-    taps = call.taps
-    rows = 1 + taps * (1 if window is None else 2) + (inputs_grad is not None)
+    rows = 1 + call.taps * (1 if window is None else 2) + (inputs_grad is not None)
     sums_RSD = torch.empty(rows, *x_BTSD.shape[2:], dtype=call.wide)
     _native.compiled().fuse_chunk_backward(
         *call.arguments(),
@@ -138,27 +137,36 @@ def backward(
         _address(window_grad),
         _address(sums_RSD),
     )
-    conv_norm = _nothing()
-    conv = _nothing()
-    if call.conv is not None and norms.conv is not None and norms.conv_norm is not None:
-        conv_KSD = sums_RSD[1 : 1 + taps] * call.conv.norm
-        conv_norm = (sums_RSD[1 : 1 + taps] * call.conv.taps_KSD).sum(0)
-        if window is not None:
-            conv_KSD += sums_RSD[1 + taps : 1 + 2 * taps]
-        if inputs_grad is not None:
-            conv_norm += sums_RSD[-1]
-        conv_norm = conv_norm.to(norms.conv_norm.dtype)
-        conv = conv_KSD.permute(1, 2, 0).to(norms.conv.dtype).contiguous()
     return Grads(
         x_grad,
         key_grad,
         value_grad,
         (sums_RSD[0] * call.key_scale).to(norms.query_norm.dtype),
         (sums_RSD[0] * call.query_scale).to(norms.key_norm.dtype),
-        conv_norm,
-        conv,
+        *_conv_grads(call, norms, sums_RSD, inputs_grad is not None),
         window_grad,
     )
+
+
+def _conv_grads(
+    call: _Call, norms: Norms, sums_RSD: Tensor, returned: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the conv's norm and of the conv, from the sums of the native pass.
+
+    returned: The conv inputs that were returned have gradients.
+    """
+    if call.conv is None or norms.conv is None or norms.conv_norm is None:
+        return _nothing(), _nothing()
+    taps = call.taps
+    normed_KSD = sums_RSD[1 : 1 + taps]  # gradients of conv times norm
+    conv_KSD = normed_KSD * call.conv.norm
+    if call.window is not None:
+        conv_KSD += sums_RSD[1 + taps : 1 + 2 * taps]
+    norm_SD = (normed_KSD * call.conv.taps_KSD).sum(0)
+    if returned:
+        norm_SD += sums_RSD[-1]
+    conv = conv_KSD.permute(1, 2, 0).to(norms.conv.dtype).contiguous()
+    return norm_SD.to(norms.conv_norm.dtype), conv
 
 
 class _Conv(NamedTuple):

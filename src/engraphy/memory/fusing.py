@@ -49,6 +49,7 @@ def fuse_chunk(block: nn.Module, layer: int, x_BTSD: Tensor, lookup: Lookup) -> 
         starts = starts & present.to(device)
     # The layer adds the residual itself, which saves a pass, unless something else sees its update.
     residual = order is None and isinstance(block, EngramLayer) and block.is_bare
+    options = {"residual": True} if residual else {}  # another module need not know it
     out_BTSD, gate_BTS, inputs_BTSD = block(
         _reordered(x_BTSD, order),
         _reordered(lookup.rows[layer].to(device), order),
@@ -56,7 +57,7 @@ def fuse_chunk(block: nn.Module, layer: int, x_BTSD: Tensor, lookup: Lookup) -> 
         _reordered(live, order),
         _reordered(starts, order),
         conv_inputs=state is not None,
-        **({"residual": True} if residual else {}),
+        **options,
     )
     back = None if order is None else order.argsort(1)  # to the original positions
     if state is not None and inputs_BTSD is not None:
