@@ -298,16 +298,31 @@ def test_every_row_lies_within_its_head_and_the_table(case):
 
 
 @given(cases())
+@settings(max_examples=30, deadline=None)
+def test_a_chunk_is_a_checked_copy_that_knows_which_positions_are_live_and_have_a_token(case):
+    arguments = [array.copy() for array in (case.ids, case.history, case.live, case.starts)]
+    chunk = case.addresser.chunk(*arguments)
+    for array in arguments:
+        array.view(np.uint8)[...] ^= 1
+    fields = (chunk.ids_BT, chunk.history, chunk.live, chunk.starts)
+    for found, expected in zip(
+        fields, (case.ids, case.history, case.live, case.starts), strict=True
+    ):
+        assert found is not None and np.array_equal(found, expected)
+    assert np.array_equal(case.addresser.all_rows(*fields), case.rows())
+    table_BT = case.addresser.vocab.table[np.where(case.live, case.ids, 0)]
+    alive = case.live & (table_BT >= 0)
+    assert (chunk.alive is None) == alive.all()
+    assert chunk.alive is None or np.array_equal(chunk.alive, alive)
+
+
+@given(cases())
 @settings(max_examples=20, deadline=None)
 def test_one_layer_and_all_layers_and_a_given_buffer_agree(case):
     rows = case.rows()
     out = np.full_like(rows, POISON)
     assert case.addresser.all_rows(case.ids, case.history, case.live, case.starts, out=out) is out
     assert np.array_equal(out, rows)
-    alive = np.full(case.ids.shape, -1, np.int8).view(bool)
-    case.addresser.all_rows(case.ids, case.history, case.live, case.starts, alive_out=alive)
-    table_BT = case.addresser.vocab.table[np.where(case.live, case.ids, 0)]
-    assert np.array_equal(alive.view(np.int8), case.live & (table_BT >= 0))
     for index, layer in enumerate(case.addresser.spec.layer_ids):
         one = case.addresser.rows(case.ids, layer, case.history, case.live, case.starts)
         assert np.array_equal(one, rows[index]) and one.dtype == np.int64
@@ -743,10 +758,11 @@ def test_wrong_input_is_refused_by_name_and_the_buffer_is_untouched(arguments, t
     given_arguments = {"ids": [[1, 2], [3, 4]], **arguments}
     ids = given_arguments.pop("ids")
     out = np.full((2, 2, 2, 4), POISON)
-    alive = np.full((2, 2), 77, np.uint8)
     with pytest.raises(InputError, match=told):
-        addresser().all_rows(ids, **given_arguments, out=out, alive_out=alive.view(bool))
-    assert (out == POISON).all() and (alive == 77).all()
+        addresser().all_rows(ids, **given_arguments, out=out)
+    assert (out == POISON).all()
+    with pytest.raises(InputError, match=told):
+        addresser().chunk(ids, **given_arguments)
     with pytest.raises(InputError, match=told):
         addresser().rows(ids, layer=4, **given_arguments)
 
@@ -776,8 +792,6 @@ def unaligned() -> np.ndarray:
 def test_a_buffer_that_cannot_be_filled_is_refused(make):
     with pytest.raises(InputError, match=r"out: expected writable.*int64 \[2, 2, 2, 4\]"):
         addresser().all_rows([[1, 2], [3, 4]], out=make())
-    with pytest.raises(InputError, match=r"alive_out: expected writable.*bool \[2, 2\]"):
-        addresser().all_rows([[1, 2], [3, 4]], alive_out=make())
 
 
 @pytest.mark.parametrize("layer", [0, 2, 99, -1, "1", None, True, 1.0, [1]])

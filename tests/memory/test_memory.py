@@ -288,9 +288,9 @@ def test_rows_of_tokens_that_are_all_taken_back_are_not_read_any_more(taken_back
 def test_rows_read_ahead_by_the_thread_learn_like_those_read_at_once(here, monkeypatch):
     memory, (ids, x) = make_memory().train(), sample(2, 9)
     expected = first_grads(memory, ids, x)
-    monkeypatch.setattr("engraphy.memory.prefetch.FEW_ROWS", 10**6 if here else 0)
+    monkeypatch.setattr(RamStore, "in_memory", here)
     found = first_grads(memory, ids, x)
-    assert memory.prefetcher.stats.inline == (4 if here else 2)
+    assert memory.prefetcher.stats.inline == (2 if here else 1)
     for one, other in zip(expected, found, strict=True):
         assert one.layer == other.layer
         np.testing.assert_array_equal(one.ids, other.ids)

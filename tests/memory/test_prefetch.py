@@ -365,8 +365,8 @@ def test_a_failed_ticket_holds_no_buffer():
     with Prefetcher(sources) as prefetcher:
         pool = prefetcher._queue.transfer(torch.device("cpu")).pool
         take = pool.take
-        pool.take = lambda shape: (
-            seen.append(weakref.ref(made := take(shape))),
+        pool.take = lambda shape, dtype: (
+            seen.append(weakref.ref(made := take(shape, dtype))),
             made,
         )[1]
         ticket = prefetcher.submit({1: some_ids(0, 1, 300)})

@@ -274,14 +274,58 @@ class HashPlan:
         alive: int = 0,
     ) -> int:
         """Writes out: int64 [layers, batch, tokens, C], or [batch, tokens, C] of the layer with
-        index `layer`. Writes alive, bool [batch, tokens], unless it is 0: True where a position is
-        live and its id has a token.
+        index `layer`; 0 = it is not wanted. Writes alive, bool [batch, tokens], unless it is 0:
+        True where a position is live and its id has a token.
 
         ids: int64 [batch, tokens], raw. history: int64 [batch, N - 1], raw, -1 = nothing there; 0 =
         nothing at all. live, starts: bool [batch, tokens]; 0 = all live, no starts.
 
         Returns -1. If an id is outside [0, vocab), nothing is written and p is returned: p >= 0 is
         its flat position in ids, p <= -2 means position -2 - p in history.
+        """
+
+class BatchReader:
+    """Rows of a chunk of tokens, for several layers.
+
+    It keeps its plan alive, not the tables.
+    """
+
+    def __init__(
+        self,
+        plan: HashPlan,
+        first_layer: int,
+        kind: str,
+        d: int,
+        scale: float,
+        row_bytes: int,
+        shards: Sequence[int],
+        shard_rows: Sequence[int],
+        rows: Sequence[int],
+    ) -> None:
+        """first_layer: the plan's index of the first of these layers. The last three: of each of
+        them, as for `read_rows`, like kind, d and scale.
+
+        Raises ValueError if a layer has fewer rows than its addresses name.
+        """
+
+    def read(
+        self,
+        ids: int,
+        batch: int,
+        tokens: int,
+        history: int,
+        live: int,
+        starts: int,
+        outs: Sequence[int],
+        to_bf16: bool,
+        row_ids: int,
+        waits: bool,
+    ) -> None:
+        """Writes the rows of each layer to one of outs: [batch, tokens, C * d], float32 or bf16
+        bits.
+
+        ids, history, live, starts: as for `HashPlan.rows`, which has checked them. row_ids: gets
+        the row ids, int64 [layers, batch, tokens, C], unless it is 0. waits: as for `read_rows`.
         """
 
 def fuse_chunk(

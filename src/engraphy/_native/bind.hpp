@@ -20,6 +20,7 @@ class Unlocked {
     std::optional<nanobind::gil_scoped_release> released_;
 };
 
+void bind_batch(nanobind::module_ &m);
 void bind_cache(nanobind::module_ &m);
 void bind_chunk(nanobind::module_ &m);
 void bind_fuse(nanobind::module_ &m);

@@ -41,7 +41,7 @@ struct HashCall {
                           // null = all live
     const uint8_t *starts;   // [batch, tokens] 1 = a document begins here; null = none
     int first_layer, layer_count;
-    int64_t *out;            // [layer_count, batch, tokens, C]
+    int64_t *out;            // [layer_count, batch, tokens, C]; null = not wanted
     uint8_t *alive = nullptr;  // [batch, tokens] gets 1 where a position is live and its id has a
                                // token; null = not wanted
 };
@@ -50,5 +50,9 @@ struct HashCall {
 // >= 0 is its flat position in ids, p <= -2 means position -2 - p in history. The first one counts,
 // sequence by sequence, history first.
 using HashFunction = int64_t(const HashPlan &, const HashCall &);
+
+// Writes the row ids of tokens [first, last) of all batch * tokens alone, to `out`: [layer_count,
+// last - first, C]. Ids have been checked by the function above.
+using HashPartFunction = void(const HashPlan &, const HashCall &, int64_t first, int64_t last);
 
 }  // namespace engraphy

@@ -73,14 +73,19 @@ void resolve(const HashPlan &plan, Window &w, int at, const int64_t *ids, const 
         for (int j = 0; j < count; j++) reset[j] |= -(int64_t)(starts[j] != 0);
 }
 
-void begin(const HashPlan &plan, const int64_t *history, Window &w) {
+// The positions before token `at` of sequence b.
+void begin(const HashPlan &plan, const HashCall &call, int64_t b, int64_t at, Window &w) {
     const int before = plan.longest - 1;
+    const int past = at < before ? before - (int)at : 0;  // of these, in the history
     w.reset[0] = -1;
-    if (history) {
-        resolve(plan, w, 0, history, nullptr, nullptr, before);
+    if (call.history) {
+        resolve(plan, w, 0, call.history + b * before + at, nullptr, nullptr, past);
     } else {
-        for (int h = 0; h < before; h++) w.x[h] = w.reset[h + 1] = -1;
+        for (int h = 0; h < past; h++) w.x[h] = w.reset[h + 1] = -1;
     }
+    const int64_t k = b * call.tokens + at - (before - past);
+    resolve(plan, w, past, call.ids + k, call.live ? call.live + k : nullptr,
+            call.starts ? call.starts + k : nullptr, before - past);
 }
 
 void fill_terms(const HashPlan &plan, Window &w, int count, Tile &t) {
@@ -193,31 +198,47 @@ int64_t first_bad(const HashPlan &plan, const HashCall &call) {
     return -1;
 }
 
+// Row ids of tokens [first, last); those of the layers lie layer_size apart.
+void write_rows(const HashPlan &plan, const HashCall &call, int64_t first, int64_t last,
+                int64_t layer_size) {
+    const int64_t columns = (int64_t)plan.order_count * plan.heads, before = plan.longest - 1;
+    Window window;
+    Tile t;
+    int count;
+    for (int64_t k = first; k < last; k += count) {
+        const int64_t b = k / call.tokens, at = k % call.tokens;
+        const int64_t left = call.tokens - at < last - k ? call.tokens - at : last - k;
+        count = (int)(left < tile ? left : tile);
+        if (k == first || !at) begin(plan, call, b, at, window);
+        resolve(plan, window, before, call.ids + k, call.live ? call.live + k : nullptr,
+                call.starts ? call.starts + k : nullptr, count);
+        fill_terms(plan, window, count, t);
+        for (int l = 0; l < call.layer_count; l++)
+            write_layer(plan, call.first_layer + l, t, count,
+                        call.out + l * layer_size + (k - first) * columns);
+    }
+}
+
+void mark_alive(const HashPlan &plan, const HashCall &call) {
+    const int32_t *map = plan.map;
+    for (int64_t k = 0; k < call.batch * call.tokens; k++)
+        call.alive[k] = (!call.live || call.live[k]) && (!map || map[call.ids[k]] >= 0);
+}
+
 }  // namespace
 
 int64_t hash(const HashPlan &plan, const HashCall &call) {
     const int64_t bad = first_bad(plan, call);
     if (bad != -1) return bad;
-    const int64_t columns = (int64_t)plan.order_count * plan.heads;
-    const int64_t layer_size = call.batch * call.tokens * columns, before = plan.longest - 1;
-    Window window;
-    Tile t;
-    for (int64_t b = 0; b < call.batch; b++) {
-        begin(plan, call.history ? call.history + b * before : nullptr, window);
-        for (int64_t at = 0; at < call.tokens; at += tile) {
-            const int64_t k = b * call.tokens + at;
-            const int count = (int)(call.tokens - at < tile ? call.tokens - at : tile);
-            resolve(plan, window, before, call.ids + k, call.live ? call.live + k : nullptr,
-                    call.starts ? call.starts + k : nullptr, count);
-            for (int j = 0; call.alive && j < count; j++)
-                call.alive[k + j] = window.x[before + j] >= 0;
-            fill_terms(plan, window, count, t);
-            for (int l = 0; l < call.layer_count; l++)
-                write_layer(plan, call.first_layer + l, t, count,
-                            call.out + l * layer_size + k * columns);
-        }
-    }
+    const int64_t count = call.batch * call.tokens;
+    if (call.alive) mark_alive(plan, call);
+    if (call.out)
+        write_rows(plan, call, 0, count, count * (int64_t)plan.order_count * plan.heads);
     return -1;
+}
+
+void hash_part(const HashPlan &plan, const HashCall &call, int64_t first, int64_t last) {
+    write_rows(plan, call, first, last, (last - first) * (int64_t)plan.order_count * plan.heads);
 }
 
 }  // namespace engraphy::ENGRAPHY_LEVEL

@@ -19,6 +19,7 @@ namespace engraphy {
 
 struct Kernels {
     HashFunction *hash;
+    HashPartFunction *hash_part;
     FirstBadFunction *first_bad;
     RowsFunction *rows;
     GatherFunction *gather;
@@ -39,6 +40,7 @@ struct Kernels {
 #define ENGRAPHY_KERNELS(level)                                                         \
     namespace level {                                                                   \
     HashFunction hash;                                                                  \
+    HashPartFunction hash_part;                                                         \
     FirstBadFunction first_bad;                                                         \
     RowsFunction read_rows;                                                             \
     GatherFunction gather_rows;                                                         \
@@ -53,10 +55,10 @@ struct Kernels {
     UpdateFunction update_rows;                                                         \
     ChunkFunction chunk_forward;                                                        \
     ChunkFunction chunk_backward;                                                       \
-    constexpr Kernels kernels = {hash,       first_bad,   read_rows,  gather_rows, fuse, \
-                                 cache_look, cache_keep,  cache_hold, cache_write,       \
-                                 sum_runs,   square_runs, within,     update_rows,       \
-                                 chunk_forward, chunk_backward};                         \
+    constexpr Kernels kernels = {hash, hash_part, first_bad, read_rows,                 \
+                                 gather_rows, fuse, cache_look, cache_keep,             \
+                                 cache_hold, cache_write, sum_runs, square_runs,        \
+                                 within, update_rows, chunk_forward, chunk_backward};   \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)

@@ -19,6 +19,7 @@ NB_MODULE(_core, m) {
     m.def("level", [] { return engraphy::current_level(); });
     m.def("set_level", [](const std::string &name) { return engraphy::select_level(name.c_str()); },
           nb::arg("name"));
+    engraphy::bind_batch(m);
     engraphy::bind_cache(m);
     engraphy::bind_chunk(m);
     engraphy::bind_fuse(m);

@@ -17,7 +17,7 @@ a dead position, or (in Qwen4-Exp) past EOS.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -113,8 +113,6 @@ class Addresser:
         live: Any = None,
         starts: Any = None,
         out: np.ndarray | None = None,
-        *,
-        alive_out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Flat row ids of all layers.
 
@@ -127,8 +125,6 @@ class Addresser:
             live: bool [B, T]. False: the position takes part in no n-gram.
             starts: bool [B, T]. True: a document begins here. None = as released.
             out: int64 [L, B, T, C], C-contiguous; is filled and returned.
-            alive_out: bool [B, T], C-contiguous; is filled: True where the position is live and its
-                id has a token.
 
         Returns:
             int64 [L, B, T, C], layers in the order of spec.layer_ids.
@@ -137,8 +133,23 @@ class Addresser:
             InputError: An id is out of range (the message names its position and value), or a shape
                 or dtype does not fit.
         """
-        layers = slice(0, len(self.spec.layer_ids))
-        return self._compute(ids_BT, layers, history, live, starts, out, alive_out)
+        return self._compute(ids_BT, slice(0, len(self.spec.layer_ids)), history, live, starts, out)
+
+    def chunk(
+        self, ids_BT: Any, history: Any = None, live: Any = None, starts: Any = None
+    ) -> Chunk:
+        """A checked copy of the arguments of `all_rows`, for a caller that computes rows later.
+
+        Raises:
+            InputError: As in `all_rows`.
+        """
+        chunk = self._check(ids_BT, history, live, starts, copy=True)
+        if _native.core is None:
+            alive = self._plain_ids(chunk)[2][:, self.spec.order - 1 :]
+        else:
+            alive = np.empty(chunk.ids_BT.shape, dtype=bool)
+            self._native(chunk, slice(0, 1), None, alive)
+        return replace(chunk, alive=None if alive.all() else alive)
 
     def _compute(
         self,
@@ -148,33 +159,34 @@ class Addresser:
         live: Any,
         starts: Any,
         out: np.ndarray | None = None,
-        alive_out: np.ndarray | None = None,
     ) -> np.ndarray:
         call = self._check(ids_BT, history, live, starts)
         shape = (layers.stop - layers.start, *call.ids_BT.shape, self.spec.columns)
         if out is None:
             out = np.empty(shape, dtype=np.int64)
         else:
-            _check_out("out", out, shape, np.int64)
-        if alive_out is not None:
-            _check_out("alive_out", alive_out, call.ids_BT.shape, np.bool_)
-        compute = self._plain if _native.core is None else self._native
-        compute(call, layers, out, alive_out)
+            _check_out(out, shape)
+        if _native.core is None:
+            self._plain(call, layers, out)
+        else:
+            self._native(call, layers, out)
         return out
 
-    def _check(self, ids_BT: Any, history: Any, live: Any, starts: Any) -> _Call:
-        ids_BT = _integers("ids", ids_BT, None)
+    def _check(
+        self, ids_BT: Any, history: Any, live: Any, starts: Any, copy: bool = False
+    ) -> Chunk:
+        ids_BT = _integers("ids", ids_BT, None, copy)
         if ids_BT.ndim != 2:
             raise InputError(f"ids: expected [B, T], found shape {list(ids_BT.shape)}")
         batch, _ = ids_BT.shape
         past = self.spec.order - 1
         if history is not None:
-            history = _integers("history", history, (batch, past))
-        return _Call(
+            history = _integers("history", history, (batch, past), copy)
+        return Chunk(
             ids_BT,
             history,
-            _flags("live", live, ids_BT.shape),
-            _flags("starts", starts, ids_BT.shape),
+            _flags("live", live, ids_BT.shape, copy),
+            _flags("starts", starts, ids_BT.shape, copy),
         )
 
     @property
@@ -196,9 +208,16 @@ class Addresser:
         return self._plan
 
     def _native(
-        self, call: _Call, layers: slice, out_LBTC: np.ndarray, alive_BT: np.ndarray | None
+        self,
+        call: Chunk,
+        layers: slice,
+        out_LBTC: np.ndarray | None,
+        alive_BT: np.ndarray | None = None,
     ) -> None:
-        """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`)."""
+        """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`); None: no output.
+
+        alive_BT: gets True where a position is live and its id has a token.
+        """
         batch, tokens = call.ids_BT.shape
         all_layers = layers.stop - layers.start == len(self.spec.layer_ids)
         code = self.plan.rows(
@@ -224,30 +243,12 @@ class Addresser:
             bad_id = int(call.history[sequence, position])
             raise _bad_id(bad_id, sequence, position - past, self.vocab.raw_size)
 
-    def _plain(
-        self, call: _Call, layers: slice, out_LBTC: np.ndarray, alive_BT: np.ndarray | None
-    ) -> None:
+    def _plain(self, call: Chunk, layers: slice, out_LBTC: np.ndarray) -> None:
         """The specification: this code alone defines an address."""
         spec = self.spec
         past = spec.order - 1
         batch, tokens = call.ids_BT.shape
-        vocab_size = self.vocab.raw_size
-        history = call.history
-        if history is None:
-            history = np.full((batch, past), -1, dtype=np.int64)
-        ids = np.concatenate([history, call.ids_BT], axis=1)  # [B, N-1+T]
-        live = np.ones(call.ids_BT.shape, dtype=bool) if call.live is None else call.live
-        alive = np.concatenate([history != -1, live], axis=1)
-        out_of_range = alive & ((ids < 0) | (ids >= vocab_size))
-        if out_of_range.any():
-            b, position = np.argwhere(out_of_range)[0]
-            raise _bad_id(int(ids[b, position]), int(b), int(position) - past, vocab_size)
-        x = np.where(alive, self.vocab.table[np.where(alive, ids, 0)], -1).astype(np.int64)
-        alive &= x >= 0
-        x[~alive] = self.filler
-        if alive_BT is not None:
-            alive_BT[...] = alive[:, past:]
-
+        ids, x, alive = self._plain_ids(call)
         blocked = ~alive | (ids == self.stop_id)  # look-back may not reach these
         resets = np.ones_like(blocked)  # so it begins again after them
         resets[:, 1:] = blocked[:, :-1]
@@ -276,13 +277,41 @@ class Addresser:
                 rows = mix[:, :, None] % self._primes_LC[layer, heads]
                 out_LBTC[slot, :, :, heads] = rows + self._offsets_LC[layer, heads]
 
+    def _plain_ids(self, call: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Raw ids, x, and where there is a live token, [B, N-1+T]."""
+        past = self.spec.order - 1
+        vocab_size = self.vocab.raw_size
+        history = call.history
+        if history is None:
+            history = np.full((len(call.ids_BT), past), -1, dtype=np.int64)
+        ids = np.concatenate([history, call.ids_BT], axis=1)
+        live = np.ones(call.ids_BT.shape, dtype=bool) if call.live is None else call.live
+        alive = np.concatenate([history != -1, live], axis=1)
+        out_of_range = alive & ((ids < 0) | (ids >= vocab_size))
+        if out_of_range.any():
+            b, position = np.argwhere(out_of_range)[0]
+            raise _bad_id(int(ids[b, position]), int(b), int(position) - past, vocab_size)
+        x = np.where(alive, self.vocab.table[np.where(alive, ids, 0)], -1).astype(np.int64)
+        alive &= x >= 0
+        x[~alive] = self.filler
+        return ids, x, alive
+
 
 @dataclass(frozen=True)
-class _Call:
+class Chunk:
+    """Arguments of `Addresser.all_rows` that have been checked: C-contiguous int64 and bool arrays.
+
+    Attributes:
+        ids_BT, history, live, starts: As in `all_rows`.
+        alive: bool [B, T], which positions are live and have a token; None = all. Set by
+            `Addresser.chunk` alone.
+    """
+
     ids_BT: np.ndarray
     history: np.ndarray | None
     live: np.ndarray | None
     starts: np.ndarray | None
+    alive: np.ndarray | None = None
 
 
 def _array(name: str, values: Any) -> np.ndarray:
@@ -295,29 +324,31 @@ def _array(name: str, values: Any) -> np.ndarray:
         ) from None
 
 
-def _check_out(name: str, out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
-    expected = f"writable, aligned, C-contiguous {np.dtype(dtype)} {list(shape)}"
+def _check_out(out: Any, shape: tuple[int, ...]) -> None:
+    expected = f"writable, aligned, C-contiguous int64 {list(shape)}"
     if not isinstance(out, np.ndarray):
-        raise InputError(f"{name}: expected {expected}, found {type(out).__name__}")
+        raise InputError(f"out: expected {expected}, found {type(out).__name__}")
     array = cast("np.ndarray[Any, np.dtype[Any]]", out)
-    if array.shape != shape or array.dtype != dtype or not array.flags.carray:
-        raise InputError(f"{name}: expected {expected}, found {array.dtype} {list(array.shape)}")
+    if array.shape != shape or array.dtype != np.int64 or not array.flags.carray:
+        raise InputError(f"out: expected {expected}, found {array.dtype} {list(array.shape)}")
 
 
 def _address(values: np.ndarray | None) -> int:
     return 0 if values is None else _native.compiled().address(values)
 
 
-def _integers(name: str, values: Any, shape: tuple[int, ...] | None) -> np.ndarray:
+def _integers(name: str, values: Any, shape: tuple[int, ...] | None, copy: bool) -> np.ndarray:
     values = _array(name, values)
     if values.dtype not in _INTEGERS:
         raise InputError(f"{name}: expected int64 or int32, found {values.dtype}")
     if shape is not None and values.shape != shape:
         raise InputError(f"{name}: expected shape {list(shape)}, found {list(values.shape)}")
+    if copy:
+        return np.array(values, dtype=np.int64, order="C")
     return np.ascontiguousarray(values, dtype=np.int64)
 
 
-def _flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+def _flags(name: str, values: Any, shape: tuple[int, ...], copy: bool) -> np.ndarray | None:
     if values is None:
         return None
     values = _array(name, values)
@@ -325,7 +356,7 @@ def _flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
         raise InputError(
             f"{name}: expected bool {list(shape)}, found {values.dtype} {list(values.shape)}"
         )
-    return np.ascontiguousarray(values)
+    return np.array(values, order="C") if copy else np.ascontiguousarray(values)
 
 
 def _bad_id(value: int, sequence: int, position: int, vocab_size: int) -> InputError:

@@ -9,7 +9,8 @@ from collections import deque
 import numpy as np
 import torch
 
-_LEAST = 1024  # values
+_LEAST = 4096  # bytes
+_LINE = 64  # whole cache lines can be written past the caches
 
 
 class BufferPool:
@@ -25,12 +26,14 @@ class BufferPool:
     def __init__(self, limit: int, pinned: bool = False) -> None:
         self._limit = limit
         self._pinned = pinned
-        self._free: dict[int, list[np.ndarray]] = {}  # by size, in values
+        self._free: dict[int, list[np.ndarray]] = {}  # by size, in bytes
         self._free_bytes = 0
         self._returned: deque[np.ndarray] = deque()
 
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """float32 of this shape, with any content.
+    def take(
+        self, shape: tuple[int, ...], dtype: type[np.float32 | np.uint16] = np.float32
+    ) -> np.ndarray:
+        """An array of this shape, with any content. Its memory begins with a cache line.
 
         The pool watches the life of this very array, not that of its views. A tensor made from it
         (`torch.from_numpy`) keeps it, and whatever is made from the tensor keeps the tensor's
@@ -40,13 +43,13 @@ class BufferPool:
             memory = self._returned.popleft()
             self._free.setdefault(len(memory), []).append(memory)
             self._free_bytes += memory.nbytes
-        values = math.prod(shape)
-        size = 1 << (max(values, _LEAST) - 1).bit_length()
+        used = math.prod(shape) * np.dtype(dtype).itemsize
+        size = 1 << (max(used, _LEAST) - 1).bit_length()
         same_size = self._free.get(size)
         memory = self._pop(same_size) if same_size else self._new(size)
         while self._free_bytes > self._limit:
             self._pop(next(stack for stack in self._free.values() if stack))
-        rows = memory[:values].reshape(shape)
+        rows = memory[:used].view(dtype).reshape(shape)
         weakref.finalize(rows, _give_back, weakref.ref(self), memory).atexit = False
         return rows
 
@@ -57,8 +60,10 @@ class BufferPool:
 
     def _new(self, size: int) -> np.ndarray:
         if self._pinned:
-            return torch.empty(size, pin_memory=True).numpy()
-        return np.empty(size, np.float32)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        memory = np.empty(size + _LINE, np.uint8)
+        first = -memory.ctypes.data % _LINE
+        return memory[first : first + size]
 
 
 def _give_back(pool: weakref.ref[BufferPool], memory: np.ndarray) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..addresses.addresser import Addresser
+from ..addresses.addresser import Addresser, Chunk
 from ..errors import InputError
+from .batch_reader import BatchRequest
 from .grads import RowGrad
 from .prefetch import Ticket
 from .state import SequenceState
@@ -44,8 +45,9 @@ class Lookup:
     """Rows of one chunk for every memory layer, and whatever else `fuse` needs to know about it.
 
     Attributes:
-        rows: layer -> f32 [B, T, E], leaves that require grad while training. The first access to
-            a layer waits for its rows.
+        rows: layer -> [B, T, E], leaves that require grad while training. f32, or bf16 if the
+            layer's weights are bf16 and the rows do not learn. The first access to a layer waits
+            for its rows.
         live: bool [B, T]. False: `fuse` adds nothing here. None = all positions are live.
         starts: bool [B, T]. True: a document begins here. None = no document begins.
         state: the state that the chunk has extended; None = no state.
@@ -138,26 +140,76 @@ def lookup_chunk(
     if there is not None:
         alive = there if alive is None else alive & there
         begins = None if begins is None else begins & there
-    row_ids_LBTC, alive, order = _row_ids(memory.addresser, ids, state, alive, begins, there)
-    row_ids = dict(zip(memory.layers, row_ids_LBTC, strict=True))
-    tickets = {
-        layer: memory.prefetcher.submit(
-            {layer: ids_BTC}, device=_device(memory, layer), owned=trace is None
-        )
-        for layer, ids_BTC in row_ids.items()
-    }
+    history = None if state is None else state.history
+    chunk = memory.addresser.chunk(ids, history, alive, begins)
+    order = None
+    if there is not None:
+        order = _gap_order(there, first=state is None or state.length == 0)
+    learn = {layer: _learn(memory, layer) for layer in memory.layers}
+    if order is None:
+        tickets, row_ids = _read_chunk(memory, chunk, learn)
+    else:
+        tickets, row_ids = _read_by_ids(memory, chunk, order)
     if state is not None:
-        state.extend_checked(ids, alive, begins, there)
-        for ticket in tickets.values():
+        state.extend_checked(chunk.ids_BT, chunk.alive, begins, there)
+        for ticket in dict.fromkeys(tickets.values()):
             if ticket.state == "waiting":
                 state.watch(ticket, ids.shape[1])
     if trace is not None:
-        trace.row_ids.update(row_ids)
+        ids_LBTC = _row_ids(memory.addresser, chunk, order)
+        trace.row_ids.update(zip(memory.layers, ids_LBTC, strict=True))
     rows = {
-        layer: partial(_wait_for_rows, memory, layer, row_ids[layer], ticket, _learn(memory, layer))
+        layer: partial(_wait_for_rows, memory, layer, row_ids, ticket, learn[layer])
         for layer, ticket in tickets.items()
     }
-    return Lookup(Rows(rows), _tensor(alive), starts, state, trace, present, _tensor(order))
+    live = _tensor(chunk.alive)
+    return Lookup(Rows(rows), live, starts, state, trace, present, _tensor(order))
+
+
+def _read_chunk(
+    memory: EngramMemory, chunk: Chunk, learn: dict[int, bool]
+) -> tuple[dict[int, Ticket], dict[int, np.ndarray]]:
+    """Tickets by layer, and a dict that gets the row ids by layer, if any rows learn.
+
+    If reading does not have to wait, and the model computes on the CPU, one call reads all layers
+    now: it takes all cores, so nothing is gained by computing meanwhile.
+    """
+    devices = {layer: _device(memory, layer) for layer in memory.layers}
+    now = memory.batches.in_memory and all(device.type == "cpu" for device in devices.values())
+    row_ids: dict[int, np.ndarray] = {}
+
+    def read(layers: tuple[int, ...]) -> Ticket:
+        wanted = row_ids if any(learn[layer] for layer in layers) else None
+        request = BatchRequest(memory.batches, chunk, layers, _dtype(memory, layers, learn), wanted)
+        return memory.prefetcher.read(request, device=devices[layers[0]], now=now)
+
+    if now:
+        ticket = read(memory.layers)
+        if ticket.state != "failed":
+            return dict.fromkeys(memory.layers, ticket), row_ids
+    # One by one too if they failed together: an error is raised where its own rows are used.
+    return {layer: read((layer,)) for layer in memory.layers}, row_ids
+
+
+def _dtype(memory: EngramMemory, layers: tuple[int, ...], learn: dict[int, bool]) -> torch.dtype:
+    """bfloat16 if rows would be converted to it anyway, else float32."""
+    for layer in layers:
+        value: Any = memory.blocks[str(layer)].value
+        if learn[layer] or value.weight.dtype is not torch.bfloat16:
+            return torch.float32
+    return torch.bfloat16
+
+
+def _read_by_ids(
+    memory: EngramMemory, chunk: Chunk, order: np.ndarray
+) -> tuple[dict[int, Ticket], dict[int, np.ndarray]]:
+    """Tickets and row ids by layer, of a chunk whose tokens follow each other in `order`."""
+    row_ids = dict(zip(memory.layers, _row_ids(memory.addresser, chunk, order), strict=True))
+    tickets = {
+        layer: memory.prefetcher.submit({layer: ids_BTC}, device=_device(memory, layer), owned=True)
+        for layer, ids_BTC in row_ids.items()
+    }
+    return tickets, row_ids
 
 
 def _device(memory: EngramMemory, layer: int) -> torch.device:
@@ -176,12 +228,17 @@ def _learn(memory: EngramMemory, layer: int) -> bool:
 
 
 def _wait_for_rows(
-    memory: EngramMemory, layer: int, ids_BTC: np.ndarray, ticket: Ticket, learn: bool
+    memory: EngramMemory,
+    layer: int,
+    row_ids: dict[int, np.ndarray],
+    ticket: Ticket,
+    learn: bool,
 ) -> Tensor:
-    """Rows f32 [B, T, E]. learn: make them a leaf, whose gradient goes to `memory.row_grads`."""
+    """Rows [B, T, E]. learn: make them a leaf, whose gradient goes to `memory.row_grads`."""
     leaf_BTE = ticket.wait()[layer]
     if not learn:
         return leaf_BTE
+    ids_BTC = row_ids[layer]
 
     def hand_over(leaf: Tensor) -> None:
         assert leaf.grad is not None
@@ -203,43 +260,16 @@ def _check_present(present_BT: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     return present_BT
 
 
-def _row_ids(
-    addresser: Addresser,
-    ids_BT: np.ndarray,
-    state: SequenceState | None,
-    live: np.ndarray | None,
-    starts: np.ndarray | None,
-    present: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Row ids int64 [L, B, T, C] of a chunk that follows `state`.
-
-    Args:
-        addresser, ids_BT, state, present: as in `EngramMemory.lookup`.
-        live, starts: the same, False where no token is present.
-
-    Returns:
-        The row ids; bool [B, T], which positions are live and have a token in the vocabulary map,
-        None = all; and `Lookup.order`.
-    """
-    history = None if state is None else state.history
-    order = None
-    if present is not None:
-        order = _gap_order(present, first=state is None or state.length == 0)
-    if order is not None:
-        ids_BT = np.take_along_axis(ids_BT, order, axis=1)
-        live = None if live is None else np.take_along_axis(live, order, axis=1)
-        starts = None if starts is None else np.take_along_axis(starts, order, axis=1)
-    alive = np.empty(ids_BT.shape, dtype=bool) if addresser.vocab.has_dead_ids else None
-    rows_LBTC = addresser.all_rows(ids_BT, history, live, starts, alive_out=alive)
-    if alive is None:
-        alive = live
-    elif alive.all():
-        alive = None
-    if order is not None:
-        back = np.argsort(order, axis=1)
-        rows_LBTC = np.take_along_axis(rows_LBTC, back[None, :, :, None], axis=2)
-        alive = None if alive is None else np.take_along_axis(alive, back, axis=1)
-    return rows_LBTC, alive, order
+def _row_ids(addresser: Addresser, chunk: Chunk, order: np.ndarray | None) -> np.ndarray:
+    """Row ids int64 [L, B, T, C] of a chunk. order: `Lookup.order`."""
+    if order is None:
+        return addresser.all_rows(chunk.ids_BT, chunk.history, chunk.live, chunk.starts)
+    ids_BT = np.take_along_axis(chunk.ids_BT, order, axis=1)
+    live = None if chunk.live is None else np.take_along_axis(chunk.live, order, axis=1)
+    starts = None if chunk.starts is None else np.take_along_axis(chunk.starts, order, axis=1)
+    rows_LBTC = addresser.all_rows(ids_BT, chunk.history, live, starts)
+    back = np.argsort(order, axis=1)[None, :, :, None]
+    return np.take_along_axis(rows_LBTC, back, axis=2)
 
 
 def _gap_order(present_BT: np.ndarray, first: bool) -> np.ndarray | None:

@@ -26,6 +26,7 @@ from ..store.base import RowStore
 from ..store.group import StoreGroup
 from ..table.table import Table
 from . import identity, saved, switch, tables
+from .batch_reader import BatchReader
 from .fusing import fuse_chunk, fuse_token
 from .grads import RowGrad, Waiting
 from .lookup import Lookup, Trace, check_chunk, lookup_chunk, lookup_nothing
@@ -50,6 +51,7 @@ class EngramMemory(nn.Module):
         stores: the stores of all layers, by layer.
         format: the format of the rows.
         prefetcher: reads rows ahead.
+        batches: reads the rows of a chunk of tokens.
         blocks: the fusion layers, by layer.
         row_grads: gradients of rows that no optimiser has drained yet.
         rows_require_grad: None = rows learn if any parameter of their layer does, so
@@ -90,6 +92,7 @@ class EngramMemory(nn.Module):
         self._closed = False
         self.prefetcher = Prefetcher(self.stores)
         self._tokens = TokenReader(self.addresser, self.stores, self.prefetcher)
+        self.batches = BatchReader(self.addresser, self.stores)
         self.blocks = nn.ModuleDict(
             {str(layer): EngramLayer(config.layer) for layer in self.layers}
         )
@@ -153,6 +156,7 @@ class EngramMemory(nn.Module):
             self.vocab = self.vocab.widened(raw_size)
             self.addresser = Addresser(self.config.hash, self.vocab)
             self._tokens = TokenReader(self.addresser, self.stores, self.prefetcher)
+            self.batches = BatchReader(self.addresser, self.stores)
 
     def close(self) -> None:
         """Waits for reads under way, and closes the stores that were opened for this memory.
@@ -199,8 +203,9 @@ class EngramMemory(nn.Module):
     ) -> Lookup:
         """Starts to read the rows of every layer.
 
-        They are read in the order of the layers, while the caller goes on (see prefetch.py). Until
-        the caller has taken the rows of a layer, nothing may write to its store.
+        Rows in memory are read now, by one native call for all layers. Others are read in the order
+        of the layers, while the caller goes on (see prefetch.py). Until the caller has taken the
+        rows of a layer, nothing may write to its store.
 
         Args:
             ids_BT: raw token ids, int [B, T], that follow `state`.
@@ -213,9 +218,9 @@ class EngramMemory(nn.Module):
                 itself nothing is added.
 
         Returns:
-            The Lookup. Its rows are f32, on the device of their layer's dense weights. (Those of
-            one token of each sequence may be on the CPU: `fuse` moves them.) With gradients
-            enabled, in training mode and if `rows_require_grad` allows it, they are leaves whose
+            The Lookup. Its rows are f32, or bf16 if the layer's dense weights are and the rows do
+            not learn, on the device of these weights. (Those of one token of each sequence may be
+            f32 and on the CPU: `fuse` converts them.) With gradients enabled, in training mode and if `rows_require_grad` allows it, they are leaves whose
             gradients go to `row_grads`.
             `rows[layer]` waits for the rows of a layer, and raises the error if reading failed.
 

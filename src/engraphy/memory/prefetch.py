@@ -21,7 +21,7 @@ from ..rows.format import RowFormat
 from ..store.base import RowStore
 from ..store.group import StoreGroup
 from .read_queue import PrefetchStats, ReadQueue
-from .ticket import Request, Ticket
+from .ticket import Request, RowRequest, Ticket
 
 __all__ = ["FEW_ROWS", "LIMIT", "PrefetchStats", "Prefetcher", "Ticket"]
 
@@ -88,7 +88,7 @@ class Prefetcher:
             self._check_ids(layer, ids_BTC)
         rows = sum([ids_BTC.size for ids_BTC in ids.values()])
         requests = [
-            Request(layer, *self._sources[layer], ids_BTC) for layer, ids_BTC in ids.items()
+            RowRequest(layer, *self._sources[layer], ids_BTC) for layer, ids_BTC in ids.items()
         ]
         transfer = self._queue.transfer(torch.device(device))
         if rows <= FEW_ROWS and all([request.store.in_memory for request in requests]):
@@ -97,6 +97,26 @@ class Prefetcher:
             requests = [request._replace(ids_BTC=request.ids_BTC.copy()) for request in requests]
         ticket = Ticket(self._queue, requests, transfer)
         self._queue.put(ticket, rows)
+        return ticket
+
+    def read(
+        self, request: Request, *, device: torch.device | str = "cpu", now: bool = False
+    ) -> Ticket:
+        """Requests rows by a request that knows how to read them.
+
+        Args:
+            request: its rows are those of this prefetcher's sources.
+            device: as in `submit`.
+            now: True: they are read in the caller's thread, before this returns.
+
+        Raises:
+            StoreError: the prefetcher is closed.
+        """
+        transfer = self._queue.transfer(torch.device(device))
+        if now:
+            return self._queue.at_once([request], request.rows, transfer)
+        ticket = Ticket(self._queue, [request], transfer)
+        self._queue.put(ticket, request.rows)
         return ticket
 
     def _check_ids(self, layer: int, ids_BTC: np.ndarray) -> None:

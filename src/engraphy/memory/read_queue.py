@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,7 +72,7 @@ class ReadQueue:
                 transfer = self._transfers[device] = Transfer(device, self._limit)
             return transfer
 
-    def at_once(self, requests: list[Request], rows: int, transfer: Transfer) -> Ticket:
+    def at_once(self, requests: Sequence[Request], rows: int, transfer: Transfer) -> Ticket:
         """Reads rows in the caller's thread. Returns a ticket that is done, or has failed."""
         self.count_inline(rows)
         ticket = Ticket(self, requests, transfer)
@@ -179,10 +180,15 @@ class ReadQueue:
                 waited=latency_of(self._buckets, self._nanoseconds),
             )
 
-    def buffer(self, transfer: Transfer, shape: tuple[int, ...]) -> np.ndarray:
-        """An uninitialised float32 buffer of this shape, from the pool of `transfer`."""
+    def buffer(
+        self,
+        transfer: Transfer,
+        shape: tuple[int, ...],
+        dtype: type[np.float32 | np.uint16],
+    ) -> np.ndarray:
+        """An uninitialised buffer of this shape, from the pool of `transfer`."""
         with self._changed:
-            return transfer.pool.take(shape)
+            return transfer.pool.take(shape, dtype)
 
     def _start(self) -> None:
         """Starts the thread if there is none, and a ticket waits."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,28 @@ if TYPE_CHECKING:
     from .transfer import Transfer
 
 
-class Request(NamedTuple):
-    """The rows to read of one layer. ids_BTC: row ids, int64 [B, T, C]."""
+TakeBuffer = Callable[[tuple[int, ...], type[np.float32 | np.uint16]], np.ndarray]
+
+
+class Request(Protocol):
+    """Rows to be read, of one layer or several.
+
+    Attributes:
+        rows: how many.
+        bytes: their bytes as numbers.
+    """
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def read(self, take: TakeBuffer) -> dict[int, Tensor]:
+        """Reads the rows into buffers of `take`. Returns layer -> [B, T, E]."""
+        ...
+
+
+class RowRequest(NamedTuple):
+    """The rows of one layer with given ids. ids_BTC: int64 [B, T, C]."""
 
     layer: int
     store: RowStore
@@ -29,15 +49,21 @@ class Request(NamedTuple):
     ids_BTC: np.ndarray
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, T, E), E = C*d."""
-        batch, tokens, columns = self.ids_BTC.shape
-        return batch, tokens, columns * self.fmt.d
+    def rows(self) -> int:
+        """How many."""
+        return self.ids_BTC.size
 
-    def read(self, values_BTE: np.ndarray) -> Tensor:
-        """Reads the rows into f32 [B, T, E]; returns a tensor over it."""
+    @property
+    def bytes(self) -> int:
+        """Their bytes as f32."""
+        return self.ids_BTC.size * self.fmt.d * 4
+
+    def read(self, take: TakeBuffer) -> dict[int, Tensor]:
+        """Reads the rows: layer -> f32 [B, T, E], E = C*d."""
+        batch, tokens, columns = self.ids_BTC.shape
+        values_BTE = take((batch, tokens, columns * self.fmt.d), np.float32)
         read(self.store, self.ids_BTC, self.fmt, values_BTE)
-        return torch.from_numpy(values_BTE)
+        return {self.layer: torch.from_numpy(values_BTE)}
 
 
 class Ticket:
@@ -48,14 +74,14 @@ class Ticket:
         bytes: bytes of the rows.
     """
 
-    def __init__(self, queue: ReadQueue, requests: list[Request], transfer: Transfer) -> None:
+    def __init__(self, queue: ReadQueue, requests: Sequence[Request], transfer: Transfer) -> None:
         self._queue = queue
-        self._requests = requests
+        self._requests: Sequence[Request] = requests
         self._transfer = transfer
         self._rows: dict[int, Tensor] = {}
         self._error: BaseException | None = None
         # A list, as in `submit`: for one or two layers it is faster than a generator.
-        self.bytes = sum([request.ids_BTC.size * request.fmt.d for request in requests]) * 4
+        self.bytes = sum([request.bytes for request in requests])
         self.state = "waiting"
         self.counted = False  # whether the wait for it is in the statistics
 
@@ -63,9 +89,9 @@ class Ticket:
         """Waits until all rows are read.
 
         Returns:
-            layer -> f32 [B, T, E], E = C*d, on the device that `submit` was given; the same
-            tensors each time. Nothing else writes to them: a buffer is reused only after the last
-            tensor or array over it is gone, including the ticket's own.
+            layer -> [B, T, E], E = C*d, on the device that was asked for; f32 for `submit`. The
+            same tensors each time. Nothing else writes to them: a buffer is reused only after the
+            last tensor or array over it is gone, including the ticket's own.
 
         Raises:
             StoreError: The ticket was cancelled.
@@ -89,25 +115,26 @@ class Ticket:
         rows: dict[int, Tensor] = {}
         error = None
         try:
-            rows = self._read_all(partial(self._queue.buffer, self._transfer))
+            rows = self._read_all()
         except BaseException as caught:  # the waiter raises it, in its own thread
             error = caught
             traceback.clear_frames(caught.__traceback__)  # frames hold buffers
         self._queue.settle(self, rows, error)
 
     def read_inline(self) -> None:
-        """Reads the rows now, into new memory, or keeps the error."""
+        """Reads the rows now, or keeps the error."""
         try:
-            rows = self._read_all(_new_buffer)
+            rows = self._read_all()
         except BaseException as caught:  # the waiter raises it
             self.finish({}, caught)
         else:
             self.finish(rows, None)
 
-    def _read_all(self, buffer: Callable[[tuple[int, ...]], np.ndarray]) -> dict[int, Tensor]:
-        rows = {}
+    def _read_all(self) -> dict[int, Tensor]:
+        take = partial(self._queue.buffer, self._transfer)
+        rows: dict[int, Tensor] = {}
         for request in self._requests:
-            rows[request.layer] = request.read(buffer(request.shape))
+            rows.update(request.read(take))
         return self._transfer.send(rows)
 
     def finish(self, rows: dict[int, Tensor], error: BaseException | None) -> None:
@@ -123,7 +150,3 @@ class Ticket:
         self._rows = {}
         self._requests = []
         self.state = "cancelled"
-
-
-def _new_buffer(shape: tuple[int, ...]) -> np.ndarray:
-    return np.empty(shape, np.float32)
