@@ -226,10 +226,10 @@ def test_a_table_with_fewer_rows_than_its_addresses_is_refused():
     shard = np.zeros(8, np.uint64)
     with pytest.raises(ValueError, match="rows that its addresses name"):
         _native.core.BatchReader(
-            memory.addresser.plan, 0, "f32", 32, 1.0, 128, [shard.ctypes.data], [rows], [rows - 1]
+            memory.addresser.plan, 0, "f32", 32, 1.0, [shard.ctypes.data], [rows], [rows - 1]
         )
     for first in (-1, 3):
         with pytest.raises(ValueError, match="layers of the plan"):
             _native.core.BatchReader(
-                memory.addresser.plan, first, "f32", 32, 1.0, 128, [shard.ctypes.data], [1], [1]
+                memory.addresser.plan, first, "f32", 32, 1.0, [shard.ctypes.data], [1], [1]
             )

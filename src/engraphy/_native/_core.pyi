@@ -297,7 +297,6 @@ class BatchReader:
         kind: str,
         d: int,
         scale: float,
-        row_bytes: int,
         shards: Sequence[int],
         shard_rows: Sequence[int],
         rows: Sequence[int],

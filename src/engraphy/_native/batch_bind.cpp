@@ -26,15 +26,14 @@ class BatchReader {
   public:
     // For the layers from first_layer on, as many as there are shards.
     BatchReader(const Plan &plan, int first_layer, const std::string &kind, int64_t d, float scale,
-                int64_t row_bytes, std::vector<uintptr_t> shards, std::vector<int64_t> shard_rows,
+                std::vector<uintptr_t> shards, std::vector<int64_t> shard_rows,
                 std::vector<int64_t> rows)
-        : plan_(plan), first_layer_(first_layer), d_(d), row_bytes_(row_bytes) {
+        : plan_(plan), first_layer_(first_layer), d_(d) {
         const HashPlan &sizes = plan.sizes();
         const size_t layers = shards.size(), columns = size_t(sizes.order_count) * sizes.heads;
         require(first_layer >= 0 && layers > 0 && first_layer + layers <= size_t(sizes.layers) &&
                     shard_rows.size() == layers && rows.size() == layers,
                 "shards, shard_rows and rows must be those of layers of the plan");
-        require(row_bytes > 0, "sizes must be positive");
         for (size_t i = 0; i < layers; i++) {
             require(shards[i] && shard_rows[i] > 0 && rows[i] > 0,
                     "sizes must be positive, shards present");
@@ -100,18 +99,16 @@ class BatchReader {
             table.ids = row_ids;
             table.last = count;
             table.to_bf16 = call.to_bf16;
-            const int64_t value = call.to_bf16 ? 2 : 4;
-            table.out = (uint8_t *)call.outs[l] + begin * d_ * value;
-            if (table.kind == (call.to_bf16 ? RowKind::bf16 : RowKind::f32))
-                kernels().gather({table.shards, table.shard_rows, table.rows, row_bytes_, table.ids,
-                                  table.out, 0, count, all * d_ * value >= streamed_from});
-            else kernels().rows(table);
+            const int64_t row_size = d_ * (call.to_bf16 ? 2 : 4);
+            table.out = (uint8_t *)call.outs[l] + begin * row_size;
+            table.stream = all * row_size >= streamed_from;
+            kernels().rows(table);
         }
     }
 
     const Plan &plan_;
     const int first_layer_;
-    const int64_t d_, row_bytes_;
+    const int64_t d_;
     std::vector<RowsCall> tables_;
 };
 
@@ -120,10 +117,10 @@ class BatchReader {
 void bind_batch(nb::module_ &m) {
     using nb::arg;
     nb::class_<BatchReader>(m, "BatchReader")
-        .def(nb::init<const Plan &, int, const std::string &, int64_t, float, int64_t,
+        .def(nb::init<const Plan &, int, const std::string &, int64_t, float,
                       std::vector<uintptr_t>, std::vector<int64_t>, std::vector<int64_t>>(),
              nb::keep_alive<1, 2>(), arg("plan"), arg("first_layer"), arg("kind"), arg("d"),
-             arg("scale"), arg("row_bytes"), arg("shards"), arg("shard_rows"), arg("rows"))
+             arg("scale"), arg("shards"), arg("shard_rows"), arg("rows"))
         .def("read", &BatchReader::read, arg("ids"), arg("batch"), arg("tokens"), arg("history"),
              arg("live"), arg("starts"), arg("outs"), arg("to_bf16"), arg("row_ids"), arg("waits"));
 }

@@ -113,7 +113,6 @@ class BatchReader:
             fmt.kind,
             fmt.d,
             fmt.scale or 1.0,
-            fmt.row_bytes,
             [place.address for place in places],
             [place.shard_rows for place in places],
             [place.rows for place in places],

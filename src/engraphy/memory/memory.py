@@ -220,8 +220,8 @@ class EngramMemory(nn.Module):
         Returns:
             The Lookup. Its rows are f32, or bf16 if the layer's dense weights are and the rows do
             not learn, on the device of these weights. (Those of one token of each sequence may be
-            f32 and on the CPU: `fuse` converts them.) With gradients enabled, in training mode and if `rows_require_grad` allows it, they are leaves whose
-            gradients go to `row_grads`.
+            f32 and on the CPU: `fuse` converts them.) With gradients enabled, in training mode and
+            if `rows_require_grad` allows it, they are leaves whose gradients go to `row_grads`.
             `rows[layer]` waits for the rows of a layer, and raises the error if reading failed.
 
         Raises:
