@@ -206,3 +206,34 @@ uint8_t *probe_map(const int *files, int64_t count, int64_t offset, int64_t size
 }
 
 int probe_unmap(uint8_t *memory, int64_t size) { return munmap(memory, size); }
+
+// Adds a number to all values of the rows `ids` of two tables, which are read and written in place.
+typedef struct {
+    float *tables[2];
+    int64_t widths[2]; // values of a row
+    const int64_t *ids;
+    int64_t count;
+    float number;
+} Update;
+
+static void update_share(void *context, int thread) {
+    const Update *u = context;
+    enum { ahead = 8 };
+    (void)thread;
+    for (int64_t i = 0; i < u->count + ahead; i++)
+        for (int t = 0; t < 2; t++) {
+            const int64_t width = u->widths[t];
+            if (i < u->count)
+                fetch((const uint8_t *)(u->tables[t] + u->ids[i] * width), width * 4);
+            if (i < ahead) continue;
+            float *row = u->tables[t] + u->ids[i - ahead] * width;
+            for (int64_t k = 0; k < width; k++) row[k] += u->number;
+        }
+}
+
+// One thread. Ids are distinct and ascend.
+double probe_update(float *rows, int64_t row_width, float *moments, int64_t moment_width,
+                    const int64_t *ids, int64_t count, float number) {
+    Update call = {{rows, moments}, {row_width, moment_width}, ids, count, number};
+    return run(1, update_share, &call);
+}

@@ -63,6 +63,9 @@ class Probe:
         self._library.probe_map.argtypes = [address, long, long, long]
         self._library.probe_map.restype = address
         self._library.probe_unmap.argtypes = [address, long]
+        number = ctypes.c_float
+        self._library.probe_update.argtypes = [address, long, address, long, address, long, number]
+        self._library.probe_update.restype = ctypes.c_double
         self._library.probe_gather.restype = self._library.probe_pread.restype = ctypes.c_double
         self._library.probe_resident.restype = long
 
@@ -96,6 +99,23 @@ class Probe:
                 threads,
                 ahead,
                 stream,
+            )
+        )
+
+    def update(self, rows: np.ndarray, moments: np.ndarray, ids_U: np.ndarray) -> float:
+        """Adds 0 to rows and moments (uint8 [n, row_bytes], whole f32) of distinct ascending
+        ids."""
+        if ids_U.dtype != np.int64 or int(ids_U[-1]) >= min(len(rows), len(moments)):
+            raise ValueError("probe: ids and tables do not fit each other")
+        return _seconds(
+            self._library.probe_update(
+                rows.ctypes.data,
+                rows.shape[1] // 4,
+                moments.ctypes.data,
+                moments.shape[1] // 4,
+                ids_U.ctypes.data,
+                len(ids_U),
+                0.0,
             )
         )
 

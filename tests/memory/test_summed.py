@@ -25,9 +25,9 @@ def summed_one_by_one(ids_N: np.ndarray, grad_Nd: np.ndarray) -> dict[int, np.nd
 
 def squares_one_by_one(grad_Ud: np.ndarray) -> float:
     total = np.float64(0)
-    for first in range(0, len(grad_Ud), 4096):
+    for first in range(0, len(grad_Ud), 2048):
         lanes = [np.float64(0)] * 16
-        for grad_d in grad_Ud[first : first + 4096]:
+        for grad_d in grad_Ud[first : first + 2048]:
             for column, value in enumerate(grad_d):
                 lanes[column % 16] += np.float64(value) * np.float64(value)
         for half in (8, 4, 2, 1):
@@ -53,7 +53,7 @@ def test_gradients_of_a_row_are_added_in_the_order_of_their_positions(count, dim
         )
 
 
-@pytest.mark.parametrize(("count", "dim"), [*SIZES, (4100, 3)])
+@pytest.mark.parametrize(("count", "dim"), [*SIZES, (4100, 3), (2049, 16)])
 def test_squares_are_added_in_lanes_and_chunks(count, dim):
     ids_N, grad_Nd = gradients(count, dim, 10**9)
     summed = SummedGrad.of([ids_N], [grad_Nd])

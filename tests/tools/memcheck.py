@@ -136,6 +136,32 @@ def chunks(level: str, rng: np.random.Generator) -> None:
             np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-3 * np.abs(one).max())
 
 
+def updates(level: str, rng: np.random.Generator) -> None:
+    """A step of RowAdam on rows and moments in bf16; its values are compared in the tests."""
+    rows, dim, key = 31, 21, 12345
+    moments, factors = 2 * dim, (0.1, 0.001, 0.01, 1e-8)
+
+    for count in COUNTS[1:]:
+        ids_N = rng.integers(0, rows, count)
+        grad_Nd = rng.standard_normal((count, dim)).astype(np.float32)
+        order_N, ids_U, starts = (np.empty(count + more, np.int64) for more in (0, 0, 1))
+        grads, firsts = np.array([_at(grad_Nd)], np.uint64), np.zeros(1, np.int64)
+        tables = [np.zeros((rows, width), np.uint16) for width in (dim, moments)]
+        addresses = [np.array([_at(table)], np.uint64) for table in tables]
+        places = [(_at(address), rows, rows, True, False) for address in addresses]
+        with _native.forced(level):
+            core = _native.core
+            distinct, several = core.sort_rows(
+                _at(ids_N), count, _at(order_N), _at(ids_U), _at(starts)
+            )
+            sums_Md = np.empty((several, dim), np.float32)
+            runs = (_at(grads), _at(firsts), 1, _at(order_N), _at(starts), distinct, dim)
+            is_finite, _ = core.survey(runs, _at(sums_Md), True)
+            assert is_finite and distinct == len(np.unique(ids_N))
+            given = (_at(sums_Md), 1.0, _at(ids_U), *places, True, key)
+            assert core.update_rows("adam", factors, runs, *given) == -1
+
+
 def _at(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
@@ -143,7 +169,7 @@ def _at(array: np.ndarray) -> int:
 def kernels() -> None:
     """Run by valgrind."""
     for level in _native.core.levels():
-        for number, run in enumerate((hashes, stores, fusion, chunks)):
+        for number, run in enumerate((hashes, stores, fusion, chunks, updates)):
             run(level, np.random.default_rng(number))
             print(f"{level}: {run.__name__}", flush=True)
 

@@ -115,14 +115,13 @@ def cache_write(
 ) -> None:
     """`Sets.write`. from_rows: uint8 [count, row_bytes], or 0 if the write failed."""
 
-Runs = tuple[int, int, int, int, int, int, int, float]
+Runs = tuple[int, int, int, int, int, int, int]
 """Gradients of one layer in the order of their rows: (grads, firsts, entries, order, starts, count,
-d, scale).
+d).
 
 grads: u64 [E], the addresses of float32 [n, d]. firsts: int64 [E], the position of the first
 gradient of each. order: int64 [N], positions; starts: int64 [count + 1], where the gradients of
 each row begin in it. Both are 0 if each row has one gradient, in the order of the positions.
-scale: multiplies the sums.
 """
 
 Place = tuple[int, int, int, bool, bool]
@@ -132,28 +131,31 @@ The first three as for `read_rows`. bf16: else float32. compact: they are those 
 order, not those of a store.
 """
 
-def sort_rows(ids: int, count: int, order: int, rows: int, starts: int) -> int:
+def sort_rows(ids: int, count: int, order: int, rows: int, starts: int) -> tuple[int, int]:
     """Sorts gradients by row; those of a row stay in the order of their positions.
 
     ids: int64 [count], count > 0. Writes order: int64 [count], the positions; the first U values of
     rows: int64 [count], the distinct ids; and the first U + 1 of starts: int64 [count + 1].
 
-    Returns U, or -1 if an id is negative or too large; the arrays are invalid then.
+    Returns U and how many rows have several gradients. U is -1 if an id is negative or too large;
+    the arrays are invalid then.
     """
 
-def sum_runs(runs: Runs, out: int) -> None:
-    """Writes the sums times scale to out: float32 [count, d]."""
+def survey(runs: Runs, sums: int, squares: bool) -> tuple[bool, float]:
+    """Sums gradients before they are used.
 
-def square_runs(runs: Runs) -> float:
-    """Sum of the squares of the sums, in float64, as memory/summed.py defines it."""
+    Writes the sums of rows that have several gradients to sums: float32 [M, d].
 
-def within(values: int, count: int, limit: float) -> bool:
-    """Whether the sizes of all values, float32 [count], are at most `limit`. A NaN's is not."""
+    Returns whether all sums are finite, and, if `squares`, the sum of their squares in float64, as
+    memory/summed.py defines it (else 0).
+    """
 
 def update_rows(
     rule: str,
     factors: tuple[float, float, float, float],
     runs: Runs,
+    sums: int,
+    scale: float,
     ids: int,
     rows: Place,
     moments: Place,
@@ -163,7 +165,8 @@ def update_rows(
     """Updates rows and their moments in place.
 
     rule: "adam", "adagrad" or "nesterov". factors: of the rule, as its class in engraphy/train has
-    them. ids: int64 [count], distinct. stochastic: how bf16 is rounded. key: of the random bits.
+    them. sums: from `survey`. scale: multiplies the sums. ids: int64 [count], distinct. stochastic:
+    how bf16 is rounded. key: of the random bits.
 
     Returns -1. If an id is outside of a store, writes nothing and returns its position.
     """

@@ -28,9 +28,7 @@ struct Kernels {
     CacheKeepFunction *cache_keep;
     CacheHoldFunction *cache_hold;
     CacheWriteFunction *cache_write;
-    SumRunsFunction *sum_runs;
-    SquareRunsFunction *square_runs;
-    WithinFunction *within;
+    SurveyFunction *survey;
     UpdateFunction *update;
     ChunkFunction *chunk_forward;
     ChunkFunction *chunk_backward;
@@ -49,16 +47,14 @@ struct Kernels {
     CacheKeepFunction cache_keep;                                                       \
     CacheHoldFunction cache_hold;                                                       \
     CacheWriteFunction cache_write;                                                     \
-    SumRunsFunction sum_runs;                                                           \
-    SquareRunsFunction square_runs;                                                     \
-    WithinFunction within;                                                              \
+    SurveyFunction survey;                                                              \
     UpdateFunction update_rows;                                                         \
     ChunkFunction chunk_forward;                                                        \
     ChunkFunction chunk_backward;                                                       \
     constexpr Kernels kernels = {hash, hash_part, first_bad, read_rows,                 \
                                  gather_rows, fuse, cache_look, cache_keep,             \
-                                 cache_hold, cache_write, sum_runs, square_runs,        \
-                                 within, update_rows, chunk_forward, chunk_backward};   \
+                                 cache_hold, cache_write, survey, update_rows,           \
+                                 chunk_forward, chunk_backward};                        \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)

@@ -6,7 +6,8 @@
 
 namespace engraphy {
 
-constexpr int update_lanes = 16;  // running sums of a sum of squares
+constexpr int update_lanes = 16;     // running sums of a sum of squares
+constexpr int64_t update_chunk = 2048;  // rows that one thread takes; a sum of squares has as many
 
 // Gradients of one layer in the order of their rows: those of row number u are
 // order[starts[u]], order[starts[u] + 1], ..., and are added in this order.
@@ -18,7 +19,6 @@ struct Runs {
     const int64_t *starts;   // [U + 1]; null = one gradient each
     int64_t count;           // U
     int64_t d;
-    float scale;             // of the sums
 };
 
 // Where rows of one kind lie.
@@ -31,28 +31,29 @@ struct Place {
 
 enum class UpdateRule { adam, adagrad, nesterov };
 
+// Takes rows [first, last). Writes the sums of those that have several gradients to `sums`:
+// float32 [M, d], M being their number.
+struct SurveyCall {
+    Runs runs;
+    bool squares;  // else `squares` of the answer is 0
+};
+struct Survey {
+    uint32_t largest;  // of the sizes of all values, as bits
+    double squares;    // their sum
+};
+using SurveyFunction = Survey(const SurveyCall &, int64_t first, int64_t last, float *sums);
+
+// Updates rows [first, last) and their moments in place. sums: from `survey`, those from `first` on.
 struct UpdateCall {
     UpdateRule rule;
     float factors[4];    // of the rule
     Runs runs;
+    float scale;         // multiplies the sums
     const int64_t *ids;  // [U], distinct
     Place rows, moments;
     bool stochastic;     // how bf16 is rounded
     uint64_t key;        // of the random bits
 };
-
-// All take rows [first, last) of the U, so that threads may share a call.
-
-// Writes sums times scale to out: float32 [U, d].
-using SumRunsFunction = void(const Runs &, int64_t first, int64_t last, float *out);
-
-// The sum of the squares of the sums, of one chunk.
-using SquareRunsFunction = double(const Runs &, int64_t first, int64_t last);
-
-// Whether the sizes of all values are at most `limit`; false if one is NaN.
-using WithinFunction = bool(const float *values, int64_t count, float limit);
-
-// Updates rows and moments in place.
-using UpdateFunction = void(const UpdateCall &, int64_t first, int64_t last);
+using UpdateFunction = void(const UpdateCall &, int64_t first, int64_t last, const float *sums);
 
 }  // namespace engraphy

@@ -1,10 +1,10 @@
 // Updates of rows from Python: sorting gradients by row, checks of what would read or write out of
 // bounds, threads, and the GIL.
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <stdexcept>
 #include <string>
@@ -20,22 +20,18 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
-constexpr int64_t chunk = 4096;      // rows of a sum of squares, as in memory/summed.py
-constexpr int64_t portion = 1 << 20; // values that are looked at at a time
+constexpr uint32_t infinity = 0x7f800000;  // as bits; sizes of numbers are less
 
 // As they come from Python; _core.pyi says what is in them.
-using RunsTuple =
-    std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, double>;
+using RunsTuple = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t>;
 using PlaceTuple = std::tuple<uintptr_t, int64_t, int64_t, bool, bool>;
 
 Runs runs_of(const RunsTuple &given) {
-    const auto &[grads, firsts, entries, order, starts, count, d, scale] = given;
-    const Runs runs = {(const uintptr_t *)grads, (const int64_t *)firsts, entries,
-                       (const int64_t *)order,   (const int64_t *)starts, count,
-                       d,                        (float)scale};
+    const auto &[grads, firsts, entries, order, starts, count, d] = given;
     if (entries < 1 || count < 0 || d < 1 || !grads || !firsts || !order != !starts)
         throw std::invalid_argument("sizes must be positive, gradients present");
-    return runs;
+    return {(const uintptr_t *)grads, (const int64_t *)firsts, entries, (const int64_t *)order,
+            (const int64_t *)starts,  count,                   d};
 }
 
 Place place_of(const PlaceTuple &given, int64_t count) {
@@ -54,18 +50,25 @@ UpdateRule rule_of(const std::string &name) {
 
 int64_t bytes_of(const Runs &runs) { return runs.count * runs.d * 4; }
 
-// Where part number i of so many begins: each has about as many gradients.
-int64_t part_begin(const Runs &runs, int64_t i, int64_t parts) {
-    if (!runs.starts) return runs.count * i / parts;
-    const int64_t *const end = runs.starts + runs.count;
-    return std::lower_bound(runs.starts, end, *end * i / parts) - runs.starts;
+// Where the sums of each chunk of rows begin: how many rows before it have several gradients.
+std::vector<int64_t> places_of_sums(const Runs &runs) {
+    std::vector<int64_t> places{0};
+    for (int64_t first = 0; first < runs.count; first += update_chunk) {
+        const int64_t last = std::min(first + update_chunk, runs.count);
+        int64_t several = 0;
+        for (int64_t u = first; runs.starts && u < last; u++)
+            several += runs.starts[u + 1] - runs.starts[u] > 1;
+        places.push_back(places.back() + several);
+    }
+    return places;
 }
 
-template <class Work> void by_parts(const Runs &runs, const Work &work) {
-    if (!runs.count) return;
-    const int64_t parts = parts_of(runs.starts ? runs.starts[runs.count] : runs.count);
-    computing().each(parts, threads(), [&](int64_t i) {
-        work(part_begin(runs, i, parts), part_begin(runs, i + 1, parts));
+// work(number, first, last, place of the sums) for each chunk of rows.
+template <class Work> void by_chunks(const Runs &runs, const Work &work) {
+    const std::vector<int64_t> places = places_of_sums(runs);
+    computing().each(int64_t(places.size()) - 1, threads(), [&](int64_t i) {
+        const int64_t first = i * update_chunk;
+        work(i, first, std::min(first + update_chunk, runs.count), places[i] * runs.d);
     });
 }
 
@@ -75,7 +78,7 @@ template <class Work> void by_parts(const Runs &runs, const Work &work) {
 // between the two buffers and end in `order`.
 constexpr int most_digit = 12;
 
-int64_t sort_rows(uintptr_t ids_at, int64_t count, uintptr_t order_at, uintptr_t rows_at,
+std::pair<int64_t, int64_t> sort_rows(uintptr_t ids_at, int64_t count, uintptr_t order_at, uintptr_t rows_at,
                   uintptr_t starts_at) {
     if (count < 1 || !ids_at || !order_at || !rows_at || !starts_at)
         throw std::invalid_argument("count must be positive, arrays present");
@@ -87,7 +90,7 @@ int64_t sort_rows(uintptr_t ids_at, int64_t count, uintptr_t order_at, uintptr_t
     for (int64_t i = 0; i < count; i++) all |= ids[i];
     const int position_bits = std::bit_width((uint64_t)count - 1);
     const int id_bits = std::max<int>(std::bit_width(all), 1);
-    if (id_bits + position_bits > 64) return -1;
+    if (id_bits + position_bits > 64) return {-1, 0};
     const int passes = (id_bits + most_digit - 1) / most_digit;
     const int digit = (id_bits + passes - 1) / passes;
     const uint64_t mask = (1ull << digit) - 1;
@@ -119,66 +122,59 @@ int64_t sort_rows(uintptr_t ids_at, int64_t count, uintptr_t order_at, uintptr_t
         rows[u] = row;
         starts[u + 1] = i + 1;  // the last one stays
     }
-    return u + 1;
+    int64_t several = 0;
+    for (int64_t i = 0; i <= u; i++) several += starts[i + 1] - starts[i] > 1;
+    return {u + 1, several};
 }
 
-void sum_runs(const RunsTuple &given, uintptr_t out) {
-    const Runs runs = runs_of(given);
-    if (!out) throw std::invalid_argument("out must be present");
+std::pair<bool, double> survey(const RunsTuple &given, uintptr_t sums, bool squares) {
+    const SurveyCall call = {runs_of(given), squares};
+    const Runs &runs = call.runs;
+    if (runs.starts && !sums) throw std::invalid_argument("sums must be present");
     const Unlocked unlocked(bytes_of(runs));
-    by_parts(runs, [&](int64_t first, int64_t last) {
-        kernels().sum_runs(runs, first, last, (float *)out);
+    std::vector<Survey> parts(runs.count / update_chunk + 1);
+    by_chunks(runs, [&](int64_t i, int64_t first, int64_t last, int64_t place) {
+        parts[i] = kernels().survey(call, first, last, (float *)sums + place);
     });
-}
-
-double square_runs(const RunsTuple &given) {
-    const Runs runs = runs_of(given);
-    const Unlocked unlocked(bytes_of(runs));
-    const int64_t chunks = (runs.count + chunk - 1) / chunk;
-    std::vector<double> sums(chunks);
-    computing().each(chunks, parts_of(runs.count) > 1 ? threads() : 1, [&](int64_t i) {
-        sums[i] = kernels().square_runs(runs, i * chunk, std::min((i + 1) * chunk, runs.count));
-    });
+    bool finite = true;
     double total = 0;
-    for (const double sum : sums) total += sum;
-    return total;
-}
-
-bool within(uintptr_t values, int64_t count, double limit) {
-    if (count < 0 || (count && !values)) throw std::invalid_argument("values must be present");
-    const Unlocked unlocked(count * sizeof(float));
-    std::atomic<bool> all{true};
-    computing().each((count + portion - 1) / portion, threads(), [&](int64_t i) {
-        const int64_t first = i * portion, size = std::min(portion, count - first);
-        if (all && !kernels().within((const float *)values + first, size, (float)limit))
-            all = false;
-    });
-    return all;
+    for (const Survey &part : parts) {
+        finite &= part.largest < infinity;
+        total += part.squares;
+    }
+    return {finite, total};
 }
 
 int64_t update_rows(const std::string &rule, const std::tuple<double, double, double, double> &given,
-                    const RunsTuple &runs_given, uintptr_t ids, const PlaceTuple &rows,
-                    const PlaceTuple &moments, bool stochastic, uint64_t key) {
+                    const RunsTuple &runs, uintptr_t sums, double scale, uintptr_t ids,
+                    const PlaceTuple &rows, const PlaceTuple &moments, bool stochastic,
+                    uint64_t key) {
     const auto &[a, b, c, d] = given;
-    const Runs runs = runs_of(runs_given);
-    const UpdateCall call = {rule_of(rule),
-                             {(float)a, (float)b, (float)c, (float)d},
-                             runs,
-                             (const int64_t *)ids,
-                             place_of(rows, runs.count),
-                             place_of(moments, runs.count),
-                             stochastic,
-                             key};
+    UpdateCall call = {rule_of(rule),
+                       {(float)a, (float)b, (float)c, (float)d},
+                       runs_of(runs),
+                       (float)scale,
+                       (const int64_t *)ids,
+                       {},
+                       {},
+                       stochastic,
+                       key};
+    const int64_t count = call.runs.count;
+    call.rows = place_of(rows, count);
+    call.moments = place_of(moments, count);
     if (call.rule == UpdateRule::adagrad && call.moments.bf16)
         throw std::invalid_argument("adagrad has moments in float32");
-    if (runs.count && !ids) throw std::invalid_argument("ids must be present");
+    if (count && (!ids || (call.runs.starts && !sums)))
+        throw std::invalid_argument("ids and sums must be present");
     const Unlocked unlocked(INT64_MAX);
-    for (const Place &place : {call.rows, call.moments}) {
-        const int64_t bad =
-            place.compact ? -1 : kernels().first_bad(call.ids, runs.count, place.rows);
-        if (bad >= 0) return bad;
-    }
-    by_parts(runs, [&](int64_t first, int64_t last) { kernels().update(call, first, last); });
+    int64_t least = INT64_MAX;
+    for (const Place &place : {call.rows, call.moments})
+        if (!place.compact) least = std::min(least, place.rows);
+    const int64_t bad = kernels().first_bad(call.ids, count, least);
+    if (bad >= 0) return bad;
+    by_chunks(call.runs, [&](int64_t, int64_t first, int64_t last, int64_t place) {
+        kernels().update(call, first, last, (const float *)sums + place);
+    });
     return -1;
 }
 
@@ -188,11 +184,9 @@ void bind_update(nb::module_ &m) {
     using nb::arg;
     m.def("sort_rows", &sort_rows, arg("ids"), arg("count"), arg("order"), arg("rows"),
           arg("starts"));
-    m.def("sum_runs", &sum_runs, arg("runs"), arg("out"));
-    m.def("square_runs", &square_runs, arg("runs"));
-    m.def("within", &within, arg("values"), arg("count"), arg("limit"));
-    m.def("update_rows", &update_rows, arg("rule"), arg("factors"), arg("runs"), arg("ids"),
-          arg("rows"), arg("moments"), arg("stochastic"), arg("key"));
+    m.def("survey", &survey, arg("runs"), arg("sums"), arg("squares"));
+    m.def("update_rows", &update_rows, arg("rule"), arg("factors"), arg("runs"), arg("sums"),
+          arg("scale"), arg("ids"), arg("rows"), arg("moments"), arg("stochastic"), arg("key"));
 }
 
 }  // namespace engraphy

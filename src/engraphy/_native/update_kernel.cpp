@@ -1,16 +1,18 @@
 // Updates of rows from the gradients of a step, compiled once per instruction set (kernels.hpp says
 // what that forbids).
 //
-// One pass over rows and moments: the gradients of a row are summed in a buffer, and the row and its
-// moments are updated where they lie, while those some way ahead are prefetched.
+// First a survey of the gradients: those of rows that have several are summed, and what is not
+// finite is found before anything is written. Then one pass over rows and moments, which are updated
+// where they lie. What lies some way ahead is prefetched.
 //
 // Why the bits are those of the plain version: each value is computed by the same operations in the
-// same order, roots and quotients are exact, and the file is compiled without contraction. The
-// loops are plain; the compiler turns them into the vectors of each level.
+// same order, roots and quotients are exact, and the file is compiled without contraction. All is
+// written in blocks of 16 columns, which the compiler turns into the vectors of each level; at the
+// end of a row a block is filled up with zeros.
 #include <float.h>
 #include <stdint.h>
+#include <string.h>
 
-#include "bf16.hpp"
 #include "copy.hpp"
 #include "kernels.hpp"
 #include "mapped.hpp"
@@ -21,14 +23,22 @@ namespace {
 
 static_assert(FLT_EVAL_METHOD == 0, "each operation has to be rounded to float32 at once");
 
-// Rows, moments and gradients may begin at any byte.
-typedef float F32 __attribute__((aligned(1), may_alias));
-typedef uint16_t U16 __attribute__((aligned(1), may_alias));
-typedef uint32_t U32 __attribute__((aligned(1), may_alias));
-
 constexpr int lanes = update_lanes;
-constexpr int ahead = 8;     // rows that are on their way
-constexpr int panel = 1024;  // columns whose gradients are summed at a time
+
+typedef float Block __attribute__((vector_size(4 * lanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * lanes)));
+typedef int32_t Signed __attribute__((vector_size(4 * lanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
+typedef double Wide8 __attribute__((vector_size(8 * lanes / 2)));
+typedef float Block8 __attribute__((vector_size(4 * lanes / 2)));
+
+// Distances of prefetches, in rows or gradients. First far ahead into the second cache, which has
+// room for more misses under way than the first has; rows then near into the first. Gradients are
+// read by the survey as fast as from the second cache without that.
+constexpr int far_rows = 24, near_rows = 2;
+constexpr int far_grads = 32;
+constexpr int64_t far_bytes = 128 << 10;  // at most, of rows that are large
+constexpr unsigned ring = 32;             // a power of two above the distances
 
 // Rounding to nearest and subnormal numbers, whatever the caller's thread has chosen.
 class Arithmetic {
@@ -42,74 +52,45 @@ class Arithmetic {
 #endif
 };
 
-inline const F32 *gradient(const Runs &runs, int64_t k) {
-    int64_t position = runs.order ? runs.order[k] : k, entry = 0;
-    for (int64_t above = runs.entries; entry + 1 < above;) {
-        const int64_t middle = (entry + above) / 2;
-        (runs.firsts[middle] <= position ? entry : above) = middle;
-    }
-    return (const F32 *)runs.grads[entry] + (position - runs.firsts[entry]) * runs.d;
+// Blocks. Arrays may begin at any byte; `count` is below 16 at the end of a row alone.
+
+template <class Vector> ALWAYS void load(const void *from, int count, Vector &to) {
+    constexpr int size = sizeof(Vector) / lanes;
+    if (count < lanes) to = Vector{};
+    memcpy(&to, from, count * size);
 }
 
-// The gradients of the rows from `first` on, one row after the other.
-class Sums {
-  public:
-    Sums(const Runs &runs, int64_t first, int64_t last)
-        : runs_(runs), end_(start(last)), next_(start(first)) {
-        for (int64_t k = next_; k < next_ + ahead && k < end_; k++) fetch(k);
-    }
-
-    // Goes on to row u.
-    ALWAYS void go(int64_t u) {
-        at_ = start(u);
-        next_ = start(u + 1);
-        for (int64_t k = at_ + ahead; k < next_ + ahead && k < end_; k++) fetch(k);
-    }
-
-    // The sum of the row's gradients, without the scale: columns [column, column + size).
-    ALWAYS const F32 *columns(int64_t column, int64_t size) {
-        const F32 *grad = gradient(runs_, at_) + column;
-        if (next_ - at_ == 1) return grad;
-        for (int64_t i = 0; i < size; i++) sums_[i] = grad[i];
-        for (int64_t k = at_ + 1; k < next_; k++) {
-            grad = gradient(runs_, k) + column;
-            for (int64_t i = 0; i < size; i++) sums_[i] += grad[i];
-        }
-        return sums_;
-    }
-
-  private:
-    int64_t start(int64_t u) const { return runs_.starts ? runs_.starts[u] : u; }
-    void fetch(int64_t k) const { prefetched((const uint8_t *)gradient(runs_, k), 4 * runs_.d); }
-
-    const Runs &runs_;
-    const int64_t end_;
-    int64_t at_ = 0, next_;
-    float sums_[panel];
-};
-
-inline int64_t panel_of(int64_t d, int64_t column) {
-    return d - column < panel ? d - column : panel;
+template <class Vector> ALWAYS void store(void *to, int count, const Vector &from) {
+    memcpy(to, &from, count * sizeof(Vector) / lanes);
 }
 
+// step(column, count) for each block of a row.
+template <class Step> ALWAYS void by_blocks(int64_t d, const Step &step) {
+    int64_t column = 0;
+    for (; column + lanes <= d; column += lanes) step(column, lanes);
+    if (column < d) step(column, (int)(d - column));
+}
+
+ALWAYS void take_root(Block &x) {
+    float values[lanes];
+    memcpy(values, &x, sizeof(x));
+    for (int i = 0; i < lanes; i++) values[i] = __builtin_sqrtf(values[i]);
+    memcpy(&x, values, sizeof(x));
+}
+
+// The second half is added to the first, four times.
 template <class F> inline F folded(F *sums) {
     for (int half = lanes / 2; half; half /= 2)
         for (int i = 0; i < half; i++) sums[i] += sums[i + half];
     return sums[0];
 }
 
-// Adds the squares of columns to the running sums. A panel begins with sum 0.
-template <class F> ALWAYS void add_squares(F *sums, const F32 *grad, int64_t size, float scale) {
-    int64_t i = 0;
-    for (; i + lanes <= size; i += lanes)
-        for (int j = 0; j < lanes; j++) {
-            const F value = (F)(grad[i + j] * scale);
-            sums[j] += value * value;
-        }
-    for (int j = 0; i + j < size; j++) {
-        const F value = (F)(grad[i + j] * scale);
-        sums[j] += value * value;
-    }
+ALWAYS float folded(const Block &sums) {
+    Block8 halves[2];
+    memcpy(halves, &sums, sizeof(sums));
+    const Block8 a = halves[0] + halves[1];
+    const float b[4] = {a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]};
+    return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 // Random bits, as in engraphy/train/rounding.py.
@@ -121,75 +102,86 @@ inline uint64_t splitmix64(uint64_t value) {
     return value ^ value >> 31;
 }
 
-inline uint32_t random_bits(uint64_t row, uint32_t counter) {
-    uint32_t bits = (uint32_t)row + counter * 0x9e3779b1u;
+constexpr uint32_t parts_apart = 1 << 16;
+
+ALWAYS void random_bits(uint64_t row, uint32_t counter, Bits &bits) {
+    const Bits columns = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    bits = (columns + counter) * 0x9e3779b1u + (uint32_t)row;
     bits = (bits ^ bits >> 16) * 0x85ebca6bu;
     bits = (bits ^ bits >> 13) + (uint32_t)(row >> 32);
     bits *= 0xc2b2ae35u;
-    return bits ^ bits >> 16;
+    bits ^= bits >> 16;
 }
 
-constexpr uint32_t parts_apart = 1 << 16;
-
-// How values are stored. `random`: 16 bits, used by Stochastic alone.
+// How values are stored. `random`: 16 bits each, used by Stochastic alone.
 struct Exact {
-    typedef F32 Value;
+    static constexpr int size = 4;
     static constexpr bool random = false;
-    static float get(float value) { return value; }
-    static float put(float value, uint32_t) { return value; }
-};
-
-struct Nearest {
-    typedef U16 Value;
-    static constexpr bool random = false;
-    static float get(uint16_t bits) { return as_float((uint32_t)bits << 16); }
-    static uint16_t put(float value, uint32_t) { return bf16_of(bits_of(value)); }
-};
-
-struct Stochastic : Nearest {
-    static constexpr bool random = true;
-    static uint16_t put(float value, uint32_t random) {
-        const uint32_t bits = bits_of(value), rounded = (bits + random) >> 16;
-        return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+    ALWAYS static void get(const uint8_t *from, int count, Block &to) { load(from, count, to); }
+    ALWAYS static void put(uint8_t *to, int count, const Block &from, const Bits &) {
+        store(to, count, from);
     }
 };
 
-// The rules. `row` updates one row and its moments.
+struct Bf16 {
+    static constexpr int size = 2;
+    ALWAYS static void get(const uint8_t *from, int count, Block &to) {
+        Halves halves;
+        load(from, count, halves);
+        to = (Block)(__builtin_convertvector(halves, Bits) << 16);
+    }
+    // added: what goes to the low half before it is cut off.
+    ALWAYS static void cut(uint8_t *to, int count, const Block &from, const Bits &added) {
+        const Bits bits = (Bits)from;
+        const Signed is_nan = (Signed)(bits & 0x7fffffff) > 0x7f800000;
+        const Bits kept = is_nan ? bits >> 16 | 0x40 : (bits + added) >> 16;
+        store(to, count, __builtin_convertvector(kept, Halves));
+    }
+};
+
+struct Nearest : Bf16 {
+    static constexpr bool random = false;
+    ALWAYS static void put(uint8_t *to, int count, const Block &from, const Bits &) {
+        cut(to, count, from, ((Bits)from >> 16 & 1) + 0x7fff);
+    }
+};
+
+struct Stochastic : Bf16 {
+    static constexpr bool random = true;
+    ALWAYS static void put(uint8_t *to, int count, const Block &from, const Bits &added) {
+        cut(to, count, from, added);
+    }
+};
+
+// The rules. Each updates one row and its moments; `key` is of the row.
 
 template <class Row, class Moment> struct Adam {
     static constexpr bool random = Row::random || Moment::random;
     static int64_t width(int64_t d) { return 2 * d; }
 
-    ALWAYS static void columns(const UpdateCall &call, const F32 *__restrict grad,
-                               typename Row::Value *__restrict row,
-                               typename Moment::Value *__restrict mean,
-                               typename Moment::Value *__restrict square, int64_t column,
-                               int64_t size, uint64_t key) {
+    ALWAYS static void update(const UpdateCall &call, const uint8_t *grad, uint8_t *row,
+                              uint8_t *mean, int64_t d, uint64_t key) {
+        uint8_t *const square = mean + Moment::size * d;
         const float decay = call.factors[0], square_decay = call.factors[1];
-        const float rate = call.factors[2], eps = call.factors[3], scale = call.runs.scale;
-        for (int64_t i = 0; i < size; i++) {
-            const uint32_t counter = (uint32_t)(column + i);
-            const float g = grad[i] * scale;
-            float m = Moment::get(mean[i]), v = Moment::get(square[i]);
+        const float rate = call.factors[2], eps = call.factors[3], scale = call.scale;
+        by_blocks(d, [&](int64_t column, int count) __attribute__((always_inline)) {
+            Block g, m, v, moved;
+            Bits random = {};
+            load(grad + 4 * column, count, g);
+            Moment::get(mean + Moment::size * column, count, m);
+            Moment::get(square + Moment::size * column, count, v);
+            Row::get(row + Row::size * column, count, moved);
+            g *= scale;
             m += decay * (g - m);
             v += square_decay * (g * g - v);
-            const uint32_t moment_bits =
-                Moment::random ? random_bits(key, counter + parts_apart) : 0;
-            mean[i] = Moment::put(m, moment_bits & 0xffff);
-            square[i] = Moment::put(v, moment_bits >> 16);
-            const uint32_t row_bits = Row::random ? random_bits(key, counter) : 0;
-            const float moved = Row::get(row[i]) - rate * m / (__builtin_sqrtf(v) + eps);
-            row[i] = Row::put(moved, row_bits & 0xffff);
-        }
-    }
-
-    ALWAYS static void update(const UpdateCall &call, Sums &sums, typename Row::Value *row,
-                              typename Moment::Value *moments, int64_t d, uint64_t key) {
-        for (int64_t column = 0; column < d; column += panel) {
-            const int64_t size = panel_of(d, column);
-            columns(call, sums.columns(column, size), row + column, moments + column,
-                    moments + d + column, column, size, key);
-        }
+            if (Moment::random) random_bits(key, (uint32_t)column + parts_apart, random);
+            Moment::put(mean + Moment::size * column, count, m, random & 0xffff);
+            Moment::put(square + Moment::size * column, count, v, random >> 16);
+            take_root(v);
+            moved -= rate * m / (v + eps);
+            if (Row::random) random_bits(key, (uint32_t)column, random);
+            Row::put(row + Row::size * column, count, moved, random & 0xffff);
+        });
     }
 };
 
@@ -197,30 +189,23 @@ template <class Row, class Moment> struct Nesterov {
     static constexpr bool random = Row::random || Moment::random;
     static int64_t width(int64_t d) { return d; }
 
-    ALWAYS static void columns(const UpdateCall &call, const F32 *__restrict grad,
-                               typename Row::Value *__restrict row,
-                               typename Moment::Value *__restrict velocity, int64_t column,
-                               int64_t size, uint64_t key) {
-        const float momentum = call.factors[0], rate = call.factors[1], scale = call.runs.scale;
-        for (int64_t i = 0; i < size; i++) {
-            const uint32_t counter = (uint32_t)(column + i);
-            const float g = grad[i] * scale, v = Moment::get(velocity[i]) * momentum + g;
-            const uint32_t moment_bits =
-                Moment::random ? random_bits(key, counter + parts_apart) : 0;
-            velocity[i] = Moment::put(v, moment_bits & 0xffff);
-            const uint32_t row_bits = Row::random ? random_bits(key, counter) : 0;
-            const float moved = Row::get(row[i]) - rate * (g + momentum * v);
-            row[i] = Row::put(moved, row_bits & 0xffff);
-        }
-    }
-
-    ALWAYS static void update(const UpdateCall &call, Sums &sums, typename Row::Value *row,
-                              typename Moment::Value *moments, int64_t d, uint64_t key) {
-        for (int64_t column = 0; column < d; column += panel) {
-            const int64_t size = panel_of(d, column);
-            columns(call, sums.columns(column, size), row + column, moments + column, column, size,
-                    key);
-        }
+    ALWAYS static void update(const UpdateCall &call, const uint8_t *grad, uint8_t *row,
+                              uint8_t *velocity, int64_t d, uint64_t key) {
+        const float momentum = call.factors[0], rate = call.factors[1], scale = call.scale;
+        by_blocks(d, [&](int64_t column, int count) __attribute__((always_inline)) {
+            Block g, v, moved;
+            Bits random = {};
+            load(grad + 4 * column, count, g);
+            Moment::get(velocity + Moment::size * column, count, v);
+            Row::get(row + Row::size * column, count, moved);
+            g *= scale;
+            v = v * momentum + g;
+            if (Moment::random) random_bits(key, (uint32_t)column + parts_apart, random);
+            Moment::put(velocity + Moment::size * column, count, v, random & 0xffff);
+            moved -= rate * (g + momentum * v);
+            if (Row::random) random_bits(key, (uint32_t)column, random);
+            Row::put(row + Row::size * column, count, moved, random & 0xffff);
+        });
     }
 };
 
@@ -228,35 +213,45 @@ template <class Row, class Moment> struct Adagrad {
     static constexpr bool random = Row::random;
     static int64_t width(int64_t) { return 1; }
 
-    ALWAYS static void columns(const UpdateCall &call, const F32 *__restrict grad,
-                               typename Row::Value *__restrict row, float rate, int64_t column,
-                               int64_t size, uint64_t key) {
-        const float scale = call.runs.scale;
-        for (int64_t i = 0; i < size; i++) {
-            const uint32_t bits = Row::random ? random_bits(key, (uint32_t)(column + i)) : 0;
-            row[i] = Row::put(Row::get(row[i]) - rate * (grad[i] * scale), bits & 0xffff);
-        }
-    }
-
-    ALWAYS static void update(const UpdateCall &call, Sums &sums, typename Row::Value *row,
-                              typename Moment::Value *moments, int64_t d, uint64_t key) {
-        const float lr = call.factors[0], eps = call.factors[1];
-        float squares[lanes] = {};
-        const F32 *grad = nullptr;
-        for (int64_t column = 0; column < d; column += panel) {
-            grad = sums.columns(column, panel_of(d, column));
-            add_squares(squares, grad, panel_of(d, column), call.runs.scale);
-        }
-        const float sum = moments[0] + folded(squares) / (float)d;
-        moments[0] = sum;
+    ALWAYS static void update(const UpdateCall &call, const uint8_t *grad, uint8_t *row,
+                              uint8_t *moment, int64_t d, uint64_t key) {
+        const float lr = call.factors[0], eps = call.factors[1], scale = call.scale;
+        Block squares = {};
+        by_blocks(d, [&](int64_t column, int count) __attribute__((always_inline)) {
+            Block g;
+            load(grad + 4 * column, count, g);
+            g *= scale;
+            squares += g * g;
+        });
+        float sum;
+        memcpy(&sum, moment, sizeof(sum));
+        sum += folded(squares) / (float)d;
+        memcpy(moment, &sum, sizeof(sum));
         const float rate = lr / (__builtin_sqrtf(sum) + eps);
-        for (int64_t column = 0; column < d; column += panel) {
-            const int64_t size = panel_of(d, column);
-            if (d > panel) grad = sums.columns(column, size);
-            columns(call, grad, row + column, rate, column, size, key);
-        }
+        by_blocks(d, [&](int64_t column, int count) __attribute__((always_inline)) {
+            Block g, moved;
+            Bits random = {};
+            load(grad + 4 * column, count, g);
+            Row::get(row + Row::size * column, count, moved);
+            moved -= rate * (g * scale);
+            if (Row::random) random_bits(key, (uint32_t)column, random);
+            Row::put(row + Row::size * column, count, moved, random & 0xffff);
+        });
     }
 };
+
+// Where things lie.
+
+inline const uint8_t *gradient(const Runs &runs, int64_t k) {
+    int64_t position = runs.order ? runs.order[k] : k, entry = 0;
+    for (int64_t above = runs.entries; entry + 1 < above;) {
+        const int64_t middle = (entry + above) / 2;
+        (runs.firsts[middle] <= position ? entry : above) = middle;
+    }
+    return (const uint8_t *)runs.grads[entry] + (position - runs.firsts[entry]) * runs.d * 4;
+}
+
+inline int64_t begin_of(const Runs &runs, int64_t u) { return runs.starts ? runs.starts[u] : u; }
 
 inline uint8_t *record(const Place &place, const int64_t *ids, int64_t u, int64_t bytes) {
     const uint64_t row = (uint64_t)(place.compact ? u : ids[u]);
@@ -265,98 +260,158 @@ inline uint8_t *record(const Place &place, const int64_t *ids, int64_t u, int64_
     return (uint8_t *)place.shards[shard] + (row - shard * place.shard_rows) * bytes;
 }
 
-template <template <class, class> class Form, class Row, class Moment>
-void update_all(const UpdateCall &call, int64_t first, int64_t last) {
-    typedef Form<Row, Moment> Rule;
+ALWAYS void to_second_cache(const uint8_t *at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(at + i, 0, 2);
+    __builtin_prefetch(at + bytes - 1, 0, 2);
+}
+
+ALWAYS void to_first_cache(const uint8_t *at, int64_t bytes) { prefetched(at, bytes); }
+
+// How many of the next `most` records, of so many bytes each, to prefetch.
+inline int distance(int most, int64_t bytes) {
+    const int64_t fit = far_bytes / bytes;
+    return fit >= most ? most : fit > near_rows ? (int)fit : near_rows + 1;
+}
+
+template <class Rule, class Row, class Moment>
+ALWAYS void update_wide(const UpdateCall &call, int64_t first, int64_t last, const uint8_t *sums,
+                        const int64_t d) {
     const Arithmetic exact;
-    const int64_t d = call.runs.d, row_bytes = d * sizeof(typename Row::Value);
-    const int64_t moment_bytes = Rule::width(d) * sizeof(typename Moment::Value);
-    Sums sums(call.runs, first, last);
-    uint8_t *rows[ahead], *moments[ahead];
-    const auto fetch = [&](int64_t u) {
-        rows[u % ahead] = record(call.rows, call.ids, u, row_bytes);
-        moments[u % ahead] = record(call.moments, call.ids, u, moment_bytes);
-        prefetched(rows[u % ahead], row_bytes);
-        prefetched(moments[u % ahead], moment_bytes);
+    const Runs runs = call.runs;
+    const int64_t row_bytes = d * Row::size, moment_bytes = Rule::width(d) * Moment::size;
+    const int far = distance(far_rows, row_bytes + moment_bytes + 4 * d);
+    uint8_t *rows[ring], *moments[ring];
+    const uint8_t *grads[ring];
+    const auto come = [&](int64_t u) __attribute__((always_inline)) {
+        const unsigned i = (unsigned)u % ring;
+        rows[i] = record(call.rows, call.ids, u, row_bytes);
+        moments[i] = record(call.moments, call.ids, u, moment_bytes);
+        to_second_cache(rows[i], row_bytes);
+        to_second_cache(moments[i], moment_bytes);
+        const int64_t begin = begin_of(runs, u);
+        if (begin_of(runs, u + 1) - begin > 1) {
+            grads[i] = sums;
+            sums += 4 * d;
+        } else {
+            grads[i] = gradient(runs, begin);
+            to_second_cache(grads[i], 4 * d);
+        }
     };
-    for (int64_t u = first; u < first + ahead && u < last; u++) fetch(u);
+    for (int64_t u = first; u < first + far && u < last; u++) come(u);
     for (int64_t u = first; u < last; u++) {
-        uint8_t *const row = rows[u % ahead], *const moment = moments[u % ahead];
-        if (u + ahead < last) fetch(u + ahead);
-        sums.go(u);
+        if (u + far < last) come(u + far);
+        if (u + near_rows < last) {
+            const unsigned i = (unsigned)(u + near_rows) % ring;
+            to_first_cache(rows[i], row_bytes);
+            to_first_cache(moments[i], moment_bytes);
+            to_first_cache(grads[i], 4 * d);
+        }
+        const unsigned i = (unsigned)u % ring;
         const uint64_t key = Rule::random ? splitmix64(call.key ^ (uint64_t)call.ids[u]) : 0;
-        Rule::update(call, sums, (typename Row::Value *)row, (typename Moment::Value *)moment, d,
-                     key);
+        Rule::update(call, grads[i], rows[i], moments[i], d, key);
     }
 }
 
+// The usual width is a constant for the compiler.
+constexpr int64_t usual = 64;
+
+template <template <class, class> class Form, class Row, class Moment>
+void update_all(const UpdateCall &call, int64_t first, int64_t last, const float *from) {
+    typedef Form<Row, Moment> Rule;
+    const uint8_t *const sums = (const uint8_t *)from;
+    if (call.runs.d == usual) update_wide<Rule, Row, Moment>(call, first, last, sums, usual);
+    else update_wide<Rule, Row, Moment>(call, first, last, sums, call.runs.d);
+}
+
 template <template <class, class> class Form, class Row>
-void update_moments(const UpdateCall &call, int64_t first, int64_t last) {
-    if (!call.moments.bf16) return update_all<Form, Row, Exact>(call, first, last);
-    if (call.stochastic) return update_all<Form, Row, Stochastic>(call, first, last);
-    update_all<Form, Row, Nearest>(call, first, last);
+void update_moments(const UpdateCall &call, int64_t first, int64_t last, const float *sums) {
+    if (!call.moments.bf16) return update_all<Form, Row, Exact>(call, first, last, sums);
+    if (call.stochastic) return update_all<Form, Row, Stochastic>(call, first, last, sums);
+    update_all<Form, Row, Nearest>(call, first, last, sums);
 }
 
 template <template <class, class> class Form>
-void update_by(const UpdateCall &call, int64_t first, int64_t last) {
-    if (!call.rows.bf16) return update_moments<Form, Exact>(call, first, last);
-    if (call.stochastic) return update_moments<Form, Stochastic>(call, first, last);
-    update_moments<Form, Nearest>(call, first, last);
+void update_by(const UpdateCall &call, int64_t first, int64_t last, const float *sums) {
+    if (!call.rows.bf16) return update_moments<Form, Exact>(call, first, last, sums);
+    if (call.stochastic) return update_moments<Form, Stochastic>(call, first, last, sums);
+    update_moments<Form, Nearest>(call, first, last, sums);
 }
 
-void update_by_adagrad(const UpdateCall &call, int64_t first, int64_t last) {
-    if (!call.rows.bf16) return update_all<Adagrad, Exact, Exact>(call, first, last);
-    if (call.stochastic) return update_all<Adagrad, Stochastic, Exact>(call, first, last);
-    update_all<Adagrad, Nearest, Exact>(call, first, last);
+void update_by_adagrad(const UpdateCall &call, int64_t first, int64_t last, const float *sums) {
+    if (!call.rows.bf16) return update_all<Adagrad, Exact, Exact>(call, first, last, sums);
+    if (call.stochastic) return update_all<Adagrad, Stochastic, Exact>(call, first, last, sums);
+    update_all<Adagrad, Nearest, Exact>(call, first, last, sums);
+}
+
+ALWAYS Survey survey_wide(const SurveyCall &call, int64_t first, int64_t last, uint8_t *sums,
+                          const int64_t d) {
+    const Arithmetic exact;
+    const Runs runs = call.runs;
+    const int64_t all = begin_of(runs, last), bytes = 4 * d;
+    const int far = distance(far_grads, bytes);
+    Bits most = {};
+    Wide8 squares[2] = {};
+    const auto next = [&](int64_t k) __attribute__((always_inline)) {
+        if (k + far < all) to_second_cache(gradient(runs, k + far), bytes);
+        return gradient(runs, k);
+    };
+    const auto look_at = [&](const Block &sum) __attribute__((always_inline)) {
+        // As integers, sizes are ordered in the same way, and a NaN is the largest.
+        const Bits size = (Bits)sum & 0x7fffffff;
+        most = (Signed)size > (Signed)most ? size : most;
+        if (!call.squares) return;
+        Block8 halves[2];
+        memcpy(halves, &sum, sizeof(sum));
+        for (int i = 0; i < 2; i++) {
+            const Wide8 wide = __builtin_convertvector(halves[i], Wide8);
+            squares[i] += wide * wide;
+        }
+    };
+    for (int64_t u = first, k = begin_of(runs, first); u < last; u++) {
+        const int64_t end = begin_of(runs, u + 1);
+        const uint8_t *grad = next(k);
+        if (++k == end) {
+            by_blocks(d, [&](int64_t column, int count) __attribute__((always_inline)) {
+                Block sum;
+                load(grad + 4 * column, count, sum);
+                look_at(sum);
+            });
+            continue;
+        }
+        copy(sums, grad, bytes);
+        for (; k < end; k++) {
+            grad = next(k);
+            by_blocks(d, [&](int64_t column, int count) __attribute__((always_inline)) {
+                Block sum, more;
+                load(sums + 4 * column, count, sum);
+                load(grad + 4 * column, count, more);
+                sum += more;
+                store(sums + 4 * column, count, sum);
+                if (k + 1 == end) look_at(sum);
+            });
+        }
+        sums += bytes;
+    }
+    uint32_t largest = 0;
+    for (int i = 0; i < lanes; i++) largest = most[i] > largest ? most[i] : largest;
+    double sums_16[lanes];
+    memcpy(sums_16, squares, sizeof(squares));
+    return {largest, folded(sums_16)};
 }
 
 }  // namespace
 
-void update_rows(const UpdateCall &call, int64_t first, int64_t last) {
+void update_rows(const UpdateCall &call, int64_t first, int64_t last, const float *sums) {
     switch (call.rule) {
-        case UpdateRule::adam: return update_by<Adam>(call, first, last);
-        case UpdateRule::nesterov: return update_by<Nesterov>(call, first, last);
-        case UpdateRule::adagrad: return update_by_adagrad(call, first, last);
+        case UpdateRule::adam: return update_by<Adam>(call, first, last, sums);
+        case UpdateRule::nesterov: return update_by<Nesterov>(call, first, last, sums);
+        case UpdateRule::adagrad: return update_by_adagrad(call, first, last, sums);
     }
 }
 
-void sum_runs(const Runs &runs, int64_t first, int64_t last, float *out) {
-    const Arithmetic exact;
-    Sums sums(runs, first, last);
-    for (int64_t u = first; u < last; u++) {
-        sums.go(u);
-        for (int64_t column = 0; column < runs.d; column += panel) {
-            const int64_t size = panel_of(runs.d, column);
-            const F32 *grad = sums.columns(column, size);
-            F32 *__restrict to = out + u * runs.d + column;
-            for (int64_t i = 0; i < size; i++) to[i] = grad[i] * runs.scale;
-        }
-    }
-}
-
-double square_runs(const Runs &runs, int64_t first, int64_t last) {
-    const Arithmetic exact;
-    Sums sums(runs, first, last);
-    double squares[lanes] = {};
-    for (int64_t u = first; u < last; u++) {
-        sums.go(u);
-        for (int64_t column = 0; column < runs.d; column += panel) {
-            const int64_t size = panel_of(runs.d, column);
-            add_squares(squares, sums.columns(column, size), size, runs.scale);
-        }
-    }
-    return folded(squares);
-}
-
-// Sizes are compared as integers: they are ordered in the same way, and a NaN is the largest.
-bool within(const float *unaligned, int64_t count, float limit) {
-    const U32 *values = (const U32 *)unaligned;
-    uint32_t most = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t size = values[i] & 0x7fffffff;
-        most = size > most ? size : most;
-    }
-    return most <= bits_of(limit);
+Survey survey(const SurveyCall &call, int64_t first, int64_t last, float *sums) {
+    if (call.runs.d == usual) return survey_wide(call, first, last, (uint8_t *)sums, usual);
+    return survey_wide(call, first, last, (uint8_t *)sums, call.runs.d);
 }
 
 }  // namespace engraphy::ENGRAPHY_LEVEL

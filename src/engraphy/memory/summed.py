@@ -4,11 +4,11 @@ The plain versions here say in which order numbers are added, so that the result
 whatever the machine and the number of threads:
 
 - The gradients of a row are added one after the other, in the order of their positions.
-- A sum of squares is taken over chunks of 4096 rows, which are added one after the other. A chunk
+- A sum of squares is taken over chunks of 2048 rows, which are added one after the other. A chunk
   has 16 running sums: column c belongs to number c % 16. They are folded in halves at its end.
 
-The native core (`_native/update_kernel.cpp`) gives the same bits. With it the sums are made where
-they are used, and take no memory of their own unless `grad` is asked for.
+The native core (`_native/update_kernel.cpp`) gives the same bits. It sums the gradients of rows
+that have several, and leaves those of the others where they are.
 """
 
 # _native is private to engraphy.
@@ -17,18 +17,17 @@ they are used, and take no memory of their own unless `grad` is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import _native
 
 LANES = 16  # running sums
-_CHUNK = 4096  # rows
-_FEW = 1 << 27  # gradients of a row whose sum is finite, if each is at most _SMALL
-_SMALL = 1e30
+_CHUNK = 2048  # rows
 
 # What native calls take (`Runs` in _core.pyi).
-NativeRuns = tuple[int, int, int, int, int, int, int, float]
+NativeRuns = tuple[int, int, int, int, int, int, int]
 
 
 class SummedGrad:
@@ -38,6 +37,8 @@ class SummedGrad:
 
     Attributes:
         ids: int64 [U], ascending and distinct.
+        runs: the gradients before they are summed, for native calls.
+        scale: multiplies their sums.
     """
 
     def __init__(self, ids: np.ndarray, grad: np.ndarray) -> None:
@@ -48,8 +49,9 @@ class SummedGrad:
             grad: f32 [U, d].
         """
         self.ids = np.ascontiguousarray(ids, np.int64)
+        self.scale = 1.0
         grad_Ud = np.ascontiguousarray(grad, np.float32)
-        self._runs = _Runs([grad_Ud], None, None, grad_Ud.shape)
+        self.runs = Runs([grad_Ud], len(grad_Ud), grad_Ud.shape[1])
         self._grad: np.ndarray | None = grad_Ud
 
     @classmethod
@@ -64,10 +66,10 @@ class SummedGrad:
         grads = [np.ascontiguousarray(grad_nd, np.float32) for grad_nd in grads]
         if not len(ids_N):
             return cls(ids_N, np.concatenate(grads))
-        ids_U, order_N, starts = _sorted(ids_N)
         summed = cls.__new__(cls)
-        summed.ids = ids_U
-        summed._runs = _Runs(grads, order_N, starts, (len(ids_U), grads[0].shape[1]))
+        summed.scale = 1.0
+        summed.ids, order = _sorted(ids_N)
+        summed.runs = Runs(grads, len(summed.ids), grads[0].shape[1], order)
         summed._grad = None
         return summed
 
@@ -75,7 +77,9 @@ class SummedGrad:
     def grad(self) -> np.ndarray:
         """f32 [U, d]: the sums."""
         if self._grad is None:
-            self._grad = self._runs.sums()
+            self._grad = self.runs.grad()
+            if self.scale != 1:
+                self._grad = self._grad * np.float32(self.scale)
         return self._grad
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -84,123 +88,146 @@ class SummedGrad:
 
     def scaled(self, factor: float) -> SummedGrad:
         """The gradient times a factor, which is rounded to f32."""
-        if self._runs.scale != 1:
+        if self.scale != 1:
             return SummedGrad(self.ids, self.grad * np.float32(factor))
         summed = SummedGrad.__new__(SummedGrad)
         summed.ids = self.ids
-        summed._runs = self._runs.scaled(factor)
+        summed.runs = self.runs
+        summed.scale = float(np.float32(factor))
         summed._grad = None
         return summed
 
     def square_sum(self) -> float:
         """Sum of the squares of all values, in f64."""
-        core = _native.core
-        return square_sum(self.grad) if core is None else core.square_runs(self.native())
+        if _native.core is None or self.scale != 1:
+            return square_sum(self.grad)
+        return self.runs.square_sum()
 
     def bad_row(self) -> int | None:
         """The first row whose gradient is not finite; None if all are finite."""
-        if self._runs.are_small():
+        if _native.core is not None and abs(self.scale) <= 1 and self.runs.are_finite():
             return None
         finite_U = np.isfinite(self.grad).all(axis=1)
         return None if finite_U.all() else int(self.ids[~finite_U][0])
 
-    def native(self) -> NativeRuns:
-        """For native calls, as long as this object lives."""
-        return self._runs.native()
+
+class Order(NamedTuple):
+    """Positions of gradients, sorted by row.
+
+    Attributes:
+        positions_N: int64 [N].
+        starts: int64 [U + 1]: where those of each row begin.
+        several: how many rows have several gradients.
+    """
+
+    positions_N: np.ndarray
+    starts: np.ndarray
+    several: int
 
 
-class _Runs:
+class Runs:
     """Gradients in the order of their rows. Those of a row are a run.
 
     Args:
         grads: f32 [n, d] each, C-contiguous.
-        order_N: int64 [N], positions in all of them, sorted by row. None if each row has one.
-        starts: int64 [U + 1], where each run begins. None if each row has one gradient.
-        shape: (U, d).
-        scale: multiplies the sums; an f32.
+        rows: U.
+        dim: d.
+        order: of the positions in all of them. None: row u has the gradient at position u.
     """
 
     def __init__(
-        self,
-        grads: list[np.ndarray],
-        order_N: np.ndarray | None,
-        starts: np.ndarray | None,
-        shape: tuple[int, ...],
-        scale: float = 1.0,
+        self, grads: list[np.ndarray], rows: int, dim: int, order: Order | None = None
     ) -> None:
-        self.scale = scale
         self._grads = grads
-        self._order_N = order_N
-        self._starts = starts
-        self._shape = shape
+        self._rows = rows
+        self._dim = dim
+        self._order = order
+        self._sums_Md: np.ndarray | None = None  # of rows that have several
         ends = np.cumsum([len(grad_nd) for grad_nd in grads])
         self._firsts = np.array([0, *ends[:-1]], np.int64)
         self._addresses: np.ndarray | None = None
 
-    def scaled(self, factor: float) -> _Runs:
-        scale = float(np.float32(factor))
-        return _Runs(self._grads, self._order_N, self._starts, self._shape, scale)
+    def grad(self) -> np.ndarray:
+        """f32 [U, d]: the sums."""
+        grad_Nd = np.concatenate(self._grads)
+        if self._order is None:
+            return grad_Nd
+        if _native.core is None:
+            return _sum_runs(grad_Nd, self._order)
+        starts = self._order.starts
+        sums_Md = self.sums()
+        grad_Ud = grad_Nd[self._order.positions_N[starts[:-1]]]
+        grad_Ud[np.diff(starts) > 1] = sums_Md
+        return grad_Ud
+
+    # With the native core alone.
+
+    def are_finite(self) -> bool:
+        """Whether all sums are finite."""
+        return self._survey()[0]
+
+    def square_sum(self) -> float:
+        """Sum of the squares of all sums, in f64."""
+        return self._survey(squares=True)[1]
+
+    def sums(self) -> np.ndarray:
+        """f32 [M, d]: the sums of rows that have several gradients."""
+        if self._sums_Md is None:
+            self._survey()
+        assert self._sums_Md is not None
+        return self._sums_Md
 
     def native(self) -> NativeRuns:
+        """For native calls, as long as this object lives."""
         core = _native.compiled()
         if self._addresses is None:
             self._addresses = np.array([core.address(grad) for grad in self._grads], np.uint64)
+        positions = starts = 0
+        if self._order is not None:
+            positions = core.address(self._order.positions_N)
+            starts = core.address(self._order.starts)
         return (
             core.address(self._addresses),
             core.address(self._firsts),
             len(self._grads),
-            0 if self._order_N is None else core.address(self._order_N),
-            0 if self._starts is None else core.address(self._starts),
-            *self._shape,
-            self.scale,
+            positions,
+            starts,
+            self._rows,
+            self._dim,
         )
 
-    def sums(self) -> np.ndarray:
-        """f32 [U, d]."""
-        core = _native.core
-        if core is not None:
-            sums_Ud = np.empty(self._shape, np.float32)
-            core.sum_runs(self.native(), core.address(sums_Ud))
-            return sums_Ud
-        sums_Ud = np.concatenate(self._grads)
-        if self._order_N is not None and self._starts is not None:
-            sums_Ud = _sum_runs(sums_Ud, self._order_N, self._starts)
-        return sums_Ud * np.float32(self.scale)
-
-    def are_small(self) -> bool:
-        """Whether all gradients are so small that each sum is finite; False if that is not known.
-
-        This reads them in the order of memory, which is faster than summing.
-        """
-        core = _native.core
-        if core is None or sum(map(len, self._grads)) > _FEW:
-            return False
-        return all(core.within(core.address(g), g.size, _SMALL) for g in self._grads)
+    def _survey(self, squares: bool = False) -> tuple[bool, float]:
+        core = _native.compiled()
+        if self._sums_Md is None:
+            several = 0 if self._order is None else self._order.several
+            self._sums_Md = np.empty((several, self._dim), np.float32)
+        return core.survey(self.native(), core.address(self._sums_Md), squares)
 
 
-def _sorted(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct ids [U], positions [N] sorted by id, and where each id begins in them [U + 1]."""
+def _sorted(ids_N: np.ndarray) -> tuple[np.ndarray, Order]:
+    """Distinct ids [U], and the order of the positions."""
     core = _native.core
     count = len(ids_N)
     if core is not None:
         order_N = np.empty(count, np.int64)
         rows_N = np.empty(count, np.int64)
         starts = np.empty(count + 1, np.int64)
-        distinct = core.sort_rows(
-            core.address(ids_N), count, *(core.address(out) for out in (order_N, rows_N, starts))
-        )
+        outputs = [core.address(out) for out in (order_N, rows_N, starts)]
+        distinct, several = core.sort_rows(core.address(ids_N), count, *outputs)
         if distinct >= 0:
-            return rows_N[:distinct], order_N, starts[: distinct + 1]
+            return rows_N[:distinct], Order(order_N, starts[: distinct + 1], several)
     order_N = np.argsort(ids_N, kind="stable")
     sorted_N = ids_N[order_N]
     is_first_N = np.ones(count, bool)
     is_first_N[1:] = sorted_N[1:] != sorted_N[:-1]
     starts = np.append(np.flatnonzero(is_first_N), count)
-    return sorted_N[starts[:-1]], order_N, starts
+    several = int((np.diff(starts) > 1).sum())
+    return sorted_N[starts[:-1]], Order(order_N, starts, several)
 
 
-def _sum_runs(grad_Nd: np.ndarray, order_N: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def _sum_runs(grad_Nd: np.ndarray, order: Order) -> np.ndarray:
     """f32 [U, d]: the sum of each run."""
+    order_N, starts, _ = order
     grad_Ud = grad_Nd[order_N[starts[:-1]]]
     run_N = np.repeat(np.arange(len(grad_Ud)), np.diff(starts))
     is_later_N = np.ones(len(order_N), bool)

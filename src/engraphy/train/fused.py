@@ -107,9 +107,17 @@ def _update(
 ) -> None:
     core = _native.compiled()
     a, b, c, d = (*rule.factors, 0.0, 0.0, 0.0)[:4]
-    ids_at = core.address(grad.ids)
     bad = core.update_rows(
-        rule.name, (a, b, c, d), grad.native(), ids_at, rows.place, moments.place, stochastic, key
+        rule.name,
+        (a, b, c, d),
+        grad.runs.native(),
+        core.address(grad.runs.sums()),
+        grad.scale,
+        core.address(grad.ids),
+        rows.place,
+        moments.place,
+        stochastic,
+        key,
     )
     if bad >= 0:
         check_ids(grad.ids, min(rows.place[2], moments.place[2]))
