@@ -30,6 +30,7 @@ from ..spec.hash import HashSpec
 from ..store.group import StoreGroup
 from .versions import cache_argument
 
+_uncompiled: Any = torch.compiler.disable  # its own type hides what it decorates
 _PAST_IDS = 2  # which conv state of a cached layer holds the last token ids
 
 
@@ -110,7 +111,7 @@ class ServedTable:
         read(self.stores[layer], ids, self.stores.format, values)
         return out
 
-    @torch.compiler.disable
+    @_uncompiled
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook of the decoder."""
         outer = _CALL.get()
@@ -118,7 +119,7 @@ class ServedTable:
             outer = outer.outer  # it was left behind: a decoder does not run within itself
         _CALL.set(_Call(self, outer))
 
-    @torch.compiler.disable
+    @_uncompiled
     def _submit(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the first block: the ids are now those that every block will hash."""
         call = _CALL.get()
@@ -144,7 +145,7 @@ class ServedTable:
         ids = cache.layers[layer].conv_states[_PAST_IDS]
         return ids[:, -(self._addresser.spec.order - 1) :].cpu().numpy()
 
-    @torch.compiler.disable
+    @_uncompiled
     def _end(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook of the decoder; also runs if its forward has raised."""
         call = _CALL.get()
