@@ -111,6 +111,9 @@ def test_rows_go_to_the_device_that_was_asked_for(in_memory, monkeypatch):
     with Prefetcher(ram()) as prefetcher:
         rows = prefetcher.submit(ids, device="meta").wait()
         here = prefetcher.submit(ids).wait()
+    with Prefetcher(ram(), device="meta") as elsewhere:
+        assert elsewhere.submit(ids).wait()[LAYERS[0]].device.type == "meta"
+        assert elsewhere.submit(ids, device="cpu").wait()[LAYERS[0]].device.type == "cpu"
     for layer in LAYERS:
         assert rows[layer].device.type == "meta" and here[layer].device.type == "cpu"
         assert rows[layer].shape == here[layer].shape and rows[layer].dtype == torch.float32

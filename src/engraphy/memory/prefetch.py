@@ -40,6 +40,7 @@ class Prefetcher:
         self,
         sources: StoreGroup | Mapping[int, tuple[RowStore, RowFormat]],
         limit: int = LIMIT,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Starts no thread yet.
 
@@ -47,6 +48,8 @@ class Prefetcher:
             sources: the stores of a memory, or layer -> (store, format of its rows).
             limit: most bytes of rows in flight, submitted and not read yet. `submit` blocks while
                 there would be more. If nothing is in flight, it accepts a ticket of any size.
+            device: where rows go unless a call says otherwise. CUDA: through page-locked memory,
+                on a separate stream (written, but not yet run on a GPU).
 
         Raises:
             ConfigError: the limit is below 1.
@@ -59,6 +62,7 @@ class Prefetcher:
         for layer, (store, fmt) in sources.items():
             _check_format(layer, store, fmt)
         self._sources = dict(sources)
+        self._device = torch.device(device)
         self._queue = ReadQueue(limit)
         self._end = weakref.finalize(self, self._queue.end)
         self._end.atexit = False
@@ -67,15 +71,14 @@ class Prefetcher:
         self,
         ids: Mapping[int, np.ndarray],
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         owned: bool = False,
     ) -> Ticket:
         """Requests rows. Errors of reading, such as ids out of range, are raised by `wait`.
 
         Args:
             ids: layer -> row ids int64 [B, T, C].
-            device: where the rows go. CUDA: through page-locked memory, on a separate stream
-                (written, but not yet run on a GPU).
+            device: where the rows go; None = where those of the prefetcher go.
             owned: True: the caller never changes the arrays again, so they are not copied. False:
                 the caller may change them afterwards.
 
@@ -90,7 +93,7 @@ class Prefetcher:
         requests = [
             RowRequest(layer, *self._sources[layer], ids_BTC) for layer, ids_BTC in ids.items()
         ]
-        transfer = self._queue.transfer(torch.device(device))
+        transfer = self._queue.transfer(self._target(device))
         if rows <= FEW_ROWS and all([request.store.in_memory for request in requests]):
             return self._queue.at_once(requests, rows, transfer)
         if not owned:
@@ -100,7 +103,7 @@ class Prefetcher:
         return ticket
 
     def read(
-        self, request: Request, *, device: torch.device | str = "cpu", now: bool = False
+        self, request: Request, *, device: torch.device | str | None = None, now: bool = False
     ) -> Ticket:
         """Requests rows by a request that knows how to read them.
 
@@ -112,12 +115,15 @@ class Prefetcher:
         Raises:
             StoreError: the prefetcher is closed.
         """
-        transfer = self._queue.transfer(torch.device(device))
+        transfer = self._queue.transfer(self._target(device))
         if now:
             return self._queue.at_once([request], request.rows, transfer)
         ticket = Ticket(self._queue, [request], transfer)
         self._queue.put(ticket, request.rows)
         return ticket
+
+    def _target(self, device: torch.device | str | None) -> torch.device:
+        return self._device if device is None else torch.device(device)
 
     def _check_ids(self, layer: int, ids_BTC: np.ndarray) -> None:
         if layer not in self._sources:
