@@ -237,3 +237,96 @@ double probe_update(float *rows, int64_t row_width, float *moments, int64_t mome
     Update call = {{rows, moments}, {row_width, moment_width}, ids, count, number};
     return run(1, update_share, &call);
 }
+
+// Rows `ids` of a table, each of which becomes a row of `out_bytes`: its own bytes, or whole lines
+// that repeat them, as many as its numbers take. `second`: prefetch to the second level of the
+// caches. Otherwise as in probe_gather.
+typedef struct {
+    const uint8_t *table;
+    const int64_t *ids;
+    int64_t count, row_bytes, out_bytes;
+    uint8_t *out;
+    int threads, ahead, second, stream;
+} Widen;
+
+typedef char Line __attribute__((vector_size(LINE), aligned(1), may_alias));
+
+static inline __attribute__((always_inline)) void fetch_second(const uint8_t *row, int64_t size) {
+    for (int64_t at = 0; at < size; at += LINE) __builtin_prefetch(row + at, 0, 2);
+    if (size % LINE) __builtin_prefetch(row + size - 1, 0, 2);
+}
+
+static inline __attribute__((always_inline)) void put_line(uint8_t *to, Line line, int stream) {
+    if (stream) put_lines(to, (const uint8_t *)&line, LINE);
+    else *(Line *)to = line;
+}
+
+// Inlined, so that sizes are constants.
+static inline __attribute__((always_inline)) void widen_row(uint8_t *to, const uint8_t *row,
+                                                            int64_t size, int64_t out_size,
+                                                            int stream) {
+    Line part = {0};
+    if (out_size % LINE) {
+        memcpy(to, row, size);
+        return;
+    }
+    if (size < LINE) memcpy(&part, row, size);
+    for (int64_t at = 0, from = 0; at < out_size; at += LINE, from += LINE) {
+        if (from >= size) from = 0;
+        if (size >= LINE) part = *(const Line *)(row + (from + LINE <= size ? from : size - LINE));
+        put_line(to + at, part, stream);
+    }
+}
+
+static inline __attribute__((always_inline)) void widen_rows(const Widen *w, int64_t first,
+                                                             int64_t last, int64_t size,
+                                                             int64_t out_size, int stream) {
+    const int64_t *ids = w->ids;
+    for (int64_t i = first; i < last + w->ahead; i++) {
+        if (i < last) {
+            const uint8_t *row = w->table + ids[i] * size;
+            if (w->second) fetch_second(row, size);
+            else fetch(row, size);
+        }
+        const int64_t j = i - w->ahead;
+        if (j < first) continue;
+        uint8_t *to = w->out + j * out_size;
+        if (!stream && j + 1 < last)
+            for (int64_t at = 0; at < out_size; at += LINE) __builtin_prefetch(to + out_size + at, 1);
+        widen_row(to, w->table + ids[j] * size, size, out_size, stream);
+    }
+#if defined(__SSE2__)
+    if (stream) _mm_sfence();
+#endif
+}
+
+#define WIDENINGS(X)                                                                            \
+    X(34, 34) X(34, 128) X(34, 256) X(64, 64) X(66, 66) X(66, 128) X(66, 256) X(66, 512)        \
+    X(128, 128) X(130, 130) X(130, 256) X(130, 512) X(130, 1024) X(132, 132) X(132, 256)        \
+    X(132, 512) X(256, 256) X(258, 258) X(258, 512) X(258, 1024) X(264, 264) X(264, 512)        \
+    X(264, 1024) X(512, 512)
+
+static void widen_share(void *context, int thread) {
+    const Widen *w = context;
+    const int64_t first = w->count * thread / w->threads, last = w->count * (thread + 1) / w->threads;
+#define WIDENING(size, out_size)                                              \
+    if (w->row_bytes == size && w->out_bytes == out_size) {                   \
+        if (w->stream) widen_rows(w, first, last, size, out_size, 1);         \
+        else widen_rows(w, first, last, size, out_size, 0);                   \
+    }
+    WIDENINGS(WIDENING)
+#undef WIDENING
+}
+
+// `out` begins with a line.
+double probe_widen(const uint8_t *table, const int64_t *ids, int64_t count, int64_t row_bytes,
+                   int64_t out_bytes, uint8_t *out, int threads, int ahead, int second,
+                   int stream) {
+    int known = 0;
+#define WIDENING(size, out_size) known |= row_bytes == size && out_bytes == out_size;
+    WIDENINGS(WIDENING)
+#undef WIDENING
+    if (!known || threads < 1 || ahead < 0 || (uintptr_t)out % LINE) return -EINVAL;
+    Widen call = {table, ids, count, row_bytes, out_bytes, out, threads, ahead, second, stream};
+    return run(threads, widen_share, &call);
+}

@@ -58,6 +58,10 @@ class Probe:
         long = ctypes.c_int64
         flags = [ctypes.c_int] * 3
         self._library.probe_gather.argtypes = [address, address, long, long, long, address, *flags]
+        widen_flags = [ctypes.c_int] * 4
+        sizes = [long] * 3
+        self._library.probe_widen.argtypes = [address, address, *sizes, address, *widen_flags]
+        self._library.probe_widen.restype = ctypes.c_double
         self._library.probe_pread.argtypes = [address, address, long, long, ctypes.c_int]
         self._library.probe_resident.argtypes = [ctypes.c_int, long]
         self._library.probe_map.argtypes = [address, long, long, long]
@@ -116,6 +120,42 @@ class Probe:
                 ids_U.ctypes.data,
                 len(ids_U),
                 0.0,
+            )
+        )
+
+    def widen(
+        self,
+        table: np.ndarray,
+        ids_N: np.ndarray,
+        row_bytes: int,
+        out_NR: np.ndarray,
+        threads: int,
+        ahead: int,
+        second: bool,
+        stream: bool,
+    ) -> float:
+        """Reads rows of a table (uint8, contiguous) and writes as many bytes as `out` has: the
+        rows' own, or whole lines that repeat them. `second`: prefetches to the second level of the
+        caches."""
+        out_bytes = out_NR.nbytes // len(ids_N)
+        if (
+            ids_N.dtype != np.int64
+            or int(ids_N.max()) >= table.nbytes // row_bytes
+            or out_NR.nbytes != out_bytes * len(ids_N)
+        ):
+            raise ValueError("probe: ids, table and out do not fit each other")
+        return _seconds(
+            self._library.probe_widen(
+                table.ctypes.data,
+                ids_N.ctypes.data,
+                len(ids_N),
+                row_bytes,
+                out_bytes,
+                out_NR.ctypes.data,
+                threads,
+                ahead,
+                second,
+                stream,
             )
         )
 

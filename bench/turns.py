@@ -26,9 +26,11 @@ class Variant:
     run: Callable[[Any], Any]
 
 
-def rows_a_second(variants: Mapping[str, Variant], rounds: int, seed: int) -> dict[str, float]:
-    """Median speed of each variant over the rounds. Each round runs every variant once, in an order
-    of its own. One round before them is not counted."""
+def seconds_by_round(
+    variants: Mapping[str, Variant], rounds: int, seed: int
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round. Each round runs every variant once, in an order of its
+    own. One round before them is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(seed).shuffle
@@ -41,9 +43,14 @@ def rows_a_second(variants: Mapping[str, Variant], rounds: int, seed: int) -> di
             taken = time.perf_counter() - begun
             seconds[name].append(answer if isinstance(answer, float) else taken)
             del prepared, answer
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def rows_a_second(variants: Mapping[str, Variant], rounds: int, seed: int) -> dict[str, float]:
+    """Median speed of each variant over the rounds of `seconds_by_round`."""
     return {
-        name: variants[name].rows / statistics.median(values[1:])
-        for name, values in seconds.items()
+        name: variants[name].rows / statistics.median(values)
+        for name, values in seconds_by_round(variants, rounds, seed).items()
     }
 
 
