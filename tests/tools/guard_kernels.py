@@ -47,6 +47,10 @@ def normal(*shape: int) -> np.ndarray:
     return paged(seed.standard_normal(shape, dtype=np.float32))
 
 
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    return paged((values.view(np.uint32) >> 16).astype(np.uint16))
+
+
 def at(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
@@ -114,6 +118,40 @@ def token_rows(kind: str) -> Call:
     return call
 
 
+def chunk_fusion(bf16: bool, backward: bool) -> Call:
+    """2 sequences of 64 tokens, hidden size 128, a convolution of 4 taps; without projections."""
+    batch, tokens, hidden, taps, dilation = 2, 64, 128, 4, 3
+    shape = (batch, tokens, 1, hidden)
+
+    def value(*shape: int) -> np.ndarray:
+        return bf16_bits(normal(*shape)) if bf16 else normal(*shape)
+
+    weights = [normal(1, hidden), normal(hidden), normal(taps, hidden), normal(taps, 1, hidden)]
+    inputs = [value(*shape), value(*shape), value(batch, tokens, hidden)]
+    gate, stats = normal(batch, tokens), normal(batch, tokens, 4)
+    out, columns = value(*shape), normal(batch, 9, hidden)
+    sizes = 2 if bf16 else 0, batch, tokens, 1, hidden, taps, dilation, 1e-6, 1e-6
+    common = (*sizes, True, 9, False, *map(at, weights), *map(at, inputs), 0, 0, 0, 1)
+    core = _native.compiled()
+
+    def forward() -> object:
+        assert weights and inputs  # which the addresses belong to
+        return core.fuse_chunk(*common, at(out), at(gate), at(columns), at(stats))
+
+    if not backward:
+        return forward
+    forward()
+    grads = [paged(array) for array in inputs]
+    out_grad, sums = value(*shape), normal(1 + taps, hidden)
+
+    def call() -> object:
+        assert weights and inputs  # which the addresses belong to
+        outputs = *map(at, grads), 0, at(sums)
+        return core.fuse_chunk_backward(*common, at(out_grad), 0, 0, at(gate), at(stats), *outputs)
+
+    return call
+
+
 def token_fusion(bf16: bool) -> Call:
     """One token: hidden size 576, one stream, rows of 1,024 values, a convolution of 4 taps."""
     hidden, width, taps, dilation = 576, 1024, 4, 3
@@ -124,8 +162,7 @@ def token_fusion(bf16: bool) -> Call:
     )
 
     def value(*shape: int) -> np.ndarray:
-        values = normal(*shape)
-        return paged((values.view(np.uint32) >> 16).astype(np.uint16)) if bf16 else values
+        return bf16_bits(normal(*shape)) if bf16 else normal(*shape)
 
     weights, x, table_rows = [value(*shape) for shape in shapes], value(hidden), normal(width)
     columns = normal((taps - 1) * dilation + 1, hidden)
@@ -178,6 +215,11 @@ def row_update(rule: str, moments_a_row: int, bf16: bool = False) -> Call:
 
 
 KERNELS: dict[str, Callable[[], Call]] = {
+    **{
+        f"fusion of a chunk, {kind}{back}": partial(chunk_fusion, kind == "bf16", bool(back))
+        for kind in ("float32", "bf16")
+        for back in ("", ", backward")
+    },
     **{f"addresses of 4 x 256 tokens, {name}": partial(addresses, name) for name in SPECS},
     **{
         f"1,024 rows of width 64, {kind} to float32": partial(rows, kind)
