@@ -189,16 +189,17 @@ def sorted_rows() -> Call:
 
 
 def row_update(rule: str, moments_a_row: int, bf16: bool = False) -> Call:
-    """Rows of width 64 get 1,024 gradients, summed by row. bf16: rows and moments, rounded
-    stochastically."""
+    """Rows of width 64 get 1,024 gradients, surveyed and summed by row. bf16: rows and moments,
+    rounded stochastically."""
     core = _native.compiled()
     grads_Nd, ids_N = normal(COUNT, 64), some_ids(700, COUNT)
     order, distinct, starts = (paged(np.zeros(COUNT + 1, np.int64)) for _ in range(3))
-    count = core.sort_rows(at(ids_N), COUNT, at(order), at(distinct), at(starts))
+    count, several = core.sort_rows(at(ids_N), COUNT, at(order), at(distinct), at(starts))
+    sums = normal(several, 64)
     firsts = np.zeros(1, np.int64)
     arrays = [np.array([at(grads_Nd)], np.uint64), firsts, order, starts, distinct]
     arrays.append(grads_Nd)
-    runs = (at(arrays[0]), at(firsts), 1, at(order), at(starts), count, 64, 1.0)
+    runs = (at(arrays[0]), at(firsts), 1, at(order), at(starts), count, 64)
     places = []
     for width in (64, moments_a_row):
         values = paged(np.zeros((700, width), np.uint16 if bf16 else np.float32))
@@ -209,7 +210,8 @@ def row_update(rule: str, moments_a_row: int, bf16: bool = False) -> Call:
 
     def call() -> object:
         assert arrays  # which the addresses belong to
-        return core.update_rows(rule, factors, runs, at(distinct), *places, bf16, 7)
+        core.survey(runs, at(sums), True)
+        return core.update_rows(rule, factors, runs, at(sums), 1.0, at(distinct), *places, bf16, 7)
 
     return call
 
