@@ -1,7 +1,7 @@
 """Row addresses: the plain version and the native kernel side by side, and the cost of writing the
 result alone.
 
-    python bench/address.py [--rounds 15]
+    python bench/address.py [--rounds 15] [--json FILE]
 
 One thread. The variants take turns, so that noise meets all of them alike; medians over the rounds.
 A turn is one call, which finds the caches as another variant left them, or several calls in a row,
@@ -13,10 +13,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from claims import Claim, write
+from probe import machine
 
 from engraphy import _native
 from engraphy.addresses.addresser import Addresser
@@ -70,7 +74,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--json", type=Path, help="writes what is claimed to this file")
+    options = parser.parse_args()
+    rounds = options.rounds
 
     addresser = production_like()
     ids = np.random.default_rng(1).integers(0, RAW_IDS, size=(BATCH, TOKENS))
@@ -101,6 +107,7 @@ def main() -> None:
         )
 
     print(f"native: {_native.reason}")
+    claims: list[Claim] = []
     for times in (1, IN_A_ROW):
         print(
             f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, "
@@ -116,12 +123,18 @@ def main() -> None:
                 f"{fill / value:10.1%}"
             )
         print(f"fill: {out.nbytes / fill / 1e9:.1f} GB/s")
+        for target in ("into out=", "new array"):
+            if _native.core is not None:
+                ratio = plain / seconds[f"{_native.level()}, {target}"]
+                what = f"addresses of {ids.size} tokens, {times} in a row, {target}, beside plain"
+                claims.append(Claim(what, ratio, goal=10.0, limit=plain / fill))
 
     print("\none decoded token (B=1 T=1, with history)")
     seconds = medians(decode, rounds)
     print(f"{'':24}{'us':>10}{'x plain':>12}")
     for name, value in seconds.items():
         print(f"{name:24}{value / CALLS * 1e6:10.2f}{seconds['plain, into out='] / value:12.1f}")
+    write(options.json, "address", machine(Path(tempfile.gettempdir())), claims)
 
 
 if __name__ == "__main__":
