@@ -27,7 +27,7 @@ BENCHES = {
     "rows": "Rows as numbers",
     "address": "Addresses",
     "lookup": "Look-up of a batch",
-    "token": "One decoded token",
+    "decoded_token": "One decoded token",
     "fusion": "Fusion in training and prefill",
     "serve": "A served Qwen4-Exp table, read ahead",
     "end_to_end": "End to end",

@@ -146,6 +146,35 @@ double probe_gather(const uint8_t *table, const int64_t *ids, int64_t count, int
     return run(threads, gather_share, &call);
 }
 
+static volatile uint64_t sink; // so that what is read counts
+
+// Copies rows of several tables, `count` of each, all on their way at once. row_bytes: of all.
+double probe_few(const uint8_t *const *tables, const int64_t *ids, int tables_count, int64_t count,
+                 int64_t row_bytes, uint8_t *out) {
+    const double begun = now();
+    for (int t = 0; t < tables_count; t++)
+        for (int64_t i = 0; i < count; i++) fetch(tables[t] + ids[t * count + i] * row_bytes, row_bytes);
+    for (int t = 0; t < tables_count; t++)
+        for (int64_t i = 0; i < count; i++, out += row_bytes)
+            memcpy(out, tables[t] + ids[t * count + i] * row_bytes, row_bytes);
+    return now() - begun;
+}
+
+// Reads memory once: the sum of its 8-byte words. ahead: bytes that are fetched ahead, 0 = none.
+double probe_stream(const uint8_t *from, int64_t size, int64_t ahead) {
+    typedef uint64_t Words __attribute__((vector_size(LINE), aligned(1), may_alias));
+    const double begun = now();
+    Words sums[4] = {};
+    for (int64_t at = 0; at + 4 * LINE <= size; at += 4 * LINE)
+        for (int i = 0; i < 4; i++) {
+            if (ahead) __builtin_prefetch(from + at + i * LINE + ahead);
+            sums[i] += *(const Words *)(from + at + i * LINE);
+        }
+    const Words sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; i < LINE / 8; i++) sink += sum[i];
+    return now() - begun;
+}
+
 // `count` reads of `size` bytes, `depth` of them at a time.
 typedef struct {
     const int *files;

@@ -63,6 +63,9 @@ class Probe:
         self._library.probe_widen.argtypes = [address, address, *sizes, address, *widen_flags]
         self._library.probe_widen.restype = ctypes.c_double
         self._library.probe_pread.argtypes = [address, address, long, long, ctypes.c_int]
+        self._library.probe_few.argtypes = [address, address, ctypes.c_int, long, long, address]
+        self._library.probe_stream.argtypes = [address, long, long]
+        self._library.probe_few.restype = self._library.probe_stream.restype = ctypes.c_double
         self._library.probe_resident.argtypes = [ctypes.c_int, long]
         self._library.probe_map.argtypes = [address, long, long, long]
         self._library.probe_map.restype = address
@@ -158,6 +161,17 @@ class Probe:
                 stream,
             )
         )
+
+    def few(self, tables: np.ndarray, ids: np.ndarray, row_bytes: int, out: np.ndarray) -> float:
+        """Copies rows `ids` (int64 [tables, N]) of several tables to `out`, all on their way at
+        once. tables: uint64, the addresses of their first rows."""
+        return self._library.probe_few(
+            tables.ctypes.data, ids.ctypes.data, *ids.shape, row_bytes, out.ctypes.data
+        )
+
+    def stream(self, address: int, size: int, ahead: int) -> float:
+        """Reads memory once, and fetches so many bytes ahead."""
+        return self._library.probe_stream(address, size, ahead)
 
     def pread(self, files_N: np.ndarray, offsets_N: np.ndarray, depth: int) -> float:
         """Reads one page at each offset, from the file with the same index, `depth` reads under

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap, _native
-from engraphy.errors import InputError, StoreError
+from engraphy.errors import InputError, ShardTruncated, StoreError
 from engraphy.memory.prefetch import FEW_ROWS
 from engraphy.memory.state import SequenceState
 from engraphy.memory.token_reader import TokenReader
 from engraphy.rows import RowFormat
-from engraphy.store import ReloadableStore
+from engraphy.store import ReloadableStore, mapping
 from engraphy.table import Table
 from engraphy.table.shards import HEADER_BYTES
 
@@ -323,14 +323,133 @@ def test_what_was_read_is_counted():
 
 def test_the_native_reader_refuses_sizes_that_cannot_be():
     memory = make_memory(SPECS["demo"])
-    fit = [1, 1], [5, 5], [5, 5], [0, 1]
-    _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, 32, *fit)
+    fit = [1, 1], [5, 5], [5, 5], [0, 1], [[], [1]]
+    reader = _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, 32, *fit)
     for row_bytes, *wrong in (
-        (32, [1], [5], [5], [0]),
+        (32, [1], [5], [5], [0], [[]]),
         (32, [0, 1], *fit[1:]),
         (32, [1, 1], [0, 5], *fit[2:]),
-        (32, *fit[:3], [0]),
+        (32, *fit[:3], [0], fit[4]),
+        (32, *fit[:4], [[]]),
+        (32, [1, 1], [4, 4], *fit[2:]),  # two shards, and the end of one
         (0, *fit),
     ):
         with pytest.raises(ValueError):
             _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, row_bytes, *wrong)
+    columns = [8, 24, 1, 8, 1, 1, 0]
+    rows = bytearray(2 * SPECS["demo"].columns * 8 * 4)
+    for batch, values, first in ((2, rows, 8), (1, rows[:-1], 8), (1, rows, 16)):
+        cursor = _native.core.Cursor(1, [first, *columns[1:]], [])
+        with pytest.raises(ValueError):
+            reader.read(8, batch, values, cursor, True)
+    for batch, wrong in ((0, columns), (1, columns[:-1]), (1, [8, 0, 1, 8, 1, 1, 0])):
+        with pytest.raises(ValueError):
+            _native.core.Cursor(batch, wrong, [])
+
+
+def fused(memory: EngramMemory, ids: torch.Tensor, state: SequenceState, xs: dict) -> list:
+    lookup = memory.lookup(ids, state)
+    return [memory.fuse(layer, xs[layer], lookup) for layer in memory.layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_to_a_state_tokens_through_a_cursor_are_those_of_chunks(
+    dtype, seed, native
+):
+    """One state goes on by native calls, and one by the steps that any chunk takes."""
+    memory, rng, batch = make_memory(SPECS["demo"]), np.random.default_rng(seed), 2
+    memory.blocks.to(dtype)
+    torch.manual_seed(seed)
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    ours, theirs = memory.state(batch, 5), memory.state(batch, 5)
+    alive = np.setdiff1d(np.arange(VOCAB), [DEAD])
+    through = 0
+    for _ in range(200):
+        tokens = int(rng.choice([1, 1, 1, 1, 1, 1, 1, 1, 1, 3]))
+        ids = torch.from_numpy(rng.choice(alive, (batch, tokens)))
+        xs = {layer: torch.randn(batch, tokens, 16, dtype=dtype) for layer in LAYERS}
+        if rng.random() < 0.1:
+            change = rng.choice(["crop", "reorder", "copy", "pickle", "repr", "history"])
+            order = rng.integers(0, batch, batch)
+            if change == "crop" and ours.length:
+                ours.crop(1), theirs.crop(1)
+            if change == "reorder":
+                ours.reorder(order), theirs.reorder(order)
+            ours = copy.deepcopy(ours) if change == "copy" else ours
+            ours = pickle.loads(pickle.dumps(ours)) if change == "pickle" else ours
+            assert change != "repr" or f"length={theirs.length}" in repr(ours)
+            assert change != "history" or (ours.history == theirs.history).all()
+        if rng.random() < 0.05:  # a forward that fails half-way, and is taken back
+            lookup = memory.lookup(ids, ours)
+            memory.fuse(LAYERS[0], xs[LAYERS[0]], lookup)
+            ours.crop(tokens)
+            ours, theirs = ours.clone(), theirs.clone()
+            theirs._room = ours._room
+        found = fused(memory, ids, ours, xs)
+        cursor = ours._cursor
+        through += cursor is not None and cursor.has_windows()
+        with _native.forced("off"):
+            expected = fused(memory, ids, theirs, xs)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype == dtype and one.shape == other.shape
+            tolerance = 0.05 if dtype is torch.bfloat16 else 1e-4
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        assert ours.length == theirs.length
+    np.testing.assert_array_equal(ours.history, theirs.history)
+    assert (ours._room, ours.length) == (theirs._room, theirs.length)
+    for layer in LAYERS:
+        torch.testing.assert_close(ours.window(layer), theirs.window(layer), rtol=0.1, atol=0.1)
+    assert through > 100 and sum(native) > 150
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", ["zeros", "numbers"])
+def test_a_cut_shard_is_an_error_of_the_tokens_that_read_it_alone(
+    tmp_path, native, monkeypatch, last
+):
+    monkeypatch.setattr(mapping, "_LOOK_EVERY", 1000)  # no size is asked for by chance
+    memory = make_memory(SPECS["demo"])
+    rows = memory.stores[1].info.rows
+    if last == "zeros":  # what then ends the file shows nothing
+        memory.stores[1].scatter(np.array([rows - 1]), np.zeros((1, 32), np.uint8))
+    table = Table.create(
+        tmp_path / "table", memory.config, FORMATS[0], memory.vocab, shard_rows=rows // 8
+    )
+    memory.stores.copy_to(table)
+    table.seal()
+    disk = make_memory(SPECS["demo"], store=f"file:{tmp_path / 'table'}?populate=1")
+    state, expected = (each.state(1).extend([[3, 4, 5]]) for each in (disk, memory))
+
+    def reads_the_last_shard(token: int) -> bool:
+        ids = memory.addresser.rows(np.array([[token]]), layer=1, history=state.history)
+        return int(ids.max()) // (rows // 8) == (rows - 1) // (rows // 8)
+
+    tokens = [token for token in range(8, 40)]
+    reading = [token for token in tokens if reads_the_last_shard(token)]
+    others = [token for token in tokens if token not in reading]
+
+    def look_up(token: int) -> torch.Tensor:
+        ids = torch.tensor([[token]])
+        found = disk.lookup(ids, state).rows[1]
+        assert torch.equal(found, memory.lookup(ids, expected).rows[1])
+        state.crop(1), expected.crop(1)
+        return found
+
+    for token in tokens:
+        look_up(token)
+    assert len(native) == sum(native) == 2 * len(tokens)
+    shard = max((tmp_path / "table").glob("layer-00001-*"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    for token in others:
+        look_up(token)
+    assert reading and others and all(native)
+    for token in reading:
+        with pytest.raises(ShardTruncated):
+            look_up(token)
+        assert state.length == expected.length + 1  # the separate steps had extended it
+        state.crop(1)
+    for token in others:
+        look_up(token)

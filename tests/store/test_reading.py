@@ -202,7 +202,7 @@ def test_a_decoded_token_is_read_anew_where_its_table_was_cut_and_exchanged_mean
         for layer in LAYERS:
             stores[layer].reload(new[layer])
 
-    call_after(monkeypatch, SequenceState, "next_ids", exchange)
+    call_after(monkeypatch, SequenceState, "cursor", exchange)
     found = served.lookup(torch.tensor([[6]]), states[0]).rows
     for layer, rows_B1E in expected.lookup(torch.tensor([[6]]), states[1]).rows.items():
         assert torch.equal(found[layer], rows_B1E)

@@ -106,14 +106,18 @@ def token_rows(kind: str) -> Call:
     where = [at(shard) for shard in shards]
     sizes = fmt.kind, fmt.d, 1.0, fmt.row_bytes
     reader = _native.compiled().TokenReader(
-        plan, *sizes, where, [count] * 2, [count] * 2, [False] * 2
+        plan, *sizes, where, [count] * 2, [count] * 2, [False] * 2, [[], []]
     )
     ids, columns = some_ids(VOCAB, 1), some_ids(VOCAB, 4)
-    out = paged(np.empty((2, 1, spec.columns * 64), np.float32))
+    out = bytearray(2 * spec.columns * 64 * 4)
 
     def call() -> object:
         assert tables and shards  # which the reader has addresses of
-        return reader.read(at(ids), 1, at(columns), at(columns) + 16, 4, at(out))
+        place = [at(columns), at(columns) + 8 * (spec.order - 1), 4, 8, 1, 1, 0]
+        cursor = _native.compiled().Cursor(1, place, [])
+        answer = reader.read(at(ids), 1, out, cursor, True)
+        assert answer == 2, answer
+        return answer
 
     return call
 

@@ -476,6 +476,46 @@ class FusePlan:
         apart as the windows. Raises ValueError if batch is not positive or an array is missing.
         """
 
+    def fuse_next(
+        self, layer: int, batch: int, x: int, values: int, rows: bytearray, out: int, cursor: Cursor
+    ) -> bool:
+        """`fuse` for the oldest token of a cursor that this layer has not seen: all are live, and
+        no gate is wanted.
+
+        layer: index of the layer, in the cursor too. values: how many x has in all. rows: float32
+        [layers, B, E]. Returns False, without a change, if x, the layer and the cursor's columns do
+        not fit each other, or there is no such token, or no column for it.
+        """
+
+class Cursor:
+    """Where B sequences go on by one token each: columns of buffers, of ids and of each layer's
+    conv inputs.
+
+    It keeps addresses. Whoever made it keeps the buffers, and touches them in no other way until
+    it has given up the cursor.
+    """
+
+    def __init__(self, batch: int, ids: Sequence[int], windows: Sequence[Sequence[int]]) -> None:
+        """Columns are seven numbers: the addresses of the first sequence's oldest column that is
+        read and of its next column, which is written; values from one sequence's columns to the
+        next one's; bytes from one column to the next; columns that may be written; values of a
+        column; 1 if they are float64, else 0.
+
+        ids: int64. windows: of each layer, or none at all. Raises ValueError if batch or columns
+        are invalid.
+        """
+
+    def ready(self) -> bool:
+        """Whether there is a column for one more token, of ids and in each window."""
+    def tokens(self) -> int:
+        """Ids that were written for each sequence, since the last `take`."""
+    def has_windows(self) -> bool:
+        """Whether there are columns for conv inputs, too."""
+    def advance(self) -> None:
+        """Counts the next id of each sequence, which `TokenReader.read` has written."""
+    def take(self) -> list[int]:
+        """How many columns were written since the last call: of ids, then of each window."""
+
 class TokenReader:
     """Rows of all layers for one token of each of a few sequences.
 
@@ -493,19 +533,25 @@ class TokenReader:
         shard_rows: Sequence[int],
         rows: Sequence[int],
         on_disk: Sequence[int],
+        ends: Sequence[Sequence[int]],
     ) -> None:
         """kind, d, scale, and for each layer shards, shard_rows and rows: as for `read_rows`.
         on_disk: for each layer, 1 if its rows may not be in memory. Then mincore is asked for each
-        row.
+        row. ends: for each layer, the addresses of the last bytes of the files behind its shards;
+        none if there are no files.
         """
 
-    def read(self, ids: int, batch: int, oldest: int, next: int, stride: int, out: int) -> bool:
-        """Writes rows as numbers to out: float32 [layers, batch, C * d], and the ids to the column
-        `next`.
+    def read(self, ids: int, batch: int, out: bytearray, cursor: Cursor, advance: bool) -> int:
+        """Writes rows as numbers to out: float32 [layers, batch, C * d], and the ids to the
+        cursor's next column. ids: int64 [batch], raw.
 
-        ids: int64 [batch], raw. oldest: where the first sequence's N - 1 earlier ids begin, int64,
-        -1 = nothing there; the next sequence's begin `stride` ids further.
-
-        Returns False, and leaves `next` as it was, if an id, in the past too, has no token or is
-        outside the vocabulary, or if a row is not in memory.
+        Returns 0, without a change, if an id, in the past too, has no token or is outside the
+        vocabulary, if a row is not in memory, or if the cursor is not ready. Returns 2 if the files
+        that rows were read from were whole after the read; advances the cursor then, if `advance`
+        says so. Returns 1 if that is not sure: the last byte of one of them is zero, or a mapping
+        of the process was damaged (see `trust`). Then the caller finds out, and advances the
+        cursor.
         """
+
+    def trust(self, damages: int) -> None:
+        """Says that `damage_count` was `damages`, and none of it met the files of this reader."""

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "bind.hpp"
+#include "cursor.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -49,9 +50,45 @@ class LayerPlan {
     void fuse(int64_t batch, uintptr_t x, uintptr_t rows, uintptr_t window, uintptr_t inputs,
               int64_t stride, uintptr_t live, uintptr_t out, uintptr_t gate) const {
         require(batch >= 1, "sizes must be positive");
+        const Unlocked unlocked(plan_.width * (plan_.streams + 1) * plan_.hidden * stored());
+        fuse_unlocked(batch, x, rows, window, inputs, stride, live, out, gate);
+    }
+
+    // The next token of the cursor's sequences. False, without any change, if the cursor has no
+    // columns for it.
+    bool fuse_next(int layer, int64_t batch, uintptr_t x, int64_t values, nb::bytearray rows,
+                   uintptr_t out, Cursor &cursor) const {
+        if (layer < 0 || layer >= int(cursor.windows.size())) return false;
+        CursorColumns &columns = cursor.windows[layer];
+        const int64_t size = plan_.streams * plan_.hidden;
+        if (batch != cursor.batch || batch > most_sequences || values != batch * size) return false;
+        if (columns.room < 1 || columns.written >= cursor.ids.written) return false;
+        if (plan_.taps && (columns.values != size || columns.wide != is_f64() ||
+                           columns.columns() != (plan_.taps - 1) * plan_.dilation))
+            return false;
+        const int64_t layer_bytes = batch * plan_.width * sizeof(float);
+        require(int64_t(rows.size()) >= (layer + 1) * layer_bytes, "rows must be those of all layers");
+        fuse(batch, x, (uintptr_t)rows.data() + layer * layer_bytes, columns.oldest, columns.next,
+             columns.stride, 0, out, 0);
+        columns.advance();
+        return true;
+    }
+
+  private:
+    // More are left to a matrix product, which keeps weights in registers.
+    static constexpr int64_t most_sequences = 8;
+
+    bool is_f64() const { return plan_.kind == FuseKind::f64; }
+    int64_t stored() const {
+        return is_f64() ? sizeof(double) : plan_.kind == FuseKind::f32 ? sizeof(float) : 2;
+    }
+
+    void fuse_unlocked(int64_t batch, uintptr_t x, uintptr_t rows, uintptr_t window,
+                       uintptr_t inputs, int64_t stride, uintptr_t live, uintptr_t out,
+                       uintptr_t gate) const {
         require(x && rows && out && (!plan_.taps || (window && inputs)),
                 "x, rows, outputs and the conv's columns must be present");
-        const int64_t size = plan_.kind == FuseKind::f64 ? sizeof(double) : sizeof(float);
+        const int64_t size = is_f64() ? sizeof(double) : sizeof(float);
         const int64_t keys = batch * plan_.streams * plan_.hidden * size;
         const int64_t values = batch * plan_.hidden * size;
         const int64_t widened = batch * plan_.width * size;
@@ -63,7 +100,6 @@ class LayerPlan {
                         at + keys, at + keys + values, at + keys + values + widened});
     }
 
-  private:
     FusePlan plan_;
 };
 
@@ -79,9 +115,10 @@ void bind_fuse(nb::module_ &m) {
              arg("eps"), arg("conv_eps"), arg("unit_offset"), arg("key"), arg("key_bias"),
              arg("value"), arg("value_bias"), arg("query_norm"), arg("key_norm"), arg("conv_norm"),
              arg("conv"))
-        .def("fuse", &LayerPlan::fuse, nb::call_guard<nb::gil_scoped_release>(), arg("batch"),
-             arg("x"), arg("rows"), arg("window"), arg("inputs"), arg("stride"), arg("live"),
-             arg("out"), arg("gate"));
+        .def("fuse", &LayerPlan::fuse, arg("batch"), arg("x"), arg("rows"), arg("window"),
+             arg("inputs"), arg("stride"), arg("live"), arg("out"), arg("gate"))
+        .def("fuse_next", &LayerPlan::fuse_next, arg("layer"), arg("batch"), arg("x"),
+             arg("values"), arg("rows"), arg("out"), arg("cursor"));
 }
 
 }  // namespace engraphy

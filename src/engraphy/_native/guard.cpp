@@ -14,12 +14,14 @@
 #include <errno.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <atomic>
 
 namespace engraphy {
 namespace {
 
+constexpr int64_t armed_for = 50'000'000;  // nanoseconds
 constexpr int slot_count = 1 << 16;  // about as many mappings as Linux allows a process
 
 struct Slot {
@@ -33,6 +35,7 @@ struct Slot {
 Slot slots[slot_count];  // zero, and without memory until used
 std::atomic<int> slots_used{0};
 std::atomic<int64_t> damages{0};
+std::atomic<int64_t> armed_until{0};
 std::atomic<bool> passing_on{false};
 struct sigaction previous;
 
@@ -99,6 +102,15 @@ void arm_guard() {
     sigemptyset(&ours.sa_mask);
     previous = current;
     sigaction(SIGBUS, &ours, nullptr);
+}
+
+void keep_guard_armed() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    const int64_t now = time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
+    if (now < armed_until.load(std::memory_order_relaxed)) return;
+    arm_guard();
+    armed_until.store(now + armed_for, std::memory_order_relaxed);
 }
 
 int guard(uintptr_t begin, uintptr_t size, bool writable) {

@@ -24,6 +24,9 @@ int64_t damage_count();
 // Put the handler before one that was installed over it since.
 void arm_guard();
 
+// `arm_guard`, unless this was called within the last 50 ms.
+void keep_guard_armed();
+
 // Whether the byte shows that its file was not cut. No matter where a file is cut, its last byte is
 // gone, which is a fault that counts as damage, or zero. A byte that is zero shows nothing: then the
 // file's size has to be asked for.

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from .. import _native
 from ..spec.layer import LayerSpec
 
 if TYPE_CHECKING:
-    from .._native._core import FusePlan
+    from .._native._core import Cursor, FusePlan
 
 # Most sequences that are decoded natively. With more, a matrix product is faster, since it keeps
 # weights in registers.
@@ -24,7 +25,7 @@ _KINDS = (torch.float32, torch.float64, torch.bfloat16)  # as FuseKind in fuse.h
 
 
 Weights = Sequence[nn.Parameter | None]
-Key = tuple[Any, ...]
+Key = list[Any]  # dtype of x; then address, dtype and strides of each weight
 
 
 class Columns(NamedTuple):
@@ -55,7 +56,7 @@ class TokenFuser:
         self._spec = spec
         # What the plan was made for and the plan, exchanged as one: another thread that decodes in
         # another dtype must not find one with the other.
-        self._made: tuple[Key, FusePlan | None] = ((), None)
+        self._made: tuple[Key, FusePlan | None] = ([], None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFuser, (self._spec,)
@@ -80,15 +81,9 @@ class TokenFuser:
             columns: Where the conv inputs lie.
             gate_B1S: Filled with the gates unless it is None.
         """
-        core = _native.core
-        dtype = x_B1SD.dtype
-        if core is None or not self._accepts(x_B1SD, len(rows_B1E)):
+        if _native.core is None or not self._accepts(x_B1SD, len(rows_B1E)):
             return None
-        made_for = (dtype, *[None if w is None else _place(w) for w in weights])
-        key, plan = self._made
-        if key != made_for:
-            plan = self._new_plan(core.FusePlan, weights, dtype)
-            self._made = made_for, plan
+        plan = self._plan(weights, x_B1SD.dtype)
         if plan is None:
             return None
         if rows_B1E.dtype is torch.float64:
@@ -110,12 +105,54 @@ class TokenFuser:
         )
         return out_B1SD
 
+    def next(
+        self, weights: Weights, x_B1SD: Tensor, rows: bytearray, cursor: Cursor, index: int
+    ) -> Tensor | None:
+        """x + update for the next token of a cursor's sequences, or None if the kernel cannot do
+        it. Arguments as in `EngramLayer.decode_next`, weights as above.
+        """
+        if _native.core is None or is_grad_enabled() or is_compiling():
+            return None
+        if type(x_B1SD) is not Tensor or not x_B1SD.is_cpu or not x_B1SD.is_contiguous():
+            return None
+        shape = x_B1SD.shape
+        if shape[1] != 1 or shape[-1] != self._spec.hidden_size:
+            return None
+        plan = self._plan(weights, x_B1SD.dtype)
+        if plan is None:
+            return None
+        # To be overwritten. A model has just added its last block's output, so the code of a sum is
+        # in the caches; that of an empty tensor is not.
+        out_B1SD = x_B1SD + x_B1SD
+        done = plan.fuse_next(
+            index,
+            shape[0],
+            x_B1SD.data_ptr(),
+            x_B1SD.numel(),
+            rows,
+            out_B1SD.data_ptr(),
+            cursor,
+        )
+        return out_B1SD if done else None
+
+    def _plan(self, weights: Weights, dtype: torch.dtype) -> FusePlan | None:
+        """The plan for these weights where they are now; None if the kernel cannot use them."""
+        made_for: Key = [dtype]
+        for weight in weights:
+            if weight is not None:
+                made_for += (weight.data_ptr(), weight.dtype, weight.stride())
+        key, plan = self._made
+        if key != made_for:
+            plan = self._new_plan(_native.compiled().FusePlan, weights, dtype)
+            self._made = made_for, plan
+        return plan
+
     def _accepts(self, x: Tensor, batch: int) -> bool:
         spec = self._spec
         return (
-            not torch.is_grad_enabled()
+            not is_grad_enabled()
             and 0 < batch <= _MOST_SEQUENCES
-            and not torch.compiler.is_compiling()
+            and not is_compiling()
             and x.shape[:: x.ndim - 1] == (batch, spec.hidden_size)
             and x.numel() == batch * spec.streams * spec.hidden_size
             and type(x) is Tensor
@@ -147,11 +184,6 @@ class TokenFuser:
             spec.unit_offset,
             *[0 if weight is None else weight.data_ptr() for weight in weights],
         )
-
-
-def _place(weight: nn.Parameter) -> Key:
-    """Where the values of a weight lie, and in which order."""
-    return weight.data_ptr(), weight.dtype, weight.stride()
 
 
 def _is_plain(weight: nn.Parameter, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ is the largest n-gram order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,13 @@ from torch import Tensor, nn
 from ..spec.layer import LayerSpec
 from . import chunk, plain, presets
 from .checks import check_call, watched
-from .decode import Columns, TokenFuser
+from .decode import Columns, TokenFuser, Weights
 from .op import fuse
 from .plain import Formula, Norms, Past
 from .projection import Projection
+
+if TYPE_CHECKING:
+    from .._native._core import Cursor
 
 
 class EngramLayer(nn.Module):
@@ -194,6 +197,31 @@ class EngramLayer(nn.Module):
             x + update. None if the caller has to use `forward`: the kernel needs x and weights of
             one dtype (float32, float64 or bfloat16), on the CPU, without gradients and hooks.
         """
+        weights = self._weights()
+        if weights is None:
+            return None
+        return self._fuser(weights, x_B1SD, rows_B1E, live, columns, gate_B1S)
+
+    def decode_next(
+        self, x_B1SD: Tensor, rows: bytearray, cursor: Cursor, index: int
+    ) -> Tensor | None:
+        """`decode` for the next token of a cursor's sequences; it takes and writes conv inputs
+        where the cursor says.
+
+        Args:
+            x_B1SD: Hidden states; [B, 1, D] is accepted for one stream.
+            rows: f32 [layers, B, E], rows of all layers of a memory.
+            cursor: Of the sequences' state.
+            index: This layer's place among the layers, in the cursor too.
+
+        Returns:
+            x + update. None, without any change, if the caller has to use `decode` or `forward`.
+        """
+        weights = self._weights()
+        return None if weights is None else self._fuser.next(weights, x_B1SD, rows, cursor, index)
+
+    def _weights(self) -> Weights | None:
+        """Whatever the native kernel reads; None if something else computes `forward`."""
         # Read from the dictionaries: attributes of an nn.Module take longer than the kernel.
         own = self._parameters
         key: Any = self._modules["key"]
@@ -202,7 +230,7 @@ class EngramLayer(nn.Module):
             return None
         keys = key._parameters
         values = value._parameters
-        weights = (
+        return (
             keys["weight"],
             keys.get("bias"),
             values["weight"],
@@ -212,7 +240,6 @@ class EngramLayer(nn.Module):
             own.get("conv_norm"),
             own.get("conv"),
         )
-        return self._fuser(weights, x_B1SD, rows_B1E, live, columns, gate_B1S)
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], preset: str, **sizes: Any) -> EngramLayer:

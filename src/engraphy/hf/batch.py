@@ -47,6 +47,9 @@ def read_batch(arguments: Mapping[str, Any], cache: Cache | None, seen: int) -> 
         InputError: The call does not say which token is where: it has embeddings without ids, or a
             mask that is not 2-D without position ids that go up by one or begin again at 0.
     """
+    token = _read_token(arguments, seen)
+    if token is not None:
+        return token
     ids_BT = _read_ids(arguments.get("input_ids"))
     mask = _flattened(arguments.get("attention_mask"), arguments["input_ids"].ndim)
     positions = _flattened(arguments.get("position_ids"), arguments["input_ids"].ndim)
@@ -66,6 +69,25 @@ def read_batch(arguments: Mapping[str, Any], cache: Cache | None, seen: int) -> 
     if starts_BT is not None:
         starts_BT = starts_BT & present_BT
     return Batch(ids_BT, present_BT, starts_BT)
+
+
+def _read_token(arguments: Mapping[str, Any], seen: int) -> Batch | None:
+    """`read_batch` for one token of one sequence that is there and begins no document.
+
+    None for anything else. Each operation of torch that it saves takes longer than reading a row.
+    """
+    ids = arguments.get("input_ids")
+    if type(ids) is not Tensor or ids.shape != (1, 1) or not ids.is_cpu:
+        return None
+    positions = arguments.get("position_ids")
+    if positions is not None and (positions.numel() != 1 or not positions.item()):
+        return None
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        is_plain = type(mask) is Tensor and mask.ndim == 2 and mask.shape[0] == 1
+        if not is_plain or mask.shape[1] <= seen or not mask[0, seen].item():
+            return None
+    return Batch(ids, None, None)
 
 
 def _read_ids(ids: Tensor | None) -> Tensor:

@@ -19,14 +19,13 @@ from transformers.cache_utils import DynamicCache
 
 from ..errors import InputError
 from ..memory.memory import EngramMemory, Lookup, Trace
-from ..memory.tracing import REASON, refuse_tracing
+from ..memory.tracing import refuse_tracing, uncompiled
 from .adapters import Adapters
 from .backbone import Backbone, same_device
 from .batch import Batch, read_batch
 from .cache import CachedState, cached_state, ready_state, reserve, tokens_seen
 from .versions import rename_cache
 
-_uncompiled: Any = torch.compiler.disable(reason=REASON)  # its own type hides what it decorates
 _OFF = Lookup({}, None, None, None, None, off=True)
 _LOOKUP = "engraphy_lookup"  # the keyword argument on its way from the decoder to its blocks
 _log = logging.getLogger("engraphy")
@@ -89,7 +88,7 @@ class Attachment:
         model._keys_to_ignore_on_save -= self.unsaved
         object.__setattr__(self.memory, "_attachment", None)
 
-    @_uncompiled
+    @uncompiled
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the decoder: looks up the call's tokens and adds the Lookup."""
         arguments = dict(zip(self.backbone.arguments, args, strict=False)) | kwargs
@@ -114,7 +113,7 @@ class Attachment:
             carried.whole = False  # until after_decoder
         return (), arguments
 
-    @_uncompiled
+    @uncompiled
     def after_decoder(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -135,7 +134,7 @@ class Attachment:
         if carried is not None:
             carried.whole = True
 
-    @_uncompiled
+    @uncompiled
     def before_layer(
         self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -185,10 +184,10 @@ class Attachment:
         return {**arguments, _LOOKUP: _Passing(_OFF)}
 
     def _look_up(self, batch: Batch, carried: CachedState | None, trace: Trace | None) -> Lookup:
-        memory: Any = self.memory  # `lookup` is decorated, which hides its type
+        memory = self.memory
         memory.widen(self.backbone.vocab_size)  # the vocabulary may have been resized
         state = None if carried is None else carried.state
-        return memory.lookup(
+        return memory.lookup_eagerly(
             batch.ids, state, starts=batch.starts, trace=trace, present=batch.present
         )
 

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class CursorColumns(NamedTuple):
+    """Columns of a buffer for a native cursor (`Cursor` in `_native/_core.pyi`).
+
+    Attributes:
+        oldest: Address of the first sequence's oldest column that is read.
+        next: Address of its next column, which is to be written.
+        stride: Values from one sequence's columns to the next one's.
+        bytes: Bytes from one column to the next.
+        room: Columns that may be written.
+        values: Values of a column, in one sequence.
+        wide: Whether they are float64 conv inputs.
+    """
+
+    oldest: int
+    next: int
+    stride: int
+    bytes: int
+    room: int
+    values: int
+    wide: bool
 
 
 def kept_columns(present_Bn: np.ndarray, look_back: int, margin: int) -> np.ndarray:

@@ -8,7 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion.layer import EngramLayer
-from .lookup import Lookup, reordered
+from .lookup import Lookup, TokenLookup, reordered
+
+
+def fuse_next(block: nn.Module, index: int, x: Tensor, lookup: TokenLookup) -> Tensor | None:
+    """`fuse_token` for a token that one native call has looked up.
+
+    Args:
+        block: the layer's fusion layer.
+        index: the layer's place among the memory's layers.
+        x: [B, 1, S, D] or [B, 1, D].
+        lookup: of this token.
+    """
+    if type(block) is not EngramLayer or not lookup.state.is_at(lookup.cursor):
+        return None
+    return block.decode_next(x, lookup.values, lookup.cursor, index)
 
 
 def fuse_token(block: nn.Module, layer: int, x: Tensor, lookup: Lookup) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from .state import SequenceState
 from .tracing import uncompiled
 
 if TYPE_CHECKING:
+    from .._native._core import Cursor
     from .memory import EngramMemory
 
 
@@ -76,6 +77,44 @@ class Lookup:
         return replace(self, rows={layer: self.rows[layer] for layer in self.rows})
 
 
+class TokenLookup(Lookup):
+    """The Lookup of one token of each sequence, which one native call has read (TokenReader).
+
+    The native fusion takes the values as they are; tensors are made if somebody asks for them.
+    """
+
+    layers: tuple[int, ...]
+    values: bytearray
+    state: SequenceState
+    cursor: Cursor
+    live = starts = trace = present = order = None
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        values: bytearray,
+        state: SequenceState,
+        cursor: Cursor,
+    ) -> None:
+        """values: f32 [layers, B, E]. cursor: of the state, through which it was extended."""
+        set_once = object.__setattr__  # the class is frozen
+        set_once(self, "layers", layers)
+        set_once(self, "values", values)
+        set_once(self, "state", state)
+        set_once(self, "cursor", cursor)
+
+    def finished(self) -> Lookup:
+        """The same lookup, with tensors."""
+        return Lookup(self.rows, None, None, self.state, None)
+
+    @cached_property
+    def rows(self) -> dict[int, Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Layer -> f32 [B, 1, E], on the CPU."""
+        rows = torch.frombuffer(self.values, dtype=torch.float32)
+        rows_LB1E = rows.view(len(self.layers), self.state.batch, 1, -1)
+        return dict(zip(self.layers, rows_LB1E.unbind(), strict=True))
+
+
 class Rows(Mapping[int, Tensor]):
     """Rows by layer; the first access to a layer waits for them."""
 
@@ -111,13 +150,13 @@ def lookup_nothing(state: SequenceState | None, trace: Trace | None) -> Lookup:
 
 def check_chunk(memory: EngramMemory, ids_BT: Tensor, state: SequenceState | None) -> None:
     """Raises InputError unless the ids are a tensor [B, T] and the state is one of B sequences."""
-    if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2:
+    if not (type(ids_BT) is Tensor or isinstance(ids_BT, Tensor)) or ids_BT.ndim != 2:
         found = getattr(ids_BT, "shape", type(ids_BT).__name__)
         raise InputError(f"ids: expected a tensor [B, T], found {found}")
     if state is None:
         return
     memory.bind(state)
-    if state.batch != len(ids_BT):
+    if state.batch != ids_BT.size(0):
         raise InputError(f"state: expected one for {len(ids_BT)} sequences, found {state.batch}")
 
 

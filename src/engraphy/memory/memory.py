@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,22 @@ from ..store.group import StoreGroup
 from ..table.table import Table
 from . import identity, saved, switch, tables
 from .batch_reader import BatchReader
-from .fusing import fuse_chunk, fuse_token
+from .fusing import fuse_chunk, fuse_next, fuse_token
 from .grads import RowGrad, Waiting
-from .lookup import Lookup, Trace, check_chunk, lookup_chunk, lookup_nothing
+from .lookup import Lookup, TokenLookup, Trace, check_chunk, lookup_chunk, lookup_nothing
 from .prefetch import Prefetcher
 from .state import SequenceState
 from .token_reader import TokenReader
 from .tracing import refuse_tracing, uncompiled
 
 __all__ = ["EngramMemory", "Lookup", "RowGrad", "Trace"]
+
+
+class _Place(NamedTuple):
+    """A layer's number among the memory's layers, and the name of its fusion layer in `blocks`."""
+
+    number: int
+    name: str
 
 
 class EngramMemory(nn.Module):
@@ -96,6 +103,8 @@ class EngramMemory(nn.Module):
         self.blocks = nn.ModuleDict(
             {str(layer): EngramLayer(config.layer) for layer in self.layers}
         )
+        self._places = {layer: _Place(i, str(layer)) for i, layer in enumerate(self.layers)}
+        self._order = config.hash.order
         self._windows = dict.fromkeys(self.layers, config.layer.window)
         self.row_grads: list[RowGrad] = []
         self._waiting = Waiting()
@@ -188,7 +197,7 @@ class EngramMemory(nn.Module):
 
         Raises ConfigError if the state belongs to a memory of other sizes.
         """
-        return state.bind(self.config.hash.order, self._windows)
+        return state.bind(self._order, self._windows)
 
     @uncompiled
     def lookup(
@@ -229,16 +238,30 @@ class EngramMemory(nn.Module):
                 captured (tracing.py). The state is then unchanged.
             StoreError: the memory is closed.
         """
+        if not switch.is_disabled(self):
+            refuse_tracing(ids_BT)
+        return self.lookup_eagerly(ids_BT, state, live, starts, trace, present=present)
+
+    def lookup_eagerly(
+        self,
+        ids_BT: Tensor,
+        state: SequenceState | None = None,
+        live: Tensor | None = None,
+        starts: Tensor | None = None,
+        trace: Trace | None = None,
+        *,
+        present: Tensor | None = None,
+    ) -> Lookup:
+        """`lookup` for a host that has refused to be traced, and is not compiled itself."""
         self._check_open()
-        if not self.enabled:
+        if switch.is_disabled(self):
             return lookup_nothing(state, trace)
-        refuse_tracing(ids_BT)
         check_chunk(self, ids_BT, state)
         plain = live is starts is trace is present is None
         if state is not None and plain and ids_BT.shape[1] == 1 and not torch.is_grad_enabled():
-            rows_B1E = self._tokens.read(ids_BT, state)
-            if rows_B1E is not None:
-                return Lookup(rows_B1E, None, None, state, None)
+            found = self._tokens.read(ids_BT, state)
+            if found is not None:
+                return found
         return lookup_chunk(self, ids_BT, state, live, starts, trace, present)
 
     def add_row_grad(self, entry: RowGrad) -> None:
@@ -261,11 +284,18 @@ class EngramMemory(nn.Module):
         Raises:
             ConfigError: the layer has no memory.
         """
-        if layer not in self.layers:
+        place = self._places.get(layer)
+        if place is None:
             raise ConfigError(f"layer {layer!r} has no memory; expected one of {list(self.layers)}")
         if lookup.off:
             return x_BTSD
-        block = self.blocks[str(layer)]
+        # Not `self.blocks[name]`, which takes longer than all else here.
+        blocks: Any = self._modules["blocks"]
+        block: nn.Module = blocks._modules[place.name]
+        if type(lookup) is TokenLookup:
+            out = fuse_next(block, place.number, x_BTSD, lookup)
+            if out is not None:
+                return out
         out = fuse_token(block, layer, x_BTSD, lookup)
         if out is not None:
             return out

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import _native
-from ..fusion.decode import Columns
-from .columns import kept_columns, last, last_present, padded, taken
+from .columns import CursorColumns, kept_columns, last, last_present, padded, taken
 
 ABSENT = -2  # the id of a column that is no token of the sequence; a dead token has -1
 
@@ -58,25 +57,28 @@ class Past:
         if starts is not None or holes:
             self.clear = self.end
 
-    def columns(self, count: int) -> Columns | None:
-        """Addresses of the `count` ids before the next one, and of the next one.
+    def columns(self, count: int) -> CursorColumns | None:
+        """The `count` ids before the next one, and those that can be written behind them.
 
         Returns None if the next id has to go through `append`.
         """
         ids = self.ids
         first = self.end - count
-        if first < self.clear or self.end == ids.shape[1]:
+        room = ids.shape[1] - self.end
+        if first < self.clear or not room:
             return None
         if not ids.flags.writeable:  # it was unpickled as a view
             return None
         begin = _native.compiled().address(ids)
-        return Columns(begin + first * 8, begin + self.end * 8, ids.shape[1])
+        oldest = begin + first * ids.itemsize
+        following = begin + self.end * ids.itemsize
+        return CursorColumns(oldest, following, ids.shape[1], ids.itemsize, room, 1, False)
 
-    def advance(self) -> None:
-        """Counts the next column, whose ids have been written by address."""
+    def advance(self, tokens: int) -> None:
+        """Counts the next columns, whose ids have been written by address."""
         if self.marked:
-            self.starts[:, self.end] = False
-        self.end += 1
+            self.starts[:, self.end : self.end + tokens] = False
+        self.end += tokens
 
     def _make_room(
         self, ids: np.ndarray, starts: np.ndarray | None, look_back: int, margin: int

@@ -138,8 +138,13 @@ class Prefetcher:
                 f"found {found} {np.shape(ids_BTC)}"
             )
 
+    @property
+    def closed(self) -> bool:
+        """Whether it accepts no more tickets."""
+        return self._queue.ended
+
     def count_inline(self, rows: int) -> None:
-        """Counts rows that the caller has read without a ticket. Raises StoreError once closed."""
+        """Counts rows that the caller has read without a ticket."""
         self._queue.count_inline(rows)
 
     @property

@@ -20,6 +20,8 @@ from ..store.latency import BUCKETS, Latency, bucket_of, latency_of
 from .ticket import Request, Ticket
 from .transfer import Transfer
 
+_MOST_UNCOUNTED = 1024
+
 
 @dataclass(frozen=True)
 class PrefetchStats:
@@ -62,6 +64,8 @@ class ReadQueue:
         self._transfers: dict[torch.device, Transfer] = {}
         self._tickets = self._inline = self._cancelled = self._rows = self._nanoseconds = 0
         self._buckets = [0] * BUCKETS
+        # Rows of inline tickets that are still to be counted: taking the lock would take longer.
+        self._uncounted: list[int] = []
         _ALL.add(self)
 
     def transfer(self, device: torch.device) -> Transfer:
@@ -74,17 +78,32 @@ class ReadQueue:
 
     def at_once(self, requests: Sequence[Request], rows: int, transfer: Transfer) -> Ticket:
         """Reads rows in the caller's thread. Returns a ticket that is done, or has failed."""
+        self._check_open()
         self.count_inline(rows)
         ticket = Ticket(self, requests, transfer)
         ticket.counted = True
         ticket.read_inline()
         return ticket
 
+    @property
+    def ended(self) -> bool:
+        """Whether no more tickets are accepted."""
+        return self._ended
+
     def count_inline(self, rows: int) -> None:
-        """Counts a ticket that is read without the queue. Raises StoreError once ended."""
-        with self._changed:
-            self._count(rows)
-            self._inline += 1
+        """Counts a ticket that was read without the queue."""
+        self._uncounted.append(rows)
+        if len(self._uncounted) >= _MOST_UNCOUNTED:
+            with self._changed:
+                self._count_uncounted()
+
+    def _count_uncounted(self) -> None:
+        """Counts what `count_inline` left. Others may append meanwhile; the caller has the lock."""
+        tickets = self._uncounted[:]
+        del self._uncounted[: len(tickets)]
+        self._tickets += len(tickets)
+        self._inline += len(tickets)
+        self._rows += sum(tickets)
 
     def put(self, ticket: Ticket, rows: int) -> None:
         """Puts a ticket into the queue. Blocks while too many bytes are in flight."""
@@ -103,9 +122,12 @@ class ReadQueue:
                 raise
             self._changed.notify_all()
 
-    def _count(self, rows: int) -> None:
+    def _check_open(self) -> None:
         if self._ended:
             raise StoreError("prefetch: it is closed")
+
+    def _count(self, rows: int) -> None:
+        self._check_open()
         self._tickets += 1
         self._rows += rows
 
@@ -170,6 +192,7 @@ class ReadQueue:
     def stats(self) -> PrefetchStats:
         """Counters so far."""
         with self._changed:
+            self._count_uncounted()
             return PrefetchStats(
                 tickets=self._tickets,
                 inline=self._inline,

@@ -11,18 +11,22 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _native
 from ..errors import ConfigError, InputError, StateTooShort
 from ..fusion.decode import NO_COLUMNS, Columns
 from .arguments import as_array, as_flags, as_index, is_int
 from .columns import padded, since_start
 from .past import ABSENT, Past
 from .window import Window
+
+if TYPE_CHECKING:
+    from .._native._core import Cursor
 
 
 class Cancellable(Protocol):
@@ -47,7 +51,6 @@ class SequenceState:
     Attributes:
         batch: number of sequences.
         margin: tokens that can be taken back at most.
-        length: tokens seen, without those taken back.
         order: N, the largest n-gram order; None = no memory has bound the state yet.
     """
 
@@ -78,12 +81,14 @@ class SequenceState:
             raise InputError("state: expected order and windows together, or neither, found one")
         self.batch = int(batch)
         self.margin = int(margin)
-        self.length = 0
+        self._length = 0
         self.order: int | None = None
+        self._cursor: Cursor | None = None  # over the buffers below; see `cursor`
         self._room = 0  # tokens that can be taken back now
         self._past = Past(self.batch)
         self._readings: list[_Reading] = []
         self._sizes: dict[int, int] = {}
+        self._bound_by: Mapping[int, int] | None = None  # the object that `bind` was given
         self._windows: dict[int, Window] = {}
         if order is not None and windows is not None:
             self.bind(order, windows)
@@ -99,8 +104,12 @@ class SequenceState:
             ConfigError: a memory of other sizes has set them.
             InputError: sizes are invalid.
         """
-        if self.order == order and self._sizes == windows:
+        if windows is self._bound_by and order == self.order:  # the memory of the last call
             return self
+        if self.order == order and self._sizes == windows:
+            self._bound_by = windows
+            return self
+        self._give_up_cursor()
         is_valid = is_int(order) and order >= 1
         are_valid = all(is_int(size) and size >= 0 for size in windows.values())
         if not (is_valid and are_valid):
@@ -124,6 +133,7 @@ class SequenceState:
         -1 = no id: before the sequence, before the most recent document start, or dead.
         """
         look_back = self._bound() - 1
+        self._give_up_cursor()
         ids, starts = self._past.last(look_back)
         if self._past.marked and starts.any():
             ids = np.where(since_start(starts), ids, -1)
@@ -184,29 +194,69 @@ class SequenceState:
             ids_BT = np.where(live, ids_BT, -1)
         if present is not None:
             ids_BT = np.where(present, ids_BT, ABSENT)
+        self._give_up_cursor()
         self._past.append(ids_BT, starts, present is not None, self._bound() - 1, self.margin)
         self._lengthen(ids_BT.shape[1])
         return self
 
-    def next_ids(self) -> Columns | None:
-        """Addresses of the next id of each sequence and of the N-1 before it, int64.
+    @property
+    def length(self) -> int:
+        """Tokens seen, without those taken back."""
+        cursor = self._cursor
+        return self._length if cursor is None else self._length + cursor.tokens()
 
-        The caller writes the next id there instead of calling `extend`, and then calls
-        `advance_ids`. Returns None if the caller has to use `history` and `extend`.
+    def cursor(self) -> Cursor | None:
+        """Where native calls write the next ids and conv inputs, instead of `extend` and `push`.
+
+        They count what they write in the cursor. Every other method that changes the state, or
+        reads what they write, first gives the cursor up and counts these tokens. The ids must be in
+        the vocabulary and begin no document. A cursor has no windows if conv inputs have to go
+        through `push`. Returns None if the next ids have to go through `extend`.
         """
-        return self._past.columns(self._bound() - 1)
+        cursor = self._cursor
+        if cursor is not None and cursor.ready():
+            return cursor
+        self._give_up_cursor()
+        core = _native.core
+        ids = None if core is None or not self.batch else self._past.columns(self._bound() - 1)
+        if core is None or ids is None:
+            return None
+        windows = [window.cursor_columns() for window in self._windows.values()]
+        usable = [columns for columns in windows if columns is not None]
+        if len(usable) < len(windows):
+            usable = []
+        self._cursor = core.Cursor(self.batch, ids, usable)
+        return self._cursor
 
-    def advance_ids(self) -> SequenceState:
-        """Counts the next id of each sequence, which the caller has written (see `next_ids`).
+    def is_at(self, cursor: Cursor) -> bool:
+        """Whether the cursor has not been given up."""
+        return self._cursor is cursor
 
-        The id must be in the vocabulary, and must not begin a document.
-        """
-        self._past.advance()
-        self._lengthen(1)
-        return self
+    def _count_cursor(self) -> None:
+        """Counts what was written through the cursor."""
+        if self._cursor is None:
+            return
+        tokens, *columns = self._cursor.take()
+        if tokens:
+            self._past.advance(tokens)
+            for _ in range(tokens):
+                self._lengthen(1)
+        for window, written in zip(self._windows.values(), columns, strict=False):
+            for _ in range(written if window.size else 0):
+                window.advance()
+
+    def _give_up_cursor(self) -> None:
+        self._count_cursor()
+        self._cursor = None
+
+    def _leave_window_to_caller(self) -> None:
+        """Before a layer's window is used in another way: ids may still go through the cursor."""
+        if self._cursor is not None and self._cursor.has_windows():
+            self._give_up_cursor()
+        self._count_cursor()
 
     def _lengthen(self, tokens: int) -> None:
-        self.length += tokens
+        self._length += tokens
         for window in self._windows.values():
             window.expect(tokens)
         self._room = min(self.margin, self._room + tokens)
@@ -218,6 +268,7 @@ class SequenceState:
         before the layer's first push, and for a layer without a conv. The tensor is valid until the
         next push, which may write to it.
         """
+        self._leave_window_to_caller()
         return self._window(layer).read() if self.length else None
 
     def push(
@@ -235,6 +286,7 @@ class SequenceState:
             InputError: the shape is not that of the next chunk in `extend`.
             ConfigError: the layer has no memory.
         """
+        self._leave_window_to_caller()
         window = self._window(layer)
         if not window.size:
             return self
@@ -263,11 +315,13 @@ class SequenceState:
             x_B1SD: the layer's hidden state. Conv inputs have its size, and its dtype or float32,
                 whichever is wider.
         """
+        self._leave_window_to_caller()
         window = self._window(layer)
         return window.columns(x_B1SD) if window.size else NO_COLUMNS
 
     def advance(self, layer: int) -> SequenceState:
         """Counts the next conv inputs of a layer, which the caller has written (see `columns`)."""
+        self._give_up_cursor()  # the next one may have windows
         window = self._window(layer)
         if window.size:
             window.advance()
@@ -292,6 +346,7 @@ class SequenceState:
         """
         if not is_int(tokens) or tokens < 0:
             raise InputError(f"crop: expected a number of tokens from 0 on, found {tokens!r}")
+        self._give_up_cursor()
         if tokens > self._room:
             raise StateTooShort(
                 f"crop: expected at most {self._room} tokens, found {tokens}: "
@@ -299,7 +354,7 @@ class SequenceState:
                 "(attach, load and memory.state take margin=)"
             )
         self._past.end -= int(tokens)
-        self.length -= int(tokens)
+        self._length -= int(tokens)
         self._room -= int(tokens)
         for window in self._windows.values():
             window.crop(int(tokens))
@@ -342,11 +397,13 @@ class SequenceState:
             InputError: there is no state, the states have different sizes or margins, or some layer
                 has not seen all tokens.
         """
+        for state in states:
+            state._give_up_cursor()
         _check_joinable(states)
         first = states[0]
         batches = [state.batch for state in states]
         joined = cls(sum(batches), first.margin, order=first.order, windows=first._sizes)
-        joined.length = max(state.length for state in states)
+        joined._length = max(state.length for state in states)
         joined._room = min(state._room for state in states)
         joined._past = Past.join([state._past for state in states])
         for layer in first._windows:
@@ -356,12 +413,13 @@ class SequenceState:
 
     def clone(self) -> SequenceState:
         """An independent state with the same past."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # gives up the cursor
         other._past = self._past.clone()
         other._windows = {layer: window.clone() for layer, window in self._windows.items()}
         return other
 
     def __repr__(self) -> str:
+        self._count_cursor()
         bound = "not bound to a memory"
         if self.order is not None:
             bound = f"order={self.order}, layers={list(self._windows)}"
@@ -371,11 +429,13 @@ class SequenceState:
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        self._give_up_cursor()
         # A copy must not cancel reads that this state still needs.
         return self.__dict__ | {"_readings": []}
 
     def to(self, device: torch.device | str) -> SequenceState:
         """Moves the conv windows to a device; ids stay in CPU memory."""
+        self._give_up_cursor()
         for window in self._windows.values():
             window.to(device)
         return self
@@ -397,6 +457,7 @@ class SequenceState:
         return self._windows[layer]
 
     def _take(self, index: np.ndarray) -> SequenceState:
+        self._give_up_cursor()
         self.batch = len(index)
         self._past.take(index)
         for window in self._windows.values():

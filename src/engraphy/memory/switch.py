@@ -16,7 +16,8 @@ _DISABLED: ContextVar[tuple[object, ...]] = ContextVar("engraphy_disabled", defa
 
 def is_disabled(memory: object) -> bool:
     """Whether this thread or task runs without `memory`."""
-    return any(disabled_memory is memory for disabled_memory in _DISABLED.get())
+    disabled_memories = _DISABLED.get()
+    return bool(disabled_memories) and any(other is memory for other in disabled_memories)
 
 
 @contextmanager

@@ -3,12 +3,19 @@
 A decoded token needs a few dozen rows. Reading these takes far less time than the separate steps of
 a look-up in Python. Those steps are the specification of the call: SequenceState.history,
 Addresser.all_rows, SequenceState.extend, rows.read.
+
+Between two tokens of a model its weights drive all else out of the caches. What then counts is how
+much is touched, not how long it takes in a loop: so this path makes no tensor, no array and no
+context manager, and takes no lock.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +23,21 @@ from .. import _native
 from ..addresses.addresser import Addresser
 from ..errors import StoreError, TableError
 from ..rows.read import addresses
-from ..store.base import ReadingAll
+from ..store.base import ReadingAll, Shards
 from ..store.group import StoreGroup
+from ..store.mapped import MappedStore
+from ..store.mapping import ends_of
+from .lookup import TokenLookup
 from .prefetch import FEW_ROWS, Prefetcher
 from .state import SequenceState
+
+if TYPE_CHECKING:
+    from .._native._core import Cursor
+    from .._native._core import TokenReader as NativeReader
+
+# What the native call says (`TokenReader.read` in `_native/_core.pyi`).
+_NOT_READ = 0
+_UNSURE = 1
 
 
 class TokenReader:
@@ -38,43 +56,83 @@ class TokenReader:
         self._addresser = addresser
         self._format = stores.format
         self._prefetcher = prefetcher
-        self._stores = {layer: stores[layer] for layer in addresser.spec.layer_ids}
+        self._layers = addresser.spec.layer_ids
+        self._stores = [stores[layer] for layer in addresser.spec.layer_ids]
+        # Rows of one layer, and bytes of the rows of all layers as numbers, for one sequence.
+        self._layer_rows = addresser.spec.columns
+        self._bytes = len(self._stores) * self._layer_rows * stores.format.d * 4
         # For the shards of the last call; keeps none of them alive.
         self._known: _Native | None = None
 
-    def read(self, ids_B1: Tensor, state: SequenceState) -> dict[int, Tensor] | None:
+    def read(self, ids_B1: Tensor, state: SequenceState) -> TokenLookup | None:
         """Reads the rows of one token of each sequence, and extends `state` by the ids.
 
         Returns:
-            layer -> f32 [B, 1, E]. None, without any change, if the caller has to take the separate
+            The rows of all layers. None, without any change, if the caller has to take the separate
             steps: rows are not in memory now, an id has no token or is out of range, a document
             begins within the look-back, there are many sequences, or there is an error.
         """
-        stores = self._stores
-        batch = len(ids_B1)
-        layers = len(stores)
-        width = self._addresser.spec.columns
-        count = batch * layers * width
-        if not 0 < count <= FEW_ROWS:
+        batch = state.batch
+        rows = batch * self._layer_rows
+        if not 0 < rows * len(self._stores) <= FEW_ROWS or self._prefetcher.closed:
             return None
         if ids_B1.dtype is not torch.int64 or not ids_B1.is_cpu or not ids_B1.is_contiguous():
             return None
         try:
-            with ReadingAll(stores.values(), batch * width) as shards:
-                native = self._reader_of(shards)
-                columns = None if native is None else state.next_ids()
-                if native is None or columns is None:
-                    raise _StepByStep
-                rows_LB1E = torch.empty(
-                    layers, batch, 1, width * self._format.d, dtype=torch.float32, device="cpu"
-                )
-                if not native.reader.read(ids_B1.data_ptr(), batch, *columns, rows_LB1E.data_ptr()):
-                    raise _StepByStep
-            self._prefetcher.count_inline(count)
+            lookup = self._read_pinned(ids_B1, state, rows)
+            if lookup is None:
+                lookup = self._read_scoped(ids_B1, state, rows)
+            self._prefetcher.count_inline(rows * len(self._stores))
+            return lookup
         except (_StepByStep, StoreError, TableError):
             return None  # if a store is closed or damaged, the separate steps raise the error
-        state.advance_ids()
-        return dict(zip(stores, rows_LB1E.unbind(), strict=True))
+
+    def _read_pinned(self, ids_B1: Tensor, state: SequenceState, rows: int) -> TokenLookup | None:
+        """`read` from the shards of the last call. None if they are others now.
+
+        The native call checks the files that it has read from. If it is not sure, the stores check
+        all of theirs, before anything is handed out.
+        """
+        native = self._known
+        pinned = None if native is None else native.pinned()
+        if native is None or pinned is None:
+            return None
+        begun = time.perf_counter_ns()
+        cursor, values = self._place_for(state)
+        answer = native.reader.read(ids_B1.data_ptr(), state.batch, values, cursor, True)
+        if answer == _NOT_READ:
+            raise _StepByStep
+        if answer == _UNSURE:
+            damages = _native.compiled().damage_count()
+            for store in native.stores:
+                store.check_memory()
+            native.reader.trust(damages)
+            cursor.advance()
+        taken = time.perf_counter_ns() - begun
+        for store in native.stores:
+            store.count_token(rows, taken)
+        return TokenLookup(self._layers, values, state, cursor)
+
+    def _read_scoped(self, ids_B1: Tensor, state: SequenceState, rows: int) -> TokenLookup:
+        """`read` in the scopes of the stores, whatever they are. Leaving them checks all files."""
+        with ReadingAll(self._stores, rows) as shards:
+            native = self._reader_of(shards)
+            if native is None:
+                raise _StepByStep
+            cursor, values = self._place_for(state)
+            if not native.reader.read(ids_B1.data_ptr(), state.batch, values, cursor, False):
+                raise _StepByStep
+            damages = _native.compiled().damage_count()
+        native.reader.trust(damages)
+        cursor.advance()
+        return TokenLookup(self._layers, values, state, cursor)
+
+    def _place_for(self, state: SequenceState) -> tuple[Cursor, bytearray]:
+        """Where to write ids and rows. Raises _StepByStep if ids have to be appended."""
+        cursor = state.cursor()
+        if cursor is None:
+            raise _StepByStep
+        return cursor, bytearray(state.batch * self._bytes)
 
     def _reader_of(self, shards: list[Any]) -> _Native | None:
         """The native reader for these shards.
@@ -84,7 +142,7 @@ class TokenReader:
         if _native.core is None or not all(shards):
             return None
         # Lists here and below: for a few layers they are faster than generators.
-        if not all([store.in_memory or store.tells_residency for store in self._stores.values()]):
+        if not all([store.in_memory or store.tells_residency for store in self._stores]):
             return None
         known = self._known
         if known is None or not known.reads(shards):
@@ -92,9 +150,12 @@ class TokenReader:
         return known
 
     def _new_reader(self, core: Any, shards: list[Any]) -> _Native:
-        stores = self._stores.values()
+        stores = self._stores
         fmt = self._format
         places = [addresses(shard, store.info) for shard, store in zip(shards, stores, strict=True)]
+        # Shards of plain stores alone: the scopes of others do more, and check all of their files.
+        plain = [store for store in stores if isinstance(store, MappedStore) and store.is_plain]
+        is_plain = len(plain) == len(stores)
         reader = core.TokenReader(
             self._addresser.plan,
             fmt.kind,
@@ -105,21 +166,45 @@ class TokenReader:
             [place.shard_rows for place in places],
             [place.rows for place in places],
             [not store.in_memory for store in stores],
+            [ends_of(shard) if is_plain else [] for shard in shards],
         )
-        return _Native(reader, places)
+        return _Native(reader, places, plain if is_plain else [])
 
 
 class _StepByStep(Exception):
     """Raised to leave the scope of a read that one native call cannot do."""
 
 
-class _Native(NamedTuple):
-    """A native reader, and the addresses of the shards of each layer that it was made for."""
+class _Native:
+    """A native reader, and the shards of each layer that it was made for.
 
-    reader: Any
-    places: list[Any]
+    Attributes:
+        reader: The native reader.
+        stores: The store of each layer if all are plain, else none.
+    """
+
+    def __init__(self, reader: NativeReader, places: list[Any], stores: list[MappedStore]) -> None:
+        self.reader = reader
+        self.stores = stores
+        self._places = places  # of the shards; they keep none of them alive
+        self._firsts: list[tuple[MappedStore, weakref.ref[np.ndarray]]] = [
+            (store, place.first) for store, place in zip(stores, places, strict=False)
+        ]
 
     def reads(self, shards: list[Any]) -> bool:
         """Whether it was made for these shards."""
-        pairs = zip(self.places, shards, strict=True)
+        pairs = zip(self._places, shards, strict=True)
         return all([place.first() is shard[0] for place, shard in pairs])
+
+    def pinned(self) -> list[Shards] | None:
+        """The shards of plain stores, mapped as long as the caller has them.
+
+        None if the stores are not plain, or have other shards than those it was made for.
+        """
+        pinned: list[Shards] = []
+        for store, first in self._firsts:
+            shards = store.pinned
+            if not shards or first() is not shards[0]:
+                return None
+            pinned.append(shards)
+        return pinned or None

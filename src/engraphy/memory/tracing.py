@@ -6,15 +6,24 @@ tracing, export, CUDA graph capture and the transforms of torch.func a look-up r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_exporting
 from torch.utils import _python_dispatch
 
 from ..errors import InputError
 
+# Looked up once: reaching them through their modules takes longer than calling them.
+_core: Any = torch._C
+_is_tracing: Any = _core._is_tracing
+_transform: Any = _core._functorch.peek_interpreter_stack
+_dispatch_modes: Any = _core._len_torch_dispatch_stack
+# The function that says which compiler is given the frames of this thread, if torch has it.
+_compiler: Any = getattr(_core._dynamo.eval_frame, "get_eval_frame_callback", None)
 _MODES = {"ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode"}
 _KINDS = {"FakeTensor", "FunctionalTensor", "Proxy"}
 REASON = (
@@ -27,9 +36,24 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: _Function) -> _Function:
-    """torch.compiler.disable, but type checkers still see the type of the decorated function."""
+    """torch.compiler.disable, but type checkers still see the type of the decorated function.
+
+    While nothing is compiled, the function is called as it is: what `disable` does around each call
+    takes longer than the look-up of a token.
+    """
     disabled: Any = torch.compiler.disable(function, reason=REASON)
-    return disabled
+    if _compiler is None:
+        return disabled
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Compilers trace this call (then it is compiling), or its frame is theirs to compile.
+        if is_compiling() or _compiler() is not None:
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    plain: Any = call
+    return plain
 
 
 def refuse_tracing(ids: Any) -> None:
@@ -50,14 +74,13 @@ def _recorder(ids: Any) -> str | None:
         kinds = {kind.__name__ for kind in type(ids).__mro__}
         if kinds & _KINDS:
             return f"a {type(ids).__name__}"
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "torch.export"
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if _is_tracing():
         return "torch.jit.trace"
-    functorch: Any = torch._C
-    if functorch._functorch.peek_interpreter_stack() is not None:
+    if _transform() is not None:
         return "a transform of torch.func (vmap, grad, jvp, functionalize)"
-    if torch._C._len_torch_dispatch_stack():
+    if _dispatch_modes():
         modes = _python_dispatch._get_current_dispatch_mode_stack()
         tracing = _MODES.intersection(type(mode).__name__ for mode in modes)
         if tracing:

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from ..fusion.decode import Columns
-from .columns import kept_columns, last, last_present, since_start, taken, taken_inputs
+from .columns import (
+    CursorColumns,
+    kept_columns,
+    last,
+    last_present,
+    since_start,
+    taken,
+    taken_inputs,
+)
+
+# Of a layer without a conv: nothing is read or written.
+_NO_WINDOW = CursorColumns(0, 0, 0, 0, 1 << 60, 0, False)
 
 
 class _Place(NamedTuple):
@@ -137,6 +148,40 @@ class Window:
             return None
         oldest = place.address + first * place.column
         return Columns(oldest, place.address + self.end * place.column, place.stride)
+
+    def cursor_columns(self) -> CursorColumns | None:
+        """The `size` columns before the next one, and those that can be written behind them.
+
+        Makes room for at least one column. Returns None if the next inputs have to go through
+        `append`.
+        """
+        if not self.size:
+            return _NO_WINDOW
+        buffer = self.inputs
+        if buffer is None or self.ahead or not buffer.is_cpu:
+            return None
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        if buffer.dtype not in (torch.float32, torch.float64):
+            return None
+        if self.end - self.size < self.clear:
+            return None
+        if self.end == self.starts.shape[1]:
+            if self.holes:
+                return None
+            self._move(buffer[:, :1])
+            return self.cursor_columns()
+        column = buffer.stride(1) * buffer.itemsize
+        following = buffer.data_ptr() + self.end * column
+        return CursorColumns(
+            following - self.size * column,
+            following,
+            buffer.stride(0),
+            column,
+            self.starts.shape[1] - self.end,
+            buffer.stride(1),
+            buffer.dtype is torch.float64,
+        )
 
     def advance(self) -> None:
         """Counts the next column, which has been written by address."""

@@ -11,6 +11,8 @@ from ..rows.format import RowFormat
 from ..table.table import Table
 from .latency import BUCKETS, Latency, bucket_of, latency_of
 
+_MOST_UNCOUNTED = 1024
+
 
 @dataclass(frozen=True)
 class StoreInfo:
@@ -133,10 +135,14 @@ class Counters:
         self._under_way = 0
         self._nanoseconds = 0
         self._buckets = [0] * BUCKETS
+        # (rows, nanoseconds) of calls that are still to be counted: for the few rows of a token
+        # taking the lock would take longer than reading them.
+        self._tokens: list[tuple[int, int]] = []
 
     def stats(self, row_bytes: int) -> StoreStats:
         """The counters so far."""
         with self._lock:
+            self._count_tokens()
             return StoreStats(
                 self._gathers,
                 self._rows,
@@ -168,6 +174,23 @@ class Counters:
             self._rows += rows
             self._nanoseconds += taken
             self._buckets[bucket] += 1
+
+    def add_token(self, rows: int, taken: int) -> None:
+        """Counts a call that read `rows` rows in `taken` nanoseconds."""
+        self._tokens.append((rows, taken))
+        if len(self._tokens) >= _MOST_UNCOUNTED:
+            with self._lock:
+                self._count_tokens()
+
+    def _count_tokens(self) -> None:
+        """Counts what `add_token` left. Others may append meanwhile; the caller has the lock."""
+        tokens = self._tokens[:]
+        del self._tokens[: len(tokens)]
+        for rows, taken in tokens:
+            self._gathers += 1
+            self._rows += rows
+            self._nanoseconds += taken
+            self._buckets[bucket_of(taken)] += 1
 
     def add_reads(self, reads: int, read_bytes: int) -> None:
         """Counts read calls to the system."""

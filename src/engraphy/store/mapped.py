@@ -45,6 +45,32 @@ class MappedStore(RowStore):
             self._watch.before()
         return shards, None
 
+    @property
+    def pinned(self) -> Shards:
+        """The read-only shards, which stay mapped while the caller has them; none once closed.
+
+        For a call that checks by itself that the files were whole (`ends_of`); `check_memory` is
+        for a call that could not.
+        """
+        return self._readonly
+
+    def check_memory(self) -> None:
+        """Raises StoreError or ShardTruncated if memory that was read was damaged."""
+        if self._watch is not None:
+            self._watch.after()
+
+    def count_token(self, rows: int, taken: int) -> None:
+        """Counts a read of a few rows from `pinned`, which took so many nanoseconds."""
+        self._counters.add_token(rows, taken)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `reading` gives `pinned`, and nothing of its own is done around it."""
+        kind = type(self)
+        return (
+            kind._begin_read is MappedStore._begin_read and kind._end_read is MappedStore._end_read
+        )
+
     def _end_read(self, pin: Any, rows: int | None, begun: int) -> None:
         if rows is None:
             return

@@ -7,7 +7,8 @@ The native core catches and notes such a fault, and the memory reads as zeros fr
 (`_native/guard.cpp`). After each read a `Watch` reads the last byte of each file, by one native
 call, and then asks for faults. No matter where a file was cut, that byte is gone (a fault) or zero;
 if it is zero, the `Watch` checks the file's size. Every 50 ms it also checks the sizes of all
-files.
+files. The native call that reads the rows of a token looks by itself, at the last bytes of just the
+files that it has read from.
 
 Without the native core it compares the sizes before and after each read. A file that is truncated
 between the first comparison and the read still ends the process.
@@ -204,6 +205,22 @@ class Watch:
 
     def _alive(self) -> Iterator[MappedFile]:
         return filter(None, (reference() for reference in self._files))
+
+
+def ends_of(shards: Sequence[np.ndarray]) -> list[int]:
+    """The addresses of the last bytes of the files behind mapped shards.
+
+    Empty unless each shard is memory of a MappedFile.
+    """
+    ends: list[int] = []
+    for shard in shards:
+        base: Any = shard
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if not isinstance(base, MappedFile):
+            return []
+        ends.append(base.last_byte)
+    return ends
 
 
 def check_size(path: str, expected: int, found: int) -> None:
