@@ -3,6 +3,7 @@
 # make quick  the tests that are not marked slow, in two minutes
 # make docs   the documentation as a site, in site/; warnings are errors
 # make check  ruff, pyright and the import-direction test
+# make bench  the benchmarks that have goals, and one table; on an idle machine
 # make test-transformers VERSION=5.20.0
 #             what joins transformers, against another version of it
 # make test-levels
@@ -37,7 +38,7 @@ endef
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test quick docs test-transformers test-levels valgrind guard check clean
+.PHONY: demo test quick docs bench test-transformers test-levels valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -71,6 +72,9 @@ docs: $(VENV)/installed-docs
 	$(PY) docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "open site/index.html, or: $(PY) -m http.server --directory site"
+
+bench: $(VENV)/installed-dev
+	$(PY) bench/all.py
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
