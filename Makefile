@@ -34,8 +34,8 @@ $(EDITABLE) $(1) || { rm -rf build/native; exit 1; }
 @touch $@
 endef
 
-# Tracing for the coverage doubles the time of these two, and they cover what the others do.
-UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py
+# Tracing for the coverage doubles the time of these, and they cover what the others do.
+UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_op.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 .PHONY: demo test quick docs bench test-transformers test-levels valgrind guard check clean
