@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from llama import llama_135m
+from transformers import DynamicCache, LlamaForCausalLM
 
 import engraphy
 from engraphy import EngramConfig, EngramMemory
@@ -39,18 +40,7 @@ WITHOUT = "without"
 
 
 def model_and_memory(dtype: torch.dtype, folder: Path | None) -> tuple[Any, EngramMemory]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    model: Any = LlamaForCausalLM(config)
+    model, config = llama_135m()
     model = model.to(dtype).eval()
     memory = engraphy.attach(model, EngramConfig.for_model(config, rows_per_head=150_000))
     for parameter in memory.parameters():

@@ -22,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from claims import Claim, write
+from llama import llama_135m
 from probe import machine
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 import engraphy
 from engraphy import EngramConfig, EngramMemory, VocabMap
@@ -81,22 +81,6 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
     return float(np.median(ratios)), float(np.median(again, axis=1).std())
 
 
-def llama() -> tuple[Any, LlamaConfig]:
-    """A Llama of the shape of SmolLM2-135M, with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config), config
-
-
 def train_reference(rounds: int) -> list[Claim]:
     """Steps of the reference model at equal parameters."""
     vocab = VocabMap.identity(VOCAB)
@@ -104,8 +88,9 @@ def train_reference(rounds: int) -> list[Claim]:
     runs = {"moe": reference_run(arms.moe, vocab), "memory": reference_run(arms.memory, vocab)}
     seconds = alternate({name: run.step for name, run in runs.items()}, 3 * rounds)
     for name, run in runs.items():
-        tokens = run.batches.tokens_per_step / statistics.median(seconds[name])
-        print(f"  {name:8}{tokens:10,.0f} tokens/s")
+        step = statistics.median(seconds[name])
+        speed = run.batches.tokens_per_step / step
+        print(f"  {name:8}{step * 1e3:8.1f} ms a step{speed:10,.0f} tokens/s")
     found, error = ratio(seconds["moe"], seconds["memory"])
     what = "training, reference model: tokens/s beside equal experts without memory"
     return [Claim(what, found, error=error)]
@@ -113,7 +98,7 @@ def train_reference(rounds: int) -> list[Claim]:
 
 def train_llama(rounds: int) -> list[Claim]:
     """Steps of a 135M Llama, all parameters trained, with the memory attached and without."""
-    model, config = llama()
+    model, config = llama_135m()
     model.train()
     memory = engraphy.attach(model, EngramConfig.for_model(config, rows_per_head=100_000))
     engraphy.detach(model)
@@ -142,7 +127,7 @@ def train_llama(rounds: int) -> list[Claim]:
 @torch.no_grad()
 def serve(tokens: int, folder: Path) -> list[Claim]:
     """Greedy tokens of a 135M Llama: no memory, and the table in RAM, in a file, behind a cache."""
-    model, config = llama()
+    model, config = llama_135m()
     model.eval()
     memory = engraphy.attach(model, EngramConfig.for_model(config, rows_per_head=150_000))
     for parameter in memory.parameters():

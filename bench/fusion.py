@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from claims import Claim, write
+from llama import llama_135m
 from probe import machine
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import engraphy
 from engraphy import EngramConfig, EngramMemory, LayerSpec, VocabMap
@@ -238,18 +238,7 @@ def report_training(name: str, goal: float, dtype: str, rounds: int) -> list[Cla
 
 def attached(dtype: torch.dtype) -> tuple[Any, EngramMemory]:
     """The Llama, and its memory, which is not attached."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    model: Any = LlamaForCausalLM(config)
+    model, config = llama_135m()
     model = model.to(dtype).eval()
     memory = engraphy.attach(model, EngramConfig.for_model(config))
     for parameter in memory.parameters():
