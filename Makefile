@@ -1,6 +1,8 @@
 # make demo   install into .venv and run `engraphy demo`
-# make test   install with the development tools, run all tests, print coverage
+# make test   install with the development tools, run all tests
 # make quick  the tests that are not marked slow, in two minutes
+# make coverage
+#             the tests once more, with the lines and branches that they miss
 # make docs   the documentation as a site, in site/; warnings are errors
 # make check  ruff, pyright and the import-direction test
 # make bench  the benchmarks that have goals, and one table; on an idle machine
@@ -34,19 +36,21 @@ $(EDITABLE) $(1) || { rm -rf build/native; exit 1; }
 @touch $@
 endef
 
-# Tracing for the coverage doubles the time of these, and they cover what the others do.
+# Tracing takes half as long again, and doubles the time of these, which cover what the others do.
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_op.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test quick docs bench test-transformers test-levels valgrind guard check clean
+.PHONY: demo test coverage quick docs bench test-transformers test-levels valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
 	$(VENV)/bin/engraphy demo
 
 test: $(VENV)/installed-dev
+	$(PYTEST)
+
+coverage: $(VENV)/installed-dev
 	$(PYTEST) --cov --cov-report=term:skip-covered $(UNTRACED:%=--ignore %)
-	$(PYTEST) $(UNTRACED)
 
 quick: $(VENV)/installed-dev
 	$(PYTEST) -m "not slow"
