@@ -63,7 +63,9 @@ def watched() -> bool:
     graph has to do without this library.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # What is_exporting() returns; within a graph, torch 2.9 has it return True always.
+        compiler: Any = torch.compiler
+        return compiler._is_exporting_flag
     core: Any = torch._C
     forward_level: int = forward_ad._current_level
     return core._functorch.peek_interpreter_stack() is not None or forward_level >= 0
