@@ -96,23 +96,47 @@ def cache() -> Call:
     return lambda: store.gather(ids_N, out)
 
 
+class Tables:
+    """A table of width 64 for each layer of a dialect, and where it lies, as native readers ask."""
+
+    def __init__(self, spec: HashSpec, fmt: RowFormat) -> None:
+        self.plan = Addresser(spec, VocabMap.identity(VOCAB)).plan
+        count = max(spec.row_count(layer) for layer in spec.layer_ids)
+        self._tables = [paged(fmt.encode(normal(count, 64))) for _ in spec.layer_ids]
+        self._shards = [np.array([at(table)], np.uint64) for table in self._tables]
+        self.where = [at(shard) for shard in self._shards], [count] * 2, [count] * 2
+
+
+def batch_rows(kind: str, to_bf16: bool) -> Call:
+    """The rows of 4 sequences of 256 tokens, 2 layers of 16 rows of width 64, from RAM."""
+    spec, fmt = SPECS["Qwen4-Exp"], RowFormat(kind, 64)
+    tables = Tables(spec, fmt)
+    core = _native.compiled()
+    reader = core.BatchReader(tables.plan, 0, fmt.kind, fmt.d, 1.0, *tables.where)
+    ids_BT = some_ids(VOCAB, 4, 256)
+    dtype = np.uint16 if to_bf16 else np.float32
+    outs = [paged(np.empty((4, 256, spec.columns * 64), dtype)) for _ in spec.layer_ids]
+
+    def call() -> object:
+        assert tables  # which the reader has addresses of
+        return reader.read(at(ids_BT), 4, 256, 0, 0, 0, [*map(at, outs)], to_bf16, 0, False)
+
+    return call
+
+
 def token_rows(kind: str) -> Call:
     """The rows of one token, 2 layers of 16 rows of width 64, from RAM."""
     spec, fmt = SPECS["Qwen4-Exp"], RowFormat(kind, 64)
-    plan = Addresser(spec, VocabMap.identity(VOCAB)).plan
-    count = max(spec.row_count(layer) for layer in spec.layer_ids)
-    tables = [paged(fmt.encode(normal(count, 64))) for _ in spec.layer_ids]
-    shards = [np.array([at(table)], np.uint64) for table in tables]
-    where = [at(shard) for shard in shards]
+    tables = Tables(spec, fmt)
     sizes = fmt.kind, fmt.d, 1.0, fmt.row_bytes
     reader = _native.compiled().TokenReader(
-        plan, *sizes, where, [count] * 2, [count] * 2, [False] * 2, [[], []]
+        tables.plan, *sizes, *tables.where, [False] * 2, [[], []]
     )
     ids, columns = some_ids(VOCAB, 1), some_ids(VOCAB, 4)
     out = bytearray(2 * spec.columns * 64 * 4)
 
     def call() -> object:
-        assert tables and shards  # which the reader has addresses of
+        assert tables  # which the reader has addresses of
         place = [at(columns), at(columns) + 8 * (spec.order - 1), 4, 8, 1, 1, 0]
         cursor = _native.compiled().Cursor(1, place, [])
         answer = reader.read(at(ids), 1, out, cursor, True)
@@ -237,6 +261,10 @@ KERNELS: dict[str, Callable[[], Call]] = {
     },
     "1,024 rows of 264 bytes, gathered": gather,
     "1,024 rows of 264 bytes, from a cache": cache,
+    **{
+        f"rows of 4 x 256 tokens, fp8 to {name}": partial(batch_rows, "fp8", name == "bf16")
+        for name in ("float32", "bf16")
+    },
     **{f"rows of one token, {kind}": partial(token_rows, kind) for kind in ("bf16", "fp8", "int8")},
     "1,024 row ids, sorted": sorted_rows,
     "1,024 gradients, RowAdam, float32": partial(row_update, "adam", 128),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,64 @@ def stores(level: str, rng: np.random.Generator) -> None:
                 np.testing.assert_array_equal(numbers(store), expected)
                 for _ in range(2):  # missed, then found
                     np.testing.assert_array_equal(cached.gather(ids_N), raw)
+
+
+def batches(level: str, rng: np.random.Generator) -> None:
+    """Chunks of tokens, and single ones, through both readers; row ids and rows are compared."""
+    vocab = VocabMap(np.arange(60) % 40)
+    for spec, fmt in zip(SPECS, (FORMATS[0], FORMATS[3], FORMATS[-1]), strict=True):
+        addresser = Addresser(spec, vocab)
+        counts = [spec.row_count(layer) for layer in spec.layer_ids]
+        tables = [rng.standard_normal((count, fmt.d)).astype(np.float32) for count in counts]
+        records = [plainly(partial(fmt.encode, table)) for table in tables]
+        shards = [np.array([_at(record)], np.uint64) for record in records]
+        where = [_at(shard) for shard in shards], counts, counts
+        for tokens in COUNTS[1:]:
+            ids_BT = rng.integers(0, 40, (2, tokens))
+            history = rng.integers(0, 40, (2, spec.order - 1))
+            ids_LBTC = plainly(partial(addresser.all_rows, ids_BT, history))
+            expected = [
+                plainly(partial(fmt.decode, record[ids_BTC.ravel()]))
+                for record, ids_BTC in zip(records, ids_LBTC, strict=True)
+            ]
+            outs = [np.empty_like(values) for values in expected]
+            found_LBTC = np.empty_like(ids_LBTC)
+            with _native.forced(level):
+                core = _native.core
+                reader = core.BatchReader(addresser.plan, 0, fmt.kind, fmt.d, 1.0, *where)
+                given = _at(ids_BT), 2, tokens, _at(history), 0, 0
+                reader.read(*given, [*map(_at, outs)], False, _at(found_LBTC), False)
+            np.testing.assert_array_equal(found_LBTC, ids_LBTC)
+            for out, values in zip(outs, expected, strict=True):
+                np.testing.assert_array_equal(out, values)
+            one_by_one(level, addresser, fmt, where, np.hstack([history, ids_BT]), expected)
+
+
+def one_by_one(
+    level: str,
+    addresser: Addresser,
+    fmt: RowFormat,
+    where: tuple[list[int], ...],
+    columns_BN: np.ndarray,
+    expected: list[np.ndarray],
+) -> None:
+    """The same tokens through a cursor, over ids that are there already."""
+    layers, batch = len(expected), len(columns_BN)
+    count, before = columns_BN.shape[1], addresser.spec.order - 1
+    out = bytearray(4 * sum(values.size for values in expected) // (count - before))
+    with _native.forced(level):
+        core = _native.core
+        sizes = fmt.kind, fmt.d, 1.0, fmt.row_bytes
+        reader = core.TokenReader(addresser.plan, *sizes, *where, [0] * layers, [[]] * layers)
+        place = [_at(columns_BN), _at(columns_BN) + 8 * before, count, 8, count - before, 1, 0]
+        cursor = core.Cursor(batch, place, [])
+        for t in range(count - before):
+            ids_B = columns_BN[:, before + t].copy()
+            assert reader.read(_at(ids_B), batch, out, cursor, True) == 2
+            found_LBE = np.frombuffer(out, np.float32).reshape(layers, batch, -1)
+            for found_BE, values in zip(found_LBE, expected, strict=True):
+                values_BTE = values.reshape(batch, count - before, -1)
+                np.testing.assert_array_equal(found_BE, values_BTE[:, t])
 
 
 def fusion(level: str, rng: np.random.Generator) -> None:
@@ -169,7 +228,7 @@ def _at(array: np.ndarray) -> int:
 def kernels() -> None:
     """Run by valgrind."""
     for level in _native.core.levels():
-        for number, run in enumerate((hashes, stores, fusion, chunks, updates)):
+        for number, run in enumerate((hashes, stores, batches, fusion, chunks, updates)):
             run(level, np.random.default_rng(number))
             print(f"{level}: {run.__name__}", flush=True)
 
