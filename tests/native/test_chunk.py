@@ -3,6 +3,7 @@ the threads."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -228,22 +229,54 @@ def test_large_values_stay_numbers(level):
             fusion(layer, **values).update.assert_holds(update)
 
 
-def test_the_kernel_refuses_what_is_missing():
-    sizes = [0, 1, 1, 1, 1, 0, 1, 1e-6, 1e-6, False, 0, False]
-    arrays = [64] * 10
-    run_it = _native.core.fuse_chunk
-    outputs = (1, 64, 64, 64, 64)
-    with pytest.raises(ValueError, match="kind"):
-        run_it(5, *sizes[1:], *arrays, *outputs)
-    with pytest.raises(ValueError, match="positive"):
-        run_it(*sizes[:2], 0, *sizes[3:], *arrays, *outputs)
-    with pytest.raises(ValueError, match="taps"):
-        run_it(*sizes[:5], 17, *sizes[6:], *arrays, *outputs)
-    with pytest.raises(ValueError, match="columns"):
-        run_it(*sizes[:10], 2, False, *arrays, *outputs)
-    with pytest.raises(ValueError, match="present"):
-        run_it(*sizes, 0, *arrays[1:], *outputs)
+SIZES = {
+    "kind": 0,
+    "batch": 1,
+    "tokens": 1,
+    "streams": 1,
+    "hidden": 1,
+    "taps": 0,
+    "dilation": 1,
+    "eps": 1e-6,
+    "conv_eps": 1e-6,
+    "residual": False,
+    "columns": 0,
+    "masked": False,
+    "threads": 1,
+}
+ARRAYS = ("scale", "conv_norm", "conv", "normed_conv", "x", "key", "value", "window", "live")
+ARRAYS += ("starts", "gate", "stats")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": 5}, "kind"),
+        ({"tokens": 0}, "positive"),
+        ({"taps": 17}, "taps"),
+        ({"columns": 2}, "columns"),
+        ({"scale": 0}, "arrays must be present"),
+        ({"stats": 0}, "arrays must be present"),
+        ({"taps": 1, "conv": 0}, "conv's weights"),
+    ],
+)
+def test_wrong_sizes_and_missing_arrays_are_refused(wrong, message):
+    values = np.zeros(1)
+    arguments = SIZES | dict.fromkeys(ARRAYS, values.ctypes.data) | wrong
+    with pytest.raises(ValueError, match=message):
+        _native.core.ChunkFusion(**arguments)
+
+
+def test_missing_outputs_and_gradients_are_refused():
+    values = np.zeros(1)
+    arrays = dict.fromkeys(ARRAYS, values.ctypes.data) | {"window": 0}
+    fusion_of_one = _native.core.ChunkFusion(**SIZES, **arrays)
     with pytest.raises(ValueError, match="outputs"):
-        run_it(*sizes, *arrays, 1, 0, 64, 64, 64)
-    with pytest.raises(ValueError, match="gradients"):
-        _native.core.fuse_chunk_backward(*sizes, *arrays, 1, *[0] * 3, *[64] * 2, *[0] * 5)
+        fusion_of_one.forward(out=0, inputs=0)
+    grads = ("out_grad", "gate_grad", "inputs_grad", "x_grad", "key_grad", "value_grad")
+    grads += ("window_grad", "sums")
+    present = dict.fromkeys(grads, values.ctypes.data)
+    with pytest.raises(ValueError, match="gradients must be present"):
+        fusion_of_one.backward(**present | {"sums": 0})
+    with pytest.raises(ValueError, match="a window must be present"):
+        fusion_of_one.backward(**present)

@@ -155,27 +155,63 @@ def chunk_fusion(bf16: bool, backward: bool) -> Call:
         return bf16_bits(normal(*shape)) if bf16 else normal(*shape)
 
     weights = [normal(1, hidden), normal(hidden), normal(taps, hidden), normal(taps, 1, hidden)]
+    scale, conv_norm, conv, normed_conv = weights
     inputs = [value(*shape), value(*shape), value(batch, tokens, hidden)]
+    x, key, values = inputs
     gate, stats = normal(batch, tokens), normal(batch, tokens, 4)
     out, columns = value(*shape), normal(batch, 9, hidden)
-    sizes = 2 if bf16 else 0, batch, tokens, 1, hidden, taps, dilation, 1e-6, 1e-6
-    common = (*sizes, True, 9, False, *map(at, weights), *map(at, inputs), 0, 0, 0, 1)
-    core = _native.compiled()
+    fusion = _native.compiled().ChunkFusion(
+        kind=2 if bf16 else 0,
+        batch=batch,
+        tokens=tokens,
+        streams=1,
+        hidden=hidden,
+        taps=taps,
+        dilation=dilation,
+        eps=1e-6,
+        conv_eps=1e-6,
+        residual=True,
+        columns=9,
+        masked=False,
+        scale=at(scale),
+        conv_norm=at(conv_norm),
+        conv=at(conv),
+        normed_conv=at(normed_conv),
+        x=at(x),
+        key=at(key),
+        value=at(values),
+        window=0,
+        live=0,
+        starts=0,
+        gate=at(gate),
+        stats=at(stats),
+        threads=1,
+    )
+
+    arrays = [*weights, *inputs, gate, stats]
 
     def forward() -> object:
-        assert weights and inputs  # which the addresses belong to
-        return core.fuse_chunk(*common, at(out), at(gate), at(columns), at(stats))
+        assert arrays  # which the fusion has addresses of
+        return fusion.forward(out=at(out), inputs=at(columns))
 
     if not backward:
         return forward
     forward()
-    grads = [paged(array) for array in inputs]
+    x_grad, key_grad, value_grad = (paged(array) for array in inputs)
     out_grad, sums = value(*shape), normal(1 + taps, hidden)
 
     def call() -> object:
-        assert weights and inputs  # which the addresses belong to
-        outputs = *map(at, grads), 0, at(sums)
-        return core.fuse_chunk_backward(*common, at(out_grad), 0, 0, at(gate), at(stats), *outputs)
+        assert arrays
+        return fusion.backward(
+            out_grad=at(out_grad),
+            gate_grad=0,
+            inputs_grad=0,
+            x_grad=at(x_grad),
+            key_grad=at(key_grad),
+            value_grad=at(value_grad),
+            window_grad=0,
+            sums=at(sums),
+        )
 
     return call
 

@@ -166,31 +166,54 @@ def chunks(level: str, rng: np.random.Generator) -> None:
     before = (taps - 1) * order
     for tokens in (1, 5, 140):  # 140: more than one piece of the work
         shape = (batch, tokens, streams, hidden)
-        shapes = [(streams, hidden), (streams, hidden), *[(taps, streams, hidden)] * 2]
-        shapes += [shape, shape, (batch, tokens, hidden), (batch, before, streams, hidden)]
-        exact = [rng.standard_normal(size) for size in shapes]
-        exact[3] = exact[2] * exact[1]
-        flags = [rng.random((batch, tokens)) < share for share in (0.8, 0.1)]
-        grads = [rng.standard_normal(size) for size in (shape, shape[:3], shape)]
+        conv_shape = (taps, streams, hidden)
+        exact = {
+            "scale": rng.standard_normal((streams, hidden)),
+            "conv_norm": rng.standard_normal((streams, hidden)),
+            "conv": rng.standard_normal(conv_shape),
+            "x": rng.standard_normal(shape),
+            "key": rng.standard_normal(shape),
+            "value": rng.standard_normal((batch, tokens, hidden)),
+            "window": rng.standard_normal((batch, before, streams, hidden)),
+        }
+        exact["normed_conv"] = exact["conv"] * exact["conv_norm"]
+        flags = {
+            "live": rng.random((batch, tokens)) < 0.8,
+            "starts": rng.random((batch, tokens)) < 0.1,
+        }
+        exact_grads = {
+            "out_grad": rng.standard_normal(shape),
+            "gate_grad": rng.standard_normal(shape[:3]),
+            "inputs_grad": rng.standard_normal(shape),
+        }
+        sizes = {
+            "batch": batch,
+            "tokens": tokens,
+            "streams": streams,
+            "hidden": hidden,
+            "taps": taps,
+            "dilation": order,
+            "eps": 1e-6,
+            "conv_eps": 1e-6,
+            "residual": True,
+            "columns": tokens,
+            "masked": False,
+            "threads": 1,
+        }
         found = []
         for kind, dtype in ((4, np.float64), (0, np.float32)):
-
-            def empty(*size: int, dtype: type = dtype) -> np.ndarray:
-                return np.empty(size, dtype)
-
-            reads = [*(values.astype(dtype) for values in exact), *flags]
-            out, gate = empty(*shape), empty(*shape[:3])
-            inputs, stats = empty(*shape), empty(*shape[:3], 4)
-            sizes = kind, *shape, taps, order, 1e-6, 1e-6, True, tokens, False
-            made = [np.empty_like(reads[place]) for place in (4, 5, 6, 7)]
-            made.append(empty(2 + 2 * taps, streams, hidden))
-            given = [values.astype(dtype) for values in grads]
+            reads = {name: values.astype(dtype) for name, values in exact.items()} | flags
+            kept = {"gate": np.empty(shape[:3], dtype), "stats": np.empty((*shape[:3], 4), dtype)}
+            outputs = {"out": np.empty(shape, dtype), "inputs": np.empty(shape, dtype)}
+            grads = {name: values.astype(dtype) for name, values in exact_grads.items()}
+            made = {f"{name}_grad": np.empty_like(reads[name]) for name in ("x", "key", "value")}
+            made["window_grad"] = np.empty_like(reads["window"])
+            made["sums"] = np.empty((2 + 2 * taps, streams, hidden), dtype)
             with _native.forced(level):
-                arguments = (*sizes, *map(_at, reads), 1)
-                core = _native.core
-                core.fuse_chunk(*arguments, *map(_at, (out, gate, inputs, stats)))
-                core.fuse_chunk_backward(*arguments, *map(_at, (*given, gate, stats, *made)))
-            found.append([out, gate, inputs, *made])
+                fusion = _native.core.ChunkFusion(kind=kind, **sizes, **_all_at(reads | kept))
+                fusion.forward(**_all_at(outputs))
+                fusion.backward(**_all_at(grads | made))
+            found.append([*outputs.values(), kept["gate"], *made.values()])
         for one, other in zip(*found, strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-3 * np.abs(one).max())
 
@@ -223,6 +246,10 @@ def updates(level: str, rng: np.random.Generator) -> None:
 
 def _at(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
+
+
+def _all_at(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    return {name: _at(array) for name, array in arrays.items()}
 
 
 def kernels() -> None:

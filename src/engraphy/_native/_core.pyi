@@ -330,95 +330,84 @@ class BatchReader:
         the row ids, int64 [layers, batch, tokens, C], unless it is 0. waits: as for `read_rows`.
         """
 
-def fuse_chunk(
-    kind: int,
-    batch: int,
-    tokens: int,
-    streams: int,
-    hidden: int,
-    taps: int,
-    dilation: int,
-    eps: float,
-    conv_eps: float,
-    residual: bool,
-    columns: int,
-    masked: bool,
-    scale: int,
-    conv_norm: int,
-    conv: int,
-    normed_conv: int,
-    x: int,
-    key: int,
-    value: int,
-    window: int,
-    live: int,
-    starts: int,
-    threads: int,
-    out: int,
-    gate: int,
-    inputs: int,
-    stats: int,
-) -> None:
-    """The fusion layer for a chunk, from the projections on: `plain.fuse`.
+class ChunkFusion:
+    """The fusion layer for a chunk, from the projections on: `plain.fuse`, and its gradients.
 
-    B, T, S, D, K = batch, tokens, streams, hidden, taps (at most 16); W = (K - 1) * dilation. F is
-    float64 of kind 4, else float32.
-
-    kind: of x and out, and of key and value: 0 float32 and float32, 1 float32 and bfloat16, 2
-    bfloat16 and bfloat16, 3 bfloat16 and float32, 4 float64 and float64. residual: out is x +
-    update, else update. scale: F [S, D], the factors of the query norm times those of the key norm.
-    conv_norm: F [S, D], factors. conv: F [K, S, D]. normed_conv: conv times conv_norm. x: [B, T, S,
-    D]. key: [B, T, S, D]. value: [B, T, D]. window: F [B, W, S, D]; 0 = zeros. live, starts: bool
-    [B, T]; 0 = all live, no starts. threads: that share the work.
-
-    Writes out [B, T, S, D]; gate, F [B, T, S]; inputs, F [B, columns, S, D], the last conv inputs
-    of window and chunk, zero before the last start if `masked`; stats, F [B, T, S, 4], for
-    `fuse_chunk_backward`. Raises ValueError if a size is invalid or an array is missing.
+    It keeps addresses: the caller keeps the arrays alive, and C-contiguous.
     """
 
-def fuse_chunk_backward(
-    kind: int,
-    batch: int,
-    tokens: int,
-    streams: int,
-    hidden: int,
-    taps: int,
-    dilation: int,
-    eps: float,
-    conv_eps: float,
-    residual: bool,
-    columns: int,
-    masked: bool,
-    scale: int,
-    conv_norm: int,
-    conv: int,
-    normed_conv: int,
-    x: int,
-    key: int,
-    value: int,
-    window: int,
-    live: int,
-    starts: int,
-    threads: int,
-    out_grad: int,
-    gate_grad: int,
-    inputs_grad: int,
-    gate: int,
-    stats: int,
-    x_grad: int,
-    key_grad: int,
-    value_grad: int,
-    window_grad: int,
-    sums: int,
-) -> None:
-    """Gradients of `fuse_chunk`, whose arguments and outputs it reads; the same for any `threads`.
+    def __init__(
+        self,
+        *,
+        kind: int,
+        batch: int,
+        tokens: int,
+        streams: int,
+        hidden: int,
+        taps: int,
+        dilation: int,
+        eps: float,
+        conv_eps: float,
+        residual: bool,
+        columns: int,
+        masked: bool,
+        scale: int,
+        conv_norm: int,
+        conv: int,
+        normed_conv: int,
+        x: int,
+        key: int,
+        value: int,
+        window: int,
+        live: int,
+        starts: int,
+        gate: int,
+        stats: int,
+        threads: int,
+    ) -> None:
+        """B, T, S, D, K = batch, tokens, streams, hidden, taps (at most 16); W = (K - 1) *
+        dilation. F is float64 of kind 4, else float32.
 
-    out_grad, gate_grad, inputs_grad: of the outputs, in their dtypes; the last two may be 0.
+        kind: of x and out, and of key and value: 0 float32 and float32, 1 float32 and bfloat16, 2
+        bfloat16 and bfloat16, 3 bfloat16 and float32, 4 float64 and float64. residual: out is x +
+        update, else update. columns: conv inputs that are returned. masked: those before the last
+        start are zero.
 
-    Writes the gradients of x, key, value and window, in their dtypes; that of x and of window
-    unless they are 0. sums, F [R, S, D]: the gradient of scale, the K of normed_conv, with a window
-    the K of conv that come from it, and with inputs_grad the one of conv_norm that comes from it.
-    """
+        scale: F [S, D], the factors of the query norm times those of the key norm. conv_norm: F
+        [S, D], factors. conv: F [K, S, D]. normed_conv: conv times conv_norm. x: [B, T, S, D]. key:
+        [B, T, S, D]. value: [B, T, D]. window: F [B, W, S, D]; 0 = zeros. live, starts: bool [B,
+        T]; 0 = all live, no starts; starts are not read later.
+
+        gate, F [B, T, S], and stats, F [B, T, S, 4]: `forward` writes them, `backward` reads them.
+        threads: share the work. Raises ValueError if a size is invalid or an array is missing.
+        """
+
+    def forward(self, *, out: int, inputs: int) -> None:
+        """Writes out [B, T, S, D]; gate; stats; inputs, F [B, columns, S, D], the last conv inputs
+        of window and chunk.
+        """
+
+    def backward(
+        self,
+        *,
+        out_grad: int,
+        gate_grad: int,
+        inputs_grad: int,
+        x_grad: int,
+        key_grad: int,
+        value_grad: int,
+        window_grad: int,
+        sums: int,
+    ) -> None:
+        """Gradients of `forward`; the same for any `threads`.
+
+        out_grad, gate_grad, inputs_grad: of the outputs, in their dtypes; the last two may be 0.
+
+        Writes the gradients of x, key, value and window, in their dtypes; that of x and of window
+        unless they are 0. sums, F [R, S, D]: the gradient of scale, the K of normed_conv, with a
+        window the K of conv that come from it, and with inputs_grad the one of conv_norm that comes
+        from it.
+        """
 
 class FusePlan:
     """The part of a fusion layer that is the same for all tokens.

@@ -7,13 +7,16 @@ depend on them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _native
 from .plain import Formula, Norms, Past, scale
+
+if TYPE_CHECKING:
+    from .._native._core import ChunkFusion
 
 MOST_TAPS = 16  # as most_taps in chunk.hpp
 _KINDS = {
@@ -86,7 +89,9 @@ def forward(
         torch.empty(len(x_BTSD), call.columns, *shape[2:], dtype=call.wide),
         torch.empty(*shape[:3], 4, dtype=call.wide),
     )
-    _native.compiled().fuse_chunk(*call.arguments(), *map(_address, fused))
+    call.native(fused.gate_BTS, fused.stats_BTS4).forward(
+        out=_address(fused.out_BTSD), inputs=_address(fused.inputs_BnSD)
+    )
     return fused
 
 
@@ -124,18 +129,15 @@ def backward(
     window_grad = _nothing() if window is None or not needs_window else torch.empty_like(window)
     rows = 1 + call.taps * (1 if window is None else 2) + (inputs_grad is not None)
     sums_RSD = torch.empty(rows, *x_BTSD.shape[2:], dtype=call.wide)
-    _native.compiled().fuse_chunk_backward(
-        *call.arguments(),
-        _address(out_grad),
-        _address(gate_grad),
-        _address(inputs_grad),
-        _address(gate_BTS),
-        _address(stats_BTS4),
-        _address(x_grad),
-        _address(key_grad),
-        _address(value_grad),
-        _address(window_grad),
-        _address(sums_RSD),
+    call.native(gate_BTS, stats_BTS4).backward(
+        out_grad=_address(out_grad),
+        gate_grad=_address(gate_grad),
+        inputs_grad=_address(inputs_grad),
+        x_grad=_address(x_grad),
+        key_grad=_address(key_grad),
+        value_grad=_address(value_grad),
+        window_grad=_address(window_grad),
+        sums=_address(sums_RSD),
     )
     return Grads(
         x_grad,
@@ -211,24 +213,39 @@ class _Call:
         self.live = None if past.live is None else past.live.contiguous()
         self.starts = None if past.starts is None else past.starts.contiguous()
 
-    def arguments(self) -> list[int | float | bool]:
-        """Those that both native functions begin with."""
+    def native(self, gate_BTS: Tensor, stats_BTS4: Tensor) -> ChunkFusion:
+        """The native passes over these tensors, which have to stay alive. The forward pass writes
+        the gate and the numbers, the backward pass reads them."""
         formula = self.formula
-        return [
-            _KINDS[self.x.dtype, self.key.dtype],
-            *self.x.shape,
-            self.taps,
-            formula.dilation,
-            formula.eps,
-            formula.conv_eps,
-            formula.residual,
-            self.columns,
-            not formula.conv_inputs,
-            _address(self.scale),
-            *map(_address, self.conv or (None, None, None)),
-            *map(_address, (self.x, self.key, self.value, self.window, self.live, self.starts)),
-            min(torch.get_num_threads(), _native.threads()),
-        ]
+        batch, tokens, streams, hidden = self.x.shape
+        conv = self.conv
+        return _native.compiled().ChunkFusion(
+            kind=_KINDS[self.x.dtype, self.key.dtype],
+            batch=batch,
+            tokens=tokens,
+            streams=streams,
+            hidden=hidden,
+            taps=self.taps,
+            dilation=formula.dilation,
+            eps=formula.eps,
+            conv_eps=formula.conv_eps,
+            residual=formula.residual,
+            columns=self.columns,
+            masked=not formula.conv_inputs,
+            scale=_address(self.scale),
+            conv_norm=0 if conv is None else _address(conv.norm),
+            conv=0 if conv is None else _address(conv.taps_KSD),
+            normed_conv=0 if conv is None else _address(conv.normed_KSD),
+            x=_address(self.x),
+            key=_address(self.key),
+            value=_address(self.value),
+            window=_address(self.window),
+            live=_address(self.live),
+            starts=_address(self.starts),
+            gate=_address(gate_BTS),
+            stats=_address(stats_BTS4),
+            threads=min(torch.get_num_threads(), _native.threads()),
+        )
 
 
 def _nothing() -> Tensor:
