@@ -153,7 +153,8 @@ double probe_few(const uint8_t *const *tables, const int64_t *ids, int tables_co
                  int64_t row_bytes, uint8_t *out) {
     const double begun = now();
     for (int t = 0; t < tables_count; t++)
-        for (int64_t i = 0; i < count; i++) fetch(tables[t] + ids[t * count + i] * row_bytes, row_bytes);
+        for (int64_t i = 0; i < count; i++)
+            fetch(tables[t] + ids[t * count + i] * row_bytes, row_bytes);
     for (int t = 0; t < tables_count; t++)
         for (int64_t i = 0; i < count; i++, out += row_bytes)
             memcpy(out, tables[t] + ids[t * count + i] * row_bytes, row_bytes);
@@ -321,7 +322,8 @@ static inline __attribute__((always_inline)) void widen_rows(const Widen *w, int
         if (j < first) continue;
         uint8_t *to = w->out + j * out_size;
         if (!stream && j + 1 < last)
-            for (int64_t at = 0; at < out_size; at += LINE) __builtin_prefetch(to + out_size + at, 1);
+            for (int64_t at = 0; at < out_size; at += LINE)
+                __builtin_prefetch(to + out_size + at, 1);
         widen_row(to, w->table + ids[j] * size, size, out_size, stream);
     }
 #if defined(__SSE2__)
@@ -337,7 +339,8 @@ static inline __attribute__((always_inline)) void widen_rows(const Widen *w, int
 
 static void widen_share(void *context, int thread) {
     const Widen *w = context;
-    const int64_t first = w->count * thread / w->threads, last = w->count * (thread + 1) / w->threads;
+    const int64_t first = w->count * thread / w->threads;
+    const int64_t last = w->count * (thread + 1) / w->threads;
 #define WIDENING(size, out_size)                                              \
     if (w->row_bytes == size && w->out_bytes == out_size) {                   \
         if (w->stream) widen_rows(w, first, last, size, out_size, 1);         \

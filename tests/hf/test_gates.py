@@ -81,9 +81,7 @@ class FirstForward(TrainerCallback):
         self.handle.remove()
 
 
-def test_a_line_holds_the_mean_over_the_training_tokens_since_the_last_and_the_rows_since_the_beginning(  # noqa: E501
-    tmp_path,
-):
+def test_a_line_holds_the_mean_since_the_last_and_the_rows_since_the_beginning(tmp_path):
     traces = FirstForward()
     run, memory = run_of(
         tmp_path, callbacks=[traces], logging_steps=2, gradient_accumulation_steps=2

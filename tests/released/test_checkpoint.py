@@ -500,9 +500,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_a_tensor_under_a_tables_name_that_is_not_known_is_refused_whether_the_index_lists_it_or_not(  # noqa: E501
-    tmp_path, case, listed
-):
+def test_an_unknown_tensor_under_a_tables_name_is_refused_listed_or_not(tmp_path, case, listed):
     tensors, name = UNKNOWN[case][0](), UNKNOWN[case][1]
     files = [[*tensors, name]]
     path = write_release(

@@ -249,7 +249,7 @@ def open_and_compare(path: Path, expected: np.ndarray) -> bool:
 
 @settings(max_examples=EXAMPLES)
 @given(st.data())
-def test_an_engram_json_of_other_values_opens_with_the_right_rows_of_the_right_format_or_is_one_of_our_errors(  # noqa: E501
+def test_an_engram_json_of_other_values_opens_with_the_right_rows_or_is_one_of_our_errors(
     table, data
 ):
     path, expected = table

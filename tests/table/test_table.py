@@ -182,9 +182,7 @@ def test_shards_have_equal_sizes_but_the_last_and_are_mapped_read_only(tmp_path)
 # Identities.
 
 
-def test_the_first_seal_keeps_the_id_and_a_seal_after_a_change_gives_a_new_one_with_the_old_as_parent(  # noqa: E501
-    tmp_path,
-):
+def test_the_first_seal_keeps_the_id_and_one_after_a_change_has_the_old_as_parent(tmp_path):
     table = create(tmp_path / "t", parent="a" * 32)
     first = table.table_id
     fill(table, 0)

@@ -9,10 +9,9 @@
 
 namespace engraphy {
 
-// The types of the hidden states and of the projections; in brackets the type that is computed
-// with, F below.
-enum class ChunkKind { f32_f32 /* f32 */, f32_bf16 /* f32 */, bf16_bf16 /* f32 */, bf16_f32 /* f32 */,
-                       f64_f64 /* f64 */ };
+// The types of the hidden states and of the projections. F below, the type that is computed with,
+// is f64 for the last one, else f32.
+enum class ChunkKind { f32_f32, f32_bf16, bf16_bf16, bf16_f32, f64_f64 };
 
 constexpr int most_taps = 16;
 constexpr int stats_of_a_stream = 4;  // u, and the factors of the query's, key's and conv's norms

@@ -1,10 +1,10 @@
 // Rows of mapped memory as they are, compiled once per instruction set (kernels.hpp says what that
 // forbids).
 //
-// Rows some way ahead are prefetched (mapped.hpp). A large output of whole cache lines is written past the
-// caches, so that it does not evict what is in them. That pays only if each row begins and ends
-// with a line: joining other rows into lines first costs more than it gains. The usual row sizes
-// are constants for the compiler, so that copies become straight code.
+// Rows some way ahead are prefetched (mapped.hpp). A large output of whole cache lines is written
+// past the caches, so that it does not evict what is in them. That pays only if each row begins and
+// ends with a line: joining other rows into lines first costs more than it gains. The usual row
+// sizes are constants for the compiler, so that copies become straight code.
 #include <stdint.h>
 
 #include "copy.hpp"

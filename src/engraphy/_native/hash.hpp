@@ -46,9 +46,9 @@ struct HashCall {
                                // token; null = not wanted
 };
 
-// Returns -1 when the outputs are written. Otherwise nothing is written and an id is outside [0, vocab): p
-// >= 0 is its flat position in ids, p <= -2 means position -2 - p in history. The first one counts,
-// sequence by sequence, history first.
+// Returns -1 when the outputs are written. Otherwise nothing is written, and the result names the
+// first id outside [0, vocab), sequence by sequence, history first: p >= 0 is its flat position in
+// ids, p <= -2 means position -2 - p in history.
 using HashFunction = int64_t(const HashPlan &, const HashCall &);
 
 // Writes the row ids of tokens [first, last) of all batch * tokens alone, to `out`: [layer_count,

@@ -14,8 +14,8 @@
 // without a comparison. Each 64-bit lane carries its value in the low half with zeros above, so the
 // lane needs no mask. Other primes (of tiny tables, or 2**31 and above) take the plain remainder.
 //
-// Plain stores: prefetching the lines of the output, and writing a tile past the caches, make a call
-// faster only if the output is in no cache (by a third and a half), and slower if it is.
+// Plain stores: prefetching the lines of the output, and writing a tile past the caches, make a
+// call faster only if the output is in no cache (by a third and a half), and slower if it is.
 #include <float.h>
 #include <stdint.h>
 #include <string.h>

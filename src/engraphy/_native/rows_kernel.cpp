@@ -186,7 +186,8 @@ struct Int4 {
     }
 };
 
-template <class Kind, class To, bool past> __attribute__((noinline)) void read_all(const RowsCall &call) {
+template <class Kind, class To, bool past>
+__attribute__((noinline)) void read_all(const RowsCall &call) {
     const int64_t d = call.d, row_bytes = Kind::row_bytes(d), last = call.last;
     typename To::Bits *out = (typename To::Bits *)call.out + call.first * d;
     ComingRows<RowsCall> rows(call, row_bytes);
