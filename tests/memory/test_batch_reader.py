@@ -9,7 +9,7 @@ import torch
 
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap, _native
 from engraphy.errors import InputError, ShardTruncated, StoreError
-from engraphy.memory.batch_reader import BatchReader
+from engraphy.memory.batch_reader import Batch, BatchReader
 from engraphy.memory.lookup import Trace
 from engraphy.rows import RowFormat, read
 from engraphy.store import RamStore
@@ -69,7 +69,7 @@ def read_chunk(memory: EngramMemory, chunk, layers: tuple[int, ...], dtype: torc
     kind = np.uint16 if dtype is torch.bfloat16 else np.float32
     outs = [np.full((*chunk.ids_BT.shape, width), 77, kind) for _ in layers]
     ids = np.full((len(layers), *chunk.ids_BT.shape, spec.columns), -77)
-    BatchReader(memory.addresser, memory.stores).read(chunk, layers, outs, ids)
+    BatchReader(memory.addresser, memory.stores).read(Batch(chunk, layers, outs, ids))
     return ids, [torch.from_numpy(out).view(dtype) for out in outs]
 
 

@@ -8,7 +8,7 @@ Addresser.all_rows, rows.read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,25 @@ from ..rows.read import addresses, read
 from ..store.base import ReadingAll
 from ..store.group import StoreGroup
 from .ticket import TakeBuffer
+
+if TYPE_CHECKING:
+    from .._native._core import BatchReader as NativeReader
+
+
+class Batch(NamedTuple):
+    """The rows of a chunk in some layers, and the arrays that get them.
+
+    Attributes:
+        chunk: Made by the addresser.
+        layers: Layers that follow each other in the memory.
+        outs_BTE: An array a layer: float32, or uint16 for bf16 bits; all of one dtype.
+        row_ids_LBTC: int64, gets the row ids; None = they are not wanted.
+    """
+
+    chunk: Chunk
+    layers: tuple[int, ...]
+    outs_BTE: Sequence[np.ndarray]
+    row_ids_LBTC: np.ndarray | None
 
 
 class BatchReader:
@@ -47,41 +66,27 @@ class BatchReader:
         """d."""
         return self._format.d
 
-    def read(
-        self,
-        chunk: Chunk,
-        layers: tuple[int, ...],
-        outs_BTE: Sequence[np.ndarray],
-        row_ids_LBTC: np.ndarray | None,
-    ) -> None:
+    def read(self, batch: Batch) -> None:
         """Reads the rows of a chunk.
-
-        Args:
-            chunk: Made by the addresser.
-            layers: Layers that follow each other in the memory.
-            outs_BTE: An array a layer: float32, or uint16 for bf16 bits; all of one dtype.
-            row_ids_LBTC: int64, gets the row ids; None = they are not wanted.
 
         Raises:
             StoreError: A store is closed or cannot be read.
             ShardTruncated: A file of a store was truncated.
         """
+        if _native.core is None:
+            self._read_in_steps(batch)
+            return
         try:
-            self._read_at_once(chunk, layers, outs_BTE, row_ids_LBTC)
+            self._read_at_once(batch)
         except _StepByStep:
-            self._read_in_steps(chunk, layers, outs_BTE, row_ids_LBTC)
+            self._read_in_steps(batch)
 
-    def _read_at_once(
-        self,
-        chunk: Chunk,
-        layers: tuple[int, ...],
-        outs_BTE: Sequence[np.ndarray],
-        row_ids_LBTC: np.ndarray | None,
-    ) -> None:
-        core = _native.core
-        if core is None:
-            raise _StepByStep
-        stores = [self._stores[layer] for layer in layers]
+    def _read_at_once(self, batch: Batch) -> None:
+        """Raises _StepByStep unless the rows of every layer are mapped memory."""
+        chunk = batch.chunk
+        batch_size, tokens = chunk.ids_BT.shape
+        address = _native.compiled().address
+        stores = [self._stores[layer] for layer in batch.layers]
         with ReadingAll(stores, chunk.ids_BT.size * self.columns) as shards:
             mapped = [shard for shard in shards if shard]
             if len(mapped) < len(stores):
@@ -89,25 +94,26 @@ class BatchReader:
             places = [
                 addresses(shard, store.info) for shard, store in zip(mapped, stores, strict=True)
             ]
-            known = self._known.get(layers)
-            if known is None or not known.is_for(places):
-                known = _Native(self._new_reader(core, layers, places), places)
-                self._known[layers] = known
-            known.reader.read(
-                core.address(chunk.ids_BT),
-                *chunk.ids_BT.shape,
-                _address(core, chunk.history),
-                _address(core, chunk.live),
-                _address(core, chunk.starts),
-                [core.address(out_BTE) for out_BTE in outs_BTE],
-                outs_BTE[0].dtype == np.uint16,
-                _address(core, row_ids_LBTC),
+            self._reader_of(batch.layers, places).read(
+                address(chunk.ids_BT),
+                batch_size,
+                tokens,
+                _address(chunk.history),
+                _address(chunk.live),
+                _address(chunk.starts),
+                [address(out_BTE) for out_BTE in batch.outs_BTE],
+                batch.outs_BTE[0].dtype == np.uint16,
+                _address(batch.row_ids_LBTC),
                 not self.in_memory,
             )
 
-    def _new_reader(self, core: Any, layers: tuple[int, ...], places: list[Any]) -> Any:
+    def _reader_of(self, layers: tuple[int, ...], places: list[Any]) -> NativeReader:
+        """The native reader for these layers, whose shards lie there."""
+        known = self._known.get(layers)
+        if known is not None and known.is_for(places):
+            return known.reader
         fmt = self._format
-        return core.BatchReader(
+        reader = _native.compiled().BatchReader(
             self._addresser.plan,
             self._addresser.spec.layer_index(layers[0]),
             fmt.kind,
@@ -117,81 +123,76 @@ class BatchReader:
             [place.shard_rows for place in places],
             [place.rows for place in places],
         )
+        self._known[layers] = _Native(reader, places)
+        return reader
 
-    def _read_in_steps(
-        self,
-        chunk: Chunk,
-        layers: tuple[int, ...],
-        outs_BTE: Sequence[np.ndarray],
-        row_ids_LBTC: np.ndarray | None,
-    ) -> None:
-        for index, layer in enumerate(layers):
+    def _read_in_steps(self, batch: Batch) -> None:
+        chunk = batch.chunk
+        for index, layer in enumerate(batch.layers):
             ids_BTC = self._addresser.rows(
                 chunk.ids_BT, layer, chunk.history, chunk.live, chunk.starts
             )
-            read(self._stores[layer], ids_BTC, self._format, outs_BTE[index])
-            if row_ids_LBTC is not None:
-                row_ids_LBTC[index] = ids_BTC
+            read(self._stores[layer], ids_BTC, self._format, batch.outs_BTE[index])
+            if batch.row_ids_LBTC is not None:
+                batch.row_ids_LBTC[index] = ids_BTC
 
 
-class BatchRequest:
+class BatchRequest(NamedTuple):
     """The rows of a chunk in some layers, for `Prefetcher.read`.
 
     Attributes:
-        rows, bytes: How many rows, and their bytes as numbers.
+        reader: Reads them.
+        chunk, layers: As in `Batch`.
+        dtype: float32 or bfloat16.
+        row_ids: Gets the row ids by layer, int64 [B, T, C]; None = they are not wanted.
     """
 
-    def __init__(
-        self,
-        reader: BatchReader,
-        chunk: Chunk,
-        layers: tuple[int, ...],
-        dtype: torch.dtype,
-        row_ids: dict[int, np.ndarray] | None,
-    ) -> None:
-        """Args:
-        reader, chunk, layers: What to read, see `BatchReader.read`.
-        dtype: float32 or bfloat16.
-        row_ids: gets the row ids by layer, int64 [B, T, C]; None = they are not wanted.
-        """
-        self._reader = reader
-        self._chunk = chunk
-        self._layers = layers
-        self._dtype = dtype
-        self._row_ids = row_ids
-        self.rows = chunk.ids_BT.size * reader.columns * len(layers)
-        self.bytes = self.rows * reader.dim * dtype.itemsize
+    reader: BatchReader
+    chunk: Chunk
+    layers: tuple[int, ...]
+    dtype: torch.dtype
+    row_ids: dict[int, np.ndarray] | None
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.chunk.ids_BT.size * self.reader.columns * len(self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Their bytes as numbers of the dtype."""
+        return self.rows * self.reader.dim * self.dtype.itemsize
 
     def read(self, take: TakeBuffer) -> dict[int, Tensor]:
         """Reads the rows into buffers of `take`: layer -> [B, T, E]."""
-        layers = self._layers
-        kind = np.uint16 if self._dtype is torch.bfloat16 else np.float32
-        batch, tokens = self._chunk.ids_BT.shape
-        columns = self._reader.columns
-        outs_BTE = [take((batch, tokens, columns * self._reader.dim), kind) for _ in layers]
+        kind = np.uint16 if self.dtype is torch.bfloat16 else np.float32
+        shape = self.chunk.ids_BT.shape
+        columns = self.reader.columns
+        outs_BTE = [take((*shape, columns * self.reader.dim), kind) for _ in self.layers]
         row_ids_LBTC = None
-        if self._row_ids is not None:
-            row_ids_LBTC = np.empty((len(layers), batch, tokens, columns), np.int64)
-        self._reader.read(self._chunk, layers, outs_BTE, row_ids_LBTC)
-        if self._row_ids is not None and row_ids_LBTC is not None:
-            self._row_ids.update(zip(layers, row_ids_LBTC, strict=True))
-        rows = [torch.from_numpy(out_BTE).view(self._dtype) for out_BTE in outs_BTE]
-        return dict(zip(layers, rows, strict=True))
+        if self.row_ids is not None:
+            row_ids_LBTC = np.empty((len(self.layers), *shape, columns), np.int64)
+        self.reader.read(Batch(self.chunk, self.layers, outs_BTE, row_ids_LBTC))
+        if self.row_ids is not None and row_ids_LBTC is not None:
+            self.row_ids.update(zip(self.layers, row_ids_LBTC, strict=True))
+        rows = [torch.from_numpy(out_BTE).view(self.dtype) for out_BTE in outs_BTE]
+        return dict(zip(self.layers, rows, strict=True))
 
 
 class _StepByStep(Exception):
-    """Raised to leave the scope of a read that one native call cannot do."""
+    """Raised to leave the scope of a read that one native call cannot do: left so, it counts no
+    rows."""
 
 
 class _Native(NamedTuple):
     """A native reader, and the places of the shards of each layer that it was made for."""
 
-    reader: Any
+    reader: NativeReader
     places: list[Any]
 
     def is_for(self, places: list[Any]) -> bool:
         return all([ours is asked for ours, asked in zip(self.places, places, strict=True)])
 
 
-def _address(core: Any, values: np.ndarray | None) -> int:
-    return 0 if values is None else core.address(values)
+def _address(values: np.ndarray | None) -> int:
+    return 0 if values is None else _native.compiled().address(values)
