@@ -3,11 +3,15 @@
 `torch.ops.engraphy.fuse` is one node of a graph that torch.compile makes. On the CPU it is two
 matrix products and one native pass (chunk.py); elsewhere, and without the compiled core, it is the
 plain formula (plain.py).
+
+An operation takes tensors and numbers one by one, and torch reads its schema from the signature.
+Everything behind it takes them as `Inputs` and `Formula`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +19,43 @@ from torch import Tensor
 from . import chunk, plain
 from .plain import Formula, Norms, Past
 
-_INPUTS = 13  # tensors; numbers follow
+
+class Inputs(NamedTuple):
+    """The tensors that `fuse` takes, in its order. Numbers follow: a dtype and a Formula's."""
+
+    x: Tensor
+    rows: Tensor
+    key: Tensor
+    key_bias: Tensor | None
+    value: Tensor
+    value_bias: Tensor | None
+    query_norm: Tensor
+    key_norm: Tensor
+    conv_norm: Tensor | None
+    conv: Tensor | None
+    window: Tensor | None
+    live: Tensor | None
+    starts: Tensor | None
+
+    @property
+    def norms(self) -> Norms:
+        return Norms(self.query_norm, self.key_norm, self.conv_norm, self.conv)
+
+    @property
+    def past(self) -> Past:
+        return Past(self.window, self.live, self.starts)
+
+    @property
+    def taps(self) -> int:
+        return 0 if self.conv is None else self.conv.shape[2]
+
+    def project(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The projections of the rows, [B, T, S, D] and [B, T, D], in `dtype`."""
+        key_BTSD = plain.project(self.rows, self.key, self.key_bias, dtype).view(self.x.shape)
+        return key_BTSD, plain.project(self.rows, self.value, self.value_bias, dtype)
+
+
+_INPUTS = len(Inputs._fields)
 
 
 @torch.library.custom_op("engraphy::fuse", mutates_args=())
@@ -55,48 +95,43 @@ def fuse(
         without a conv), and for the backward pass the projections [B, T, S, D] and [B, T, D], and
         numbers [B, T, S, 4], or none if the plain formula ran.
     """
-    norms = Norms(query_norm, key_norm, conv_norm, conv)
-    past = Past(window, live, starts)
+    inputs = Inputs(
+        x,
+        rows,
+        key,
+        key_bias,
+        value,
+        value_bias,
+        query_norm,
+        key_norm,
+        conv_norm,
+        conv,
+        window,
+        live,
+        starts,
+    )
     formula = Formula(dilation, eps, conv_eps, unit_offset, conv_inputs, residual)
-    key_BTSD = plain.project(rows, key, key_bias, dtype).view(x.shape)
-    value_BTD = plain.project(rows, value, value_bias, dtype)
-    if chunk.runs(x, dtype, _taps(conv)):
-        fused = chunk.forward(x, key_BTSD, value_BTD, norms, past, formula)
-        return fused.out_BTSD, fused.gate_BTS, fused.inputs_BnSD, key_BTSD, value_BTD, fused[3]
-    out, gate, inputs = plain.fuse(x, key_BTSD, value_BTD, norms, past, formula)
-    if inputs is None:
-        inputs = gate.new_empty(len(x), 0, *x.shape[2:])
-    return out, gate, inputs.contiguous(), key_BTSD, value_BTD, gate.new_empty(0)
+    key_BTSD, value_BTD = inputs.project(dtype)
+    projected = x, key_BTSD, value_BTD
+    if chunk.runs(x, dtype, inputs.taps):
+        out, gate, conv_inputs_BnSD, stats = chunk.forward(
+            *projected, inputs.norms, inputs.past, formula
+        )
+        return out, gate, conv_inputs_BnSD, key_BTSD, value_BTD, stats
+    out, gate, conv_inputs_BnSD = plain.fuse(*projected, inputs.norms, inputs.past, formula)
+    if conv_inputs_BnSD is None:
+        conv_inputs_BnSD = gate.new_empty(len(x), 0, *x.shape[2:])
+    return out, gate, conv_inputs_BnSD.contiguous(), key_BTSD, value_BTD, gate.new_empty(0)
 
 
 @fuse.register_fake
-def _(
-    x: Tensor,
-    rows: Tensor,
-    key: Tensor,
-    key_bias: Tensor | None,
-    value: Tensor,
-    value_bias: Tensor | None,
-    query_norm: Tensor,
-    key_norm: Tensor,
-    conv_norm: Tensor | None,
-    conv: Tensor | None,
-    window: Tensor | None,
-    live: Tensor | None,
-    starts: Tensor | None,
-    dtype: torch.dtype,
-    dilation: int,
-    eps: float,
-    conv_eps: float,
-    unit_offset: bool,
-    conv_inputs: bool,
-    residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(*arguments[:_INPUTS])
+    dtype, *numbers = arguments[_INPUTS:]
+    x = inputs.x
     wide = torch.promote_types(x.dtype, torch.float32)
-    norms = Norms(query_norm, key_norm, conv_norm, conv)
-    formula = Formula(dilation, eps, conv_eps, unit_offset, conv_inputs, residual)
-    columns = chunk.columns(x, norms, formula)
-    stats = (*x.shape[:3], 4) if chunk.runs(x, dtype, _taps(conv)) else (0,)
+    columns = chunk.columns(x, inputs.norms, Formula(*numbers))
+    stats = (*x.shape[:3], 4) if chunk.runs(x, dtype, inputs.taps) else (0,)
     return (
         x.new_empty(x.shape),
         x.new_empty(x.shape[:3], dtype=wide),
@@ -168,19 +203,10 @@ def _(
     conv_norm: Tensor | None,
     conv: Tensor | None,
     window: Tensor | None,
-    live: Tensor | None,
-    starts: Tensor | None,
-    gate: Tensor,
-    stats: Tensor,
-    dilation: int,
-    eps: float,
-    conv_eps: float,
-    unit_offset: bool,
-    conv_inputs: bool,
-    residual: bool,
-    needs_x: bool,
-    needs_window: bool,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_x, needs_window = others[-2:]
+
     def like(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         if tensor is None:
             return torch.empty(0)
@@ -200,117 +226,123 @@ def _(
     )
 
 
+class _Kept(NamedTuple):
+    """Outputs of `fuse` that its gradient is computed from."""
+
+    gate_BTS: Tensor
+    key_BTSD: Tensor
+    value_BTD: Tensor
+    stats_BTS4: Tensor
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, gate, _, key_BTSD, value_BTD, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(key_BTSD, value_BTD, stats)
-    ctx.save_for_backward(*inputs[:_INPUTS], gate, key_BTSD, value_BTD, stats)
+    ctx.save_for_backward(*inputs[:_INPUTS], *_Kept(gate, key_BTSD, value_BTD, stats))
     ctx.numbers = inputs[_INPUTS:]
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, gate, key_BTSD, value_BTD, stats = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:_INPUTS]
-    numbers = ctx.numbers
-    if all(grad is None for grad in grads[:3]):
-        return (None,) * (_INPUTS + len(numbers))
-    if torch.is_grad_enabled() or not stats.numel():
-        found = _through_plain(inputs, numbers, grads[:3], needed)
+    """grads: of the outputs of `fuse`. Returns those of its arguments."""
+    saved = ctx.saved_tensors
+    inputs = Inputs(*saved[:_INPUTS])
+    kept = _Kept(*saved[_INPUTS:])
+    dtype, *numbers = ctx.numbers
+    formula = Formula(*numbers)
+    nothing = [None] * len(ctx.numbers)
+    grads = grads[:3]  # the other outputs are not differentiable
+    if all(grad is None for grad in grads):
+        return *[None] * _INPUTS, *nothing
+    needs = zip(Inputs._fields, ctx.needs_input_grad, strict=False)  # numbers have no gradient
+    needed = [name for name, need in needs if need]
+    if torch.is_grad_enabled() or not kept.stats_BTS4.numel():
+        found = _through_plain(inputs, dtype, formula, grads, needed)
     else:
-        found = _natively(inputs, numbers, grads[:3], needed, gate, key_BTSD, value_BTD, stats)
-    return (*found, *[None] * len(numbers))
+        found = _natively(inputs, dtype, formula, grads, needed, kept)
+    return *[found.get(name) for name in Inputs._fields], *nothing
 
 
 def _natively(
-    inputs: list[Any],
-    numbers: tuple[Any, ...],
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-    gate: Tensor,
-    key_BTSD: Tensor,
-    value_BTD: Tensor,
-    stats: Tensor,
-) -> list[Tensor | None]:
-    x, rows, key, key_bias, value, value_bias, *others = inputs
-    dtype = numbers[0]
-    out_grad = torch.zeros_like(x) if grads[0] is None else grads[0]
-    parts = fuse_backward(
-        out_grad,
-        *grads[1:],
-        x,
-        key_BTSD,
-        value_BTD,
-        *others,
-        gate,
-        stats,
-        *numbers[1:],
-        needed[0],
-        needed[10],
+    inputs: Inputs,
+    dtype: torch.dtype,
+    formula: Formula,
+    grads: Sequence[Tensor | None],
+    needed: Sequence[str],
+    kept: _Kept,
+) -> dict[str, Tensor]:
+    """Gradients of the needed inputs by name, from one native pass and matrix products."""
+    out_grad, *other_grads = grads
+    parts = chunk.Grads(
+        *fuse_backward(
+            torch.zeros_like(inputs.x) if out_grad is None else out_grad,
+            *other_grads,
+            inputs.x,
+            kept.key_BTSD,
+            kept.value_BTD,
+            *inputs.norms,
+            *inputs.past,
+            kept.gate_BTS,
+            kept.stats_BTS4,
+            *formula,
+            "x" in needed,
+            "window" in needed,
+        )
     )
-    key_grad = parts[1].flatten(0, 1).flatten(1)
-    value_grad = parts[2].flatten(0, 1)
-    found: list[Tensor | None] = [None] * _INPUTS
-    if needed[1]:
-        rows_grad = (key_grad @ key.to(dtype)).addmm_(value_grad, value.to(dtype))
-        found[1] = rows_grad.view(rows.shape).to(rows.dtype)
-    rows_NE = rows.to(dtype).flatten(0, 1)
-    for place, weight, grad in ((2, key, key_grad), (4, value, value_grad)):
-        if needed[place]:
-            found[place] = (grad.T @ rows_NE).to(weight.dtype)
-    for place, bias, grad in ((3, key_bias, key_grad), (5, value_bias, value_grad)):
-        if needed[place]:
-            found[place] = grad.sum(0).to(bias.dtype)
-    for place, part in ((0, 0), (6, 3), (7, 4), (8, 5), (9, 6), (10, 7)):
-        if needed[place]:
-            found[place] = parts[part].to(inputs[place].dtype).view(inputs[place].shape)
-    return found
+    key_grad = parts.key_BTSD.flatten(0, 1).flatten(1)
+    value_grad = parts.value_BTD.flatten(0, 1)
+    found = {
+        "x": parts.x_BTSD,
+        "query_norm": parts.query_norm,
+        "key_norm": parts.key_norm,
+        "conv_norm": parts.conv_norm,
+        "conv": parts.conv,
+        "window": parts.window,
+    }
+    if "rows" in needed:
+        found["rows"] = (key_grad @ inputs.key.to(dtype)).addmm_(value_grad, inputs.value.to(dtype))
+    rows_NE = inputs.rows.to(dtype).flatten(0, 1)
+    for name, grad in (("key", key_grad), ("value", value_grad)):
+        if name in needed:
+            found[name] = grad.T @ rows_NE
+        if f"{name}_bias" in needed:
+            found[f"{name}_bias"] = grad.sum(0)
+    return {
+        name: found[name].to(tensor.dtype).view(tensor.shape)
+        for name, tensor in inputs._asdict().items()
+        if name in needed
+    }
 
 
 def _through_plain(
-    inputs: list[Any],
-    numbers: tuple[Any, ...],
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
+    inputs: Inputs,
+    dtype: torch.dtype,
+    formula: Formula,
+    grads: Sequence[Tensor | None],
+    needed: Sequence[str],
+) -> dict[str, Tensor]:
     """Gradients by torch's differentiation of the plain formula, which runs once more. They can be
     differentiated again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: one input may depend on another, and each gets its own share.
-        aliases = [
-            tensor.view_as(tensor) if need else tensor
-            for tensor, need in zip(inputs, needed, strict=True)
-        ]
-        x, rows, key, key_bias, value, value_bias, *others = aliases
-        dtype = numbers[0]
-        outputs = plain.fuse(
-            x,
-            plain.project(rows, key, key_bias, dtype).view(x.shape),
-            plain.project(rows, value, value_bias, dtype),
-            Norms(*others[:4]),
-            Past(*others[4:]),
-            Formula(*numbers[1:]),
-        )
+        wanted = {name: getattr(inputs, name).view_as(getattr(inputs, name)) for name in needed}
+        aliases = inputs._replace(**wanted)
+        projections = aliases.project(dtype)
+        outputs = plain.fuse(aliases.x, *projections, aliases.norms, aliases.past, formula)
         pairs = [
             (output, grad)
             for output, grad in zip(outputs, grads, strict=True)
             if grad is not None and output is not None and output.requires_grad
         ]
-        wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [output for output, _ in pairs],
-                wanted,
-                [grad for _, grad in pairs],
-                create_graph=again,
-                allow_unused=True,
-            )
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            list(wanted.values()),
+            [grad for _, grad in pairs],
+            create_graph=again,
+            allow_unused=True,
         )
-    return [next(found) if need else None for need in needed]
+    return dict(zip(wanted, found, strict=True))
 
 
 fuse.register_autograd(_differentiate, setup_context=_save)
-
-
-def _taps(conv: Tensor | None) -> int:
-    return 0 if conv is None else conv.shape[2]
