@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +33,45 @@ def as_flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | Non
             f"{name}: expected bool {list(shape)}, found {flags.dtype} {list(flags.shape)}"
         )
     return flags
+
+
+class TokenArrays(NamedTuple):
+    """T tokens of each sequence, as `SequenceState.extend` takes them.
+
+    Attributes:
+        ids: integers [B, T].
+        live, starts, present: bool [B, T]; None = all, none, all. Where no token is present, live
+            and starts are False.
+    """
+
+    ids: np.ndarray
+    live: np.ndarray | None
+    starts: np.ndarray | None
+    present: np.ndarray | None
+
+
+def as_tokens(ids_BT: Any, live: Any, starts: Any, present: Any, batch: int) -> TokenArrays:
+    """The arguments of `SequenceState.extend` for `batch` sequences.
+
+    Raises InputError if a shape or dtype is invalid, or an id at a live position is negative.
+    """
+    ids = as_array(ids_BT)
+    if ids.ndim != 2 or len(ids) != batch or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"ids: expected integers [{batch}, T], found {ids.dtype} {list(ids.shape)}"
+        )
+    begins = as_flags("starts", starts, ids.shape)
+    alive = as_flags("live", live, ids.shape)
+    there = as_flags("present", present, ids.shape)
+    if there is not None:
+        alive = there if alive is None else alive & there
+        begins = None if begins is None else begins & there
+    live_ids = ids if alive is None else ids[alive]
+    if live_ids.size and live_ids.min() < 0:
+        raise InputError(
+            f"ids: expected no negative id at a live position, found {int(live_ids.min())}"
+        )
+    return TokenArrays(ids, alive, begins, there)
 
 
 def as_index(values: Any, batch: int) -> np.ndarray:

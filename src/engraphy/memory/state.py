@@ -9,9 +9,8 @@ ids and inputs before that start count again.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,19 +19,14 @@ from torch import Tensor
 from .. import _native
 from ..errors import ConfigError, InputError, StateTooShort
 from ..fusion.decode import NO_COLUMNS, Columns
-from .arguments import as_array, as_flags, as_index, is_int
+from .arguments import as_flags, as_index, as_tokens, is_int
 from .columns import padded, since_start
 from .past import ABSENT, Past
+from .readings import Cancellable, Readings
 from .window import Window
 
 if TYPE_CHECKING:
     from .._native._core import Cursor
-
-
-class Cancellable(Protocol):
-    """A read that can be cancelled, such as a prefetcher's ticket."""
-
-    def cancel(self) -> None: ...
 
 
 class SequenceState:
@@ -86,7 +80,7 @@ class SequenceState:
         self._cursor: Cursor | None = None  # over the buffers below; see `cursor`
         self._room = 0  # tokens that can be taken back now
         self._past = Past(self.batch)
-        self._readings: list[_Reading] = []
+        self._readings = Readings()
         self._sizes: dict[int, int] = {}
         self._bound_by: Mapping[int, int] | None = None  # the object that `bind` was given
         self._windows: dict[int, Window] = {}
@@ -158,23 +152,7 @@ class SequenceState:
             InputError: a shape or dtype is invalid, or an id at a live position is negative.
         """
         self._bound()
-        ids = as_array(ids_BT)
-        if ids.ndim != 2 or len(ids) != self.batch or ids.dtype.kind not in "iu":
-            raise InputError(
-                f"ids: expected integers [{self.batch}, T], found {ids.dtype} {list(ids.shape)}"
-            )
-        begins = as_flags("starts", starts, ids.shape)
-        alive = as_flags("live", live, ids.shape)
-        there = as_flags("present", present, ids.shape)
-        if there is not None:
-            alive = there if alive is None else alive & there
-            begins = None if begins is None else begins & there
-        live_ids = ids if alive is None else ids[alive]
-        if live_ids.size and live_ids.min() < 0:
-            raise InputError(
-                f"ids: expected no negative id at a live position, found {int(live_ids.min())}"
-            )
-        return self.extend_checked(ids, alive, begins, there)
+        return self.extend_checked(*as_tokens(ids_BT, live, starts, present, self.batch))
 
     def extend_checked(
         self,
@@ -332,8 +310,7 @@ class SequenceState:
 
         `crop` cancels it if it takes back all of these tokens.
         """
-        self._readings = [known for known in self._readings if known.reading() is not None]
-        self._readings.append(_Reading(self.length - tokens, weakref.ref(reading)))
+        self._readings.add(reading, self.length - tokens)
 
     def crop(self, tokens: int) -> SequenceState:
         """Takes back the last tokens, in the ids and in every layer that has seen them.
@@ -358,11 +335,7 @@ class SequenceState:
         self._room -= int(tokens)
         for window in self._windows.values():
             window.crop(int(tokens))
-        for first, reference in self._readings:
-            reading = reference()
-            if first >= self.length and reading is not None:
-                reading.cancel()
-        self._readings = [known for known in self._readings if known.first < self.length]
+        self._readings.cancel_from(self._length)
         return self
 
     def reorder(self, index_B: Any) -> SequenceState:
@@ -431,7 +404,7 @@ class SequenceState:
     def __getstate__(self) -> dict[str, Any]:
         self._give_up_cursor()
         # A copy must not cancel reads that this state still needs.
-        return self.__dict__ | {"_readings": []}
+        return self.__dict__ | {"_readings": Readings()}
 
     def to(self, device: torch.device | str) -> SequenceState:
         """Moves the conv windows to a device; ids stay in CPU memory."""
@@ -463,13 +436,6 @@ class SequenceState:
         for window in self._windows.values():
             window.take(index)
         return self
-
-
-class _Reading(NamedTuple):
-    """A read for the tokens from `first` on."""
-
-    first: int
-    reading: weakref.ref[Cancellable]
 
 
 def _check_joinable(states: Sequence[SequenceState]) -> None:
