@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -47,6 +50,13 @@ class Claim:
         if goal is None:
             return None
         return self.found >= goal if self.sense == "at least" else self.found <= goal
+
+
+def median_and_error(values: ArrayLike) -> tuple[float, float]:
+    """The median of a sample, and its standard error (bootstrap)."""
+    sample = np.asarray(values)
+    again = np.random.default_rng(0).choice(sample, (1000, len(sample)))
+    return float(np.median(sample)), float(np.median(again, axis=1).std())
 
 
 def write(path: Path | None, bench: str, machine: dict[str, Any], claims: list[Claim]) -> None:

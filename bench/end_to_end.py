@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claims import Claim, write
+from claims import Claim, median_and_error, write
 from llama import llama_135m
 from probe import machine
+from reference import VOCAB, documents
 from transformers import DynamicCache, LlamaForCausalLM
 
 import engraphy
@@ -38,17 +39,9 @@ from engraphy.lm import LM, Arm, demo_config, three_arms
 from engraphy.lm.loop import Run, TrainConfig
 from engraphy.train import OptimizerPair, RowAdam, warmup_cosine
 
-VOCAB = 2048  # of the reference model
 LLAMA_BATCH = (1, 256)  # rows and tokens of a training step
 PROMPT = 64
 CACHE = str(cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters))
-
-
-def zipf_documents(count: int, seed: int) -> list[np.ndarray]:
-    """Documents of 100 to 300 ids, distributed as words are."""
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(100, 300, count)
-    return [(rng.zipf(1.2, size) - 1).clip(0, VOCAB - 2) + 1 for size in sizes]
 
 
 def reference_run(arm: Arm, vocab: VocabMap) -> Run:
@@ -58,7 +51,7 @@ def reference_run(arm: Arm, vocab: VocabMap) -> Run:
     if arm.memory is not None:
         memory = EngramMemory(arm.memory, vocab)
         memory.init_rows(0.02, 0)
-    batches = Batches(zipf_documents(2000, seed=0), end_id=0, seed=0)
+    batches = Batches(documents(2000), end_id=0, seed=0)
     return Run(LM(arm.model, memory), batches, TrainConfig(tokens=10**9))
 
 
@@ -74,13 +67,6 @@ def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, n
     return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-    """Median of the pairs' ratios, and its standard error."""
-    ratios = above / below
-    again = np.random.default_rng(0).choice(ratios, (1000, len(ratios)))
-    return float(np.median(ratios)), float(np.median(again, axis=1).std())
-
-
 def train_reference(rounds: int) -> list[Claim]:
     """Steps of the reference model at equal parameters."""
     vocab = VocabMap.identity(VOCAB)
@@ -91,8 +77,8 @@ def train_reference(rounds: int) -> list[Claim]:
         step = statistics.median(seconds[name])
         speed = run.batches.tokens_per_step / step
         print(f"  {name:8}{step * 1e3:8.1f} ms a step{speed:10,.0f} tokens/s")
-    found, error = ratio(seconds["moe"], seconds["memory"])
-    what = "training, reference model: tokens/s beside equal experts without memory"
+    found, error = median_and_error(seconds["moe"] / seconds["memory"])
+    what = "training, reference model: tokens/s beside equal experts alone"
     return [Claim(what, found, error=error)]
 
 
@@ -120,7 +106,7 @@ def train_llama(rounds: int) -> list[Claim]:
 
     seconds = alternate({"with": lambda: step("with"), "without": lambda: step("without")}, rounds)
     memory.close()
-    found, error = ratio(seconds["without"], seconds["with"])
+    found, error = median_and_error(seconds["without"] / seconds["with"])
     return [Claim("training, Llama of 135 M: tokens/s beside no memory", found, error=error)]
 
 
@@ -163,7 +149,7 @@ def serve(tokens: int, folder: Path) -> list[Claim]:
     taken = {name: np.array(values[1:]) for name, values in seconds.items()}
     claims = []
     for name, opened in memories.items():
-        found, error = ratio(taken["none"], taken[name])
+        found, error = median_and_error(taken["none"] / taken[name])
         claims.append(Claim(f"serving, table in {name}: tokens/s of no memory", found, error=error))
         opened.close()
     print(f"  without a memory {1 / np.median(taken['none']):.1f} tokens/s")

@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from claims import Claim, write
+from claims import Claim, median_and_error, write
 from llama import llama_135m
 from probe import machine
+from reference import VOCAB, documents
 
 import engraphy
 from engraphy import EngramConfig, EngramMemory, LayerSpec, VocabMap
@@ -39,7 +40,6 @@ from engraphy.fusion import chunk
 from engraphy.lm import LM, LMConfig, demo_config, three_arms
 from engraphy.lm.loop import Run, TrainConfig
 
-VOCAB = 2048
 WIDER = 4  # times the demo's widths
 BATCH = (16, 128)  # rows and tokens of a training step: the demo's
 PROMPT = 512
@@ -88,13 +88,6 @@ def wide_sizes() -> tuple[LMConfig, EngramConfig]:
     dim = model.hidden_size // 2 // memory.hash.columns
     layer = LayerSpec(model.hidden_size, memory.hash.columns * dim, order=memory.hash.order)
     return model, EngramConfig(memory.hash, layer, dim)
-
-
-def documents(count: int) -> list[np.ndarray]:
-    """Documents of 100 to 300 ids, distributed as words are."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(100, 300, count)
-    return [(rng.zipf(1.2, size) - 1).clip(0, VOCAB - 2) + 1 for size in sizes]
 
 
 def make_run(sizes: tuple[LMConfig, EngramConfig], dtype: str) -> Run:
@@ -201,6 +194,7 @@ def products(spec: LayerSpec, tokens: int, dtype: torch.dtype, backward: bool) -
 
 
 def report_training(name: str, goal: float, dtype: str, rounds: int) -> list[Claim]:
+    """Prints where the time of a step goes, and returns what is claimed. goal: in percent."""
     sizes = demo_sizes() if name == "demo" else wide_sizes()
     model, memory = sizes
     found = train_parts(sizes, dtype, rounds)
@@ -224,10 +218,10 @@ def report_training(name: str, goal: float, dtype: str, rounds: int) -> list[Cla
         Claim(
             f"the layer's share of a training step, {name} ({dtype})",
             share,
-            "%",
-            goal,
-            "at most",
-            limit / native["step"] * 100,
+            unit="%",
+            goal=goal,
+            sense="at most",
+            limit=limit / native["step"] * 100,
         ),
         Claim(
             f"the layer in training beside the plain one, {name} ({dtype})",
@@ -268,7 +262,8 @@ def clock_hooks(model: Any, memory: EngramMemory, clocks: Clocks) -> list[Any]:
 
 
 @torch.no_grad()
-def report_prefill(dtype_name: str, rounds: int, goal: float | None) -> list[Claim]:
+def report_prefill(dtype_name: str, rounds: int, goal: float) -> list[Claim]:
+    """Prints where the time of a prompt goes, and returns what is claimed. goal: in percent."""
     dtype = getattr(torch, dtype_name)
     model, memory = attached(dtype)
     ids = torch.randint(3, 49_152, (1, PROMPT))
@@ -290,8 +285,7 @@ def report_prefill(dtype_name: str, rounds: int, goal: float | None) -> list[Cla
                 engraphy.detach(model)
                 parts.append(clocks.taken())
     pairs = np.subtract(seconds["with"], seconds["without"])[1:] / np.array(seconds["with"][1:])
-    again = np.median(np.random.default_rng(0).choice(pairs, (1000, len(pairs))), axis=1)
-    share = float(np.median(pairs)) * 100
+    share, error = median_and_error(pairs * 100)
     whole = statistics.median(seconds["with"][1:])
     layers = len(memory.layers)
     limit = layers * products(memory.config.layer, PROMPT, dtype, backward=False)
@@ -305,14 +299,18 @@ def report_prefill(dtype_name: str, rounds: int, goal: float | None) -> list[Cla
         Claim(
             f"prefill of 135M, (with - without) / with ({dtype_name})",
             share,
-            "%",
-            goal,
-            "at most",
-            limit / whole * 100,
-            float(again.std()) * 100,
+            unit="%",
+            goal=goal,
+            sense="at most",
+            limit=limit / whole * 100,
+            error=error,
         ),
         Claim(
-            f"prefill of 135M, in the memory's hooks ({dtype_name})", inside, "%", goal, "at most"
+            f"prefill of 135M, in the memory's hooks ({dtype_name})",
+            inside,
+            unit="%",
+            goal=goal,
+            sense="at most",
         ),
     ]
 

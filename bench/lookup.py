@@ -26,35 +26,20 @@ from typing import Any
 import numpy as np
 import torch
 from claims import Claim, write
+from memory_store import MemoryStore
 from probe import Probe, huge, machine
 from store_ram import LIMIT, probes, use_threads
 from turns import Variant, rows_a_second, threads_in_words
 
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap
 from engraphy.rows import RowFormat
-from engraphy.store import RowStore, StoreInfo
-from engraphy.store.mapped import MappedStore
+from engraphy.store import RowStore
 
 GATHERED = 1 << 18  # rows a call
 BATCH, TOKENS, LAYERS, HEADS = 8, 2048, (1, 4), 8
 IDS = 129_280
 LOOKUP, EMBEDDING, GATHER = "memory.lookup", "nn.Embedding", "store.gather"
 LOOKUP_GOALS = {128: 4.0, 256: 3.5}
-
-
-class Part(MappedStore):
-    """Rows in a part of the buffer."""
-
-    in_memory = True
-
-    def __init__(self, memory: np.ndarray, row_bytes: int) -> None:
-        rows = len(memory) // row_bytes
-        super().__init__([memory[: rows * row_bytes].reshape(rows, row_bytes)])
-        self._info = StoreInfo("ram", rows, row_bytes, writable=False)
-
-    @property
-    def info(self) -> StoreInfo:
-        return self._info
 
 
 def limit_of(speeds: dict[str, float]) -> float:
@@ -68,7 +53,7 @@ def gathers(
     rng = np.random.default_rng(threads)
     claims = []
     for row_bytes in (64, 128, 256, 264, 512):
-        store = Part(table, row_bytes)
+        store = MemoryStore(table, row_bytes)
         out_NR = out[: GATHERED * row_bytes].reshape(GATHERED, row_bytes)
 
         def fresh(rows: int = store.info.rows) -> np.ndarray:
@@ -103,7 +88,7 @@ def make_memory(table: np.ndarray, kind: str, d: int) -> tuple[EngramMemory, tor
     stores: dict[int, RowStore] = {}
     for index, layer in enumerate(LAYERS):
         size = spec.row_count(layer) * fmt.row_bytes
-        stores[layer] = Part(table[index * half : index * half + size], fmt.row_bytes)
+        stores[layer] = MemoryStore(table[index * half : index * half + size], fmt.row_bytes)
     config = EngramConfig(spec, LayerSpec(64, spec.columns * d, order=3), d)
     memory = EngramMemory(config, VocabMap.identity(IDS), stores, fmt).eval()
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[kind]

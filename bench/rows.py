@@ -27,13 +27,12 @@ from pathlib import Path
 import claims
 import numpy as np
 from claims import Claim
+from memory_store import MemoryStore
 from probe import Probe, huge, machine
 from turns import Variant, seconds_by_round
 
 from engraphy import _native
 from engraphy.rows import RowFormat, read
-from engraphy.store import StoreInfo
-from engraphy.store.mapped import MappedStore
 from engraphy.store.ram import zeros
 
 ROW_BYTES = (64, 128, 256, 264, 512)
@@ -47,21 +46,6 @@ TOKEN_ROWS = 48  # of one decoded token
 CALLS = 200  # of one decoded token, in a row, per round
 
 Seconds = dict[str, list[float]]
-
-
-class MemoryStore(MappedStore):
-    """Rows in memory that another store may look at as well."""
-
-    in_memory = True
-
-    def __init__(self, memory: np.ndarray, row_bytes: int) -> None:
-        rows = memory.size // row_bytes
-        self._info = StoreInfo("ram", rows, row_bytes, writable=False)
-        super().__init__([memory[: rows * row_bytes].reshape(rows, row_bytes)])
-
-    @property
-    def info(self) -> StoreInfo:
-        return self._info
 
 
 def ordinary_memory(size: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from claims import Claim, write
+from claims import Claim, median_and_error, write
 from probe import machine
 from transformers import DynamicCache, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
 
@@ -205,17 +205,15 @@ def report(title: str, seconds: dict[str, list[float]], copies: dict[str, Copy])
         ratio = median / medians[EMBEDDING]
         print(f"| {name} | {median * 1e3:.2f} | {ratio:.3f} | {looked_up} |")
     claims = []
-    in_ram, in_block, ahead = (list(copies)[index] for index in (2, 3, 4))
+    _, _, in_ram, in_block, ahead = copies  # in the order of make_copies
     for number, block in enumerate(BLOCKS_WITH_TABLE):
         hidden = 100 * (1 - waits[ahead][number] / waits[in_block][number])
-        what = f"Qwen4-Exp, {title}, read of block {block} hidden"
+        what = f"{title}, read of block {block} hidden"
         claims.append(Claim(what, hidden, "%"))
-    for name, note in ((ahead, "1 ms a read, ahead"), (in_ram, "RAM")):
-        pairs = zip(seconds[name], seconds[EMBEDDING], strict=True)
-        ratios = [one / other for one, other in pairs]
-        error = statistics.stdev(ratios) / len(ratios) ** 0.5
-        what = f"Qwen4-Exp, {title}, {note}: time beside its embedding"
-        claims.append(Claim(what, statistics.median(ratios), error=error))
+    for name in (ahead, in_ram):
+        ratio, error = median_and_error(np.divide(seconds[name], seconds[EMBEDDING]))
+        what = f"{title}, {name}, beside the embedding"
+        claims.append(Claim(what, ratio, error=error))
     return claims
 
 
