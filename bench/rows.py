@@ -119,6 +119,11 @@ def share(limit: list[float], found: list[float]) -> tuple[float, float]:
     return statistics.median(limit) / statistics.median(found), error
 
 
+def nanoseconds(seconds: list[float], ids: int) -> float:
+    """Median time of a row."""
+    return statistics.median(seconds) / ids * 1e9
+
+
 def gathers(bench: Bench, threads: int) -> list[Claim]:
     """Rows as bytes."""
     print(
@@ -135,13 +140,11 @@ def gathers(bench: Bench, threads: int) -> list[Claim]:
         seconds = bench.seconds(row_bytes, runs)
         limit = best(seconds, "C ")
         ratio, error = share(limit, seconds["out="])
-        nanoseconds = [
-            statistics.median(values) / bench.ids * 1e9
-            for values in (limit, seconds["out="], seconds["new"])
-        ]
+        gather, given, new = (
+            nanoseconds(values, bench.ids) for values in (limit, seconds["out="], seconds["new"])
+        )
         print(
-            f"{row_bytes:6}{nanoseconds[0]:10.1f}{nanoseconds[1]:14.1f}{ratio:7.2f}"
-            f"{GATHER_GOAL:6.2f}{nanoseconds[2]:11.1f}",
+            f"{row_bytes:6}{gather:10.1f}{given:14.1f}{ratio:7.2f}{GATHER_GOAL:6.2f}{new:11.1f}",
             flush=True,
         )
         what = f"gather(out=) of {row_bytes} B rows, {threads} thread(s), of a C gather"
@@ -150,10 +153,11 @@ def gathers(bench: Bench, threads: int) -> list[Claim]:
 
 
 def numbers(bench: Bench, threads: int, with_plain: bool) -> list[Claim]:
-    """Rows as float32 and as bf16."""
+    """Rows as float32 and as bf16. with_plain: beside the plain version, too."""
+    native_columns = f"{'plain':>8}{'native':>8}{'ratio':>7}" if with_plain else f"{'native':>8}"
     print(
         f"\nrows as numbers, {threads} thread(s), ns a row\n"
-        f"{'rows':>5}{'d':>5}{'out':>6}{'plain':>8}{'native':>8}{'ratio':>7}{'C gather':>10}"
+        f"{'rows':>5}{'d':>5}{'out':>6}{native_columns}{'C gather':>10}"
         f"{'of it':>7}{'C as wide':>11}{'of it':>7}{'goal':>6}"
     )
     found = []
@@ -188,19 +192,22 @@ def numbers(bench: Bench, threads: int, with_plain: bool) -> list[Claim]:
 
 
 def numbers_line(ids: int, seconds: Seconds, name: str) -> tuple[Claim, str]:
-    """The claim for one output, and its line of the table."""
+    """The claim for one output, and its line of the table: with the plain version if it was run."""
     gather = best(seconds, "gather ")
     wide = best(seconds, f"wide {name} ")
     native = seconds[f"native {name}"]
-    plain = seconds.get(f"plain {name}", [float("nan")])
+    plain = seconds.get(f"plain {name}")
     ratio, error = share(gather, native)
     reached, _ = share(gather, wide)
     of_wide, _ = share(wide, native)
     claim = Claim("", ratio, goal=NUMBERS_GOAL, limit=reached, error=error)
-    a, b, c, e = (statistics.median(values) / ids * 1e9 for values in (plain, native, gather, wide))
-    goal = claim.effective_goal
+    native_columns = f"{nanoseconds(native, ids):8.1f}"
+    if plain is not None:
+        times = statistics.median(plain) / statistics.median(native)
+        native_columns = f"{nanoseconds(plain, ids):8.1f}{native_columns}{times:7.1f}"
     return claim, (
-        f"{a:8.1f}{b:8.1f}{a / b:7.1f}{c:10.1f}{ratio:7.2f}{e:11.1f}{of_wide:7.2f}{goal:6.2f}"
+        f"{native_columns}{nanoseconds(gather, ids):10.1f}{ratio:7.2f}"
+        f"{nanoseconds(wide, ids):11.1f}{of_wide:7.2f}{claim.effective_goal:6.2f}"
     )
 
 
