@@ -15,7 +15,7 @@ threads and tasks do not see, until the call returns or raises.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,8 +134,8 @@ class ServedTable:
             return  # an id beyond the vocabulary: the model has to say what it does with it
         for layer, ids_BTC in zip(self.stores, row_ids_LBTC, strict=True):
             device = self._served[layer].device
-            call.tickets[layer] = self._prefetcher.submit({layer: ids_BTC}, device=device)
-            call.ids[layer] = ids_BTC
+            ticket = self._prefetcher.submit({layer: ids_BTC}, device=device)
+            call.submitted[layer] = _Submitted(ids_BTC, ticket)
 
     def _past(self, cache: Any) -> np.ndarray | None:
         """The ids before the chunk, int64 [B, N-1], from the cache; None if there are none."""
@@ -154,33 +154,42 @@ class ServedTable:
             call.drop()
 
 
-class _Call:
-    """One call of a decoder: what it has submitted, and what was not asked for yet.
+class _Submitted(NamedTuple):
+    """Rows that are read ahead."""
 
-    outer: the call of another decoder within which this one runs, or None.
+    ids_BTC: np.ndarray
+    ticket: Ticket
+
+
+class _Call:
+    """One call of a decoder.
+
+    Attributes:
+        table: the table of this decoder.
+        outer: the call of another decoder within which this one runs, or None.
+        submitted: by layer, what was read ahead and not asked for yet.
     """
 
     def __init__(self, table: ServedTable, outer: _Call | None) -> None:
         self.table = table
         self.outer = outer
-        self.ids: dict[int, np.ndarray] = {}
-        self.tickets: dict[int, Ticket] = {}
+        self.submitted: dict[int, _Submitted] = {}
 
     def take(self, layer: int, ids: np.ndarray) -> Tensor | None:
         """Waits for the rows that were read ahead; None if they are not those of `ids`."""
-        ticket = self.tickets.pop(layer, None)
-        if ticket is None:
+        submitted = self.submitted.pop(layer, None)
+        if submitted is None:
             return None
-        if not np.array_equal(self.ids.pop(layer), ids):
-            ticket.cancel()
+        if not np.array_equal(submitted.ids_BTC, ids):
+            submitted.ticket.cancel()
             return None
-        return ticket.wait()[layer]
+        return submitted.ticket.wait()[layer]
 
     def drop(self) -> None:
         """Cancels what nobody has asked for."""
-        for ticket in self.tickets.values():
-            ticket.cancel()
-        self.tickets = {}
+        for submitted in self.submitted.values():
+            submitted.ticket.cancel()
+        self.submitted = {}
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("engraphy_served_call", default=None)
