@@ -9,8 +9,8 @@ from collections import deque
 import numpy as np
 import torch
 
-_LEAST = 4096  # bytes
-_LINE = 64  # whole cache lines can be written past the caches
+_LEAST = 4096  # bytes of the smallest buffer
+_LINE = 64  # bytes: outputs that begin with a cache line can be written past the caches
 
 
 class BufferPool:

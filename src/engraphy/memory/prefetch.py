@@ -25,7 +25,7 @@ from .ticket import Request, RowRequest, Ticket
 
 __all__ = ["FEW_ROWS", "LIMIT", "PrefetchStats", "Prefetcher", "Ticket"]
 
-LIMIT = 1 << 30
+LIMIT = 1 << 30  # bytes of rows in flight
 # Reading so many rows from memory takes about as long as a hand-over to another thread and back.
 FEW_ROWS = 1024
 

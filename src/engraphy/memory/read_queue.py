@@ -20,7 +20,7 @@ from ..store.latency import BUCKETS, Latency, bucket_of, latency_of
 from .ticket import Request, Ticket
 from .transfer import Transfer
 
-_MOST_UNCOUNTED = 1024
+_MOST_UNCOUNTED = 1024  # inline tickets
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class PrefetchStats:
 class ReadQueue:
     """The state that prefetcher, tickets and thread share, behind one lock.
 
-    It has no reference to the Prefetcher, so that the garbage collector can collect that one.
+    It has no reference to the Prefetcher: the thread keeps the queue alive, and a Prefetcher that
+    nobody uses is collected and ends the queue.
     """
 
     def __init__(self, limit: int) -> None:
@@ -99,11 +100,11 @@ class ReadQueue:
 
     def _count_uncounted(self) -> None:
         """Counts what `count_inline` left. Others may append meanwhile; the caller has the lock."""
-        tickets = self._uncounted[:]
-        del self._uncounted[: len(tickets)]
-        self._tickets += len(tickets)
-        self._inline += len(tickets)
-        self._rows += sum(tickets)
+        rows_by_ticket = self._uncounted[:]
+        del self._uncounted[: len(rows_by_ticket)]
+        self._tickets += len(rows_by_ticket)
+        self._inline += len(rows_by_ticket)
+        self._rows += sum(rows_by_ticket)
 
     def put(self, ticket: Ticket, rows: int) -> None:
         """Puts a ticket into the queue. Blocks while too many bytes are in flight."""

@@ -33,7 +33,8 @@ from .fused import Rows, Rule, update
 from .rounding import FIRST_MOMENT, ROW, Rounding
 
 _TRAINABLE = ("f32", "bf16")
-_BEFORE = {"moments": "f32", "rounding": {"mode": "nearest", "seed": 0}}  # of states without them
+# What states mean that were saved before these were settings.
+_BEFORE_SETTINGS = {"moments": "f32", "rounding": {"mode": "nearest", "seed": 0}}
 
 
 class RowOptimizer:
@@ -204,7 +205,7 @@ class RowOptimizer:
             ConfigError: it is the state of another optimiser or of other settings.
         """
         expected = self._identity()
-        found = {key: state.get(key, _BEFORE.get(key)) for key in expected}
+        found = {key: state.get(key, _BEFORE_SETTINGS.get(key)) for key in expected}
         if found != expected:
             hint = ""
             if found.get("rounding") != expected.get("rounding"):

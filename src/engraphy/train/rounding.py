@@ -96,6 +96,7 @@ def random_bits(key: int, ids_N: np.ndarray, dim: int, part: int) -> np.ndarray:
     bits_Nd = (bits_Nd ^ (bits_Nd >> np.uint32(13))) + high_N1
     bits_Nd = bits_Nd * _SECOND_FACTOR
     bits_Nd ^= bits_Nd >> np.uint32(16)
+    # A draw of 32 bits serves two parts, an even one and the next.
     return bits_Nd >> np.uint32(16) if part & 1 else bits_Nd & np.uint32(0xFFFF)
 
 
