@@ -18,7 +18,7 @@ a dead position, or (in Qwen4-Exp) past EOS.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from .. import _native
 from ..errors import ConfigError, DigestMismatch, InputError
 from ..spec.hash import HashSpec
 from .vocab import VocabMap
+
+if TYPE_CHECKING:
+    from .._native._core import HashPlan
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
@@ -73,7 +76,7 @@ class Addresser:
         self._offsets_LC = np.array(
             [spec.offsets(layer) for layer in spec.layer_ids], dtype=np.int64
         )
-        self._plan: Any = None
+        self._plan: HashPlan | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Addresser, (self.spec, self.vocab)
@@ -160,16 +163,16 @@ class Addresser:
         starts: Any,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        call = self._check(ids_BT, history, live, starts)
-        shape = (layers.stop - layers.start, *call.ids_BT.shape, self.spec.columns)
+        chunk = self._check(ids_BT, history, live, starts)
+        shape = (layers.stop - layers.start, *chunk.ids_BT.shape, self.spec.columns)
         if out is None:
             out = np.empty(shape, dtype=np.int64)
         else:
             _check_out(out, shape)
         if _native.core is None:
-            self._plain(call, layers, out)
+            self._plain(chunk, layers, out)
         else:
-            self._native(call, layers, out)
+            self._native(chunk, layers, out)
         return out
 
     def _check(
@@ -190,10 +193,11 @@ class Addresser:
         )
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> HashPlan:
         """The `HashPlan` of the native core, made at first use."""
-        if self._plan is None:
-            self._plan = _native.compiled().HashPlan(
+        plan = self._plan
+        if plan is None:
+            plan = self._plan = _native.compiled().HashPlan(
                 map=_address(self.vocab.table),
                 vocab=self.vocab.raw_size,
                 filler=self.filler,
@@ -205,28 +209,32 @@ class Addresser:
                 primes=_address(self._primes_LC),
                 offsets=_address(self._offsets_LC),
             )
-        return self._plan
+        return plan
 
     def _native(
         self,
-        call: Chunk,
+        chunk: Chunk,
         layers: slice,
         out_LBTC: np.ndarray | None,
         alive_BT: np.ndarray | None = None,
     ) -> None:
-        """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`); None: no output.
+        """The same numbers from the compiled kernel (`_native/hash_kernel.cpp`).
 
-        alive_BT: gets True where a position is live and its id has a token.
+        Args:
+            chunk: Arguments.
+            layers: Of these places in spec.layer_ids.
+            out_LBTC: Gets the row ids; None = they are not wanted.
+            alive_BT: Gets True where a position is live and its id has a token; None = not wanted.
         """
-        batch, tokens = call.ids_BT.shape
+        batch, tokens = chunk.ids_BT.shape
         all_layers = layers.stop - layers.start == len(self.spec.layer_ids)
         code = self.plan.rows(
-            _address(call.ids_BT),
+            _address(chunk.ids_BT),
             batch,
             tokens,
-            _address(call.history),
-            _address(call.live),
-            _address(call.starts),
+            _address(chunk.history),
+            _address(chunk.live),
+            _address(chunk.starts),
             _address(out_LBTC),
             -1 if all_layers else layers.start,
             _address(alive_BT),
@@ -235,25 +243,25 @@ class Addresser:
         # -2 - p in the history.
         if code >= 0:
             sequence, position = divmod(code, tokens)
-            bad_id = int(call.ids_BT[sequence, position])
+            bad_id = int(chunk.ids_BT[sequence, position])
             raise _bad_id(bad_id, sequence, position, self.vocab.raw_size)
-        if code < -1 and call.history is not None:
+        if code < -1 and chunk.history is not None:
             past = self.spec.order - 1
             sequence, position = divmod(-2 - code, past)
-            bad_id = int(call.history[sequence, position])
+            bad_id = int(chunk.history[sequence, position])
             raise _bad_id(bad_id, sequence, position - past, self.vocab.raw_size)
 
-    def _plain(self, call: Chunk, layers: slice, out_LBTC: np.ndarray) -> None:
+    def _plain(self, chunk: Chunk, layers: slice, out_LBTC: np.ndarray) -> None:
         """The specification: this code alone defines an address."""
         spec = self.spec
         past = spec.order - 1
-        batch, tokens = call.ids_BT.shape
-        ids, x, alive = self._plain_ids(call)
+        batch, tokens = chunk.ids_BT.shape
+        ids, x, alive = self._plain_ids(chunk)
         blocked = ~alive | (ids == self.stop_id)  # look-back may not reach these
         resets = np.ones_like(blocked)  # so it begins again after them
         resets[:, 1:] = blocked[:, :-1]
-        if call.starts is not None:
-            resets[:, past:] |= call.starts
+        if chunk.starts is not None:
+            resets[:, past:] |= chunk.starts
         width: int = past + tokens
         positions = np.arange(width)
         reset_at = np.where(resets, positions, 0)
@@ -277,15 +285,15 @@ class Addresser:
                 rows = mix[:, :, None] % self._primes_LC[layer, heads]
                 out_LBTC[slot, :, :, heads] = rows + self._offsets_LC[layer, heads]
 
-    def _plain_ids(self, call: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _plain_ids(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw ids, x, and where there is a live token, [B, N-1+T]."""
         past = self.spec.order - 1
         vocab_size = self.vocab.raw_size
-        history = call.history
+        history = chunk.history
         if history is None:
-            history = np.full((len(call.ids_BT), past), -1, dtype=np.int64)
-        ids = np.concatenate([history, call.ids_BT], axis=1)
-        live = np.ones(call.ids_BT.shape, dtype=bool) if call.live is None else call.live
+            history = np.full((len(chunk.ids_BT), past), -1, dtype=np.int64)
+        ids = np.concatenate([history, chunk.ids_BT], axis=1)
+        live = np.ones(chunk.ids_BT.shape, dtype=bool) if chunk.live is None else chunk.live
         alive = np.concatenate([history != -1, live], axis=1)
         out_of_range = alive & ((ids < 0) | (ids >= vocab_size))
         if out_of_range.any():

@@ -8,7 +8,7 @@ Addresser.all_rows, rows.read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from ..addresses.addresser import Addresser, Chunk
-from ..rows.read import addresses, read
+from ..rows.read import Addresses, addresses, read
 from ..store.base import ReadingAll
 from ..store.group import StoreGroup
 from .ticket import TakeBuffer
@@ -107,7 +107,7 @@ class BatchReader:
                 not self.in_memory,
             )
 
-    def _reader_of(self, layers: tuple[int, ...], places: list[Any]) -> NativeReader:
+    def _reader_of(self, layers: tuple[int, ...], places: list[Addresses]) -> NativeReader:
         """The native reader for these layers, whose shards lie there."""
         known = self._known.get(layers)
         if known is not None and known.is_for(places):
@@ -188,9 +188,9 @@ class _Native(NamedTuple):
     """A native reader, and the places of the shards of each layer that it was made for."""
 
     reader: NativeReader
-    places: list[Any]
+    places: list[Addresses]
 
-    def is_for(self, places: list[Any]) -> bool:
+    def is_for(self, places: list[Addresses]) -> bool:
         return all([ours is asked for ours, asked in zip(self.places, places, strict=True)])
 
 

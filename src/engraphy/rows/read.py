@@ -158,7 +158,7 @@ def _read_native(
         raise _bad_id(ids, bad, at.rows)
 
 
-class _Addresses(NamedTuple):
+class Addresses(NamedTuple):
     """Where shards lie.
 
     Attributes:
@@ -177,10 +177,10 @@ class _Addresses(NamedTuple):
 
 
 # Cached by id() of the first shard while it lives: asking many shards takes longer than a read.
-_KNOWN: dict[int, _Addresses] = {}
+_KNOWN: dict[int, Addresses] = {}
 
 
-def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
+def addresses(shards: Sequence[np.ndarray], info: Any) -> Addresses:
     """Where shards lie. Checks once what the kernels rely on.
 
     Raises:
@@ -207,7 +207,7 @@ def addresses(shards: Sequence[np.ndarray], info: Any) -> _Addresses:
     core = _native.compiled()
     shards_S = np.array([core.address(shard) for shard in shards], np.uint64)
     first = weakref.ref(shards[0], lambda _, forget=_KNOWN.pop: forget(key, None))
-    known = _Addresses(shards_S, core.address(shards_S), sizes[0], info.rows, first)
+    known = Addresses(shards_S, core.address(shards_S), sizes[0], info.rows, first)
     _KNOWN[key] = known
     return known
 
