@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <stdexcept>
 
 #include "bind.hpp"
 #include "kernels.hpp"
+#include "require.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -15,10 +15,6 @@ namespace {
 
 constexpr int64_t least_piece = 128;  // tokens; a piece computes W of its neighbour's again
 constexpr int64_t most_pieces = 64;   // of a batch with fewer sequences
-
-void require(bool condition, const char *message) {
-    if (!condition) throw std::invalid_argument(message);
-}
 
 // For each token the first position that its conv may see.
 std::unique_ptr<int32_t[]> first_seen(const Chunk &c, const bool *starts) {

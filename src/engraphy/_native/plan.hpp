@@ -2,16 +2,12 @@
 // and never changes.
 #pragma once
 
-#include <stdexcept>
 #include <vector>
 
 #include "kernels.hpp"
+#include "require.hpp"
 
 namespace engraphy {
-
-inline void require(bool condition, const char *message) {
-    if (!condition) throw std::invalid_argument(message);
-}
 
 class Plan {
   public:
