@@ -54,9 +54,9 @@ def plus_minus(stderr: float | None) -> str:
     return "" if stderr is None else f"± {fixed(stderr, digits_for(stderr))}"
 
 
-def percent(share: float, digits: int = 0) -> str:
-    """A share of one in percent."""
-    return f"{fixed(100 * share, digits)}\u00a0%"
+def percent(share: float) -> str:
+    """A share of one in whole percent."""
+    return f"{fixed(100 * share, 0)}\u00a0%"
 
 
 def change(new: float, old: float) -> str:

@@ -18,6 +18,8 @@ from .mapping import MappedFile, Reserved, Watch
 from .options import FileOptions
 from .pread import PreadStore
 
+_COPIED_ROWS = 65_536  # at a time
+
 
 class FileStore(MappedStore):
     """Rows of one layer of an open table, mapped.
@@ -103,7 +105,7 @@ def open_layer(table: Table, layer: int, options: FileOptions) -> RowStore:
     return FileStore(table, layer, close_table=True, populate=options.populate)
 
 
-def write_layer(source: RowStore, table: Table, layer: int, chunk: int = 65_536) -> None:
+def write_layer(source: RowStore, table: Table, layer: int) -> None:
     """Copies all rows of a store into one layer of a table, in bounded memory.
 
     It uses write calls, not the mapping: a full disk is an OSError.
@@ -112,7 +114,6 @@ def write_layer(source: RowStore, table: Table, layer: int, chunk: int = 65_536)
         source: the store to read.
         table: a table that is open for writing.
         layer: the model's layer, 0-based.
-        chunk: rows that are copied at a time.
 
     Raises:
         InputError: if rows or row_bytes differ.
@@ -120,11 +121,11 @@ def write_layer(source: RowStore, table: Table, layer: int, chunk: int = 65_536)
     info = source.info
     if (info.rows, info.row_bytes) != (table.rows(layer), table.row_bytes):
         raise InputError(
-            f"write_layer: the source has {info.rows} rows of {info.row_bytes} bytes, "
-            f"layer {layer} of the table {table.rows(layer)} of {table.row_bytes}"
+            f"layer {layer}: expected a source of {table.rows(layer)} rows of {table.row_bytes} "
+            f"bytes, as in the table, found {info.rows} rows of {info.row_bytes} bytes"
         )
-    for first in range(0, info.rows, chunk):
-        ids_n = np.arange(first, min(first + chunk, info.rows), dtype=np.int64)
+    for first in range(0, info.rows, _COPIED_ROWS):
+        ids_n = np.arange(first, min(first + _COPIED_ROWS, info.rows), dtype=np.int64)
         table.write_rows(layer, first, source.gather(ids_n))
 
 
