@@ -69,6 +69,59 @@ def at(level: str, call: Callable[[], object], times: int = 1) -> Callable[[], N
     return run
 
 
+def batches(addresser: Addresser, levels: dict[str, str], times: int, rounds: int) -> list[Claim]:
+    """Calls for a batch, `times` in a row. levels: name -> kernel."""
+    ids = np.random.default_rng(1).integers(0, RAW_IDS, size=(BATCH, TOKENS))
+    out = np.empty((2, BATCH, TOKENS, addresser.spec.columns), dtype=np.int64)
+    calls: dict[str, Callable[[], object]] = {
+        "fill of the buffer": at("auto", lambda: out.fill(7), times)
+    }
+    for name, level in levels.items():
+        calls[f"{name}, into out="] = at(level, lambda: addresser.all_rows(ids, out=out), times)
+        calls[f"{name}, new array"] = at(level, lambda: addresser.all_rows(ids), times)
+    print(
+        f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, "
+        f"{out.nbytes / 2**20:.0f} MiB of row ids, {rounds} rounds, {times} in a row"
+    )
+    seconds = {name: value / times for name, value in medians(calls, rounds).items()}
+    fill = seconds["fill of the buffer"]
+    plain = seconds["plain, into out="]
+    print(f"{'':24}{'ms':>10}{'M tokens/s':>12}{'x plain':>10}{'of limit':>10}")
+    for name, value in seconds.items():
+        print(
+            f"{name:24}{value * 1e3:10.3f}{ids.size / value / 1e6:12.2f}{plain / value:10.1f}"
+            f"{fill / value:10.1%}"
+        )
+    print(f"fill: {out.nbytes / fill / 1e9:.1f} GB/s")
+    claims = []
+    for target in ("into out=", "new array"):
+        if _native.core is not None:
+            ratio = plain / seconds[f"{_native.level()}, {target}"]
+            what = f"addresses of {ids.size} tokens, {times} in a row, {target}, beside plain"
+            claims.append(Claim(what, ratio, goal=10.0, limit=plain / fill))
+    return claims
+
+
+def one_token(addresser: Addresser, levels: dict[str, str], rounds: int) -> None:
+    """Calls for one decoded token."""
+    ids = np.random.default_rng(1).integers(0, RAW_IDS, size=(1, 3))
+    history, token = ids[:, :2].copy(), ids[:, 2:].copy()
+    out = np.empty((2, 1, 1, addresser.spec.columns), dtype=np.int64)
+    calls: dict[str, Callable[[], object]] = {}
+    for name, level in levels.items():
+        calls[f"{name}, into out="] = at(
+            level, lambda: addresser.all_rows(token, history, out=out), times=CALLS
+        )
+        calls[f"{name}, new array"] = at(
+            level, lambda: addresser.all_rows(token, history), times=CALLS
+        )
+    print("\none decoded token (B=1 T=1, with history)")
+    seconds = medians(calls, rounds)
+    print(f"{'':24}{'us':>10}{'x plain':>12}")
+    for name, value in seconds.items():
+        print(f"{name:24}{value / CALLS * 1e6:10.2f}{seconds['plain, into out='] / value:12.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,64 +129,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="writes what is claimed to this file")
     options = parser.parse_args()
-    rounds = options.rounds
-
     addresser = production_like()
-    ids = np.random.default_rng(1).integers(0, RAW_IDS, size=(BATCH, TOKENS))
-    out = np.empty((2, BATCH, TOKENS, addresser.spec.columns), dtype=np.int64)
-    token = ids[:1, -1:].copy()
-    history = ids[:1, -3:-1].copy()
-    one = np.empty((2, 1, 1, 16), dtype=np.int64)
     levels = {"plain": "off"}
     if _native.core is not None:
         levels[_native.level()] = _native.level()
-
-    def prefill(times: int) -> dict[str, Callable[[], object]]:
-        calls: dict[str, Callable[[], object]] = {
-            "fill of the buffer": at("auto", lambda: out.fill(7), times)
-        }
-        for name, level in levels.items():
-            calls[f"{name}, into out="] = at(level, lambda: addresser.all_rows(ids, out=out), times)
-            calls[f"{name}, new array"] = at(level, lambda: addresser.all_rows(ids), times)
-        return calls
-
-    decode: dict[str, Callable[[], object]] = {}
-    for name, level in levels.items():
-        decode[f"{name}, into out="] = at(
-            level, lambda: addresser.all_rows(token, history, out=one), times=CALLS
-        )
-        decode[f"{name}, new array"] = at(
-            level, lambda: addresser.all_rows(token, history), times=CALLS
-        )
-
     print(f"native: {_native.reason}")
     claims: list[Claim] = []
     for times in (1, IN_A_ROW):
-        print(
-            f"\nB={BATCH} T={TOKENS}, 2 layers x 16 columns, "
-            f"{out.nbytes / 2**20:.0f} MiB of row ids, {rounds} rounds, {times} in a row"
-        )
-        seconds = {name: value / times for name, value in medians(prefill(times), rounds).items()}
-        fill = seconds["fill of the buffer"]
-        plain = seconds["plain, into out="]
-        print(f"{'':24}{'ms':>10}{'M tokens/s':>12}{'x plain':>10}{'of limit':>10}")
-        for name, value in seconds.items():
-            print(
-                f"{name:24}{value * 1e3:10.3f}{ids.size / value / 1e6:12.2f}{plain / value:10.1f}"
-                f"{fill / value:10.1%}"
-            )
-        print(f"fill: {out.nbytes / fill / 1e9:.1f} GB/s")
-        for target in ("into out=", "new array"):
-            if _native.core is not None:
-                ratio = plain / seconds[f"{_native.level()}, {target}"]
-                what = f"addresses of {ids.size} tokens, {times} in a row, {target}, beside plain"
-                claims.append(Claim(what, ratio, goal=10.0, limit=plain / fill))
-
-    print("\none decoded token (B=1 T=1, with history)")
-    seconds = medians(decode, rounds)
-    print(f"{'':24}{'us':>10}{'x plain':>12}")
-    for name, value in seconds.items():
-        print(f"{name:24}{value / CALLS * 1e6:10.2f}{seconds['plain, into out='] / value:12.1f}")
+        claims += batches(addresser, levels, times, options.rounds)
+    one_token(addresser, levels, options.rounds)
     write(options.json, "address", machine(Path(tempfile.gettempdir())), claims)
 
 

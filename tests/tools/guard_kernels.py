@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,11 @@ def normal(*shape: int) -> np.ndarray:
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
     return paged((values.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def stored(bf16: bool, *shape: int) -> np.ndarray:
+    """f32, or the bits of bf16; the same in every run."""
+    return bf16_bits(normal(*shape)) if bf16 else normal(*shape)
 
 
 def at(array: np.ndarray) -> int:
@@ -146,49 +152,44 @@ def token_rows(kind: str) -> Call:
     return call
 
 
-def chunk_fusion(bf16: bool, backward: bool) -> Call:
-    """2 sequences of 64 tokens, hidden size 128, a convolution of 4 taps; without projections."""
-    batch, tokens, hidden, taps, dilation = 2, 64, 128, 4, 3
-    shape = (batch, tokens, 1, hidden)
-
-    def value(*shape: int) -> np.ndarray:
-        return bf16_bits(normal(*shape)) if bf16 else normal(*shape)
-
-    weights = [normal(1, hidden), normal(hidden), normal(taps, hidden), normal(taps, 1, hidden)]
-    scale, conv_norm, conv, normed_conv = weights
-    inputs = [value(*shape), value(*shape), value(batch, tokens, hidden)]
-    x, key, values = inputs
-    gate, stats = normal(batch, tokens), normal(batch, tokens, 4)
-    out, columns = value(*shape), normal(batch, 9, hidden)
+def new_chunk(bf16: bool) -> tuple[Any, dict[str, np.ndarray]]:
+    """The native fusion of 2 sequences of 64 tokens, hidden size 128, a convolution of 4 taps, and
+    the arrays that it has addresses of."""
+    batch, tokens, hidden, taps = 2, 64, 128, 4
+    sizes = {"batch": batch, "tokens": tokens, "streams": 1, "hidden": hidden, "taps": taps}
+    arrays = {
+        "scale": normal(1, hidden),
+        "conv_norm": normal(hidden),
+        "conv": normal(taps, hidden),
+        "normed_conv": normal(taps, 1, hidden),
+        "x": stored(bf16, batch, tokens, 1, hidden),
+        "key": stored(bf16, batch, tokens, 1, hidden),
+        "value": stored(bf16, batch, tokens, hidden),
+        "gate": normal(batch, tokens),
+        "stats": normal(batch, tokens, 4),
+    }
     fusion = _native.compiled().ChunkFusion(
         kind=2 if bf16 else 0,
-        batch=batch,
-        tokens=tokens,
-        streams=1,
-        hidden=hidden,
-        taps=taps,
-        dilation=dilation,
+        **sizes,
+        dilation=3,
         eps=1e-6,
         conv_eps=1e-6,
         residual=True,
         columns=9,
         masked=False,
-        scale=at(scale),
-        conv_norm=at(conv_norm),
-        conv=at(conv),
-        normed_conv=at(normed_conv),
-        x=at(x),
-        key=at(key),
-        value=at(values),
+        **{name: at(array) for name, array in arrays.items()},
         window=0,
         live=0,
         starts=0,
-        gate=at(gate),
-        stats=at(stats),
         threads=1,
     )
+    return fusion, arrays
 
-    arrays = [*weights, *inputs, gate, stats]
+
+def chunk_fusion(bf16: bool, backward: bool) -> Call:
+    """A pass of `new_chunk`, without projections."""
+    fusion, arrays = new_chunk(bf16)
+    out, columns = paged(arrays["x"]), normal(2, 9, 128)
 
     def forward() -> object:
         assert arrays  # which the fusion has addresses of
@@ -197,8 +198,8 @@ def chunk_fusion(bf16: bool, backward: bool) -> Call:
     if not backward:
         return forward
     forward()
-    x_grad, key_grad, value_grad = (paged(array) for array in inputs)
-    out_grad, sums = value(*shape), normal(1 + taps, hidden)
+    grads = {f"{name}_grad": paged(arrays[name]) for name in ("x", "key", "value")}
+    out_grad, sums = stored(bf16, 2, 64, 1, 128), normal(5, 128)
 
     def call() -> object:
         assert arrays
@@ -206,9 +207,7 @@ def chunk_fusion(bf16: bool, backward: bool) -> Call:
             out_grad=at(out_grad),
             gate_grad=0,
             inputs_grad=0,
-            x_grad=at(x_grad),
-            key_grad=at(key_grad),
-            value_grad=at(value_grad),
+            **{name: at(grad) for name, grad in grads.items()},
             window_grad=0,
             sums=at(sums),
         )
@@ -225,10 +224,8 @@ def token_fusion(bf16: bool) -> Call:
         + [(1, hidden, taps)]
     )
 
-    def value(*shape: int) -> np.ndarray:
-        return bf16_bits(normal(*shape)) if bf16 else normal(*shape)
-
-    weights, x, table_rows = [value(*shape) for shape in shapes], value(hidden), normal(width)
+    weights, x = [stored(bf16, *shape) for shape in shapes], stored(bf16, hidden)
+    table_rows = normal(width)
     columns = normal((taps - 1) * dilation + 1, hidden)
     out, gate = paged(np.empty_like(x)), normal(1)
     plan = _native.compiled().FusePlan(
