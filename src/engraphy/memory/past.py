@@ -57,7 +57,7 @@ class Past:
         if starts is not None or holes:
             self.clear = self.end
 
-    def columns(self, count: int) -> CursorColumns | None:
+    def cursor_columns(self, count: int) -> CursorColumns | None:
         """The `count` ids before the next one, and those that can be written behind them.
 
         Returns None if the next id has to go through `append`.

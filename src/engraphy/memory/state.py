@@ -196,8 +196,10 @@ class SequenceState:
             return cursor
         self._give_up_cursor()
         core = _native.core
-        ids = None if core is None or not self.batch else self._past.columns(self._bound() - 1)
-        if core is None or ids is None:
+        if core is None or not self.batch:
+            return None
+        ids = self._past.cursor_columns(self._bound() - 1)
+        if ids is None:
             return None
         windows = [window.cursor_columns() for window in self._windows.values()]
         usable = [columns for columns in windows if columns is not None]
@@ -224,11 +226,13 @@ class SequenceState:
                 window.advance()
 
     def _give_up_cursor(self) -> None:
+        """Before ids or windows are used in another way."""
         self._count_cursor()
         self._cursor = None
 
-    def _leave_window_to_caller(self) -> None:
-        """Before a layer's window is used in another way: ids may still go through the cursor."""
+    def _give_up_windows(self) -> None:
+        """Gives up a cursor that has windows, before one is used in another way. A cursor over ids
+        alone stays."""
         if self._cursor is not None and self._cursor.has_windows():
             self._give_up_cursor()
         self._count_cursor()
@@ -246,7 +250,7 @@ class SequenceState:
         before the layer's first push, and for a layer without a conv. The tensor is valid until the
         next push, which may write to it.
         """
-        self._leave_window_to_caller()
+        self._give_up_windows()
         return self._window(layer).read() if self.length else None
 
     def push(
@@ -264,7 +268,7 @@ class SequenceState:
             InputError: the shape is not that of the next chunk in `extend`.
             ConfigError: the layer has no memory.
         """
-        self._leave_window_to_caller()
+        self._give_up_windows()
         window = self._window(layer)
         if not window.size:
             return self
@@ -293,7 +297,7 @@ class SequenceState:
             x_B1SD: the layer's hidden state. Conv inputs have its size, and its dtype or float32,
                 whichever is wider.
         """
-        self._leave_window_to_caller()
+        self._give_up_windows()
         window = self._window(layer)
         return window.columns(x_B1SD) if window.size else NO_COLUMNS
 
