@@ -84,7 +84,7 @@ class BatchReader:
     def _read_at_once(self, batch: Batch) -> None:
         """Raises _StepByStep unless the rows of every layer are mapped memory."""
         chunk = batch.chunk
-        batch_size, tokens = chunk.ids_BT.shape
+        sequences, tokens = chunk.ids_BT.shape
         address = _native.compiled().address
         stores = [self._stores[layer] for layer in batch.layers]
         with ReadingAll(stores, chunk.ids_BT.size * self.columns) as shards:
@@ -95,16 +95,16 @@ class BatchReader:
                 addresses(shard, store.info) for shard, store in zip(mapped, stores, strict=True)
             ]
             self._reader_of(batch.layers, places).read(
-                address(chunk.ids_BT),
-                batch_size,
-                tokens,
-                _address(chunk.history),
-                _address(chunk.live),
-                _address(chunk.starts),
-                [address(out_BTE) for out_BTE in batch.outs_BTE],
-                batch.outs_BTE[0].dtype == np.uint16,
-                _address(batch.row_ids_LBTC),
-                not self.in_memory,
+                ids=address(chunk.ids_BT),
+                batch=sequences,
+                tokens=tokens,
+                history=_address(chunk.history),
+                live=_address(chunk.live),
+                starts=_address(chunk.starts),
+                outs=[address(out_BTE) for out_BTE in batch.outs_BTE],
+                to_bf16=batch.outs_BTE[0].dtype == np.uint16,
+                row_ids=_address(batch.row_ids_LBTC),
+                waits=not self.in_memory,
             )
 
     def _reader_of(self, layers: tuple[int, ...], places: list[Addresses]) -> NativeReader:
@@ -114,14 +114,14 @@ class BatchReader:
             return known.reader
         fmt = self._format
         reader = _native.compiled().BatchReader(
-            self._addresser.plan,
-            self._addresser.spec.layer_index(layers[0]),
-            fmt.kind,
-            fmt.d,
-            fmt.scale or 1.0,
-            [place.address for place in places],
-            [place.shard_rows for place in places],
-            [place.rows for place in places],
+            plan=self._addresser.plan,
+            first_layer=self._addresser.spec.layer_index(layers[0]),
+            kind=fmt.kind,
+            d=fmt.d,
+            scale=fmt.scale or 1.0,
+            shards=[place.address for place in places],
+            shard_rows=[place.shard_rows for place in places],
+            rows=[place.rows for place in places],
         )
         self._known[layers] = _Native(reader, places)
         return reader
