@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from claims import median_and_error
 from llama import llama_135m
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -131,10 +132,8 @@ def in_hooks(model: Any, memory: EngramMemory, tokens: int) -> dict[str, float]:
 def report(name: str, seconds: dict[str, list[float]], tokens: int, layers: int) -> None:
     """Prints a line. `tokens` is how many one of the timed calls computes."""
     both, bare = (statistics.median(seconds[key]) * 1e3 / tokens for key in (WITH, WITHOUT))
-    pairs = np.subtract(seconds[WITH], seconds[WITHOUT]) * 1e3 / tokens
-    again = np.median(np.random.default_rng(0).choice(pairs, (1000, len(pairs))), axis=1)
-    more = float(np.median(pairs))
-    error = float(again.std())
+    differences = np.subtract(seconds[WITH], seconds[WITHOUT]) * 1e3 / tokens
+    more, error = median_and_error(differences)
     print(
         f"{name:8}{both:10.3f}{bare:10.3f}{1e3 / both:10.1f}{1e3 / bare:10.1f}"
         f"{more / layers:12.3f} +- {error / layers:5.3f}{1 + more / bare:9.3f}"

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """weight * x / sqrt(mean(x**2) + eps) over the last dimension, as torch's up to rounding."""
+    """weight * x / sqrt(mean(x**2) + eps) over the last dimension, as torch's up to rounding.
+
+    x: [..., D], of any float dtype; the result has its shape and dtype.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
