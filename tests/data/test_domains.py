@@ -11,8 +11,8 @@ from importlib import metadata
 
 import pytest
 
-from engraphy.data import domains, wiki
-from engraphy.data.domains import describe, general, medical, medical_categories, wikipedia
+from engraphy.data import domains
+from engraphy.data.domains import describe, general, medical, medical_categories
 from engraphy.errors import ConfigError, DataUnavailable, InputError
 
 # A classification of 22 chapters, each with one block that holds a block of six categories and one
@@ -165,14 +165,6 @@ def test_the_real_classification_gives_the_known_documents():
         "characters": 89644,
         "sha256": "45a2930839b92ea9b93a58916cdec8248944e9d7e7ab8dd69538b906d70bfe98",
     }
-
-
-def test_wikipedia_is_split_by_document(monkeypatch):
-    texts = [f"Summary {number}." for number in range(40)]
-    monkeypatch.setattr(wiki, "wiki_texts", lambda language: texts)
-    domain = wikipedia(heldout=0.25)
-    assert sorted(domain.training + domain.heldout) == sorted(texts) and len(domain.heldout) == 10
-    assert domain.about["source"] == "wiki:en" and domain.about["heldout"]["documents"] == 10
 
 
 @pytest.fixture

@@ -143,13 +143,6 @@ def medical_categories(
     )
 
 
-def wikipedia(heldout: float = 0.05, seed: int = 0) -> Domain:
-    """The Wikipedia summaries of `load_documents("wiki")`, split by `split_documents`."""
-    documents = load_documents("wiki")
-    training, unseen = split_documents(documents.texts, heldout, seed)
-    return _domain(documents.name, documents.licence, training, unseen)
-
-
 def general(
     path: str | Path, characters: int = 90_000, passage: int = 1_000, seed: int = 0
 ) -> list[str]:

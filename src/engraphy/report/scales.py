@@ -10,6 +10,7 @@ from itertools import accumulate
 from .markup import fixed
 
 _POINTS = 240  # of a curve: more would not be seen
+_AVERAGED = 0.03  # share of a curve's points that one average covers; fewer at both ends
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,16 @@ def padded(low: float, high: float, share: float) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def smooth(curve: Sequence[Sequence[float]], share: float = 0.03) -> list[tuple[float, float]]:
+def smooth(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
     """Moving average, centred so that it does not lag, and thinned.
 
     Args:
         curve: Pairs of (tokens, loss).
-        share: Share of the points that one average covers; fewer at both ends.
 
     Returns:
         Pairs of (tokens, mean loss). The last point of `curve` is the last one here.
     """
-    half = int(share * len(curve) / 2)
+    half = int(_AVERAGED * len(curve) / 2)
     sums = [0.0, *accumulate(loss for _, loss in curve)]
     points = []
     for place, (tokens, _) in enumerate(curve):
