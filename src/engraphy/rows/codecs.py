@@ -1,9 +1,9 @@
 """How the bytes of a row are made and read, kind by kind, in plain numpy.
 
-These versions are the specification of the native kernels. `CODECS` lists the kinds. Encoders take
-float32 [N, d], C-contiguous, which `RowFormat` has checked; decoders write float32 and are exact.
-Both may overflow and underflow on purpose. Numbers are little-endian; numpy has no bfloat16: its
-bits are uint16.
+These versions are the specification of the native kernels. `CODECS` lists the kinds; those of GGUF
+files are in blocks.py. Encoders take float32 [N, d], C-contiguous, which `RowFormat` has checked;
+decoders write float32 and are exact. Both may overflow and underflow on purpose. Numbers are
+little-endian; numpy has no bfloat16: its bits are uint16.
 
 Sources: OCP 8-bit floating point (E4M3) and microscaling (E8M0) formats; record layouts in
 docs/guide/table-format.md.
@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import blocks as gguf
+
 BLOCK = 32  # values under one ue8m0 scale
 
 
@@ -24,7 +26,8 @@ class Codec(NamedTuple):
 
     Attributes:
         row_bytes: Gives the bytes of a row from d.
-        encode: (values_Nd float32, scale) -> uint8 [N, row_bytes].
+        encode: (values_Nd float32, scale) -> uint8 [N, row_bytes]; None if rows of this kind are
+            only read.
         decode: (raw_NR uint8, out_Nd float32, scale); writes to out_Nd.
         limit: The largest size of a finite value that can be encoded at scale 1.
         keeps_nan: Whether NaN and infinities can be encoded too.
@@ -32,9 +35,9 @@ class Codec(NamedTuple):
     """
 
     row_bytes: Callable[[int], int]
-    encode: Callable[[np.ndarray, float], np.ndarray]
+    encode: Callable[[np.ndarray, float], np.ndarray] | None
     decode: Callable[[np.ndarray, np.ndarray, float], None]
-    limit: float
+    limit: float = 0.0
     keeps_nan: bool = False
     multiple: int = 1
 
@@ -226,5 +229,20 @@ CODECS = {
     "fp8_scaled": Codec(_one_each, _encode_fp8_scaled, _decode_fp8_scaled, 464.0),
     "int8": Codec(_one_each_and_scale, _encode_int8, _decode_int8, 65504.0 * 127),
     "int4": Codec(_half_each_and_scale, _encode_int4, _decode_int4, 65504.0 * 7, multiple=2),
+    "q8_0": Codec(
+        gguf.block_bytes(32, 34),
+        gguf.encode_q8_0,
+        gguf.decode_q8_0,
+        65504.0 * 127,
+        multiple=32,
+    ),
+    "q4_0": Codec(
+        gguf.block_bytes(32, 18), gguf.encode_q4_0, gguf.decode_q4_0, 65504.0 * 8, multiple=32
+    ),
+    "iq4_nl": Codec(gguf.block_bytes(32, 18), None, gguf.decode_iq4_nl, multiple=32),
+    "mxfp4": Codec(gguf.block_bytes(32, 17), None, gguf.decode_mxfp4, multiple=32),
+    "q2_k": Codec(gguf.block_bytes(256, 84), None, gguf.decode_q2_k, multiple=256),
+    "q3_k": Codec(gguf.block_bytes(256, 110), None, gguf.decode_q3_k, multiple=256),
+    "q4_k": Codec(gguf.block_bytes(256, 144), None, gguf.decode_q4_k, multiple=256),
 }
 """The kinds of rows, by name."""

@@ -11,7 +11,7 @@ bits as uint16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,10 @@ class RowFormat:
     | fp8_scaled | d e4m3 | divided by `scale`, one float32 for the whole table |
     | int8 | d + one f16 scale | -127..127, round half to even, scale = max/127 |
     | int4 | d/2 + one f16 scale | -7..7, scale = max/7 |
+    | q8_0 | d/32 blocks of 34 | GGUF: -127..127, halves away from zero, f16 scale = max/127 |
+    | q4_0 | d/32 blocks of 18 | GGUF: -8..7, f16 scale = -max/8, with the sign of max |
+    | iq4_nl, mxfp4 | d/32 blocks of 18, 17 | GGUF, only read |
+    | q2_k, q3_k, q4_k | d/256 blocks of 84, 110, 144 | GGUF, only read |
 
     Integer codes are in two's complement; value 2i of int4 lies in the low nibble of byte i. The
     f16 scale is rounded to nearest, or up if the nearest would clip (only below 2**-14), and codes
@@ -91,6 +95,20 @@ class RowFormat:
         """Bytes of one record."""
         return CODECS[self.kind].row_bytes(self.d)
 
+    def check_encodes(self) -> None:
+        """Raises ConfigError if rows of this kind are only read, and never made."""
+        self._encoder()
+
+    def _encoder(self) -> Callable[[np.ndarray, float], np.ndarray]:
+        encoder = CODECS[self.kind].encode
+        if encoder is None:
+            kinds = ", ".join(kind for kind, codec in CODECS.items() if codec.encode)
+            raise ConfigError(
+                f"row format: expected a kind that can be made of values ({kinds}), found "
+                f"{self.kind}, whose rows are only read from GGUF files"
+            )
+        return encoder
+
     def encode(self, values_Nd: np.ndarray) -> np.ndarray:
         """Makes records of values. Nothing is clipped: a value that does not fit is an error.
 
@@ -101,18 +119,19 @@ class RowFormat:
             uint8 [N, row_bytes].
 
         Raises:
+            ConfigError: Rows of this kind are only read.
             InputError: The kind cannot hold a value (too large, or NaN and infinities in the fp8
                 and integer kinds); names row and column. Or the shape or dtype is another.
         """
+        encoder = self._encoder()
         check_array("values", values_Nd, (None, self.d), (np.float32,))
-        codec = CODECS[self.kind]
         raw_NR = np.empty((len(values_Nd), self.row_bytes), np.uint8)
         step = chunk_rows(self.d)
         with np.errstate(over="ignore", under="ignore"):
             for first in range(0, len(values_Nd), step):
                 values_nd = np.ascontiguousarray(values_Nd[first : first + step])
                 self._check_values(values_nd, first)
-                raw_NR[first : first + step] = codec.encode(values_nd, self.scale or 1.0)
+                raw_NR[first : first + step] = encoder(values_nd, self.scale or 1.0)
         return raw_NR
 
     def decode(self, raw_NR: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
