@@ -8,17 +8,23 @@
 
 namespace engraphy {
 
-inline constexpr const char *kind_names[] = {"f32",        "f16",  "bf16", "fp8",
-                                             "fp8_scaled", "int8", "int4"};  // as in RowKind
+struct KindName {
+    const char *name;
+    int multiple;  // d has to be a multiple of it
+};
+
+inline constexpr KindName kind_names[] = {
+    {"f32", 1},    {"f16", 1},    {"bf16", 1},  {"fp8", fp8_block}, {"fp8_scaled", 1},
+    {"int8", 1},   {"int4", 2},   {"q8_0", 32}, {"q4_0", 32},       {"iq4_nl", 32},
+    {"mxfp4", 32}, {"q2_k", 256}, {"q3_k", 256}, {"q4_k", 256},
+};  // as in RowKind
 
 inline RowKind kind_of(const char *name, int64_t d) {
     for (int i = 0; i < int(sizeof(kind_names) / sizeof(kind_names[0])); i++) {
-        if (std::strcmp(kind_names[i], name)) continue;
-        const RowKind kind = RowKind(i);
-        const int multiple = kind == RowKind::fp8 ? fp8_block : kind == RowKind::int4 ? 2 : 1;
-        if (d < 1 || d % multiple)
+        if (std::strcmp(kind_names[i].name, name)) continue;
+        if (d < 1 || d % kind_names[i].multiple)
             throw std::invalid_argument("d must be positive and fit the kind");
-        return kind;
+        return RowKind(i);
     }
     throw std::invalid_argument("unknown kind of rows");
 }

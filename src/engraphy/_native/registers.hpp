@@ -37,14 +37,20 @@ constexpr int lanes = 16;
 
 ALWAYS Floats all_lanes(float value) { return _mm512_set1_ps(value); }
 ALWAYS Floats product(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+ALWAYS Floats difference(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 ALWAYS Words bits_in(Floats values) { return _mm512_castps_si512(values); }
 
 template <bool past> ALWAYS void store(void *to, Words words) {
     past ? _mm512_stream_si512((__m512i *)to, words) : _mm512_storeu_si512(to, words);
 }
 
+// The first `lanes` codes.
+ALWAYS Floats numbers_of(__m128i codes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+}
+
 ALWAYS Floats from_int8(const uint8_t *codes) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+    return numbers_of(_mm_loadu_si128((const __m128i *)codes));
 }
 
 // 2 * lanes codes, 2**8 times smaller than they are.
@@ -79,14 +85,19 @@ constexpr int lanes = 8;
 
 ALWAYS Floats all_lanes(float value) { return _mm256_set1_ps(value); }
 ALWAYS Floats product(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+ALWAYS Floats difference(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 ALWAYS Words bits_in(Floats values) { return _mm256_castps_si256(values); }
 
 template <bool past> ALWAYS void store(void *to, Words words) {
     past ? _mm256_stream_si256((__m256i *)to, words) : _mm256_storeu_si256((__m256i *)to, words);
 }
 
+ALWAYS Floats numbers_of(__m128i codes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+}
+
 ALWAYS Floats from_int8(const uint8_t *codes) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
+    return numbers_of(_mm_loadl_epi64((const __m128i *)codes));
 }
 
 ALWAYS void from_e4m3(const uint8_t *codes, Floats &first, Floats &second) {

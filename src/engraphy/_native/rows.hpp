@@ -6,13 +6,28 @@
 
 namespace engraphy {
 
-enum class RowKind { f32, f16, bf16, fp8, fp8_scaled, int8, int4 };
+enum class RowKind {
+    f32,
+    f16,
+    bf16,
+    fp8,
+    fp8_scaled,
+    int8,
+    int4,
+    q8_0,
+    q4_0,
+    iq4_nl,
+    mxfp4,
+    q2_k,
+    q3_k,
+    q4_k
+};
 
 constexpr int fp8_block = 32;  // values under one ue8m0 scale
 
 struct RowsCall {
     RowKind kind;
-    int64_t d;      // values of a row; a multiple of 32 for fp8, even for int4
+    int64_t d;      // values of a row; a multiple of what kind.hpp has for the kind
     float scale;    // of the whole table, for fp8_scaled alone
     bool to_bf16;   // else to float32
     const uint8_t *const

@@ -1,7 +1,7 @@
 // Gather and dequantise, compiled once per instruction set (kernels.hpp says what that forbids).
 //
 // One row after the other, straight from mapped memory into the output. Rows of small codes are
-// dequantised in registers (registers.hpp). The plain loops here say what their values are; they
+// dequantised in registers (registers.hpp, and blocks.hpp for the kinds of GGUF files). The plain loops here say what their values are; they
 // do what is left. The compiler turns them into the vectors of each level. The comparisons below
 // are of 32 bits, so that it does not narrow masks to bytes and widen them again.
 //
@@ -20,18 +20,18 @@
 #include <string.h>
 
 #include "bf16.hpp"
+#include "blocks.hpp"
 #include "copy.hpp"
 #include "kernels.hpp"
 #include "mapped.hpp"
 #include "registers.hpp"
 #include "rows.hpp"
+#include "widened.hpp"
 
 namespace engraphy::ENGRAPHY_LEVEL {
 namespace {
 
 static_assert(FLT_EVAL_METHOD == 0, "products have to be rounded to float32 at once");
-
-constexpr uint32_t quiet_nan = 0x7fc00000;
 
 // What becomes of the bits of a float32. of_clean: the same for numbers, infinities, and NaNs whose
 // low half is zero.
@@ -46,25 +46,6 @@ struct ToBf16 {
     static uint16_t of(uint32_t bits) { return bf16_of(bits); }
     static uint16_t of_clean(uint32_t bits) { return bf16_rounded(bits); }
 };
-
-// The bits of a float32 v from the exponent and mantissa bits of a narrower format, shifted to
-// where float32 has them; `bias` is the difference of the biases. b = 2**(bias - 126) is the
-// smallest normal number of the narrower format.
-//   v >= b: normal = v,            small = 2v - b >= v
-//   v < b:  normal = (v + b) / 2,  small = v
-// So v is the smaller one. Neither is negative: they are ordered as their bits are.
-template <uint32_t bias> inline uint32_t widened(uint32_t bits) {
-    const uint32_t small =
-        bits_of(as_float(bits + ((bias + 1) << 23)) - as_float((bias + 1) << 23));
-    const uint32_t normal = bits + (bias << 23);
-    return small < normal ? small : normal;
-}
-
-inline uint32_t from_f16(uint32_t half) {
-    const uint32_t wide = (half & 0x7fff) << 13;
-    const uint32_t not_finite = wide < 0x7c00u << 13 ? 0 : 112u << 23;
-    return (half & 0x8000) << 16 | (widened<112>(wide) + not_finite);
-}
 
 inline uint32_t from_e4m3(uint32_t code) {
     const uint32_t wide = (code & 0x7f) << 20;
@@ -207,6 +188,13 @@ template <class To, bool past> void read_kind(const RowsCall &call) {
         case RowKind::fp8_scaled: return read_all<Fp8Scaled, To, past>(call);
         case RowKind::int8: return read_all<Int8, To, past>(call);
         case RowKind::int4: return read_all<Int4, To, past>(call);
+        case RowKind::q8_0: return read_all<Blocks<Q8_0>, To, past>(call);
+        case RowKind::q4_0: return read_all<Blocks<Q4_0>, To, past>(call);
+        case RowKind::iq4_nl: return read_all<Blocks<Iq4Nl>, To, past>(call);
+        case RowKind::mxfp4: return read_all<Blocks<Mxfp4>, To, past>(call);
+        case RowKind::q2_k: return read_all<Blocks<Q2K>, To, past>(call);
+        case RowKind::q3_k: return read_all<Blocks<Q3K>, To, past>(call);
+        case RowKind::q4_k: return read_all<Blocks<Q4K>, To, past>(call);
     }
 }
 
