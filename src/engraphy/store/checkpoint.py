@@ -1,8 +1,8 @@
-"""One layer of a released checkpoint, served from its own shards: nothing is copied or written.
+"""One layer of a released checkpoint, served from its own files: nothing is copied or written.
 
-If a tensor holds whole records (Qwen4-Exp), its parts are mapped memory like a table's shards.
-DeepSeek-V4.1 keeps the scales in a tensor of their own: a gather reads both and joins them to the
-records that a converted table has.
+If a tensor holds whole records (Qwen4-Exp, and GGUF files), its parts are mapped memory like a
+table's shards. The release of DeepSeek-V4.1 keeps the scales in a tensor of their own: a gather
+reads both and joins them to the records that a converted table has.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from ..addresses.vocab import VocabMap
-from ..errors import ShardMissing, StoreError
+from ..errors import EngraphyError, ShardForeign, ShardMissing, StoreError
 from ..released.checkpoint import Checkpoint
 from ..rows.read import take
 from ..table.safetensors import StoredTensor
-from .base import RowStore, StoreInfo
+from .base import RowStore, Shards, StoreInfo
 from .mapped import MappedStore
 from .mapping import MappedFile, Watch
 
@@ -34,12 +34,28 @@ class MappedCheckpoint(MappedStore):
 
     def __init__(self, checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> None:
         files = _map_files(checkpoint.weights[layer])
-        super().__init__(_map(files, checkpoint.weights[layer]), Watch(list(files.values())))
+        watch = Watch(list(files.values()), _Unchanged(checkpoint, list(files)).check)
+        super().__init__(_map(files, checkpoint.weights[layer]), watch)
+        self._is_doubtful = False
         self._info = _info(checkpoint, layer, vocab)
 
     @property
     def info(self) -> StoreInfo:
         return self._info
+
+    @property
+    def pinned(self) -> Shards:
+        """As in `MappedStore`; none after `count_token` has found that the files changed."""
+        return () if self._is_doubtful else super().pinned
+
+    def count_token(self, rows: int, taken: int) -> None:
+        """Also checks, now and then, that the files are the same. If not, the next read raises."""
+        super().count_token(rows, taken)
+        if self._watch is not None:
+            try:
+                self._watch.before()
+            except EngraphyError:
+                self._is_doubtful = True  # the state of the sequence has changed by now
 
 
 class InterleavedCheckpoint(RowStore):
@@ -55,7 +71,7 @@ class InterleavedCheckpoint(RowStore):
         files = _map_files([*weights, *scales])
         # One attribute, so that a reader takes both at once while another thread closes the store.
         self._tensors = (_map(files, weights), _map(files, scales))
-        self._watch = Watch(list(files.values()))
+        self._watch = Watch(list(files.values()), _Unchanged(checkpoint, list(files)).check)
         self._info = _info(checkpoint, layer, vocab)
 
     @property
@@ -80,15 +96,51 @@ class InterleavedCheckpoint(RowStore):
         raise StoreError(f"{self._info.path}: a checkpoint is read-only")
 
 
+class _Unchanged:
+    """Checks that the files of a checkpoint are still those that were opened.
+
+    A file that another one was renamed to, or that was written to, may hold other rows. A file that
+    is gone stays mapped, and is served on.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, files: Sequence[Path]) -> None:
+        self._path = checkpoint.path
+        self._source_id = checkpoint.source_id
+        self._files = files
+        self._known = self._marks()
+
+    def _marks(self) -> list[tuple[int, ...]] | None:
+        """What tells a file from another one, or from its earlier state; None if one is gone."""
+        try:
+            stats = [os.stat(file) for file in self._files]
+        except OSError:
+            return None
+        return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    def check(self) -> None:
+        """Raises ShardForeign if the files hold other rows now, TableError if they are broken."""
+        marks = self._marks()
+        if marks is None or marks == self._known:
+            return
+        found = Checkpoint.open(self._path).source_id  # the same after a mere `touch`
+        if found != self._source_id:
+            raise ShardForeign(
+                f"{self._path}: expected source {self._source_id}, found {found}: the files were "
+                "replaced while they were served; open the store again"
+            )
+        self._known = marks
+
+
 def open_checkpoint(
     path: str | os.PathLike[str], layer: int, vocab: str | os.PathLike[str] | None = None
 ) -> RowStore:
     """Opens the store of one layer of a checkpoint.
 
     Args:
-        path: the folder of the checkpoint.
+        path: the folder of the checkpoint, or its GGUF file.
         layer: the model's layer, 0-based.
-        vocab: the file of a saved vocabulary map; None for the map of the checkpoint's tokenizer.
+        vocab: the file of a saved vocabulary map; None for the map of the checkpoint's tokenizer,
+            or of its GGUF file.
 
     Raises:
         ConfigError: if the layer has no memory.
@@ -109,7 +161,7 @@ def _info(checkpoint: Checkpoint, layer: int, vocab: VocabMap) -> StoreInfo:
         False,
         checkpoint.source_id,
         layer,
-        str(checkpoint.directory),
+        str(checkpoint.path),
         checkpoint.fmt,
         config.address_digest(vocab.digest),
         "mmap",

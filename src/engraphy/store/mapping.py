@@ -24,7 +24,7 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,9 +161,15 @@ class MappedFile:
 
 
 class Watch:
-    """Checks that mapped files are still whole, without keeping them mapped."""
+    """Checks that mapped files are still whole, without keeping them mapped.
 
-    def __init__(self, files: Sequence[MappedFile]) -> None:
+    Args:
+        files: the files.
+        look: what else is checked whenever their sizes are; None for nothing.
+    """
+
+    def __init__(self, files: Sequence[MappedFile], look: Callable[[], None] | None = None) -> None:
+        self._look = look
         self._files = [weakref.ref(file) for file in files]
         self._core = _native.core
         self._next_look = 0.0
@@ -181,6 +187,8 @@ class Watch:
             self._core.arm_guard()
         for file in self._alive():
             file.check_size()
+        if self._look is not None:
+            self._look()
         self._next_look = time.monotonic() + _LOOK_EVERY
 
     def after(self) -> None:

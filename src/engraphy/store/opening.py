@@ -36,7 +36,9 @@ def open_store(
       `info.reads` says what was chosen. cache=2GiB keeps the rows that are requested often in
       memory, at most 2 GiB for this layer (KiB, MiB, GiB, or bytes without a unit).
     - "checkpoint:DIR" serves `layer` of a released checkpoint from its own shards, read-only.
-      vocab=FILE: a saved vocabulary map; by default the map of the checkpoint's tokenizer.
+      "checkpoint:FILE.gguf" does so with a GGUF file, or with the first file of a split model.
+      vocab=FILE: a saved vocabulary map; by default the map of the checkpoint's tokenizer, or of
+      its GGUF file.
     - "pool:PATH" serves `layer` of a table that all processes of this host share at PATH,
       read-only. from=DIR: if the pool does not exist yet, it is filled with the table at DIR;
       otherwise it has to hold that table. populate=0|1: see `open_pool`.
@@ -133,7 +135,8 @@ def _open_checkpoint(wanted: _Wanted, rest: str) -> RowStore:
     values = split_options(wanted.url, text, ("vocab",))
     if not path:
         raise ConfigError(
-            f"store {wanted.url!r}: expected the folder of a checkpoint after checkpoint:"
+            f"store {wanted.url!r}: expected the folder of a checkpoint, or a GGUF file, after "
+            "checkpoint:"
         )
     layer = _read_only_layer(wanted)
     return open_checkpoint(path, layer, values.get("vocab"))

@@ -370,8 +370,7 @@ class _Header:
         kind = self._uint("<I")
         count = self._uint("<Q")
         if kind == _STRING:
-            for _ in range(count):
-                self._take(self._uint("<Q"))
+            self._skip_texts(count)
             return Strings(count)
         if kind == _ARRAY:
             if depth >= _DEEPEST:
@@ -381,6 +380,19 @@ class _Header:
             raise self._corrupt(f"expected a known type of metadata, found number {kind}")
         dtype = np.dtype(_SCALARS[kind])
         return np.frombuffer(self._take(count * dtype.itemsize), dtype)
+
+    def _skip_texts(self, count: int) -> None:
+        """Reads over strings: the tokens of a model are some hundred thousand."""
+        read = self._file.read
+        at = self._at
+        for _ in range(count):
+            raw = read(8)
+            length = int.from_bytes(raw, "little")
+            at += 8 + length
+            if len(raw) < 8 or at > self._size:
+                raise self._truncated(at)
+            read(length)
+        self._at = at
 
     def _text(self) -> str:
         raw = self._take(self._uint("<Q"))

@@ -16,7 +16,7 @@ from .deepseek_v41 import DEEPSEEK_V41
 from .demo import DEMO
 from .primes import is_prime
 from .qwen4 import QWEN4
-from .record import Dialect, Fields, Release
+from .record import Dialect, Fields, GgufNames, Release
 
 if TYPE_CHECKING:
     from ..hash import HashSpec
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DIALECTS",
     "Dialect",
+    "GgufNames",
     "Release",
     "all_primes",
     "described_by",

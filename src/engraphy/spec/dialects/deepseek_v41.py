@@ -12,7 +12,7 @@ from ...system.checks import as_int, as_ints
 from ..layer import LayerSpec
 from ..model_config import check_layers, largest_order, need
 from . import demo
-from .record import Dialect, Fields, Release
+from .record import COMMON_GGUF_FIELDS, Dialect, Fields, GgufNames, Release
 
 
 def _hash_arguments(fields: Fields) -> dict[str, Any]:
@@ -66,5 +66,29 @@ DEEPSEEK_V41 = Dialect(
         table="engram.embed",
         block_scales=True,
         row_counts="engram_num_embeddings",
+        gguf=GgufNames(
+            table="blk.{layer}.engram_embd.weight",
+            fields={
+                **COMMON_GGUF_FIELDS,
+                "hc_mult": ("hyper_connection_count",),
+                "engram_layer_ids": ("engram_layer_ids", "engram_layers"),
+                "engram_max_ngram_size": ("engram_max_ngram_size", "engram_ngram_size"),
+                "engram_n_heads": ("engram_head_count", "engram_n_heads"),
+                "engram_head_dim": ("engram_key_length", "engram_head_dim"),
+                "engram_compressed_vocab_size": ("engram_compressed_vocab_size",),
+                "engram_pad_token_id": ("engram_pad_token_id",),
+                "engram_num_embeddings": ("engram_rows", "engram_embedding_counts"),
+            },
+            constants={
+                "multipliers": ("engram_multipliers", "engram_hash_multipliers"),
+                "primes": ("engram_primes", "engram_hash_primes", "engram_head_bucket_sizes"),
+                "offsets": ("engram_offsets", "engram_hash_offsets", "engram_head_offsets"),
+                "token_map": ("engram_token_map",),
+            },
+            rows_field="engram_vocab_size",
+            rows_per_head=16_000_000,
+            compressed_filler=("engram_pad_id",),
+            width_field="engram_head_dim",
+        ),
     ),
 )

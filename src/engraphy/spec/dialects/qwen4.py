@@ -14,7 +14,7 @@ from ..layer import LayerSpec
 from ..model_config import check_layers, first, largest_order, need
 from .demo import INT64_MAX, LAYER_PRIME
 from .primes import primes_from
-from .record import Dialect, Fields, Release
+from .record import COMMON_GGUF_FIELDS, Dialect, Fields, GgufNames, Release
 
 if TYPE_CHECKING:
     from ..hash import HashSpec
@@ -106,5 +106,31 @@ QWEN4 = Dialect(
             "ngram_heads_vocab_sizes": "primes",
             "ngram_heads_offsets": "offsets",
         },
+        gguf=GgufNames(
+            table="per_layer_token_embd.weight",
+            fields={
+                **COMMON_GGUF_FIELDS,
+                "hc_count": ("hyper_connection_count",),
+                "ple_layer_ids": ("ple_layers",),
+                "ngram_size": ("ple_ngram_size",),
+                "heads_per_ngram": ("ple_heads_per_ngram",),
+                "ple_embed_dim": ("embedding_length_per_layer_input",),
+                "ple_conv_kernel_size": ("ple_conv_kernel",),
+                "eos_token_id": ("ple_eos_token_id",),
+                "seed": ("ple_seed",),
+                "ngram_vocab_size_base": ("ple_vocab_base",),
+                "make_ngram_vocab_size_divisible_by": ("ple_vocab_divisor",),
+            },
+            constants={
+                "multipliers": ("ple_layer_multipliers",),
+                "primes": ("ple_head_vocab_sizes",),
+                "offsets": ("ple_head_offsets",),
+            },
+            rows_field="ngram_vocab_size_base",
+            rows_per_head=20_000_000,
+            zero_based=("ple_layer_ids",),
+            width_field="ple_embed_dim",
+            width_of_all=True,
+        ),
     ),
 )

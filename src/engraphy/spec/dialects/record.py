@@ -16,6 +16,46 @@ Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class GgufNames:
+    """What GGUF files call the parts of a memory. Forks of llama.cpp differ, so there are aliases.
+
+    Keys of the metadata are written here without the architecture before the first dot, and with
+    "_" for "."; so are the names of constants that a fork stores as tensors, without ".weight".
+
+    Attributes:
+        table: Name of a layer's tensor; without {layer} if one tensor holds all layers in order.
+        fields: Field of config.json -> keys with its value. The field's own name is one, too.
+        constants: Method of HashSpec, or "token_map" -> keys of the numbers of all layers in order.
+        rows_field: The field with the least number of rows of a head, which few files have. It is
+            found from the primes, or from the row counts.
+        rows_per_head: Its value in the published models.
+        zero_based: Fields that count layers from 1 in config.json, and from 0 in GGUF.
+        compressed_filler: Keys of the filler's compressed id.
+        width_field: The field with the row width; `width_of_all` if it is the width of all columns.
+        width_of_all: See `width_field`.
+    """
+
+    table: str
+    fields: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, tuple[str, ...]]
+    rows_field: str
+    rows_per_head: int
+    zero_based: tuple[str, ...] = ()
+    compressed_filler: tuple[str, ...] = ()
+    width_field: str = ""
+    width_of_all: bool = False
+
+
+# What all architectures of llama.cpp call these.
+COMMON_GGUF_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "num_hidden_layers": ("block_count",),
+    "hidden_size": ("embedding_length",),
+    "rms_norm_eps": ("attention_layer_norm_rms_epsilon",),
+    "vocab_size": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True)
 class Release:
     """How the checkpoints of a dialect describe their memory: config fields and tensor names.
 
@@ -36,6 +76,7 @@ class Release:
         hash_tensors: Name of a tensor or buffer beside the table -> the method of HashSpec that
             computes the same numbers. Checkpoints may leave these tensors out.
         row_counts: A field of config.json that repeats the row count of each layer.
+        gguf: The same in GGUF files; None if no engine writes such files.
     """
 
     title: str
@@ -48,6 +89,7 @@ class Release:
     block_scales: bool = False
     hash_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     row_counts: str | None = None
+    gguf: GgufNames | None = None
 
     def hash_values(self, spec: HashSpec, layer: int) -> dict[str, tuple[int, ...]]:
         """What the tensors of `hash_tensors` have to hold for one layer.
