@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from engraphy.addresses.vocab import VocabMap
 from engraphy.released import sample
 from engraphy.released.sample import (
     ITEM_BYTES,
@@ -19,6 +20,9 @@ from engraphy.released.sample import (
     write_checkpoint,
     write_safetensors,
 )
+from engraphy.released.sample_gguf import write_split
+from engraphy.rows import RowFormat
+from engraphy.spec import EngramConfig
 
 __all__ = [
     "ITEM_BYTES",
@@ -30,6 +34,7 @@ __all__ = [
     "records",
     "tokenizer",
     "v41_tensors",
+    "write_gguf",
     "write_qwen",
     "write_release",
     "write_safetensors",
@@ -82,6 +87,20 @@ def write_qwen(
     sample.write_qwen(path, config, tensors)
     (path / "tokenizer.json").unlink()
     return path
+
+
+def write_gguf(path: Path, config: Mapping[str, Any], layer: int) -> tuple[str, np.ndarray]:
+    """A GGUF release of DeepSeek-V4.1: the URL of its store, and the records of a layer."""
+    path.mkdir(parents=True)
+    memory = EngramConfig.from_hf(dict(config))
+    rng = np.random.default_rng(0)
+    values = {
+        number: rng.standard_normal((memory.hash.row_count(number), memory.dim)).astype(np.float32)
+        for number in memory.hash.layer_ids
+    }
+    write_split(path, config, values, VocabMap.from_tokenizer(tokenizer()))
+    url = f"checkpoint:{path / 'model-00001-of-00002.gguf'}"
+    return url, RowFormat("q8_0", memory.dim).encode(values[layer])
 
 
 def records(tensors: Tensors, layer: int) -> np.ndarray:

@@ -42,6 +42,7 @@ MAPPED = (
     "file open for writing",
     "pool",
     "checkpoint in parts",
+    "checkpoint in GGUF",
     "reloadable file",
     "reloadable file open for writing",
 )
@@ -78,6 +79,7 @@ WHOLE = ("ram", "file", "pread", "not mapped")  # one shard; the others have mor
 CHECKPOINTS = {
     "checkpoint in parts": "bf16",
     "checkpoint with scales": "fp8",
+    "checkpoint in GGUF": "q8_0",
 }  # the kind of rows that each has
 
 
@@ -204,6 +206,8 @@ def make(name: str, path: Path, fmt: RowFormat) -> tuple[str, np.ndarray]:
                 releases.qwen_tensors(config), LAYER
             )
         config = releases.V41 | {"engram_head_dim": D}
+        if name == "checkpoint in GGUF":
+            return releases.write_gguf(path / "release", config, LAYER)
         releases.write_v41(path / "release", config)
         return f"checkpoint:{path / 'release'}", releases.records(
             releases.v41_tensors(config), LAYER

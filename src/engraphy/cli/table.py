@@ -18,7 +18,9 @@ from rich.table import Table as Grid
 
 from ..addresses.tokenizers import load_tokenizer
 from ..errors import ConfigError
+from ..released.checkpoint import Checkpoint
 from ..released.convert import convert as convert_checkpoint
+from ..released.rows import is_release, open_rows
 from ..released.sample import RELEASES, write_sample
 from ..table import inspection
 from ..table import usage as usage_module
@@ -34,23 +36,27 @@ app = typer.Typer(
 )
 
 TABLE = typer.Argument(help="Folder of a sealed table.")
+EITHER = "Folder of a sealed table or of a released checkpoint, or a GGUF file."
 
 
 @app.command()
 def convert(
     checkpoint: Path = typer.Argument(
-        help="Folder of a released DeepSeek-V4.1 or Qwen4-Exp checkpoint."
+        help="Folder of a released DeepSeek-V4.1 or Qwen4-Exp checkpoint, or its GGUF file."
     ),
     out: Path = typer.Argument(help="Folder of the new table."),
     vocab: Path | None = typer.Option(
         None, help="A saved vocabulary map, instead of the checkpoint's tokenizer.json."
+    ),
+    kind: str | None = typer.Option(
+        None, "--format", help="Row format of the table; by default that of the checkpoint."
     ),
     as_json: bool = JSON,
 ) -> None:
     """Make a table from a released checkpoint, byte for byte; it continues if it was stopped."""
     with errors("the same command continues"):
         with progress() as report:
-            made = convert_checkpoint(checkpoint, out, vocab_file=vocab, progress=report)
+            made = convert_checkpoint(checkpoint, out, vocab_file=vocab, kind=kind, progress=report)
         if as_json:
             _json(made)
             return
@@ -70,7 +76,9 @@ def convert(
 def quantize(
     table: Path = TABLE,
     out: Path = typer.Argument(help="Folder of the new table."),
-    kind: str = typer.Option(..., help="Row format: int8, int4, fp8, bf16, f16 or f32."),
+    kind: str = typer.Option(
+        ..., help="Row format: int8, int4, q8_0, q4_0, fp8, bf16, f16 or f32."
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Write the rows of a table in another format, and show how much they change."""
@@ -112,14 +120,14 @@ def verify(
 
 @app.command()
 def compare(
-    first: Path = TABLE,
-    second: Path = typer.Argument(help="Folder of another one."),
+    first: Path = typer.Argument(help=EITHER),
+    second: Path = typer.Argument(help="Another one."),
     as_json: bool = JSON,
 ) -> None:
     """Show how two tables differ: identities, and rows as numbers. Exits with 1 if they differ."""
     with errors("nothing was changed"):
         with progress() as report:
-            result = compare_tables(first, second, progress=report)
+            result = compare_tables(open_rows(first), open_rows(second), progress=report)
         if as_json:
             _json(result, equal=result.equal)
         else:
@@ -130,7 +138,7 @@ def compare(
 
 @app.command()
 def stat(
-    table: Path = TABLE,
+    table: Path = typer.Argument(help=EITHER),
     sample: int = typer.Option(100_000, help="Rows of each layer to look at; 0 = all."),
     seed: int = typer.Option(0, help="Seed of the sample."),
     ids: Path | None = typer.Option(
@@ -143,8 +151,16 @@ def stat(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Show what is in a table, and with --ids or --text which rows a text uses and shares."""
+    """Show what is in a table, and with --ids or --text which rows a text uses and shares.
+
+    Of a checkpoint or a GGUF file it shows which tensors are its table, and what was assumed.
+    """
     with errors("nothing was changed"):
+        if is_release(table):
+            if ids is not None or text is not None:
+                raise ConfigError(f"{table}: expected a table with --ids or --text: convert it")
+            _print_release(Checkpoint.open(table), as_json)
+            return
         ids_T = _token_ids(ids, text, tokenizer)
         with progress() as report:
             layers = inspection.statistics(table, sample or None, seed, progress=report)
@@ -178,6 +194,21 @@ def _usage(
     model_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
     vocab_map = usage_module.find_vocab(table, vocab, model_tokenizer)
     return usage_module.usage(table, vocab_map, ids_T)
+
+
+def _print_release(checkpoint: Checkpoint, as_json: bool) -> None:
+    if not as_json:
+        Console().print(checkpoint.describe(), soft_wrap=True, highlight=False, markup=False)
+        return
+    tensors = {layer: [part.name for part in parts] for layer, parts in checkpoint.weights.items()}
+    facts = {
+        "source_id": checkpoint.source_id,
+        "config": checkpoint.config.to_json(),
+        "row_format": checkpoint.fmt.to_json(),
+        "tensors": tensors,
+        "assumed": checkpoint.assumed,
+    }
+    typer.echo(json.dumps(facts, indent=2))
 
 
 def _print_verified(result: inspection.Verification) -> None:

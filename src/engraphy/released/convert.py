@@ -1,4 +1,5 @@
-"""Converts released checkpoints to sealed tables: the same bytes, in bounded memory.
+"""Converts released checkpoints to sealed tables, in bounded memory: the same bytes, or another
+row format.
 
     write a journal that says 0 rows
     create the table, "open"
@@ -22,8 +23,9 @@ import numpy as np
 
 from ..addresses.vocab import VocabMap
 from ..errors import TableError
+from ..rows.format import RowFormat
 from ..system.files import check_folder, free_disk, write_file
-from ..table.chunks import Progress
+from ..table.chunks import Progress, encode_rows
 from ..table.manifest import FILE_NAME, Manifest
 from ..table.shards import HEADER_BYTES
 from ..table.table import Table
@@ -64,35 +66,41 @@ def convert(
     out: str | os.PathLike[str],
     *,
     vocab_file: str | os.PathLike[str] | None = None,
+    kind: str | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Makes a sealed table of a released checkpoint's rows, byte for byte.
+    """Makes a sealed table of a released checkpoint's rows, byte for byte or in another format.
 
     Continues where an earlier call was killed. Takes some MB of memory, whatever the table's size.
 
     Args:
-        checkpoint: The checkpoint's folder.
+        checkpoint: The checkpoint's folder, or its GGUF file.
         out: The table's folder.
-        vocab_file: A saved vocabulary map; by default that of the checkpoint's tokenizer.
+        vocab_file: A saved vocabulary map; by default that of the checkpoint's tokenizer, or of its
+            GGUF file.
+        kind: Kind of the table's rows; by default that of the checkpoint.
         progress: Called with the stage, bytes done and bytes in total.
 
     Returns:
         The table's identity and size.
 
     Raises:
-        TableError: `out` is taken, is being converted from another source, does not fit on the
-            disk, or cannot be written. In the last case the same call continues.
+        ConfigError: Rows of this kind cannot be made.
+        InputError: A value does not fit the kind; names the row.
+        TableError: `out` is taken, is being converted from another source or to another kind, does
+            not fit on the disk, or cannot be written. In the last case the same call continues.
         EngraphyError: As `Checkpoint.open` and `Checkpoint.vocab` raise it.
     """
     out = Path(os.path.abspath(out))
     report = progress or (lambda stage, done, total: None)
     try:
         source = Checkpoint.open(checkpoint)
+        fmt = _format(source, kind)
         journal = _Journal(out.with_name(out.name + JOURNAL_SUFFIX), source.source_id)
         if journal.read() is None:  # otherwise `out` may be the table of an earlier call
             check_folder(out, taken=TableError)
         vocab = source.vocab(vocab_file)
-        table, done = _open_table(source, vocab, out, journal)
+        table, done = _open_table(source, fmt, vocab, out, journal)
         try:
             if table.mode == "w":
                 _copy(source, table, journal, done, report)
@@ -110,15 +118,24 @@ def convert(
         str(out),
         table.table_id,
         source.source_id,
-        source.fmt.kind,
+        fmt.kind,
         rows,
-        rows * source.fmt.row_bytes,
+        rows * fmt.row_bytes,
         done,
     )
 
 
+def _format(source: Checkpoint, kind: str | None) -> RowFormat:
+    """The format of the table's rows."""
+    if kind is None or kind == source.fmt.kind:
+        return source.fmt
+    fmt = RowFormat(kind, source.fmt.d)
+    fmt.check_encodes()
+    return fmt
+
+
 def _open_table(
-    source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal
+    source: Checkpoint, fmt: RowFormat, vocab: VocabMap, out: Path, journal: _Journal
 ) -> tuple[Table, int]:
     """The table, and how many of its rows are written.
 
@@ -127,33 +144,35 @@ def _open_table(
     """
     progress = journal.read()
     if progress is None or not (out / FILE_NAME).exists():
-        return _create(source, vocab, out, journal), 0
+        return _create(source, fmt, vocab, out, journal), 0
     table_id, done = progress
     manifest = Manifest.read(out)
-    expected = (source.source_id, source.config.address_digest(vocab.digest), source.fmt)
+    expected = (source.source_id, source.config.address_digest(vocab.digest), fmt)
     possible = table_id in (manifest.table_id, None) and done <= source.config.row_count()
     if (manifest.parent, manifest.address_digest, manifest.fmt) != expected or not possible:
         raise TableError(
-            f"{out}: expected the unfinished conversion of {source.directory} that {journal.path} "
-            f"describes, found table {manifest.table_id} of parent {manifest.parent}, "
-            f"rows of {manifest.fmt}"
+            f"{out}: expected the unfinished conversion of {source.path} to rows of {fmt} that "
+            f"{journal.path} describes, found table {manifest.table_id} of parent "
+            f"{manifest.parent}, rows of {manifest.fmt}"
         )
     if manifest.next_id is None:
         return Table.open(out), source.config.row_count()
     table = Table.open(out, "w")
     try:
-        _check_space(out, source)
+        _check_space(out, source, fmt)
     except BaseException:
         table.close()
         raise
     return table, done
 
 
-def _create(source: Checkpoint, vocab: VocabMap, out: Path, journal: _Journal) -> Table:
-    _check_space(out, source)
+def _create(
+    source: Checkpoint, fmt: RowFormat, vocab: VocabMap, out: Path, journal: _Journal
+) -> Table:
+    _check_space(out, source, fmt)
     journal.write(None, 0)  # first, so that there is never an unfinished table without one
     try:
-        return Table.create(out, source.config, source.fmt, vocab, parent=source.source_id)
+        return Table.create(out, source.config, fmt, vocab, parent=source.source_id)
     except BaseException:
         journal.remove()
         raise
@@ -167,9 +186,9 @@ def _copy(
     Syncs them, and writes the journal, after every SYNC_BYTES.
     """
     width = table.row_bytes
-    step = max(1, CHUNK_BYTES // width)
+    step = max(1, CHUNK_BYTES // max(width, source.fmt.row_bytes))
     span = max(1, SYNC_BYTES // width)
-    buffer_nR = np.empty((step, width), np.uint8)
+    buffer_nR = np.empty((step, source.fmt.row_bytes), np.uint8)
     total = source.config.row_count()
     before = 0  # rows of the layers before this one
     progress("converting", done * width, total * width)
@@ -181,6 +200,9 @@ def _copy(
             for first in range(begin, end, step):
                 chunk_nR = buffer_nR[: min(step, end - first)]
                 source.read_rows(layer, first, chunk_nR)
+                if table.fmt != source.fmt:
+                    values_nd = source.fmt.decode(chunk_nR)
+                    chunk_nR = encode_rows(table.fmt, values_nd, layer, first)
                 table.write_rows(layer, first, chunk_nR)
                 progress("converting", (before + first + len(chunk_nR)) * width, total * width)
             for shard in shards[begin // table.shard_rows : -(-end // table.shard_rows)]:
@@ -189,9 +211,9 @@ def _copy(
         before += rows
 
 
-def _check_space(out: Path, source: Checkpoint) -> None:
+def _check_space(out: Path, source: Checkpoint, fmt: RowFormat) -> None:
     rows = source.config.row_count()
-    width = source.fmt.row_bytes
+    width = fmt.row_bytes
     shards = list(out.glob("*.safetensors"))  # of an earlier run; sparse
     headers = HEADER_BYTES * max(len(shards), len(source.config.hash.layer_ids))
     on_disk = sum(shard.stat().st_blocks * 512 for shard in shards)

@@ -16,9 +16,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from ..addresses.vocab import VocabMap
 from ..errors import ConfigError
+from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
 from ..system.files import publish_folder
+from .sample_gguf import write_split
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 """Name: safetensors dtype, and uint8 [..., bytes of the last axis]."""
@@ -56,13 +59,15 @@ QWEN: Mapping[str, Any] = {
     "split_ngram_parts": 3,
     "seed": 1234,
 }
-RELEASES = ("deepseek_v41", "qwen4", "qwen4_fp8")
+RELEASES = ("deepseek_v41", "qwen4", "qwen4_fp8", "deepseek_v41_gguf", "qwen4_gguf")
 
 
 def write_sample(
     path: str | os.PathLike[str], release: str, rows_per_head: int = 3000, seed: int = 0
 ) -> Path:
     """Writes a checkpoint folder: config.json, index, shards of the table, tokenizer.
+
+    For "..._gguf" it holds two GGUF files instead, with the same rows in blocks of q8_0.
 
     Args:
         path: a new folder.
@@ -81,13 +86,41 @@ def write_sample(
         raise ConfigError(f"release: expected one of {', '.join(RELEASES)}, found {release!r}")
     path = Path(os.path.abspath(path))
     with publish_folder(path) as folder:
-        if release == "deepseek_v41":
+        is_deepseek = release.startswith("deepseek")
+        if is_deepseek:
             config = {**V41, "engram_vocab_size": rows_per_head}
-            write_v41(folder, config, v41_tensors(config, seed))
+            tensors = v41_tensors(config, seed)
         else:
             config = {**QWEN, "ngram_vocab_size_base": rows_per_head}
-            write_qwen(folder, config, qwen_tensors(config, seed, fp8=release == "qwen4_fp8"))
+            tensors = qwen_tensors(config, seed, fp8=release == "qwen4_fp8")
+        if release.endswith("_gguf"):
+            vocab = VocabMap.from_tokenizer(tokenizer()) if is_deepseek else None
+            write_split(folder, config, _values(config, tensors), vocab)
+        elif is_deepseek:
+            write_v41(folder, config, tensors)
+        else:
+            write_qwen(folder, config, tensors)
     return path
+
+
+def _values(config: Mapping[str, Any], tensors: Tensors) -> dict[int, np.ndarray]:
+    """The rows of each layer as numbers, float32 [rows, d]."""
+    memory = EngramConfig.from_hf(dict(config))
+    values: dict[int, np.ndarray] = {}
+    for layer in memory.hash.layer_ids:
+        names = [name for name in tensors if f"layers.{layer}." in name]
+        scale = f"layers.{layer}.engram.embed.scale"
+        if scale in names:
+            parts = [tensors[f"layers.{layer}.engram.embed.weight"][1], tensors[scale][1]]
+            fmt = RowFormat("fp8", memory.dim)
+            raw_NR = np.concatenate(parts, axis=1)
+        else:
+            shards = [name for name in names if "shard_" in name]
+            shards.sort(key=lambda name: int(name.split("shard_")[1].split(".")[0]))
+            fmt = RowFormat("bf16", memory.dim)
+            raw_NR = np.concatenate([tensors[name][1] for name in shards])
+        values[layer] = fmt.decode(raw_NR)
+    return values
 
 
 def tokenizer() -> Tokenizer:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ConfigError, InputError, TableError
+from ..errors import ConfigError, TableError
 from ..rows.format import RowFormat
 from ..system.files import check_folder
-from .chunks import Progress, row_chunks
+from .chunks import Progress, RowSource, encode_rows, row_chunks
 from .manifest import Manifest
 from .table import Table
 
@@ -116,7 +116,8 @@ def quantize(
     Args:
         path: The sealed table's directory.
         out: A new or empty directory.
-        kind: Kind of the new rows; not fp8_scaled, whose scale only a release knows.
+        kind: Kind of the new rows; not fp8_scaled, whose scale only a release knows, and no kind
+            that is only read from GGUF files.
         progress: Called as rows are written.
 
     Raises:
@@ -128,6 +129,7 @@ def quantize(
     source = Table.open(path)
     out = Path(os.path.abspath(out))
     fmt = RowFormat(kind, source.fmt.d)
+    fmt.check_encodes()
     if fmt == source.fmt:
         raise ConfigError(f"{source.path}: expected another row format than its own, found {kind}")
     total = source.config.row_count()
@@ -166,7 +168,7 @@ def _write_rows(source: Table, table: Table, progress: Progress | None) -> dict[
         counter = _Counter()
         for first, raw_nR in row_chunks(source, layer):
             values_nd = source.fmt.decode(raw_nR)
-            written_nR = _encode(table.fmt, values_nd, layer, first)
+            written_nR = encode_rows(table.fmt, values_nd, layer, first)
             table.write_rows(layer, first, written_nR)
             counter.add(values_nd, table.fmt.decode(written_nR))
             if progress:
@@ -177,23 +179,24 @@ def _write_rows(source: Table, table: Table, progress: Progress | None) -> dict[
 
 
 def compare(
-    first: str | os.PathLike[str],
-    second: str | os.PathLike[str],
+    first: str | os.PathLike[str] | RowSource,
+    second: str | os.PathLike[str] | RowSource,
     *,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compares two sealed tables: their identities, and their rows if their addresses are the same.
+    """Compares two tables: their identities, and their rows if their addresses are the same.
 
     Args:
-        first: The directory of the table that is the reference.
-        second: The directory of the other one.
+        first: The one that is the reference: the directory of a sealed table, or an open table, or
+            the tables of a release (`engraphy.released.open_rows`).
+        second: The other one.
         progress: Called as rows are read.
 
     Raises:
         TableError: What `Table.open` raises.
     """
-    a = Table.open(first)
-    b = Table.open(second)
+    a = Table.open(first) if isinstance(first, (str, os.PathLike)) else first
+    b = Table.open(second) if isinstance(second, (str, os.PathLike)) else second
     differences = None
     if a.address_digest == b.address_digest:
         differences = _compare_rows(a, b, progress)
@@ -206,8 +209,8 @@ def compare(
     )
 
 
-def _compare_rows(a: Table, b: Table, progress: Progress | None) -> dict[int, Difference]:
-    width = a.row_bytes
+def _compare_rows(a: RowSource, b: RowSource, progress: Progress | None) -> dict[int, Difference]:
+    width = a.fmt.row_bytes
     total = a.config.row_count() * width
     before = 0
     differences: dict[int, Difference] = {}
@@ -236,13 +239,6 @@ class _Vocab:
 
     def __len__(self) -> int:
         return self.size
-
-
-def _encode(fmt: RowFormat, values_nd: np.ndarray, layer: int, first: int) -> np.ndarray:
-    try:
-        return fmt.encode(values_nd)
-    except InputError as error:
-        raise InputError(f"layer {layer}, rows from {first} on: {error}") from None
 
 
 class _Counter:

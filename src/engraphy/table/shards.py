@@ -23,6 +23,7 @@ import numpy as np
 
 from ..errors import ShardCorrupt, ShardForeign, ShardMissing, ShardTruncated, TableError
 from ..system.lfs import refuse_pointer
+from .safetensors import StoredTensor
 
 HEADER_BYTES = 4096  # a page, so that mappings and O_DIRECT reads can begin at row 0
 MAX_SHARD_BYTES = 2**30
@@ -51,6 +52,13 @@ class Shard:
     def size(self) -> int:
         """Bytes of the file."""
         return HEADER_BYTES + self.rows * self.row_bytes
+
+    @property
+    def tensor(self) -> StoredTensor:
+        """The tensor with its rows."""
+        size = self.rows * self.row_bytes
+        shape = (self.rows, self.row_bytes)
+        return StoredTensor(self.path, "rows", "U8", shape, HEADER_BYTES, size)
 
     def header(self, table_id: str) -> bytes:
         """The 4096 bytes before row 0.

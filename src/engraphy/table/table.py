@@ -32,6 +32,7 @@ from ..system.files import publish_folder
 from .creation import Vocab, build, check_parts
 from .lock import WriterLock
 from .manifest import FILE_NAME, Manifest
+from .safetensors import read_rows
 from .sealing import Verified, seal_shards, verify_table
 from .shards import HEADER_BYTES, MAX_SHARD_BYTES, Shard
 
@@ -276,6 +277,16 @@ class Table:
         return [
             shard.map(self._manifest.table_ids, self.mode == "w") for shard in self.shards(layer)
         ]
+
+    def read_rows(self, layer: int, first: int, out_nR: np.ndarray) -> None:
+        """Reads consecutive rows from the files, without mapping them.
+
+        Args:
+            layer: A layer of the table.
+            first: Row id of the first row.
+            out_nR: uint8 [n, row_bytes], C-contiguous, which is filled. The caller checks bounds.
+        """
+        read_rows([shard.tensor for shard in self.shards(layer)], first, out_nR)
 
     @contextmanager
     def writing(self, layer: int, shards: Iterable[int]) -> Generator[None]:
