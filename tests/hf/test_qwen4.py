@@ -105,6 +105,20 @@ def test_a_checkpoint_is_served_from_its_own_files(released):
     assert equal(outputs(served), outputs(model))
 
 
+def test_a_gguf_file_is_served_where_it_lies(tmp_path):
+    pytest.importorskip("gguf")
+    from tests.tools.gguf_files import QWEN4, write_gguf
+
+    model = make(torch.bfloat16)
+    before = outputs(model)
+    raw_NR = tables(model)[1].weight.detach().view(torch.uint8).numpy()
+    path = write_gguf(tmp_path / "m.gguf", {1: raw_NR}, "bf16", model.config.to_dict(), QWEN4)
+    serve_table(model, f"checkpoint:{path}")
+    with torch.no_grad():
+        tables(model)[1].replaced.weight.zero_()  # nobody reads it any more
+    assert equal(outputs(model), before)
+
+
 @pytest.mark.parametrize(
     "options",
     [

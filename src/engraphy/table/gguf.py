@@ -10,7 +10,7 @@ which a file can contradict itself is found before a row is read.
 
 A model may be split: NAME-00001-of-000NN.gguf and so on. The metadata then stand in the first file.
 
-Source: docs/gguf.md of the ggml project; versions 2 and 3, little-endian.
+Source: the specification of GGUF in the ggml project; versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
