@@ -1,16 +1,16 @@
 """The cost of rows of fewer bits in a trained model: held-out loss with the table as trained, and
 quantised.
 
-    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32] [--out
+    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32 128] [--out
     results/quantized/loss.json]
 
 Trains the memory arm of `engraphy demo` (its sizes, text and rates; f32 rows), writes the table,
 quantises it to each kind that d allows, and serves all tables to the same model: only rows differ.
 Losses are of all held-out documents. Differences to the f32 rows are paired token by token; their
-standard error is over documents. d = 16 is the demo's; d = 32, with half as many rows, is the least
-that fp8, q8_0 and q4_0 can have. Controls: the f32 table from disk has to give the loss of the rows
-in memory, and `zero rows` shows how much the table contributes. About five minutes on two idle
-cores.
+standard error is over documents. q8_0 and q4_0 are also paired with int8 and int4. d = 16 is the
+demo's; d = 32, with half as many rows, is the least that fp8, q8_0 and q4_0 can have; at d = 128 a
+row has four of their scales. Controls: the f32 table from disk has to give the loss of the rows in
+memory, and `zero rows` shows how much the table contributes. About eight minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from engraphy.table import Table
 from engraphy.table.quantize import Difference, quantize
 
 KINDS = ("bf16", "fp8", "int8", "q8_0", "int4", "q4_0")
+# A kind with a scale for each 32 values, and the one of as many bits with a scale for each row.
+BESIDE = {"q8_0": "int8", "q4_0": "int4"}
 
 
 def trained(corpus: Corpus, dim: int, config: ArmConfig) -> LM:
@@ -89,9 +91,11 @@ def compared(model: LM, corpus: Corpus, dim: int, folder: Path) -> list[dict[str
         if dim % CODECS[kind].multiple == 0
     }
     before = measured(model, corpus, counts, None)
+    all_losses: dict[str, measure.Losses] = {}
     entries = []
     for name in ("f32", *reports, "zero rows"):
-        losses = measured(model, corpus, counts, folder / name)
+        losses = all_losses[name] = measured(model, corpus, counts, folder / name)
+        beside = BESIDE.get(name)
         row_error = {}
         if name in reports:
             differences = reports[name].difference
@@ -105,6 +109,8 @@ def compared(model: LM, corpus: Corpus, dim: int, folder: Path) -> list[dict[str
                 "bytes": memory.config.table_bytes(row_bytes),
                 **losses.mean(),
                 "difference": measure.difference(losses, before),
+                "beside": beside,
+                "difference_beside": beside and measure.difference(losses, all_losses[beside]),
                 "row_error": row_error,
             }
         )
@@ -119,8 +125,8 @@ def compared(model: LM, corpus: Corpus, dim: int, folder: Path) -> list[dict[str
 def markdown(entries: list[dict[str, Any]]) -> str:
     lines = [
         "| d | rows | bytes a row | row error, rms | smallest cosine | held-out loss | "
-        "difference to f32 | its error |",
-        "|---|---|---|---|---|---|---|---|",
+        "difference to f32 | its error | difference beside |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
         rms, cosine = row_errors([Difference(**error) for error in entry["row_error"].values()])
@@ -128,9 +134,17 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {entry['d']} | {entry['rows']} | {entry['row_bytes']} | {rms} | {cosine} | "
             f"{entry['validation_loss']:.4f} | {gap['all']:+.5f} | "
-            f"{gap.get('all_stderr', float('nan')):.5f} |"
+            f"{gap.get('all_stderr', float('nan')):.5f} | {beside_text(entry)} |"
         )
     return "\n".join(lines)
+
+
+def beside_text(entry: dict[str, Any]) -> str:
+    """The difference to the kind of as many bits, with its error; empty for other kinds."""
+    gap = entry["difference_beside"]
+    if not gap:
+        return ""
+    return f"{entry['beside']}: {gap['all']:+.5f} +- {gap['all_stderr']:.5f}"
 
 
 def row_errors(errors: list[Difference]) -> tuple[str, str]:
@@ -151,7 +165,9 @@ def main() -> None:
         "--vocab", type=int, default=CorpusConfig.vocab_size, help="of the BPE trained on it"
     )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of training, for each d")
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 32], help="values of a row")
+    parser.add_argument(
+        "--dims", type=int, nargs="+", default=[16, 32, 128], help="values of a row"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write what was measured as JSON")
     options = parser.parse_args()

@@ -30,6 +30,8 @@ SPECS = (
 )
 FORMATS = [RowFormat(kind, 34) for kind in ("f32", "f16", "bf16", "int8", "int4")]
 FORMATS.append(RowFormat("fp8", 64))
+BLOCKS = [RowFormat(kind, 64) for kind in ("q8_0", "q4_0", "iq4_nl", "mxfp4")]
+BLOCKS += [RowFormat(kind, 512) for kind in ("q2_k", "q3_k", "q4_k")]
 COUNTS = (0, 1, 7, 9, 33)
 
 
@@ -55,10 +57,13 @@ def hashes(level: str, rng: np.random.Generator) -> None:
 
 
 def stores(level: str, rng: np.random.Generator) -> None:
-    for fmt in FORMATS:
+    for fmt in (*FORMATS, *BLOCKS):
         store = RamStore(101, fmt.row_bytes)
         values = rng.standard_normal((101, fmt.d)).astype(np.float32)
-        store.scatter(np.arange(101), plainly(lambda fmt=fmt, values=values: fmt.encode(values)))
+        raw_NR = rng.integers(0, 100, (101, fmt.row_bytes), np.uint8)  # all scales are finite
+        if fmt not in BLOCKS:
+            raw_NR = plainly(lambda fmt=fmt, values=values: fmt.encode(values))
+        store.scatter(np.arange(101), raw_NR)
         cached = CacheStore(store, 1 << 14)
         for count in COUNTS:
             ids_N = rng.integers(0, 101, count)
