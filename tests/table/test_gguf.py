@@ -18,7 +18,8 @@ from engraphy.errors import (
     ShardTruncated,
     TableError,
 )
-from engraphy.table.gguf import BLOCK_TYPES, Gguf, Strings
+from engraphy.table.gguf import Gguf, Strings
+from engraphy.table.gguf_types import BLOCK_TYPES
 
 gguf = pytest.importorskip("gguf")
 from tests.tools.gguf_files import rows_of, write_gguf  # noqa: E402

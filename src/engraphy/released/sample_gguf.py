@@ -17,7 +17,8 @@ import numpy as np
 from ..addresses.vocab import VocabMap
 from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
-from ..table.gguf import BLOCK_TYPES, MAGIC, VERSIONS
+from ..table.gguf import MAGIC, VERSIONS
+from ..table.gguf_types import BLOCK_TYPES
 
 _ALIGNMENT = 32
 _UINT32, _INT32, _FLOAT32, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 8, 9, 10

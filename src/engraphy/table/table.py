@@ -279,13 +279,7 @@ class Table:
         ]
 
     def read_rows(self, layer: int, first: int, out_nR: np.ndarray) -> None:
-        """Reads consecutive rows from the files, without mapping them.
-
-        Args:
-            layer: A layer of the table.
-            first: Row id of the first row.
-            out_nR: uint8 [n, row_bytes], C-contiguous, which is filled. The caller checks bounds.
-        """
+        """Reads rows from number `first` on into uint8 [n, row_bytes], without mapping them."""
         read_rows([shard.tensor for shard in self.shards(layer)], first, out_nR)
 
     @contextmanager
