@@ -1,15 +1,15 @@
 """The cost of rows of fewer bits in a trained model: held-out loss with the table as trained, and
 quantised.
 
-    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32 128] [--out
+    python bench/quantized_loss.py [--tokens 1000000] [--dims 16 32 64] [--out
     results/quantized/loss.json]
 
 Trains the memory arm of `engraphy demo` (its sizes, text and rates; f32 rows), writes the table,
 quantises it to each kind that d allows, and serves all tables to the same model: only rows differ.
 Losses are of all held-out documents. Differences to the f32 rows are paired token by token; their
 standard error is over documents. q8_0 and q4_0 are also paired with int8 and int4. d = 16 is the
-demo's; d = 32, with half as many rows, is the least that fp8, q8_0 and q4_0 can have; at d = 128 a
-row has four of their scales. Controls: the f32 table from disk has to give the loss of the rows in
+demo's; d = 32, with half as many rows, is the least that fp8, q8_0 and q4_0 can have; at d = 64 a
+row has two of their scales. Controls: the f32 table from disk has to give the loss of the rows in
 memory, and `zero rows` shows how much the table contributes. About eight minutes on two idle cores.
 """
 
@@ -165,9 +165,7 @@ def main() -> None:
         "--vocab", type=int, default=CorpusConfig.vocab_size, help="of the BPE trained on it"
     )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of training, for each d")
-    parser.add_argument(
-        "--dims", type=int, nargs="+", default=[16, 32, 128], help="values of a row"
-    )
+    parser.add_argument("--dims", type=int, nargs="+", default=[16, 32, 64], help="values of a row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write what was measured as JSON")
     options = parser.parse_args()

@@ -113,6 +113,9 @@ def test_a_gguf_file_is_served_where_it_lies(tmp_path):
     before = outputs(model)
     raw_NR = tables(model)[1].weight.detach().view(torch.uint8).numpy()
     path = write_gguf(tmp_path / "m.gguf", {1: raw_NR}, "bf16", model.config.to_dict(), QWEN4)
+    with pytest.raises(DigestMismatch, match="expected address digest"):
+        serve_table(model, f"checkpoint:{path}")  # 200 leads to the same primes as 211
+    model.config.to_json_file(tmp_path / "config.json")
     serve_table(model, f"checkpoint:{path}")
     with torch.no_grad():
         tables(model)[1].replaced.weight.zero_()  # nobody reads it any more

@@ -32,9 +32,10 @@ BLOCK_BYTES = {  # of the kinds of GGUF files
     "q2_k": 84,
     "q3_k": 110,
     "q4_k": 144,
+    "q5_k": 176,
 }
 SCALES_AT = {"q8_0": (0,), "q4_0": (0,), "iq4_nl": (0,), "q2_k": (80, 82)}
-SCALES_AT |= {"q3_k": (108,), "q4_k": (0, 2)}
+SCALES_AT |= {"q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2)}
 KINDS = ("f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4", *BLOCK_BYTES)
 MULTIPLE = {"fp8": 32, "int4": 2}
 MULTIPLE |= {kind: 256 if kind.endswith("_k") else 32 for kind in BLOCK_BYTES}

@@ -34,7 +34,7 @@ from tests.tools.gguf_files import (  # noqa: E402
 )
 from tests.tools.releases import QWEN, V41, tokenizer, write_v41  # noqa: E402
 
-V41_KINDS = ("bf16", "q8_0", "mxfp4", "q2_k", "q3_k", "q4_k")
+V41_KINDS = ("bf16", "q8_0", "mxfp4", "q2_k", "q3_k", "q4_k", "q5_k")
 QWEN_KINDS = ("bf16", "q8_0", "q4_0", "iq4_nl")
 # What ds4 writes: the whole config as one text, its own names, and rows of 264 bytes.
 DS4 = renamed(
@@ -384,7 +384,7 @@ def test_a_type_without_rows_is_named(tmp_path):
     }
     kind = gguf.GGMLQuantizationType.Q4_1
     path = write_gguf(tmp_path / "m.gguf", rows, "q8_0", raw_type=kind)
-    with pytest.raises(TableError, match="type: expected one of F32, .*Q4_K, found Q4_1"):
+    with pytest.raises(TableError, match="type: expected one of F32, .*Q5_K, found Q4_1"):
         Checkpoint.open(path)
 
 

@@ -16,8 +16,10 @@ gguf = pytest.importorskip("gguf")
 from tests.tools.gguf_files import BLOCK_KINDS, TYPES, drawn_rows, oracle  # noqa: E402
 
 ENCODED = ("q8_0", "q4_0")
-BYTES = {"q8_0": 34, "q4_0": 18, "iq4_nl": 18, "mxfp4": 17, "q2_k": 84, "q3_k": 110, "q4_k": 144}
-ROW_OF_256 = {**dict(q8_0=272, q4_0=144, iq4_nl=144, mxfp4=136), **dict(q2_k=84, q3_k=110)}
+BYTES = {"q8_0": 34, "q4_0": 18, "iq4_nl": 18, "mxfp4": 17}
+BYTES |= {"q2_k": 84, "q3_k": 110, "q4_k": 144, "q5_k": 176}
+ROW_OF_256 = {"q8_0": 272, "q4_0": 144, "iq4_nl": 144, "mxfp4": 136}
+ROW_OF_256 |= {kind: size for kind, size in BYTES.items() if kind.endswith("_k")}
 
 
 def multiple(kind: str) -> int:
@@ -37,7 +39,7 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
 def test_blocks_have_the_sizes_of_the_format(kind):
     assert RowFormat(kind, multiple(kind)).row_bytes == BYTES[kind]
     assert gguf.GGML_QUANT_SIZES[TYPES[kind]] == (multiple(kind), BYTES[kind])
-    assert RowFormat(kind, 256).row_bytes == ROW_OF_256.get(kind, 144)
+    assert RowFormat(kind, 256).row_bytes == ROW_OF_256[kind]
     for d in (multiple(kind) // 2, multiple(kind) + 1):
         with pytest.raises(ConfigError, match=f"multiple of {multiple(kind)}, found {d}"):
             RowFormat(kind, d)

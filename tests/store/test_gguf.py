@@ -41,7 +41,7 @@ from tests.tools.store_builders import shards_of  # noqa: E402
 
 CASES = {
     **{f"deepseek {kind}": (kind, V41_WIDE, {}) for kind in ("bf16", "q8_0", "mxfp4")},
-    **{f"deepseek {kind}": (kind, V41_WIDE, {}) for kind in ("q2_k", "q3_k", "q4_k")},
+    **{f"deepseek {kind}": (kind, V41_WIDE, {}) for kind in ("q2_k", "q3_k", "q4_k", "q5_k")},
     **{
         f"qwen {kind}": (kind, QWEN_WIDE, {"spelling": QWEN4})
         for kind in ("bf16", "q8_0", "q4_0", "iq4_nl")

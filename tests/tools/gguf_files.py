@@ -29,8 +29,9 @@ TYPES = {
     "q2_k": gguf.GGMLQuantizationType.Q2_K,
     "q3_k": gguf.GGMLQuantizationType.Q3_K,
     "q4_k": gguf.GGMLQuantizationType.Q4_K,
+    "q5_k": gguf.GGMLQuantizationType.Q5_K,
 }
-BLOCK_KINDS = ("q8_0", "q4_0", "iq4_nl", "mxfp4", "q2_k", "q3_k", "q4_k")
+BLOCK_KINDS = ("q8_0", "q4_0", "iq4_nl", "mxfp4", "q2_k", "q3_k", "q4_k", "q5_k")
 # Where the f16 scales of a block lie.
 HALVES = {
     "q8_0": (0,),
@@ -40,6 +41,7 @@ HALVES = {
     "q2_k": (80, 82),
     "q3_k": (108,),
     "q4_k": (0, 2),
+    "q5_k": (0, 2),
 }
 # d of a row is that of the release for kinds with blocks of 256.
 V41_WIDE: Mapping[str, Any] = {**V41, "engram_head_dim": 256}

@@ -40,6 +40,7 @@ BLOCKS = {  # kinds of GGUF files: bytes of a block, and where its f16 scales li
     "q2_k": (84, (80, 82)),
     "q3_k": (110, (108,)),
     "q4_k": (144, (0, 2)),
+    "q5_k": (176, (0, 2)),
 }
 KINDS = ("f32", "f16", "bf16", "fp8", "fp8_scaled", "int8", "int4", *BLOCKS)
 LAYERS = (1, 3)
@@ -157,7 +158,7 @@ def small_block_values(kind: str, block: bytes) -> list[float]:
 
 
 def six_bits(packed: bytes, signed_ones: bool) -> tuple[list[int], list[int]]:
-    """Scales and offsets of q4_k; or the 16 scales of q3_k, 32 too large, and nothing."""
+    """Scales and offsets of q4_k and q5_k; or the 16 scales of q3_k, 32 too large, and nothing."""
     if signed_ones:
         low = [packed[i] & 15 for i in range(8)] + [packed[i] >> 4 for i in range(8)]
         return [low[i] + (packed[8 + i % 4] >> i // 4 * 2 & 3) * 16 for i in range(16)], []
@@ -171,11 +172,14 @@ def six_bits(packed: bytes, signed_ones: bool) -> tuple[list[int], list[int]]:
 def large_block_values(kind: str, block: bytes) -> list[float]:
     """The 256 values of a block."""
     values: list[float] = []
-    if kind == "q4_k":
+    if kind in ("q4_k", "q5_k"):
         scale, low = struct.unpack("<ee", block[:4])
         scales, lows = six_bits(block[4:16], False)
+        codes = block[16:] if kind == "q4_k" else block[48:]
         for i in range(WIDE):
-            code = block[16 + i // 64 * 32 + i % 32] >> i // 32 % 2 * 4 & 15
+            code = codes[i // 64 * 32 + i % 32] >> i // 32 % 2 * 4 & 15
+            if kind == "q5_k":
+                code += (block[16 + i % 32] >> i // 32 & 1) * 16
             values.append(scale * scales[i // 32] * code - low * lows[i // 32])
         return values
     if kind == "q2_k":

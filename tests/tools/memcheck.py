@@ -31,7 +31,7 @@ SPECS = (
 FORMATS = [RowFormat(kind, 34) for kind in ("f32", "f16", "bf16", "int8", "int4")]
 FORMATS.append(RowFormat("fp8", 64))
 BLOCKS = [RowFormat(kind, 64) for kind in ("q8_0", "q4_0", "iq4_nl", "mxfp4")]
-BLOCKS += [RowFormat(kind, 512) for kind in ("q2_k", "q3_k", "q4_k")]
+BLOCKS += [RowFormat(kind, 512) for kind in ("q2_k", "q3_k", "q4_k", "q5_k")]
 COUNTS = (0, 1, 7, 9, 33)
 
 

@@ -5,7 +5,7 @@
 // `quick` is in registers and returns false if the level has none or a scale is not finite.
 //
 // Why the bits are the same: a code times its scale, and times the scale of its part, are at most
-// 21 significant bits, so the products are exact; only the last difference is rounded. A NaN comes
+// 22 significant bits, so the products are exact; only the last difference is rounded. A NaN comes
 // of scales that are not finite alone, and is made the same one.
 #pragma once
 
@@ -54,7 +54,7 @@ struct PowerScale {  // 2**(e - 128), half of what ue8m0 says
     static bool finite(const uint8_t *) { return true; }
 };
 
-// Scales and offsets of the 8 parts of a block of q4_k: six bits each.
+// Scales and offsets of the 8 parts of a block of q4_k or q5_k: six bits each.
 struct SixBits {
     uint32_t scales[2], lows[2];
     explicit SixBits(const uint8_t *at) {
@@ -253,19 +253,22 @@ struct Q3K {
     }
 };
 
-struct Q4K {
-    static constexpr int values = 256, bytes = 144;
+// q4_k; or with a fifth bit of each code, q5_k.
+template <bool fifth> struct PartsOf32 {
+    static constexpr int values = 256, bytes = fifth ? 176 : 144, codes_at = fifth ? 48 : 16;
     template <class To>
     static __attribute__((noinline)) void plain(const uint8_t *block, typename To::Bits *out) {
         const float scale = half_at(block), low = half_at(block + 2);
         const SixBits parts(block + 4);
         for (int part = 0; part < 8; part++) {
-            const uint8_t *codes = block + 16 + part / 2 * 32;
+            const uint8_t *codes = block + codes_at + part / 2 * 32;
             const float high = scale * (float)byte_of(parts.scales, part);
             const float less = low * (float)byte_of(parts.lows, part);
-            for (int i = 0; i < 32; i++)
-                out[32 * part + i] =
-                    settled<To>((float)(codes[i] >> part % 2 * 4 & 15) * high - less);
+            for (int i = 0; i < 32; i++) {
+                int code = codes[i] >> part % 2 * 4 & 15;
+                if (fifth) code |= (block[16 + i] >> part & 1) << 4;
+                out[32 * part + i] = settled<To>((float)code * high - less);
+            }
         }
     }
     template <bool past, class Out> ALWAYS static bool quick(const uint8_t *block, Out *out) {
@@ -276,14 +279,21 @@ struct Q4K {
         float high[16], less[16];  // of 8 parts
         multiply(high, _mm_loadl_epi64((const __m128i *)parts.scales), scale);
         multiply(less, _mm_loadl_epi64((const __m128i *)parts.lows), low);
+        const __m256i bits = load_codes(block + 16);  // of q5_k alone
+        __m256i bit = _mm256_set1_epi8(1);
         for (int part = 0; part < 8; part++) {
-            const __m256i pairs = load_codes(block + 16 + part / 2 * 32);
+            const __m256i pairs = load_codes(block + codes_at + part / 2 * 32);
             const __m256i shifted = part % 2 ? _mm256_srli_epi16(pairs, 4) : pairs;
-            put_codes<past>(out + 32 * part, _mm256_and_si256(shifted, _mm256_set1_epi8(15)),
-                            [&](int, Floats numbers) {
-                                return difference(product(numbers, all_lanes(high[part])),
-                                                  all_lanes(less[part]));
-                            });
+            __m256i codes = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+            if (fifth) {
+                const __m256i unset =
+                    _mm256_cmpeq_epi8(_mm256_and_si256(bits, bit), _mm256_setzero_si256());
+                codes = _mm256_or_si256(codes, _mm256_andnot_si256(unset, _mm256_set1_epi8(16)));
+                bit = _mm256_add_epi8(bit, bit);
+            }
+            put_codes<past>(out + 32 * part, codes, [&](int, Floats numbers) {
+                return difference(product(numbers, all_lanes(high[part])), all_lanes(less[part]));
+            });
         }
         return true;
 #else
@@ -291,6 +301,9 @@ struct Q4K {
 #endif
     }
 };
+
+typedef PartsOf32<false> Q4K;
+typedef PartsOf32<true> Q5K;
 
 // A row of blocks, one after the other.
 template <class Block> struct Blocks {

@@ -16,7 +16,7 @@ struct KindName {
 inline constexpr KindName kind_names[] = {
     {"f32", 1},    {"f16", 1},    {"bf16", 1},  {"fp8", fp8_block}, {"fp8_scaled", 1},
     {"int8", 1},   {"int4", 2},   {"q8_0", 32}, {"q4_0", 32},       {"iq4_nl", 32},
-    {"mxfp4", 32}, {"q2_k", 256}, {"q3_k", 256}, {"q4_k", 256},
+    {"mxfp4", 32}, {"q2_k", 256}, {"q3_k", 256}, {"q4_k", 256}, {"q5_k", 256},
 };  // as in RowKind
 
 inline RowKind kind_of(const char *name, int64_t d) {

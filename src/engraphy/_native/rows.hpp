@@ -20,7 +20,8 @@ enum class RowKind {
     mxfp4,
     q2_k,
     q3_k,
-    q4_k
+    q4_k,
+    q5_k
 };
 
 constexpr int fp8_block = 32;  // values under one ue8m0 scale

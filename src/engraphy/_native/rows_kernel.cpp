@@ -195,6 +195,7 @@ template <class To, bool past> void read_kind(const RowsCall &call) {
         case RowKind::q2_k: return read_all<Blocks<Q2K>, To, past>(call);
         case RowKind::q3_k: return read_all<Blocks<Q3K>, To, past>(call);
         case RowKind::q4_k: return read_all<Blocks<Q4K>, To, past>(call);
+        case RowKind::q5_k: return read_all<Blocks<Q5K>, To, past>(call);
     }
 }
 

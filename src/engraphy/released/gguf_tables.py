@@ -40,6 +40,7 @@ ROW_KINDS = {
     "Q2_K": "q2_k",
     "Q3_K": "q3_k",
     "Q4_K": "q4_k",
+    "Q5_K": "q5_k",
 }
 """Types of tensors that hold tables, and the kinds of their rows."""
 

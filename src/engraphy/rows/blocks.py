@@ -8,10 +8,11 @@
     q2_k      256, 84          s[16]; q[64]; d, m f16           d (s & 15) q - m (s >> 4)
     q3_k      256, 110         h[32]; q[64]; s[12]; d f16       d (s - 32) (q + 4 h - 4)
     q4_k      256, 144         d, m f16; s[12]; q[128]          d s q - m t
+    q5_k      256, 176         d, m f16; s[12]; h[32]; q[128]   d s (q + 16 h) - m t
 
 In a block of 32, the low nibble of byte i is value i and the high nibble is value i + 16. A block
 of 256 (a "superblock") has parts with scales of a few bits each: 16 parts of 16 values, or 8 parts
-of 32 in q4_k.
+of 32 in q4_k and q5_k.
 
 Decoding is exact but for one rounding to float32, of the last difference. If a scale is not finite,
 values may be infinite or NaN; a NaN is always the positive quiet one, so that it does not depend on
@@ -168,13 +169,29 @@ def decode_q3_k(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
 def decode_q4_k(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
     """q4_k -> float32 [N, d]."""
     blocks = raw_NR.reshape(-1, 144)
+    _decode_parts_of_32(blocks, _nibbles_of_32(blocks[:, 16:]), out_Nd)
+
+
+def decode_q5_k(raw_NR: np.ndarray, out_Nd: np.ndarray, scale: float) -> None:
+    """q5_k -> float32 [N, d]."""
+    blocks = raw_NR.reshape(-1, 176)
+    bits = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    _decode_parts_of_32(blocks, _nibbles_of_32(blocks[:, 48:]) | (bits << 4), out_Nd)
+
+
+def _nibbles_of_32(raw: np.ndarray) -> np.ndarray:
+    """uint8 [n, 8, 32] of bytes [n, 128]: of 32 bytes the low nibbles, then the high ones."""
+    shifted = raw.reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8)
+    return (shifted & 15).reshape(-1, 8, 32)
+
+
+def _decode_parts_of_32(blocks: np.ndarray, codes: np.ndarray, out_Nd: np.ndarray) -> None:
+    """Blocks that begin as those of q4_k, of codes uint8 [n, 8, 32]."""
     d_n1 = _halves(blocks, 0)
     m_n1 = _halves(blocks, 2)
     first, second, third = (blocks[:, at : at + 4] for at in (4, 8, 12))
     scales_np = np.concatenate([first & 63, (third & 15) | ((first >> 2) & 48)], axis=1)
     lows_np = np.concatenate([second & 63, (third >> 4) | ((second >> 2) & 48)], axis=1)
-    nibbles = blocks[:, 16:].reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8)
-    codes = (nibbles & 15).reshape(-1, 8, 32)
     out = out_Nd.reshape(-1, 8, 32)
     np.multiply(codes, (d_n1 * scales_np)[:, :, None], out=out, dtype=np.float32)
     out -= (m_n1 * lows_np)[:, :, None]

@@ -244,5 +244,6 @@ CODECS = {
     "q2_k": Codec(gguf.block_bytes(256, 84), None, gguf.decode_q2_k, multiple=256),
     "q3_k": Codec(gguf.block_bytes(256, 110), None, gguf.decode_q3_k, multiple=256),
     "q4_k": Codec(gguf.block_bytes(256, 144), None, gguf.decode_q4_k, multiple=256),
+    "q5_k": Codec(gguf.block_bytes(256, 176), None, gguf.decode_q5_k, multiple=256),
 }
 """The kinds of rows, by name."""

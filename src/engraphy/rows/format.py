@@ -42,7 +42,7 @@ class RowFormat:
     | q8_0 | d/32 blocks of 34 | GGUF: -127..127, halves away from zero, f16 scale = max/127 |
     | q4_0 | d/32 blocks of 18 | GGUF: -8..7, f16 scale = -max/8, with the sign of max |
     | iq4_nl, mxfp4 | d/32 blocks of 18, 17 | GGUF, only read |
-    | q2_k, q3_k, q4_k | d/256 blocks of 84, 110, 144 | GGUF, only read |
+    | q2_k, q3_k, q4_k, q5_k | d/256 blocks of 84, 110, 144, 176 | GGUF, only read |
 
     Integer codes are in two's complement; value 2i of int4 lies in the low nibble of byte i. The
     f16 scale is rounded to nearest, or up if the nearest would clip (only below 2**-14), and codes
