@@ -43,7 +43,8 @@ struct Survey {
 };
 using SurveyFunction = Survey(const SurveyCall &, int64_t first, int64_t last, float *sums);
 
-// Updates rows [first, last) and their moments in place. sums: from `survey`, those from `first` on.
+// Updates rows [first, last) and their moments in place. sums: from `survey`, those from `first`
+// on.
 struct UpdateCall {
     UpdateRule rule;
     float factors[4];    // of the rule

@@ -2,17 +2,16 @@
 // what that forbids).
 //
 // First a survey of the gradients: those of rows that have several are summed, and what is not
-// finite is found before anything is written. Then one pass over rows and moments, which are updated
-// where they lie. What lies some way ahead is prefetched.
+// finite is found before anything is written. Then one pass over rows and moments, which are
+// updated where they lie. What lies some way ahead is prefetched.
 //
 // Why the bits are those of the plain version: each value is computed by the same operations in the
-// same order, roots and quotients are exact, and the file is compiled without contraction. All is
-// written in blocks of 16 columns, which the compiler turns into the vectors of each level; at the
-// end of a row a block is filled up with zeros.
+// same order, roots and quotients are exact, and the file is compiled without contraction.
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "column_blocks.hpp"
 #include "copy.hpp"
 #include "kernels.hpp"
 #include "mapped.hpp"
@@ -22,15 +21,6 @@ namespace engraphy::ENGRAPHY_LEVEL {
 namespace {
 
 static_assert(FLT_EVAL_METHOD == 0, "each operation has to be rounded to float32 at once");
-
-constexpr int lanes = update_lanes;
-
-typedef float Block __attribute__((vector_size(4 * lanes)));
-typedef uint32_t Bits __attribute__((vector_size(4 * lanes)));
-typedef int32_t Signed __attribute__((vector_size(4 * lanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
-typedef double Wide8 __attribute__((vector_size(8 * lanes / 2)));
-typedef float Block8 __attribute__((vector_size(4 * lanes / 2)));
 
 // Distances of prefetches, in rows or gradients. First far ahead into the second cache, which has
 // room for more misses under way than the first has; rows then near into the first. Gradients are
@@ -50,107 +40,6 @@ class Arithmetic {
   private:
     const unsigned before_;
 #endif
-};
-
-// Blocks. Arrays may begin at any byte; `count` is below 16 at the end of a row alone.
-
-template <class Vector> ALWAYS void load(const void *from, int count, Vector &to) {
-    constexpr int size = sizeof(Vector) / lanes;
-    if (count < lanes) to = Vector{};
-    memcpy(&to, from, count * size);
-}
-
-template <class Vector> ALWAYS void store(void *to, int count, const Vector &from) {
-    memcpy(to, &from, count * sizeof(Vector) / lanes);
-}
-
-// step(column, count) for each block of a row.
-template <class Step> ALWAYS void by_blocks(int64_t d, const Step &step) {
-    int64_t column = 0;
-    for (; column + lanes <= d; column += lanes) step(column, lanes);
-    if (column < d) step(column, (int)(d - column));
-}
-
-ALWAYS void take_root(Block &x) {
-    float values[lanes];
-    memcpy(values, &x, sizeof(x));
-    for (int i = 0; i < lanes; i++) values[i] = __builtin_sqrtf(values[i]);
-    memcpy(&x, values, sizeof(x));
-}
-
-// The second half is added to the first, four times.
-template <class F> inline F folded(F *sums) {
-    for (int half = lanes / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
-    return sums[0];
-}
-
-ALWAYS float folded(const Block &sums) {
-    Block8 halves[2];
-    memcpy(halves, &sums, sizeof(sums));
-    const Block8 a = halves[0] + halves[1];
-    const float b[4] = {a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]};
-    return (b[0] + b[2]) + (b[1] + b[3]);
-}
-
-// Random bits, as in engraphy/train/rounding.py.
-
-inline uint64_t splitmix64(uint64_t value) {
-    value += 0x9e3779b97f4a7c15;
-    value = (value ^ value >> 30) * 0xbf58476d1ce4e5b9;
-    value = (value ^ value >> 27) * 0x94d049bb133111eb;
-    return value ^ value >> 31;
-}
-
-constexpr uint32_t parts_apart = 1 << 16;
-
-ALWAYS void random_bits(uint64_t row, uint32_t counter, Bits &bits) {
-    const Bits columns = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    bits = (columns + counter) * 0x9e3779b1u + (uint32_t)row;
-    bits = (bits ^ bits >> 16) * 0x85ebca6bu;
-    bits = (bits ^ bits >> 13) + (uint32_t)(row >> 32);
-    bits *= 0xc2b2ae35u;
-    bits ^= bits >> 16;
-}
-
-// How values are stored. `random`: 16 bits each, used by Stochastic alone.
-struct Exact {
-    static constexpr int size = 4;
-    static constexpr bool random = false;
-    ALWAYS static void get(const uint8_t *from, int count, Block &to) { load(from, count, to); }
-    ALWAYS static void put(uint8_t *to, int count, const Block &from, const Bits &) {
-        store(to, count, from);
-    }
-};
-
-struct Bf16 {
-    static constexpr int size = 2;
-    ALWAYS static void get(const uint8_t *from, int count, Block &to) {
-        Halves halves;
-        load(from, count, halves);
-        to = (Block)(__builtin_convertvector(halves, Bits) << 16);
-    }
-    // added: what goes to the low half before it is cut off.
-    ALWAYS static void cut(uint8_t *to, int count, const Block &from, const Bits &added) {
-        const Bits bits = (Bits)from;
-        const Signed is_nan = (Signed)(bits & 0x7fffffff) > 0x7f800000;
-        const Bits kept = is_nan ? bits >> 16 | 0x40 : (bits + added) >> 16;
-        store(to, count, __builtin_convertvector(kept, Halves));
-    }
-};
-
-struct Nearest : Bf16 {
-    static constexpr bool random = false;
-    ALWAYS static void put(uint8_t *to, int count, const Block &from, const Bits &) {
-        cut(to, count, from, ((Bits)from >> 16 & 1) + 0x7fff);
-    }
-};
-
-struct Stochastic : Bf16 {
-    static constexpr bool random = true;
-    ALWAYS static void put(uint8_t *to, int count, const Block &from, const Bits &added) {
-        cut(to, count, from, added);
-    }
 };
 
 // The rules. Each updates one row and its moments; `key` is of the row.
@@ -260,12 +149,13 @@ inline uint8_t *record(const Place &place, const int64_t *ids, int64_t u, int64_
     return (uint8_t *)place.shards[shard] + (row - shard * place.shard_rows) * bytes;
 }
 
-ALWAYS void to_second_cache(const uint8_t *at, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(at + i, 0, 2);
-    __builtin_prefetch(at + bytes - 1, 0, 2);
+// Each line once: to ask again would take a place of those under way. level: 3 = to the first
+// cache, 2 = to the second.
+template <int level> ALWAYS void prefetch(const uint8_t *at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(at + i, 0, level);
+    const int64_t room = -bytes & (line - 1);  // in the last line, if `at` begins one
+    if ((int64_t)((uintptr_t)at % line) > room) __builtin_prefetch(at + bytes - 1, 0, level);
 }
-
-ALWAYS void to_first_cache(const uint8_t *at, int64_t bytes) { prefetched(at, bytes); }
 
 // How many of the next `most` records, of so many bytes each, to prefetch.
 inline int distance(int most, int64_t bytes) {
@@ -286,15 +176,15 @@ ALWAYS void update_wide(const UpdateCall &call, int64_t first, int64_t last, con
         const unsigned i = (unsigned)u % ring;
         rows[i] = record(call.rows, call.ids, u, row_bytes);
         moments[i] = record(call.moments, call.ids, u, moment_bytes);
-        to_second_cache(rows[i], row_bytes);
-        to_second_cache(moments[i], moment_bytes);
+        prefetch<2>(rows[i], row_bytes);
+        prefetch<2>(moments[i], moment_bytes);
         const int64_t begin = begin_of(runs, u);
         if (begin_of(runs, u + 1) - begin > 1) {
             grads[i] = sums;
             sums += 4 * d;
         } else {
             grads[i] = gradient(runs, begin);
-            to_second_cache(grads[i], 4 * d);
+            prefetch<2>(grads[i], 4 * d);
         }
     };
     for (int64_t u = first; u < first + far && u < last; u++) come(u);
@@ -302,9 +192,9 @@ ALWAYS void update_wide(const UpdateCall &call, int64_t first, int64_t last, con
         if (u + far < last) come(u + far);
         if (u + near_rows < last) {
             const unsigned i = (unsigned)(u + near_rows) % ring;
-            to_first_cache(rows[i], row_bytes);
-            to_first_cache(moments[i], moment_bytes);
-            to_first_cache(grads[i], 4 * d);
+            prefetch<3>(rows[i], row_bytes);
+            prefetch<3>(moments[i], moment_bytes);
+            prefetch<3>(grads[i], 4 * d);
         }
         const unsigned i = (unsigned)u % ring;
         const uint64_t key = Rule::random ? splitmix64(call.key ^ (uint64_t)call.ids[u]) : 0;
@@ -352,7 +242,7 @@ ALWAYS Survey survey_wide(const SurveyCall &call, int64_t first, int64_t last, u
     Bits most = {};
     Wide8 squares[2] = {};
     const auto next = [&](int64_t k) __attribute__((always_inline)) {
-        if (k + far < all) to_second_cache(gradient(runs, k + far), bytes);
+        if (k + far < all) prefetch<2>(gradient(runs, k + far), bytes);
         return gradient(runs, k);
     };
     const auto look_at = [&](const Block &sum) __attribute__((always_inline)) {
