@@ -268,6 +268,53 @@ double probe_update(float *rows, int64_t row_width, float *moments, int64_t mome
     return run(1, update_share, &call);
 }
 
+// Sorts ids with their positions, by two digits of so many bits. keys, sorted: [count], a key is
+// id << 32 | position.
+double probe_sort(const int64_t *ids, int64_t count, int digit, uint64_t *keys, uint64_t *sorted) {
+    enum { most = 1 << 12 };
+    static int64_t places[2][most];
+    const int64_t mask = (1 << digit) - 1;
+    if (digit < 1 || mask >= most) return -EINVAL;
+    const double begun = now();
+    memset(places, 0, sizeof(places));
+    for (int64_t i = 0; i < count; i++)
+        for (int pass = 0; pass < 2; pass++) places[pass][ids[i] >> pass * digit & mask]++;
+    for (int pass = 0; pass < 2; pass++) {
+        uint64_t *const to = pass ? sorted : keys;
+        int64_t sum = 0;
+        for (int64_t value = 0; value <= mask; value++) {
+            const int64_t number = places[pass][value];
+            places[pass][value] = sum;
+            __builtin_prefetch(to + sum, 1);
+            sum += number;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const uint64_t key = pass ? keys[i] : (uint64_t)ids[i] << 32 | i;
+            uint64_t *const at = to + places[pass][key >> (32 + pass * digit) & mask]++;
+            __builtin_prefetch(at + LINE / 8, 1);
+            *at = key;
+        }
+    }
+    return now() - begun;
+}
+
+// Reads float32 values once, whole lines, and looks whether all are finite; -EDOM if not.
+double probe_finite(const float *values, int64_t lines) {
+    typedef int32_t Ints __attribute__((vector_size(LINE), aligned(1), may_alias));
+    enum { ahead = 64 };
+    const double begun = now();
+    Ints most = {0};
+    for (int64_t i = 0; i < lines; i++) {
+        __builtin_prefetch((const char *)((const Ints *)values + i) + ahead * LINE);
+        const Ints size = ((const Ints *)values)[i] & 0x7fffffff;
+        const Ints above = size > most;
+        most = (size & above) | (most & ~above);
+    }
+    for (int i = 0; i < LINE / 4; i++)
+        if (most[i] >= 0x7f800000) return -EDOM;
+    return now() - begun;
+}
+
 // Rows `ids` of a table, each of which becomes a row of `out_bytes`: its own bytes, or whole lines
 // that repeat them, as many as its numbers take. `second`: prefetch to the second level of the
 // caches. Otherwise as in probe_gather.

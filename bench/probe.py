@@ -73,6 +73,9 @@ class Probe:
         number = ctypes.c_float
         self._library.probe_update.argtypes = [address, long, address, long, address, long, number]
         self._library.probe_update.restype = ctypes.c_double
+        self._library.probe_sort.argtypes = [address, long, ctypes.c_int, address, address]
+        self._library.probe_finite.argtypes = [address, long]
+        self._library.probe_sort.restype = self._library.probe_finite.restype = ctypes.c_double
         self._library.probe_gather.restype = self._library.probe_pread.restype = ctypes.c_double
         self._library.probe_resident.restype = long
 
@@ -125,6 +128,25 @@ class Probe:
                 0.0,
             )
         )
+
+    def sort(self, ids_N: np.ndarray, keys_2N: np.ndarray) -> float:
+        """Sorts row ids with their positions; keys_2N: uint64, room for the keys."""
+        digit = (int(ids_N.max()).bit_length() + 1) // 2
+        if ids_N.dtype != np.int64 or keys_2N.shape != (2, len(ids_N)):
+            raise ValueError("probe: ids and keys do not fit each other")
+        return _seconds(
+            self._library.probe_sort(
+                ids_N.ctypes.data,
+                len(ids_N),
+                digit,
+                keys_2N[0].ctypes.data,
+                keys_2N[1].ctypes.data,
+            )
+        )
+
+    def finite(self, values: np.ndarray) -> float:
+        """Reads float32 values once and looks whether all are finite. Raises OSError if not."""
+        return _seconds(self._library.probe_finite(values.ctypes.data, values.nbytes // 64))
 
     def widen(
         self,
