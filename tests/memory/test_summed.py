@@ -99,3 +99,18 @@ def test_lanes_are_columns_and_zeros():
     assert blocks.shape == (2, 2, 16)
     assert blocks[0, 1].tolist() == [17.0, 18.0, 19.0, 20.0] + [0.0] * 12
     assert folded(blocks[:, 0]).tolist() == [sum(range(1, 17)), sum(range(21, 37))]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("position", [3, 998, 999])
+def test_what_is_not_finite_is_found_among_rows_that_mostly_have_one_gradient(bad, position):
+    ids_N = np.arange(1000)
+    ids_N[-1] = 998  # the last two gradients are of one row
+    grad_Nd = np.full((1000, 5), 1e38, np.float32)
+    assert (
+        SummedGrad.of([ids_N[:400], ids_N[400:]], [grad_Nd[:400], grad_Nd[400:]]).bad_row() is None
+    )
+    grad_Nd[position, 2] = bad
+    is_bad = position > 3 or not np.isfinite(bad)
+    summed = SummedGrad.of([ids_N[:400], ids_N[400:]], [grad_Nd[:400], grad_Nd[400:]])
+    assert summed.bad_row() == (ids_N[position] if is_bad else None)

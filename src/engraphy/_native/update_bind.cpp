@@ -136,22 +136,63 @@ std::pair<int64_t, int64_t> sort_rows(uintptr_t ids_at, int64_t count, uintptr_t
     return {u + 1, several};
 }
 
-std::pair<bool, double> survey(const RunsTuple &given, uintptr_t sums, bool squares) {
-    const SurveyCall call = {runs_of(given), squares};
-    const Runs &runs = call.runs;
+Survey surveyed(const SurveyCall &call, float *sums) {
+    std::vector<Survey> parts(call.runs.count / update_chunk + 1);
+    by_chunks(call.runs, [&](int64_t i, int64_t first, int64_t last, int64_t place) {
+        parts[i] = kernels().survey(call, first, last, sums + place);
+    });
+    Survey total = {};
+    for (const Survey &part : parts) {
+        total.largest = std::max(total.largest, part.largest);
+        total.squares += part.squares;
+    }
+    return total;
+}
+
+// The rows that have several gradients, without the others.
+struct Shared {
+    std::vector<int64_t> order, starts{0};
+
+    explicit Shared(const Runs &runs) {
+        for (int64_t u = 0; u < runs.count; u++) {
+            const int64_t first = runs.starts[u], last = runs.starts[u + 1];
+            if (last - first < 2) continue;
+            order.insert(order.end(), runs.order + first, runs.order + last);
+            starts.push_back(int64_t(order.size()));
+        }
+    }
+};
+
+// Of the gradients, if at least so many are the only one of their row, all are read in the order of
+// memory first, which is faster, and then those of rows that have several. A sum of what is not
+// finite is not finite either.
+constexpr double mostly_single = 0.75;
+
+bool are_mostly_single(const Runs &runs) {
+    const int64_t all = runs.starts[runs.count];
+    int64_t single = 0;
+    for (int64_t u = 0; u < runs.count; u++) single += runs.starts[u + 1] - runs.starts[u] == 1;
+    return single >= mostly_single * double(all);
+}
+
+std::pair<bool, double> survey(const RunsTuple &given, uintptr_t sums_at, bool squares) {
+    const Runs runs = runs_of(given);
+    float *const sums = (float *)sums_at;
     if (runs.starts && !sums) throw std::invalid_argument("sums must be present");
     const Unlocked unlocked(bytes_of(runs));
-    std::vector<Survey> parts(runs.count / update_chunk + 1);
-    by_chunks(runs, [&](int64_t i, int64_t first, int64_t last, int64_t place) {
-        parts[i] = kernels().survey(call, first, last, (float *)sums + place);
-    });
-    bool finite = true;
-    double total = 0;
-    for (const Survey &part : parts) {
-        finite &= part.largest < infinity;
-        total += part.squares;
+    if (squares || !runs.starts || !are_mostly_single(runs)) {
+        const Survey found = surveyed({runs, squares}, sums);
+        return {found.largest < infinity, found.squares};
     }
-    return {finite, total};
+    Runs single = runs, several = runs;
+    single.order = single.starts = nullptr;
+    single.count = runs.starts[runs.count];
+    const Shared shared(runs);
+    several.order = shared.order.data();
+    several.starts = shared.starts.data();
+    several.count = int64_t(shared.starts.size()) - 1;
+    const uint32_t largest = surveyed({single, false}, nullptr).largest;
+    return {std::max(largest, surveyed({several, false}, sums).largest) < infinity, 0};
 }
 
 int64_t update_rows(const std::string &rule,

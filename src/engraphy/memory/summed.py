@@ -209,9 +209,9 @@ def _sorted(ids_N: np.ndarray) -> tuple[np.ndarray, Order]:
     core = _native.core
     count = len(ids_N)
     if core is not None:
-        order_N = np.empty(count, np.int64)
-        rows_N = np.empty(count, np.int64)
-        starts = np.empty(count + 1, np.int64)
+        # One array: malloc gives three back to the system at each step, and then takes new pages.
+        room = np.empty(3 * count + 1, np.int64)
+        order_N, rows_N, starts = np.split(room, [count, 2 * count])
         outputs = [core.address(out) for out in (order_N, rows_N, starts)]
         distinct, several = core.sort_rows(core.address(ids_N), count, *outputs)
         if distinct >= 0:
