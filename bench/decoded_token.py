@@ -167,21 +167,17 @@ def native_alone(subject: Subject, rest: Rest, tokens: Tokens) -> None:
     cursor = state.cursor()
     native = memory._tokens._known  # pyright: ignore[reportPrivateUsage]
     assert cursor is not None and native is not None
-    values = bytearray(memory._tokens._bytes)  # pyright: ignore[reportPrivateUsage]
-    address = ids.data_ptr()
-    read = native.reader.read
-    tokens.clock("look-up", lambda: read(address, 1, values, cursor, True))
+    read = native.reader.read_pinned
+    values = tokens.clock("look-up", lambda: read(ids, cursor))
     done = 0
-    out = torch.empty_like(subject.x)
     for number, layer in enumerate(memory.layers):
         rest.run(done, layer)
         done = layer
         block: Any = memory.blocks[str(layer)]
-        plan = block._fuser._made[1]
-        pointers = (subject.x.data_ptr(), subject.x.numel(), values, out.data_ptr(), cursor)
+        fuse = block._fuser.plan.fuse_token
         tokens.clock(
             f"layer {layer}",
-            lambda n=number, p=plan, rest_of=pointers: p.fuse_next(n, 1, *rest_of),
+            lambda n=number, call=fuse: call(n, subject.x, values, cursor),
         )
     rest.run(done, BLOCKS)
 

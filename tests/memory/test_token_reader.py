@@ -14,9 +14,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap, _native
 from engraphy.errors import InputError, ShardTruncated, StoreError
+from engraphy.fusion.tensors import introduce_tensors
 from engraphy.memory.prefetch import FEW_ROWS
 from engraphy.memory.state import SequenceState
 from engraphy.memory.token_reader import TokenReader
@@ -266,7 +268,7 @@ def test_neither_the_order_of_the_stores_nor_torchs_defaults_matter(native):
 @torch.no_grad()
 def test_a_closed_table_is_let_go_of():
     memory = make_memory(SPECS["demo"])
-    state, kept = memory.state(1), weakref.ref(memory.stores[1]._readonly[0])
+    state, kept = memory.state(1), weakref.ref(memory.stores[1].pinned[0])
     memory.lookup(torch.tensor([[3, 4, 5]]), state)
     memory.lookup(torch.tensor([[6]]), state)
     for store in memory.stores.values():
@@ -278,7 +280,7 @@ def test_a_closed_table_is_let_go_of():
 @torch.no_grad()
 def test_a_store_that_changes_its_shards_in_place_is_read_as_it_is(native, monkeypatch):
     memory, other = make_memory(SPECS["demo"]), make_memory(SPECS["demo"], seed=1)
-    lists = {layer: list(store._readonly) for layer, store in memory.stores.items()}
+    lists = {layer: list(store.pinned) for layer, store in memory.stores.items()}
     for layer, store in memory.stores.items():
         monkeypatch.setattr(type(store), "_begin_read", lambda self: (lists[self.info.layer], None))
         monkeypatch.setattr(store, "_info", dataclasses.replace(store.info, layer=layer))
@@ -287,7 +289,7 @@ def test_a_store_that_changes_its_shards_in_place_is_read_as_it_is(native, monke
     memory.lookup(ids, state)
     before = memory.lookup(token, state).rows[1]
     for layer, store in other.stores.items():
-        lists[layer][0] = store._readonly[0]
+        lists[layer][0] = store.pinned[0]
     state.crop(1)
     after = memory.lookup(token, state).rows[1]
     assert native == [True, True] and not torch.equal(before, after)
@@ -323,25 +325,36 @@ def test_what_was_read_is_counted():
 
 def test_the_native_reader_refuses_sizes_that_cannot_be():
     memory = make_memory(SPECS["demo"])
-    fit = [1, 1], [5, 5], [5, 5], [0, 1], [[], [1]]
+    fit = [1, 1], [5, 5], [5, 5], [0, 1], [[], [1]], []
     reader = _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, 32, *fit)
     for row_bytes, *wrong in (
-        (32, [1], [5], [5], [0], [[]]),
+        (32, [1], [5], [5], [0], [[]], []),
         (32, [0, 1], *fit[1:]),
         (32, [1, 1], [0, 5], *fit[2:]),
-        (32, *fit[:3], [0], fit[4]),
-        (32, *fit[:4], [[]]),
+        (32, *fit[:3], [0], *fit[4:]),
+        (32, *fit[:4], [[]], []),
         (32, [1, 1], [4, 4], *fit[2:]),  # two shards, and the end of one
         (0, *fit),
     ):
         with pytest.raises(ValueError):
             _native.core.TokenReader(memory.addresser.plan, "f32", 8, 1.0, row_bytes, *wrong)
     columns = [8, 24, 1, 8, 1, 1, 0]
-    rows = bytearray(2 * SPECS["demo"].columns * 8 * 4)
-    for batch, values, first in ((2, rows, 8), (1, rows[:-1], 8), (1, rows, 16)):
-        cursor = _native.core.Cursor(1, [first, *columns[1:]], [])
-        with pytest.raises(ValueError):
-            reader.read(8, batch, values, cursor, True)
+    introduce_tensors()
+    cursor = _native.core.Cursor(1, columns, [])
+    for ids in (
+        torch.tensor([[3], [4]]),
+        torch.tensor([[3, 4]]),
+        torch.tensor([3]),
+        torch.tensor([[3]], dtype=torch.int32),
+        torch.tensor([[3]], device="meta"),
+        nn.Parameter(torch.tensor([[3]]), requires_grad=False),
+    ):
+        assert reader.read_scoped(ids, cursor) is None
+    assert reader.read_pinned(torch.tensor([[3]]), cursor) is None  # no store is pinned
+    with pytest.raises(ValueError, match="order"):
+        reader.read_scoped(torch.tensor([[3]]), _native.core.Cursor(1, [16, *columns[1:]], []))
+    cursor.end()
+    assert reader.read_scoped(torch.tensor([[3]]), cursor) is None
     for batch, wrong in ((0, columns), (1, columns[:-1]), (1, [8, 0, 1, 8, 1, 1, 0])):
         with pytest.raises(ValueError):
             _native.core.Cursor(batch, wrong, [])

@@ -149,7 +149,7 @@ def test_damage_to_one_store_is_not_taken_for_damage_to_another(table):
 mapping._LOOK_EVERY = 1000
 damaged, other = opened(), opened(layer=1)
 cut(0)
-print(damaged._readonly[0][:4000].any(), _native.core.damage_count())  # past the store: zeros
+print(damaged.pinned[0][:4000].any(), _native.core.damage_count())  # past the store: zeros
 for store in (damaged, other, damaged):
     try:
         print(len(store.gather(np.array([0, 9]))))
@@ -317,7 +317,7 @@ foreign()[0]
 def test_guards_end_with_the_memory(tmp_path):
     expected, core = sealed(tmp_path / "t", shard_rows=7), _native.core
     store = open_store(f"file:{tmp_path / 't'}?read=mmap", layer=LAYER)
-    kept = store._readonly[0]
+    kept = store.pinned[0]
     store.close()
     free = core.guard(0, 1, False)  # the first free slot
     core.unguard(free)

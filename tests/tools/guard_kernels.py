@@ -130,24 +130,42 @@ def batch_rows(kind: str, to_bf16: bool) -> Call:
     return call
 
 
+class TokenIds:
+    """Ids [B, 1] with the attributes of a tensor: torch is not imported here."""
+
+    KINDS = [np.float32, np.float64, None, np.int64]
+    is_cpu = True
+    dtype = np.int64
+
+    def __init__(self, ids_B: np.ndarray) -> None:
+        self.shape = (len(ids_B), 1)
+        self._ids = ids_B
+
+    def is_contiguous(self) -> bool:
+        return True
+
+    def data_ptr(self) -> int:
+        return at(self._ids)
+
+
 def token_rows(kind: str) -> Call:
     """The rows of one token, 2 layers of 16 rows of width 64, from RAM."""
     spec, fmt = SPECS["Qwen4-Exp"], RowFormat(kind, 64)
     tables = Tables(spec, fmt)
     sizes = fmt.kind, fmt.d, 1.0, fmt.row_bytes
     reader = _native.compiled().TokenReader(
-        tables.plan, *sizes, *tables.where, [False] * 2, [[], []]
+        tables.plan, *sizes, *tables.where, [False] * 2, [[], []], []
     )
-    ids, columns = some_ids(VOCAB, 1), some_ids(VOCAB, 4)
-    out = bytearray(2 * spec.columns * 64 * 4)
+    ids, columns = TokenIds(some_ids(VOCAB, 1)), some_ids(VOCAB, 4)
+    _native.compiled().know_tensors(TokenIds, TokenIds.KINDS, lambda: False, None)
 
     def call() -> object:
         assert tables  # which the reader has addresses of
         place = [at(columns), at(columns) + 8 * (spec.order - 1), 4, 8, 1, 1, 0]
         cursor = _native.compiled().Cursor(1, place, [])
-        answer = reader.read(at(ids), 1, out, cursor, True)
-        assert answer == 2, answer
-        return answer
+        rows = reader.read_scoped(ids, cursor)
+        assert rows is not None
+        return rows
 
     return call
 

@@ -22,6 +22,7 @@ from engraphy import HashSpec, VocabMap, _native
 from engraphy.addresses.addresser import Addresser
 from engraphy.rows import RowFormat, read
 from engraphy.store import CacheStore, RamStore
+from tests.tools.guard_kernels import TokenIds
 
 SPECS = (
     HashSpec.demo((1, 4), (2, 3), 3, 101, vocab_size=40, pad_id=0),
@@ -121,17 +122,19 @@ def one_by_one(
     """The same tokens through a cursor, over ids that are there already."""
     layers, batch = len(expected), len(columns_BN)
     count, before = columns_BN.shape[1], addresser.spec.order - 1
-    out = bytearray(4 * sum(values.size for values in expected) // (count - before))
     with _native.forced(level):
         core = _native.core
         sizes = fmt.kind, fmt.d, 1.0, fmt.row_bytes
-        reader = core.TokenReader(addresser.plan, *sizes, *where, [0] * layers, [[]] * layers)
+        files = [0] * layers, [[]] * layers, []
+        reader = core.TokenReader(addresser.plan, *sizes, *where, *files)
+        core.know_tensors(TokenIds, TokenIds.KINDS, lambda: False, None)
         place = [_at(columns_BN), _at(columns_BN) + 8 * before, count, 8, count - before, 1, 0]
         cursor = core.Cursor(batch, place, [])
         for t in range(count - before):
-            ids_B = columns_BN[:, before + t].copy()
-            assert reader.read(_at(ids_B), batch, out, cursor, True) == 2
-            found_LBE = np.frombuffer(out, np.float32).reshape(layers, batch, -1)
+            rows = reader.read_scoped(TokenIds(columns_BN[:, before + t].copy()), cursor)
+            cursor.advance()
+            assert rows is not None
+            found_LBE = np.frombuffer(rows, np.float32).reshape(layers, batch, -1)
             for found_BE, values in zip(found_LBE, expected, strict=True):
                 values_BTE = values.reshape(batch, count - before, -1)
                 np.testing.assert_array_equal(found_BE, values_BTE[:, t])

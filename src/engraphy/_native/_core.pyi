@@ -5,7 +5,8 @@ keeps the arrays alive during the call. A kernel releases the GIL while it works
 too little for that (`Unlocked` in bind.hpp). Functions raise ValueError if sizes are invalid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 def levels() -> tuple[str, ...]:
     """Instruction sets that are compiled in and that this CPU runs, weakest first."""
@@ -290,7 +291,7 @@ class HashPlan:
 class BatchReader:
     """Rows of a chunk of tokens, for several layers.
 
-    It keeps its plan alive, not the tables.
+    It keeps its plan and the stores of `pins` alive, not the tables.
     """
 
     def __init__(
@@ -409,10 +410,20 @@ class ChunkFusion:
         from it.
         """
 
+def know_tensors(
+    tensor: type, dtypes: list[Any], is_grad_enabled: Callable[[], bool], exchange: Any
+) -> bool:
+    """Says how native calls may ask tensors where they lie.
+
+    tensor: torch.Tensor. dtypes: float32, float64, bfloat16, int64. exchange: the capsule with
+    DLPack's functions of the type, or None. Returns whether they are used; else the tensors' Python
+    methods are called.
+    """
+
 class FusePlan:
     """The part of a fusion layer that is the same for all tokens.
 
-    It keeps addresses: the caller keeps the weights alive, and makes a new plan if they move.
+    It keeps addresses, and the weights alive if `stand_on` was called.
     """
 
     def __init__(
@@ -465,15 +476,30 @@ class FusePlan:
         apart as the windows. Raises ValueError if batch is not positive or an array is missing.
         """
 
-    def fuse_next(
-        self, layer: int, batch: int, x: int, values: int, rows: bytearray, out: int, cursor: Cursor
-    ) -> bool:
+    kind: int  # read-only
+
+    def stand_on(
+        self,
+        empty: list[dict[Any, Any]],
+        entries: list[tuple[dict[str, Any], str, Any]],
+        weights: list[Any],
+    ) -> None:
+        """Says what the plan was made for.
+
+        empty: dictionaries that have nothing in them. entries: dictionaries, keys, and what they
+        have there or None. weights: tensors, which are now where the plan has them.
+        """
+
+    def holds(self) -> bool:
+        """Whether nothing has changed of what the plan was made for."""
+    def fuse_token(self, layer: int, x: Any, rows: bytearray, cursor: Cursor) -> Any:
         """`fuse` for the oldest token of a cursor that this layer has not seen: all are live, and
         no gate is wanted.
 
-        layer: index of the layer, in the cursor too. values: how many x has in all. rows: float32
-        [layers, B, E]. Returns False, without a change, if x, the layer and the cursor's columns do
-        not fit each other, or there is no such token, or no column for it.
+        layer: index of the layer, in the cursor too. x: tensor [B, 1, S, D]; with one stream also
+        [B, 1, D]. rows: float32 [layers, B, E]. Returns a new tensor. Returns None, without a
+        change, if the plan does not hold, gradients are enabled, x, the layer and the cursor's
+        columns do not fit each other, or there is no such token, or no column for it.
         """
 
 class Cursor:
@@ -494,21 +520,26 @@ class Cursor:
         are invalid.
         """
 
+    batch: int  # read-only
+
     def ready(self) -> bool:
-        """Whether there is a column for one more token, of ids and in each window."""
+        """Whether there is a column for one more token, of ids and in each window, and the cursor
+        has not been given up."""
     def tokens(self) -> int:
         """Ids that were written for each sequence, since the last `take`."""
     def has_windows(self) -> bool:
         """Whether there are columns for conv inputs, too."""
     def advance(self) -> None:
-        """Counts the next id of each sequence, which `TokenReader.read` has written."""
+        """Counts the next id of each sequence, which `TokenReader.read_scoped` has written."""
+    def end(self) -> None:
+        """Gives the cursor up: no native call takes it any more."""
     def take(self) -> list[int]:
         """How many columns were written since the last call: of ids, then of each window."""
 
 class TokenReader:
     """Rows of all layers for one token of each of a few sequences.
 
-    It keeps its plan alive, not the tables.
+    It keeps its plan and the stores of `pins` alive, not the tables.
     """
 
     def __init__(
@@ -523,24 +554,30 @@ class TokenReader:
         rows: Sequence[int],
         on_disk: Sequence[int],
         ends: Sequence[Sequence[int]],
+        pins: list[tuple[Any, Any]],
     ) -> None:
         """kind, d, scale, and for each layer shards, shard_rows and rows: as for `read_rows`.
         on_disk: for each layer, 1 if its rows may not be in memory. Then mincore is asked for each
         row. ends: for each layer, the addresses of the last bytes of the files behind its shards;
-        none if there are no files.
+        none if there are no files. pins: for each layer, its store and a weak reference to the
+        first of the shards; none if `read_pinned` is not used.
         """
 
-    def read(self, ids: int, batch: int, out: bytearray, cursor: Cursor, advance: bool) -> int:
-        """Writes rows as numbers to out: float32 [layers, batch, C * d], and the ids to the
-        cursor's next column. ids: int64 [batch], raw.
+    def read_pinned(self, ids: Any, cursor: Cursor) -> bytearray | None:
+        """Rows as numbers, float32 [layers, B, C * d]. Writes the ids to the cursor's next column,
+        and advances it. ids: tensor int64 [B, 1], raw.
 
-        Returns 0, without a change, if an id, in the past too, has no token or is outside the
-        vocabulary, if a row is not in memory, or if the cursor is not ready. Returns 2 if the files
-        that rows were read from were whole after the read; advances the cursor then, if `advance`
-        says so. Returns 1 if that is not sure: the last byte of one of them is zero, or a mapping
-        of the process was damaged (see `trust`). Then the caller finds out, and advances the
-        cursor.
+        Returns None, without a change, if a store has other shards (`MappedStore.pinned`), an id,
+        in the past too, has no token or is outside the vocabulary, a row is not in memory, the
+        cursor is not ready, or ids are no such tensor. Checks after the read that the files that
+        rows were read from are whole. If it is not sure, since the last byte of one of them is
+        zero, or a mapping of the process was damaged (see `trust`), the stores find out
+        (`MappedStore.check_memory`); raises what they raise.
         """
+
+    def read_scoped(self, ids: Any, cursor: Cursor) -> bytearray | None:
+        """The same without a look at the stores or their files. The caller has checked them, checks
+        them again, and then advances the cursor."""
 
     def trust(self, damages: int) -> None:
         """Says that `damage_count` was `damages`, and none of it met the files of this reader."""

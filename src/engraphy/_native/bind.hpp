@@ -29,6 +29,7 @@ void bind_guard(nanobind::module_ &m);
 void bind_hash(nanobind::module_ &m);
 void bind_pread(nanobind::module_ &m);
 void bind_rows(nanobind::module_ &m);
+void bind_tensor(nanobind::module_ &m);
 void bind_token(nanobind::module_ &m);
 void bind_update(nanobind::module_ &m);
 

@@ -34,10 +34,11 @@ struct Cursor {
     int64_t batch;
     CursorColumns ids;
     std::vector<CursorColumns> windows;  // of each layer; empty if their columns cannot be used
+    bool ended = false;                  // whether it was given up
 
     // Whether there is a column for one more token everywhere. A window may be behind the ids.
     bool ready() const {
-        bool all = ids.room > 0;
+        bool all = !ended && ids.room > 0;
         for (const CursorColumns &window : windows)
             all &= window.room > ids.written - window.written;
         return all;

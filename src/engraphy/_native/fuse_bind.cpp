@@ -1,19 +1,17 @@
 // The fusion layer for one token, from Python.
 #include <memory>
-#include <stdexcept>
 
 #include "bind.hpp"
 #include "cursor.hpp"
 #include "kernels.hpp"
+#include "plan.hpp"
+#include "premises.hpp"
+#include "tensor.hpp"
 
 namespace nb = nanobind;
 
 namespace engraphy {
 namespace {
-
-void require(bool condition, const char *message) {
-    if (!condition) throw std::invalid_argument(message);
-}
 
 // FusePlan as a Python object. It keeps addresses: the weights stay the caller's.
 class LayerPlan {
@@ -54,29 +52,54 @@ class LayerPlan {
         fuse_unlocked(batch, x, rows, window, inputs, stride, live, out, gate);
     }
 
-    // The next token of the cursor's sequences. False, without any change, if the cursor has no
-    // columns for it.
-    bool fuse_next(int layer, int64_t batch, uintptr_t x, int64_t values, nb::bytearray rows,
-                   uintptr_t out, Cursor &cursor) const {
-        if (layer < 0 || layer >= int(cursor.windows.size())) return false;
+    int kind() const { return int(plan_.kind); }
+    void stand_on(Premises premises) { premises_ = std::move(premises); }
+    const Premises &premises() const { return premises_; }
+
+    // x + update for the next token of the cursor's sequences. None, without any change, if that
+    // takes other steps.
+    nb::object fuse_token(int layer, nb::handle x, nb::bytearray rows, Cursor &cursor) const {
+        premises_.fetch();
+        TensorView in, to;
+        if (is_grad_enabled() || !is_plain_tensor(x.ptr()) || !view_of(x.ptr(), in) ||
+            !takes(in) || !fits(layer, in.sizes[0], cursor) || !premises_.hold())
+            return nb::none();
+        // To be overwritten. A model has just added its last block's output, so the code of a sum
+        // is in the caches; that of an empty tensor is not.
+        const nb::object out = x + x;
+        if (!view_of(out.ptr(), to) || to.values != in.values || to.kind != in.kind)
+            return nb::none();
+        const int64_t batch = in.sizes[0], layer_bytes = batch * plan_.width * sizeof(float);
+        require(int64_t(rows.size()) >= (layer + 1) * layer_bytes,
+                "rows must be those of all layers");
         CursorColumns &columns = cursor.windows[layer];
-        const int64_t size = plan_.streams * plan_.hidden;
-        if (batch != cursor.batch || batch > most_sequences || values != batch * size) return false;
-        if (columns.room < 1 || columns.written >= cursor.ids.written) return false;
-        if (plan_.taps && (columns.values != size || columns.wide != is_f64() ||
-                           columns.columns() != (plan_.taps - 1) * plan_.dilation))
-            return false;
-        const int64_t layer_bytes = batch * plan_.width * sizeof(float);
-        require(int64_t(rows.size()) >= (layer + 1) * layer_bytes, "rows must be those of all layers");
-        fuse(batch, x, (uintptr_t)rows.data() + layer * layer_bytes, columns.oldest, columns.next,
-             columns.stride, 0, out, 0);
+        fuse(batch, in.data, (uintptr_t)rows.data() + layer * layer_bytes, columns.oldest,
+             columns.next, columns.stride, 0, to.data, 0);
         columns.advance();
-        return true;
+        return out;
     }
 
   private:
     // More are left to a matrix product, which keeps weights in registers.
     static constexpr int64_t most_sequences = 8;
+
+    // Whether x is [B, 1, S, D], or [B, 1, D] with one stream, of the weights' type.
+    bool takes(const TensorView &x) const {
+        return int(x.kind) == int(plan_.kind) && x.dimensions >= 3 && x.sizes[1] == 1 &&
+               x.sizes[x.dimensions - 1] == plan_.hidden &&
+               x.values == x.sizes[0] * plan_.streams * plan_.hidden;
+    }
+
+    // Whether the cursor has a token that this layer has not seen, and columns for it.
+    bool fits(int layer, int64_t batch, const Cursor &cursor) const {
+        if (cursor.ended || batch != cursor.batch || batch > most_sequences) return false;
+        if (layer < 0 || layer >= int(cursor.windows.size())) return false;
+        const CursorColumns &columns = cursor.windows[layer];
+        if (columns.room < 1 || columns.written >= cursor.ids.written) return false;
+        return !plan_.taps ||
+               (columns.values == plan_.streams * plan_.hidden && columns.wide == is_f64() &&
+                columns.columns() == (plan_.taps - 1) * plan_.dilation);
+    }
 
     bool is_f64() const { return plan_.kind == FuseKind::f64; }
     int64_t stored() const {
@@ -101,14 +124,22 @@ class LayerPlan {
     }
 
     FusePlan plan_;
+    Premises premises_;
 };
+
+int traverse(PyObject *self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (!nb::inst_ready(self)) return 0;
+    return nb::inst_ptr<LayerPlan>(self)->premises().traverse(visit, arg);
+}
+PyType_Slot slots[] = {{Py_tp_traverse, (void *)traverse}, {0, nullptr}};
 
 }  // namespace
 
 void bind_fuse(nb::module_ &m) {
     using nb::arg;
     using Address = uintptr_t;
-    nb::class_<LayerPlan>(m, "FusePlan")
+    nb::class_<LayerPlan>(m, "FusePlan", nb::type_slots(slots))
         .def(nb::init<int, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, bool,
                       Address, Address, Address, Address, Address, Address, Address, Address>(),
              arg("kind"), arg("streams"), arg("hidden"), arg("width"), arg("taps"), arg("dilation"),
@@ -117,8 +148,15 @@ void bind_fuse(nb::module_ &m) {
              arg("conv"))
         .def("fuse", &LayerPlan::fuse, arg("batch"), arg("x"), arg("rows"), arg("window"),
              arg("inputs"), arg("stride"), arg("live"), arg("out"), arg("gate"))
-        .def("fuse_next", &LayerPlan::fuse_next, arg("layer"), arg("batch"), arg("x"),
-             arg("values"), arg("rows"), arg("out"), arg("cursor"));
+        .def("stand_on",
+             [](LayerPlan &self, nb::list empty, nb::list entries, nb::list weights) {
+                 self.stand_on(Premises(empty, entries, weights));
+             },
+             arg("empty"), arg("entries"), arg("weights"))
+        .def_prop_ro("kind", &LayerPlan::kind)
+        .def("holds", [](const LayerPlan &self) { return self.premises().hold(); })
+        .def("fuse_token", &LayerPlan::fuse_token, arg("layer"), arg("x"), arg("rows"),
+             arg("cursor"));
 }
 
 }  // namespace engraphy

@@ -28,6 +28,7 @@ NB_MODULE(_core, m) {
     engraphy::bind_hash(m);
     engraphy::bind_pread(m);
     engraphy::bind_rows(m);
+    engraphy::bind_tensor(m);
     engraphy::bind_token(m);
     engraphy::bind_update(m);
 }

@@ -18,6 +18,7 @@
 #include "guard.hpp"
 #include "kind.hpp"
 #include "plan.hpp"
+#include "tensor.hpp"
 
 namespace nb = nanobind;
 
@@ -39,11 +40,12 @@ class TokenReader {
   public:
     // on_disk: layers whose rows may not be in memory: it is asked for each of them, and `read`
     // does nothing unless all are. ends: of each layer, the last bytes of the files behind its
-    // shards; none if there are no files.
+    // shards; none if there are no files. pins: (store, weak reference to its first shard) of each
+    // layer, or none.
     TokenReader(const Plan &plan, const std::string &kind, int64_t d, float scale,
                 int64_t row_bytes, std::vector<uintptr_t> shards, std::vector<int64_t> shard_rows,
                 std::vector<int64_t> rows, std::vector<int64_t> on_disk,
-                std::vector<std::vector<uintptr_t>> ends)
+                std::vector<std::vector<uintptr_t>> ends, nb::list pins)
         : plan_(plan),
           d_(d),
           row_bytes_(row_bytes),
@@ -56,6 +58,7 @@ class TokenReader {
                     on_disk_.size() == layers && ends_.size() == layers,
                 "shards, shard_rows, rows, on_disk and ends must be those of the plan's layers");
         require(row_bytes > 0, "sizes must be positive");
+        for (nb::handle pin : pins) pins_.push_back({pin[0], pin[1]});
         for (size_t i = 0; i < layers; i++) {
             require(shards[i] && shard_rows[i] > 0 && rows[i] > 0,
                     "sizes must be positive, shards present");
@@ -69,29 +72,64 @@ class TokenReader {
     }
     TokenReader(const TokenReader &) = delete;
 
-    // What became of a token.
-    enum Answer { not_read, unsure, whole };
-
-    int read(uintptr_t ids, int64_t batch, nb::bytearray out, Cursor &cursor, bool advance) const {
-        const HashPlan &plan = plan_.sizes();
-        const int64_t count = batch * columns_, bytes = plan.layers * count * d_ * sizeof(float);
-        require(ids && batch > 0 && batch == cursor.batch && int64_t(out.size()) == bytes,
-                "ids and rows must be those of the cursor's sequences");
-        require(cursor.ids.columns() == plan.longest - 1, "the cursor must be of the plan's order");
-        if (!cursor.ready()) return not_read;
-        float *const rows = (float *)out.data();
+    // Rows of all layers for the next token of the cursor's sequences, float32 [layers, B, E]. None,
+    // without any change, if that takes other steps. `read_scoped` leaves it to the caller to
+    // advance the cursor.
+    nb::object read_scoped(nb::handle ids, const Cursor &cursor) const {
         Answer answer;
-        {
-            const Unlocked unlocked(waits_ ? INT64_MAX : bytes);
-            answer = read_rows((const int64_t *)ids, batch, cursor.ids, rows);
+        return read(ids, cursor, answer);
+    }
+
+    nb::object read_pinned(nb::handle ids, Cursor &cursor) {
+        std::vector<nb::object> pins;  // what is pinned stays mapped until the end of the call
+        pins.reserve(pins_.size());
+        for (const Pin &pin : pins_) {
+            pins.push_back(pin.store.attr(pinned_));
+            const nb::object &shards = pins.back();
+            if (!PyTuple_GET_SIZE(shards.ptr()) ||
+                !pin.first().is(PyTuple_GET_ITEM(shards.ptr(), 0)))
+                return nb::none();
         }
-        if (advance && answer == whole) cursor.ids.advance();
-        return answer;
+        if (pins.empty()) return nb::none();
+        Answer answer;
+        const nb::object rows = read(ids, cursor, answer);
+        if (rows.is_none()) return rows;
+        if (answer == unsure) {
+            const int64_t damages = damage_count();
+            for (const Pin &pin : pins_) pin.store.attr("check_memory")();
+            trust(damages);
+        }
+        cursor.ids.advance();
+        return rows;
     }
 
     void trust(int64_t damages) { trusted_ = damages; }
 
   private:
+    enum Answer { not_read, unsure, whole };
+    struct Pin { nb::object store, first; };  // first: a weak reference to its first shard
+
+    nb::object read(nb::handle ids, const Cursor &cursor, Answer &answer) const {
+        const HashPlan &plan = plan_.sizes();
+        TensorView view;
+        if (!is_plain_tensor(ids.ptr()) || !view_of(ids.ptr(), view) ||
+            view.kind != TensorKind::i64 || view.dimensions != 2 ||
+            view.sizes[0] != cursor.batch || view.sizes[1] != 1 || !cursor.ready())
+            return nb::none();
+        require(cursor.ids.columns() == plan.longest - 1, "the cursor must be of the plan's order");
+        const int64_t batch = cursor.batch;
+        const int64_t bytes = plan.layers * batch * columns_ * d_ * sizeof(float);
+        const nb::object rows = nb::steal(PyByteArray_FromStringAndSize(nullptr, bytes));
+        if (!rows) throw nb::python_error();
+        float *const out = (float *)PyByteArray_AS_STRING(rows.ptr());
+        {
+            const Unlocked unlocked(waits_ ? INT64_MAX : bytes);
+            answer = read_rows((const int64_t *)view.data, batch, cursor.ids, out);
+        }
+        if (answer == not_read) return nb::none();
+        return rows;
+    }
+
     Answer read_rows(const int64_t *token, int64_t batch, const CursorColumns &columns,
                      float *out) const {
         const HashPlan &plan = plan_.sizes();
@@ -156,6 +194,8 @@ class TokenReader {
     bool guarded_ = false;  // whether there are files
     std::atomic<int64_t> trusted_{-1};  // damages of the process, none of them to these files
     std::vector<RowsCall> tables_;
+    std::vector<Pin> pins_;
+    const nb::object pinned_ = nb::steal(PyUnicode_InternFromString("pinned"));
 };
 
 // Columns from Python: oldest, next, stride, bytes, room, values, wide.
@@ -177,16 +217,18 @@ void bind_token(nb::module_ &m) {
         .def("__init__",
              [](Cursor *self, int64_t batch, const Numbers &ids,
                 const std::vector<Numbers> &windows) {
-                 Cursor cursor = {batch, columns_of(ids), {}};
+                 Cursor cursor = {batch, columns_of(ids), {}, false};
                  require(batch > 0 && cursor.ids.next, "batch and columns must be present");
                  for (const Numbers &window : windows) cursor.windows.push_back(columns_of(window));
                  new (self) Cursor(std::move(cursor));
              },
              arg("batch"), arg("ids"), arg("windows"))
+        .def_ro("batch", &Cursor::batch)
         .def("ready", &Cursor::ready)
         .def("tokens", [](const Cursor &self) { return self.ids.written; })
         .def("has_windows", [](const Cursor &self) { return !self.windows.empty(); })
         .def("advance", [](Cursor &self) { self.ids.advance(); })
+        .def("end", [](Cursor &self) { self.ended = true; })
         .def("take", [](Cursor &self) {
             Numbers counts = {self.ids.written};
             self.ids.written = 0;
@@ -199,12 +241,12 @@ void bind_token(nb::module_ &m) {
     nb::class_<TokenReader>(m, "TokenReader")
         .def(nb::init<const Plan &, const std::string &, int64_t, float, int64_t,
                       std::vector<uintptr_t>, std::vector<int64_t>, std::vector<int64_t>,
-                      std::vector<int64_t>, std::vector<std::vector<uintptr_t>>>(),
+                      std::vector<int64_t>, std::vector<std::vector<uintptr_t>>, nb::list>(),
              nb::keep_alive<1, 2>(), arg("plan"), arg("kind"), arg("d"), arg("scale"),
              arg("row_bytes"), arg("shards"), arg("shard_rows"), arg("rows"), arg("on_disk"),
-             arg("ends"))
-        .def("read", &TokenReader::read, arg("ids"), arg("batch"), arg("out"), arg("cursor"),
-             arg("advance"))
+             arg("ends"), arg("pins"))
+        .def("read_pinned", &TokenReader::read_pinned, arg("ids"), arg("cursor"))
+        .def("read_scoped", &TokenReader::read_scoped, arg("ids"), arg("cursor"))
         .def("trust", &TokenReader::trust, arg("damages"));
 }
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,18 +14,33 @@ from torch.compiler import is_compiling
 
 from .. import _native
 from ..spec.layer import LayerSpec
+from .tensors import introduce_tensors
 
 if TYPE_CHECKING:
-    from .._native._core import Cursor, FusePlan
+    from .._native._core import FusePlan
 
 # Most sequences that are decoded natively. With more, a matrix product is faster, since it keeps
 # weights in registers.
 _MOST_SEQUENCES = 8
 _KINDS = (torch.float32, torch.float64, torch.bfloat16)  # as FuseKind in fuse.hpp
 
-
 Weights = Sequence[nn.Parameter | None]
-Key = list[Any]  # dtype of x; then address, dtype and strides of each weight
+
+
+class Parts(NamedTuple):
+    """What a fusion layer is made of.
+
+    Attributes:
+        weights: Key weight and bias, value weight and bias, query_norm, key_norm, conv_norm and
+            conv; None for those that the layer does not have.
+        entries: Where weights and projections are registered: dictionary, name, and what the
+            dictionary has there.
+        hooks: Dictionaries of hooks, all of them empty.
+    """
+
+    weights: Weights
+    entries: list[tuple[dict[str, Any], str, Any]]
+    hooks: list[dict[Any, Any]]
 
 
 class Columns(NamedTuple):
@@ -50,20 +65,21 @@ class TokenFuser:
 
     The plan is made with the first token, and again when weights have moved. A copy of the layer
     starts without a plan.
+
+    Attributes:
+        plan: The last one that was made. It checks by itself that it still holds.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         self._spec = spec
-        # What the plan was made for and the plan, exchanged as one: another thread that decodes in
-        # another dtype must not find one with the other.
-        self._made: tuple[Key, FusePlan | None] = ([], None)
+        self.plan: FusePlan | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFuser, (self._spec,)
 
     def __call__(
         self,
-        weights: Weights,
+        parts: Callable[[], Parts | None],
         x_B1SD: Tensor,
         rows_B1E: Tensor,
         live: Tensor | None,
@@ -73,8 +89,7 @@ class TokenFuser:
         """x + update for one token of each sequence, or None if the kernel cannot do it.
 
         Args:
-            weights: key weight and bias, value weight and bias, query_norm, key_norm, conv_norm and
-                conv; None for those that the layer does not have.
+            parts: As in `renewed`.
             x_B1SD: Hidden states; [B, 1, D] is accepted for one stream.
             rows_B1E: Rows, of a float dtype other than float64.
             live: bool [B, 1]; None = all positions are live.
@@ -83,8 +98,8 @@ class TokenFuser:
         """
         if _native.core is None or not self._accepts(x_B1SD, len(rows_B1E)):
             return None
-        plan = self._plan(weights, x_B1SD.dtype)
-        if plan is None:
+        plan = self.renewed(parts)
+        if plan is None or plan.kind != _KINDS.index(x_B1SD.dtype):
             return None
         if rows_B1E.dtype is torch.float64:
             return None
@@ -105,52 +120,23 @@ class TokenFuser:
         )
         return out_B1SD
 
-    def next(
-        self, weights: Weights, x_B1SD: Tensor, rows: bytearray, cursor: Cursor, index: int
-    ) -> Tensor | None:
-        """x + update for the next token of a cursor's sequences, or None if the kernel cannot do
-        it. Arguments as in `EngramLayer.decode_next`, weights as above.
-        """
-        if _native.core is None or is_grad_enabled() or is_compiling():
-            return None
-        if type(x_B1SD) is not Tensor or not x_B1SD.is_cpu or not x_B1SD.is_contiguous():
-            return None
-        shape = x_B1SD.shape
-        if shape[1] != 1 or shape[-1] != self._spec.hidden_size:
-            return None
-        plan = self._plan(weights, x_B1SD.dtype)
-        if plan is None:
-            return None
-        # To be overwritten. A model has just added its last block's output, so the code of a sum is
-        # in the caches; that of an empty tensor is not.
-        out_B1SD = x_B1SD + x_B1SD
-        done = plan.fuse_next(
-            index,
-            shape[0],
-            x_B1SD.data_ptr(),
-            x_B1SD.numel(),
-            rows,
-            out_B1SD.data_ptr(),
-            cursor,
-        )
-        return out_B1SD if done else None
+    def renewed(self, parts: Callable[[], Parts | None]) -> FusePlan | None:
+        """The plan for the weights where they are now; None if the kernel cannot use them.
 
-    def _plan(self, weights: Weights, dtype: torch.dtype) -> FusePlan | None:
-        """The plan for these weights where they are now; None if the kernel cannot use them."""
-        made_for: Key = [dtype]
-        for weight in weights:
-            if weight is not None:
-                made_for += (weight.data_ptr(), weight.dtype, weight.stride())
-        key, plan = self._made
-        if key != made_for:
-            plan = self._new_plan(_native.compiled().FusePlan, weights, dtype)
-            self._made = made_for, plan
+        Args:
+            parts: Returns the layer's parts, or None if something else computes `forward`.
+        """
+        plan = self.plan
+        if plan is None or not plan.holds():
+            found = parts()
+            plan = self.plan = None if found is None else self._new_plan(found)
         return plan
 
     def _accepts(self, x: Tensor, batch: int) -> bool:
         spec = self._spec
         return (
             not is_grad_enabled()
+            and x.dtype in _KINDS
             and 0 < batch <= _MOST_SEQUENCES
             and not is_compiling()
             and x.shape[:: x.ndim - 1] == (batch, spec.hidden_size)
@@ -160,19 +146,18 @@ class TokenFuser:
             and x.is_contiguous()
         )
 
-    def _new_plan(
-        self, make: type[FusePlan], weights: Weights, dtype: torch.dtype
-    ) -> FusePlan | None:
+    def _new_plan(self, parts: Parts) -> FusePlan | None:
         """A plan for these weights; None if the kernel cannot use them."""
-        if dtype not in _KINDS:
+        weights = [weight for weight in parts.weights if weight is not None]
+        dtype = weights[0].dtype
+        if dtype not in _KINDS or not all(_is_plain(weight, dtype) for weight in weights):
             return None
-        if not all(weight is None or _is_plain(weight, dtype) for weight in weights):
-            return None
+        introduce_tensors()
         spec = self._spec
         eps = spec.eps
         if eps is None:
             eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        return make(
+        plan = _native.compiled().FusePlan(
             _KINDS.index(dtype),
             spec.streams,
             spec.hidden_size,
@@ -182,8 +167,10 @@ class TokenFuser:
             eps,
             spec.conv_eps,
             spec.unit_offset,
-            *[0 if weight is None else weight.data_ptr() for weight in weights],
+            *[0 if weight is None else weight.data_ptr() for weight in parts.weights],
         )
+        plan.stand_on(parts.hooks, parts.entries, weights)
+        return plan
 
 
 def _is_plain(weight: nn.Parameter, dtype: torch.dtype) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..spec.layer import LayerSpec
 from . import chunk, plain, presets
 from .checks import check_call, watched
-from .decode import Columns, TokenFuser, Weights
+from .decode import Columns, Parts, TokenFuser
 from .op import fuse
 from .plain import Formula, Norms, Past
 from .projection import Projection
@@ -197,10 +197,7 @@ class EngramLayer(nn.Module):
             x + update. None if the caller has to use `forward`: the kernel needs x and weights of
             one dtype (float32, float64 or bfloat16), on the CPU, without gradients and hooks.
         """
-        weights = self._weights()
-        if weights is None:
-            return None
-        return self._fuser(weights, x_B1SD, rows_B1E, live, columns, gate_B1S)
+        return self._fuser(self._parts, x_B1SD, rows_B1E, live, columns, gate_B1S)
 
     def decode_next(
         self, x_B1SD: Tensor, rows: bytearray, cursor: Cursor, index: int
@@ -217,29 +214,33 @@ class EngramLayer(nn.Module):
         Returns:
             x + update. None, without any change, if the caller has to use `decode` or `forward`.
         """
-        weights = self._weights()
-        return None if weights is None else self._fuser.next(weights, x_B1SD, rows, cursor, index)
+        plan = self._fuser.plan
+        if plan is not None:
+            out = plan.fuse_token(index, x_B1SD, rows, cursor)
+            if out is not None:
+                return out
+        renewed = self._fuser.renewed(self._parts)
+        if renewed is None or renewed is plan:
+            return None
+        return renewed.fuse_token(index, x_B1SD, rows, cursor)
 
-    def _weights(self) -> Weights | None:
-        """Whatever the native kernel reads; None if something else computes `forward`."""
-        # Read from the dictionaries: attributes of an nn.Module take longer than the kernel.
-        own = self._parameters
+    def _parts(self) -> Parts | None:
+        """What `forward` uses; None if something else computes it."""
         key: Any = self._modules["key"]
         value: Any = self._modules["value"]
-        if not (_is_plain(self) and _is_plain(key) and _is_plain(value)):
+        modules = (self, key, value)
+        if not all(_is_plain(module) for module in modules):
             return None
-        keys = key._parameters
-        values = value._parameters
-        return (
-            keys["weight"],
-            keys.get("bias"),
-            values["weight"],
-            values.get("bias"),
-            own["query_norm"],
-            own["key_norm"],
-            own.get("conv_norm"),
-            own.get("conv"),
-        )
+        entries = [(self._modules, "key", key), (self._modules, "value", value)]
+        for module, names in (
+            (key, ("weight", "bias")),
+            (value, ("weight", "bias")),
+            (self, ("query_norm", "key_norm", "conv_norm", "conv")),
+        ):
+            own = module._parameters
+            entries += [(own, name, own.get(name)) for name in names]
+        weights = [entry for _, _, entry in entries[2:]]
+        return Parts(weights, entries, [hooks for module in modules for hooks in _hooks(module)])
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], preset: str, **sizes: Any) -> EngramLayer:
@@ -272,11 +273,15 @@ def _is_plain(part: nn.Module) -> bool:
     """False if a subclass, another projection or a hook may change what `forward` computes."""
     if type(part) is not EngramLayer and type(part) is not Projection:
         return False
-    return not (
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
+    return not any(_hooks(part))
+
+
+def _hooks(part: nn.Module) -> tuple[dict[Any, Any], ...]:
+    return (
+        part._forward_hooks,
+        part._forward_pre_hooks,
+        part._backward_hooks,
+        part._backward_pre_hooks,
     )
 
 

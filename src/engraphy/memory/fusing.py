@@ -6,7 +6,9 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from .. import _native
 from ..fusion.layer import EngramLayer
 from .lookup import Lookup, TokenLookup, reordered
 
@@ -20,7 +22,7 @@ def fuse_next(block: nn.Module, index: int, x: Tensor, lookup: TokenLookup) -> T
         x: [B, 1, S, D] or [B, 1, D].
         lookup: of this token.
     """
-    if type(block) is not EngramLayer or not lookup.state.is_at(lookup.cursor):
+    if type(block) is not EngramLayer or _native.core is None or is_compiling():
         return None
     return block.decode_next(x, lookup.values, lookup.cursor, index)
 

@@ -208,10 +208,6 @@ class SequenceState:
         self._cursor = core.Cursor(self.batch, ids, usable)
         return self._cursor
 
-    def is_at(self, cursor: Cursor) -> bool:
-        """Whether the cursor has not been given up."""
-        return self._cursor is cursor
-
     def _count_cursor(self) -> None:
         """Counts what was written through the cursor."""
         if self._cursor is None:
@@ -228,7 +224,9 @@ class SequenceState:
     def _give_up_cursor(self) -> None:
         """Before ids or windows are used in another way."""
         self._count_cursor()
-        self._cursor = None
+        if self._cursor is not None:
+            self._cursor.end()
+            self._cursor = None
 
     def _give_up_windows(self) -> None:
         """Gives up a cursor that has windows, before one is used in another way. A cursor over ids

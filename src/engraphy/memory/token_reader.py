@@ -12,18 +12,16 @@ context manager, and takes no lock.
 from __future__ import annotations
 
 import time
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .. import _native
 from ..addresses.addresser import Addresser
 from ..errors import StoreError, TableError
+from ..fusion.tensors import introduce_tensors
 from ..rows.read import addresses
-from ..store.base import ReadingAll, Shards
+from ..store.base import ReadingAll
 from ..store.group import StoreGroup
 from ..store.mapped import MappedStore
 from ..store.mapping import ends_of
@@ -34,10 +32,6 @@ from .state import SequenceState
 if TYPE_CHECKING:
     from .._native._core import Cursor
     from .._native._core import TokenReader as NativeReader
-
-# What the native call says (`TokenReader.read` in `_native/_core.pyi`).
-_NOT_READ = 0
-_UNSURE = 1
 
 
 class TokenReader:
@@ -58,9 +52,8 @@ class TokenReader:
         self._prefetcher = prefetcher
         self._layers = addresser.spec.layer_ids
         self._stores = [stores[layer] for layer in addresser.spec.layer_ids]
-        # Rows of one layer, and bytes of the rows of all layers as numbers, for one sequence.
         self._layer_rows = addresser.spec.columns
-        self._bytes = len(self._stores) * self._layer_rows * stores.format.d * 4
+        self._most = FEW_ROWS // (len(self._stores) * self._layer_rows)  # sequences
         # For the shards of the last call; keeps none of them alive.
         self._known: _Native | None = None
 
@@ -72,67 +65,54 @@ class TokenReader:
             steps: rows are not in memory now, an id has no token or is out of range, a document
             begins within the look-back, there are many sequences, or there is an error.
         """
-        batch = state.batch
-        rows = batch * self._layer_rows
-        if not 0 < rows * len(self._stores) <= FEW_ROWS or self._prefetcher.closed:
+        if not 0 < state.batch <= self._most or self._prefetcher.closed:
             return None
-        if ids_B1.dtype is not torch.int64 or not ids_B1.is_cpu or not ids_B1.is_contiguous():
+        cursor = state.cursor()
+        if cursor is None:
             return None
         try:
-            lookup = self._read_pinned(ids_B1, state, rows)
-            if lookup is None:
-                lookup = self._read_scoped(ids_B1, state, rows)
-            self._prefetcher.count_inline(rows * len(self._stores))
-            return lookup
-        except (_StepByStep, StoreError, TableError):
+            values = self._read_pinned(ids_B1, cursor)
+            if values is None:
+                values = self._read_scoped(ids_B1, cursor)
+        except (StoreError, TableError):
             return None  # if a store is closed or damaged, the separate steps raise the error
+        if values is None:
+            return None
+        self._prefetcher.count_inline(state.batch * self._layer_rows * len(self._stores))
+        return TokenLookup(self._layers, values, state, cursor)
 
-    def _read_pinned(self, ids_B1: Tensor, state: SequenceState, rows: int) -> TokenLookup | None:
-        """`read` from the shards of the last call. None if they are others now.
+    def _read_pinned(self, ids_B1: Tensor, cursor: Cursor) -> bytearray | None:
+        """Rows from the shards of the last call. None if they are others now.
 
         The native call checks the files that it has read from. If it is not sure, the stores check
         all of theirs, before anything is handed out.
         """
         native = self._known
-        pinned = None if native is None else native.pinned()
-        if native is None or pinned is None:
+        if native is None:
             return None
         begun = time.perf_counter_ns()
-        cursor, values = self._place_for(state)
-        answer = native.reader.read(ids_B1.data_ptr(), state.batch, values, cursor, True)
-        if answer == _NOT_READ:
-            raise _StepByStep
-        if answer == _UNSURE:
-            damages = _native.compiled().damage_count()
+        values = native.reader.read_pinned(ids_B1, cursor)
+        if values is not None:
+            taken = time.perf_counter_ns() - begun
+            rows = cursor.batch * self._layer_rows
             for store in native.stores:
-                store.check_memory()
-            native.reader.trust(damages)
-            cursor.advance()
-        taken = time.perf_counter_ns() - begun
-        for store in native.stores:
-            store.count_token(rows, taken)
-        return TokenLookup(self._layers, values, state, cursor)
+                store.count_token(rows, taken)
+        return values
 
-    def _read_scoped(self, ids_B1: Tensor, state: SequenceState, rows: int) -> TokenLookup:
-        """`read` in the scopes of the stores, whatever they are. Leaving them checks all files."""
-        with ReadingAll(self._stores, rows) as shards:
-            native = self._reader_of(shards)
-            if native is None:
-                raise _StepByStep
-            cursor, values = self._place_for(state)
-            if not native.reader.read(ids_B1.data_ptr(), state.batch, values, cursor, False):
-                raise _StepByStep
-            damages = _native.compiled().damage_count()
+    def _read_scoped(self, ids_B1: Tensor, cursor: Cursor) -> bytearray | None:
+        """Rows in the scopes of the stores, whatever they are. Leaving them checks all files."""
+        try:
+            with ReadingAll(self._stores, cursor.batch * self._layer_rows) as shards:
+                native = self._reader_of(shards)
+                values = None if native is None else native.reader.read_scoped(ids_B1, cursor)
+                if native is None or values is None:
+                    raise _StepByStep
+                damages = _native.compiled().damage_count()
+        except _StepByStep:
+            return None
         native.reader.trust(damages)
         cursor.advance()
-        return TokenLookup(self._layers, values, state, cursor)
-
-    def _place_for(self, state: SequenceState) -> tuple[Cursor, bytearray]:
-        """Where to write ids and rows. Raises _StepByStep if ids have to be appended."""
-        cursor = state.cursor()
-        if cursor is None:
-            raise _StepByStep
-        return cursor, bytearray(state.batch * self._bytes)
+        return values
 
     def _reader_of(self, shards: list[Any]) -> _Native | None:
         """The native reader for these shards.
@@ -156,6 +136,7 @@ class TokenReader:
         # Shards of plain stores alone: the scopes of others do more, and check all of their files.
         plain = [store for store in stores if isinstance(store, MappedStore) and store.is_plain]
         is_plain = len(plain) == len(stores)
+        introduce_tensors()
         reader = core.TokenReader(
             self._addresser.plan,
             fmt.kind,
@@ -167,6 +148,9 @@ class TokenReader:
             [place.rows for place in places],
             [not store.in_memory for store in stores],
             [ends_of(shard) if is_plain else [] for shard in shards],
+            [(store, place.first) for store, place in zip(stores, places, strict=True)]
+            if is_plain
+            else [],
         )
         return _Native(reader, places, plain if is_plain else [])
 
@@ -175,36 +159,20 @@ class _StepByStep(Exception):
     """Raised to leave the scope of a read that one native call cannot do."""
 
 
-class _Native:
+class _Native(NamedTuple):
     """A native reader, and the shards of each layer that it was made for.
 
     Attributes:
         reader: The native reader.
+        places: Of the shards; they keep none of them alive.
         stores: The store of each layer if all are plain, else none.
     """
 
-    def __init__(self, reader: NativeReader, places: list[Any], stores: list[MappedStore]) -> None:
-        self.reader = reader
-        self.stores = stores
-        self._places = places  # of the shards; they keep none of them alive
-        self._firsts: list[tuple[MappedStore, weakref.ref[np.ndarray]]] = [
-            (store, place.first) for store, place in zip(stores, places, strict=False)
-        ]
+    reader: NativeReader
+    places: list[Any]
+    stores: list[MappedStore]
 
     def reads(self, shards: list[Any]) -> bool:
         """Whether it was made for these shards."""
-        pairs = zip(self._places, shards, strict=True)
+        pairs = zip(self.places, shards, strict=True)
         return all([place.first() is shard[0] for place, shard in pairs])
-
-    def pinned(self) -> list[Shards] | None:
-        """The shards of plain stores, mapped as long as the caller has them.
-
-        None if the stores are not plain, or have other shards than those it was made for.
-        """
-        pinned: list[Shards] = []
-        for store, first in self._firsts:
-            shards = store.pinned
-            if not shards or first() is not shards[0]:
-                return None
-            pinned.append(shards)
-        return pinned or None

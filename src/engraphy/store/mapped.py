@@ -18,6 +18,11 @@ class MappedStore(RowStore):
 
     A subclass implements `info`. If it is writable and its writes need more than the memory, it
     overrides `_writing` as well.
+
+    Attributes:
+        pinned: the read-only shards, which stay mapped while the caller has them; none once
+            closed. For a call that checks by itself that the files were whole (`ends_of`);
+            `check_memory` is for a call that could not.
     """
 
     def __init__(self, memory: Shards, watch: Watch | None = None) -> None:
@@ -25,8 +30,8 @@ class MappedStore(RowStore):
         super().__init__()
         self._watch = watch
         self._memory = tuple(memory)
-        self._readonly = tuple(shard.view() for shard in memory)
-        for shard in self._readonly:
+        self.pinned: Shards = tuple(shard.view() for shard in memory)
+        for shard in self.pinned:
             shard.flags.writeable = False
 
     def close(self) -> None:
@@ -34,25 +39,16 @@ class MappedStore(RowStore):
         # Memory is unmapped when the last array over it dies, so a reader in another thread
         # finishes undisturbed.
         self._memory = ()
-        self._readonly = ()
+        self.pinned = ()
 
     def _begin_read(self) -> tuple[Shards, None]:
         # Taken before the check: closing marks the store first and lets go of the memory then.
-        shards = self._readonly
+        shards = self.pinned
         if self._closed:
             self._check_open()
         if self._watch is not None:
             self._watch.before()
         return shards, None
-
-    @property
-    def pinned(self) -> Shards:
-        """The read-only shards, which stay mapped while the caller has them; none once closed.
-
-        For a call that checks by itself that the files were whole (`ends_of`); `check_memory` is
-        for a call that could not.
-        """
-        return self._readonly
 
     def check_memory(self) -> None:
         """Raises StoreError or ShardTruncated if memory that was read was damaged."""
