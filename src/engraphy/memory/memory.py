@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, overload
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from ..addresses.addresser import Addresser
 from ..addresses.vocab import VocabMap
@@ -238,9 +237,10 @@ class EngramMemory(nn.Module):
                 captured (tracing.py). The state is then unchanged.
             StoreError: the memory is closed.
         """
-        if not switch.is_disabled(self):
-            refuse_tracing(ids_BT)
-        return self.lookup_eagerly(ids_BT, state, live, starts, trace, present=present)
+        if switch.is_disabled(self):
+            return self._lookup_nothing(state, trace)
+        refuse_tracing(ids_BT)
+        return self._lookup(ids_BT, state, live, starts, trace, present)
 
     def lookup_eagerly(
         self,
@@ -253,16 +253,33 @@ class EngramMemory(nn.Module):
         present: Tensor | None = None,
     ) -> Lookup:
         """`lookup` for a host that has refused to be traced, and is not compiled itself."""
-        self._check_open()
         if switch.is_disabled(self):
-            return lookup_nothing(state, trace)
-        check_chunk(self, ids_BT, state)
-        plain = live is starts is trace is present is None
-        if state is not None and plain and ids_BT.shape[1] == 1 and not torch.is_grad_enabled():
-            found = self._tokens.read(ids_BT, state)
+            return self._lookup_nothing(state, trace)
+        return self._lookup(ids_BT, state, live, starts, trace, present)
+
+    def _lookup(
+        self,
+        ids_BT: Tensor,
+        state: SequenceState | None,
+        live: Tensor | None,
+        starts: Tensor | None,
+        trace: Trace | None,
+        present: Tensor | None,
+    ) -> Lookup:
+        plain = live is None and starts is None and trace is None and present is None
+        plain = plain and type(ids_BT) is Tensor and ids_BT.shape[1:] == (1,)
+        if plain and state is not None and not is_grad_enabled():
+            # Refuses whatever the steps below refuse.
+            found = self._tokens.read(ids_BT, state.bind(self._order, self._windows))
             if found is not None:
                 return found
+        self._check_open()
+        check_chunk(self, ids_BT, state)
         return lookup_chunk(self, ids_BT, state, live, starts, trace, present)
+
+    def _lookup_nothing(self, state: SequenceState | None, trace: Trace | None) -> Lookup:
+        self._check_open()
+        return lookup_nothing(state, trace)
 
     def add_row_grad(self, entry: RowGrad) -> None:
         """Appends a gradient to `row_grads`, and warns if nothing drains them (grads.py)."""
