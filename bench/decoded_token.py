@@ -144,7 +144,8 @@ def with_probe(subject: Subject, rest: Rest, probe: Probe, tokens: Tokens, ahead
     """One token with the C probe in the place of the memory."""
     memory = subject.memory
     stores = list(memory.stores.values())
-    tables = np.array([store.pinned[0].ctypes.data for store in stores], np.uint64)  # pyright: ignore
+    shards: list[Any] = [store.pinned[0] for store in stores]  # pyright: ignore
+    tables = np.array([shard.ctypes.data for shard in shards], np.uint64)
     columns = memory.config.hash.columns
     ids = np.stack([subject.ids.integers(0, store.info.rows, columns) for store in stores])
     row_bytes = memory.format.row_bytes

@@ -1,20 +1,18 @@
-// The fusion layer for a chunk, forward and backward, compiled once per instruction set (kernels.hpp
-// says what that forbids).
+// The fusion layer for a chunk, forward and backward, compiled once per instruction set
+// (kernels.hpp says what that forbids).
 //
-// One pass over the tokens of a piece each way. What a token's stream needs of its neighbours is one
-// number each: a conv input is (gate * factor of the conv's norm) * value * conv_norm, so it is
+// One pass over the tokens of a piece each way. What a token's stream needs of its neighbours is
+// one number each: a conv input is (gate * factor of the conv's norm) * value * conv_norm, so it is
 // never stored. A piece computes its neighbours' numbers again; nothing depends on the threads.
 #include <stdint.h>
 #include <string.h>
 
 #include "chunk.hpp"
+#include "gate.hpp"
 #include "kernels.hpp"
-#include "vectors.hpp"
 
 namespace engraphy::ENGRAPHY_LEVEL {
 namespace {
-
-constexpr double gate_floor = 1e-6;
 
 // X and P are the types of the hidden states and of the projections.
 template <class X, class P, class F> struct View {
@@ -26,7 +24,9 @@ template <class X, class P, class F> struct View {
     int64_t first(int64_t b, int64_t t) const { return c.first[token(b, t)]; }
     const X *x(int64_t n) const { return (const X *)c.x + n * c.hidden; }
     const P *key(int64_t n) const { return (const P *)c.key + n * c.hidden; }
-    const P *value(int64_t b, int64_t t) const { return (const P *)c.value + token(b, t) * c.hidden; }
+    const P *value(int64_t b, int64_t t) const {
+        return (const P *)c.value + token(b, t) * c.hidden;
+    }
     F &gate(int64_t n) const { return ((F *)c.gate)[n]; }
     F *stats(int64_t n) const { return (F *)c.stats + n * stats_of_a_stream; }
     const F *scale(int64_t s) const { return (const F *)c.scale + s * c.hidden; }
@@ -54,20 +54,7 @@ template <class X, class P, class F> struct View {
     F input_factor(int64_t n) const { return gate(n) * stats(n)[3]; }
 };
 
-template <class F> F rstd(F squares, int64_t hidden, double eps) {
-    return 1 / root_of(squares / hidden + (F)eps);
-}
-
 template <class F> F absolute(F x) { return x < 0 ? -x : x; }
-
-template <class P, class F> F squares_of(const P *values, int64_t hidden) {
-    Vector<F> sum = {};
-    along<F>(hidden, [&](int64_t i, auto part) {
-        const Vector<F> value = load(values + i, part);
-        sum += value * value;
-    });
-    return total<F>(sum);
-}
 
 // The numbers of one stream of a token: its gate and stats.
 template <class F> struct Numbers {
@@ -89,12 +76,10 @@ Numbers<F> numbers_of(const View<X, P, F> &v, int64_t b, int64_t t, int64_t s, F
         key_squares += k * k;
     });
     Numbers<F> out;
-    out.query = rstd(total<F>(x_squares), c.hidden, c.eps);
-    out.key = rstd(total<F>(key_squares), c.hidden, c.eps);
-    out.u = total<F>(dot) * out.query * out.key / root_of((F)c.hidden);
-    const F size = absolute(out.u);
-    const F root = root_of(size < (F)gate_floor ? (F)gate_floor : size);  // a NaN stays one
-    out.gate = 1 / (1 + exp_of(out.u > 0 ? -root : out.u < 0 ? root : root * 0));
+    out.query = rstd(total(x_squares), c.hidden, c.eps);
+    out.key = rstd(total(key_squares), c.hidden, c.eps);
+    out.u = total(dot) * out.query * out.key / root_of((F)c.hidden);
+    out.gate = gate_of(out.u);
     out.conv = c.taps ? rstd(out.gate * out.gate * value_squares, c.hidden, c.conv_eps) : 0;
     return out;
 }
@@ -212,7 +197,7 @@ template <class X, class P, class F> void forward_piece(const Chunk &c, int64_t 
     Taps<P, F> taps;
     for (int64_t t = warm; t < end; t++) {
         const bool live = v.live(b, t);
-        const F squares = live && c.taps ? squares_of<P, F>(v.value(b, t), c.hidden) : 0;
+        const F squares = live && c.taps ? squares_of(v.value(b, t), c.hidden) : 0;
         for (int64_t s = 0; s < c.streams; s++) {
             Numbers<F> numbers = {};
             if (live) numbers = numbers_of(v, b, t, s, squares);
@@ -366,8 +351,9 @@ F value_back(const Backward<X, P, F> &w, int64_t t, int64_t s, Later<F> &later) 
             out_dot += load(out_grad + i, part) * load(value + i, part);
         });
     }
-    const F q_sum = total<F>(q_dot);
-    // The conv's norm is of gate * value: the gate scales it, so it gets a gradient through eps only.
+    const F q_sum = total(q_dot);
+    // The conv's norm is of gate * value: the gate scales it, so it gets a gradient through eps
+    // only.
     const F cube = factor * factor * factor;
     const F along_value = cube * gate * gate * q_sum / c.hidden;
     along<F>(c.hidden, [&](int64_t i, auto part) {
@@ -375,7 +361,7 @@ F value_back(const Backward<X, P, F> &w, int64_t t, int64_t s, Later<F> &later) 
         if (c.taps) grad += load(w.q + i, part) * factor - load(value + i, part) * along_value;
         store(w.value + i, load(w.value + i, part) + grad * gate, part);
     });
-    return total<F>(out_dot) + (F)c.conv_eps * cube * q_sum;
+    return total(out_dot) + (F)c.conv_eps * cube * q_sum;
 }
 
 // Gradients of x, key and scale from that of the gate.

@@ -28,8 +28,8 @@ void arm_guard();
 void keep_guard_armed();
 
 // Whether the byte shows that its file was not cut. No matter where a file is cut, its last byte is
-// gone, which is a fault that counts as damage, or zero. A byte that is zero shows nothing: then the
-// file's size has to be asked for.
+// gone, which is a fault that counts as damage, or zero. A byte that is zero shows nothing: then
+// the file's size has to be asked for.
 inline bool ends_whole(uintptr_t last_byte) { return *(const volatile uint8_t *)last_byte != 0; }
 
 }  // namespace engraphy

@@ -12,8 +12,8 @@ namespace nb = nanobind;
 namespace engraphy {
 namespace {
 
-// The last bytes of guarded files. Files that were unmapped since are left out: the GIL is kept, and
-// `unguard` comes before.
+// The last bytes of guarded files. Files that were unmapped since are left out: the GIL is kept,
+// and `unguard` comes before.
 class FileEnds {
   public:
     FileEnds(const std::vector<int> &slots, const std::vector<uintptr_t> &last_bytes) {

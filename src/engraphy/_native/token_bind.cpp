@@ -72,8 +72,8 @@ class TokenReader {
     }
     TokenReader(const TokenReader &) = delete;
 
-    // Rows of all layers for the next token of the cursor's sequences, float32 [layers, B, E]. None,
-    // without any change, if that takes other steps. `read_scoped` leaves it to the caller to
+    // Rows of all layers for the next token of the cursor's sequences, float32 [layers, B, E].
+    // None, without any change, if that takes other steps. `read_scoped` leaves it to the caller to
     // advance the cursor.
     nb::object read_scoped(nb::handle ids, const Cursor &cursor) const {
         Answer answer;

@@ -11,6 +11,11 @@ namespace engraphy::ENGRAPHY_LEVEL {
 
 struct Bf16 { uint16_t bits; };
 
+// The type that values of type S are computed with.
+template <class S> struct Computed { typedef S Type; };
+template <> struct Computed<Bf16> { typedef float Type; };
+template <class S> using Wide = typename Computed<S>::Type;
+
 inline int32_t as_int(float value) { return __builtin_bit_cast(int32_t, value); }
 inline float wide(float x) { return x; }
 inline double wide(double x) { return x; }
@@ -52,7 +57,9 @@ inline Vector<float> load(const Bf16 *from, Part part) {
     return to;
 }
 
-template <class F> inline void store(F *to, Vector<F> from, Whole) { memcpy(to, &from, sizeof(from)); }
+template <class F> inline void store(F *to, Vector<F> from, Whole) {
+    memcpy(to, &from, sizeof(from));
+}
 template <class F> inline void store(F *to, Vector<F> from, Part part) {
     for (int i = 0; i < part.count; i++) to[i] = from[i];
 }
@@ -74,6 +81,9 @@ inline void store(Bf16 *to, Vector<float> from, Part part) {
 }
 
 // As the values would be after they were stored as S and loaded again.
+inline float rounded(float from, const float *) { return from; }
+inline double rounded(double from, const double *) { return from; }
+inline float rounded(float from, const Bf16 *) { return wide(Bf16{bf16_of(bits_of(from))}); }
 inline Vector<float> rounded(Vector<float> from, const float *) { return from; }
 inline Vector<double> rounded(Vector<double> from, const double *) { return from; }
 inline Vector<float> rounded(Vector<float> from, const Bf16 *) {
@@ -88,30 +98,60 @@ inline __attribute__((always_inline)) void along(int64_t size, const Body &body)
     if (i < size) body(i, Part{int(size - i)});
 }
 
-template <class F> inline F total(Vector<F> values) {
-    F sum = 0;
-    for (int i = 0; i < lanes<F>; i++) sum += values[i];
-    return sum;
+// The sum of a vector, half by half: the compiler would add its lanes one after the other.
+template <class F, int bytes> struct Sized { typedef F Type __attribute__((vector_size(bytes))); };
+inline double total(Sized<double, 16>::Type v) { return v[0] + v[1]; }
+inline float total(Sized<float, 16>::Type v) {
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    return v[0] + v[1];
+}
+#if ENGRAPHY_LANES >= 4
+inline double total(Sized<double, 32>::Type v) {
+    return total(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
+}
+inline float total(Sized<float, 32>::Type v) {
+    return total(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                 __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+#endif
+#if ENGRAPHY_LANES >= 8
+inline double total(Sized<double, 64>::Type v) {
+    return total(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                 __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+inline float total(Sized<float, 64>::Type v) {
+    return total(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#endif
+
+template <class S> inline Wide<S> squares_of(const S *values, int64_t size) {
+    Vector<Wide<S>> sum = {};
+    along<Wide<S>>(size, [&](int64_t i, auto part) {
+        const Vector<Wide<S>> value = load(values + i, part);
+        sum += value * value;
+    });
+    return total(sum);
 }
 
 // Not those of <cmath>, for the reason in kernels.hpp.
 inline float root_of(float x) { return __builtin_sqrtf(x); }
 inline double root_of(double x) { return __builtin_sqrt(x); }
-inline float exp_of(float x) { return __builtin_expf(x); }
 inline double exp_of(double x) { return __builtin_exp(x); }
 
-// e**x within 2 units in the last place; x is first cut to [-87, 88].
+// 2**n e**r, with |r| <= ln(2) / 2, where eight terms of the series are exact to a unit in the last
+// place; within 2 units of the true value.
 inline Vector<float> exp_of(Vector<float> x) {
-    const float most = 88, least = -87, log2_of_e = 1.44269504f;
-    const float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    const float to_integer = 12582912;  // 1.5 * 2**23: adding it leaves an integer in the low bits
+    const float most = 89, least = -104;  // the result is infinite above, 0 below
+    const float log2_of_e = 1.44269504f;
+    const float magic = 12582912;  // 1.5 * 2**23: its last bit stands for 1
+    const float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // n * ln2_high is exact
     const Vector<float> none = {};
     x = x > most ? none + most : x;  // a NaN stays one
     x = x < least ? none + least : x;
-    const Vector<float> shifted = x * log2_of_e + to_integer;
-    const Vector<float> power = shifted - to_integer;
-    const Vector<float> r = (x - power * ln2_high) - power * ln2_low;
-    // The Taylor series up to r**7 / 7!: |r| is at most ln(2) / 2.
+    const Vector<float> shifted = x * log2_of_e + magic;
+    const Vector<float> n = shifted - magic;
+    const Vector<float> r = (x - n * ln2_high) - n * ln2_low;
     Vector<float> sum = r * (1 / 5040.f) + 1 / 720.f;
     sum = sum * r + 1 / 120.f;
     sum = sum * r + 1 / 24.f;
@@ -119,9 +159,12 @@ inline Vector<float> exp_of(Vector<float> x) {
     sum = sum * r + 0.5f;
     sum = sum * r + 1;
     sum = sum * r + 1;
-    const Integers exponent = ((Integers)shifted - as_int(to_integer) + 127) << 23;
-    return sum * (Vector<float>)exponent;
+    // In two steps, since 2**n alone may be out of range.
+    const Integers power = (Integers)shifted - as_int(magic), half = power >> 1;
+    return sum * (Vector<float>)((half + 127) << 23) *
+           (Vector<float>)((power - half + 127) << 23);
 }
+inline float exp_of(float x) { return exp_of(Vector<float>{} + x)[0]; }
 inline Vector<double> exp_of(Vector<double> x) {
     for (int i = 0; i < lanes<double>; i++) x[i] = __builtin_exp(x[i]);
     return x;
