@@ -255,7 +255,7 @@ def against_others(probe: Probe, rounds: int) -> Iterator[Claim]:
         print(f"\n{kind} ids, {distinct / GRADS:.0%} of them distinct")
         for name, (median, error) in times.items():
             print(f"  {name:<36} {median * 1e3:8.1f} ms +- {error * 1e3:.1f}", end="")
-            print(f"   SparseAdam / this {times['SparseAdam'][0] / median:6.1f}", end="")
+            print(f" {times['SparseAdam'][0] / median:6.1f}x", end="")
             if name in optimizers:
                 share = times[f"{name}: limit"][0] / median
                 checked = times[f"{name}: limit, checked"][0] / median
