@@ -43,6 +43,7 @@ from engraphy.table import Table
 VOCAB = 49_152
 BLOCKS = 30
 TABLE_BYTES = 2 << 30
+SETTLING = 20  # seconds: a virtual machine's host joins new pages to large ones meanwhile
 FILE_ROWS = 100_000  # of a head, in mapped tables
 AHEAD = (0, 4096)  # bytes that the probe fetches ahead: the faster one is the limit
 HIDDEN = 576  # of the rest of the model
@@ -197,6 +198,7 @@ def ram_memory(hidden: int) -> EngramMemory:
             assert shards is not None
             for shard in shards:
                 shard[:] = 0x3C  # every page is touched; the values are 0.0115
+    time.sleep(SETTLING)
     return memory
 
 

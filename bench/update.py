@@ -263,7 +263,7 @@ def against_others(probe: Probe, rounds: int) -> Iterator[Claim]:
             print()
         for name, goal in (("RowAdam", 15.0), ("RowAdagrad", 20.0), ("RowNesterov", None)):
             found, error = ratio(times, "SparseAdam", name)
-            limit, _ = ratio(times, "SparseAdam", f"{name}: limit")
+            limit, _ = ratio(times, "SparseAdam", f"{name}: limit, checked")
             what = f"{name}, {kind} ids, beside SparseAdam"
             yield Claim(what, found, "x", goal, limit=limit, error=error)
         if "fbgemm row-wise Adagrad" in times:
