@@ -1,4 +1,7 @@
-"""The command `engraphy machine`: what this installation and this machine have to offer."""
+"""The command `engraphy machine`: what this installation and this machine have to offer.
+
+plan.py has the verbs about where a table may lie.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ from ..errors import EngraphyError
 from ..system import cpu
 from ..system.machine import free_memory, total_memory
 from .arguments import JSON
+from .plan import plan
 
-app = typer.Typer(no_args_is_help=True, help="What this machine has to offer.")
+app = typer.Typer(
+    no_args_is_help=True, help="What this machine has to offer, and whether a table's reads hide."
+)
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
 
 
-@app.callback()
-def main() -> None:
-    # Keeps the verb's name on the command line while there is one verb. No docstring: see app.py.
-    pass
+app.command()(plan)
 
 
 @app.command()

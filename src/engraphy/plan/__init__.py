@@ -1,0 +1,27 @@
+"""Says, before hardware is bought, whether a table's reads hide behind the blocks of a model.
+
+`plan` is the formula, `layout` has the sizes of a model's memory, and `TIERS` published figures of
+storage. Nothing here needs torch.
+"""
+
+from .hits import HIT_RATES, HitRates, hit_rates
+from .layouts import LAYOUTS, Layout, layout, layout_of_config
+from .planner import LayerPlan, Plan, plan
+from .tiers import TIERS, Batch, Tier, tier
+
+__all__ = [
+    "HIT_RATES",
+    "LAYOUTS",
+    "TIERS",
+    "Batch",
+    "HitRates",
+    "LayerPlan",
+    "Layout",
+    "Plan",
+    "Tier",
+    "hit_rates",
+    "layout",
+    "layout_of_config",
+    "plan",
+    "tier",
+]
