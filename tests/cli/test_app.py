@@ -30,7 +30,7 @@ def test_each_noun_has_its_verbs():
         "table": {"convert", "quantize", "verify", "compare", "stat", "sample"},
         "model": {"finetune", "generate"},
         "study": {"demo", "adapt"},
-        "machine": {"doctor", "plan"},
+        "machine": {"doctor", "plan", "probe"},
         "data": {"smollm2"},
     }
     for noun, expected in verbs.items():

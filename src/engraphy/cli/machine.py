@@ -21,7 +21,7 @@ from ..errors import EngraphyError
 from ..system import cpu
 from ..system.machine import free_memory, total_memory
 from .arguments import JSON
-from .plan import plan
+from .plan import plan, probe
 
 app = typer.Typer(
     no_args_is_help=True, help="What this machine has to offer, and whether a table's reads hide."
@@ -30,6 +30,7 @@ app = typer.Typer(
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
 
 
+app.command()(probe)
 app.command()(plan)
 
 

@@ -1,8 +1,9 @@
-"""The verb `engraphy machine plan`: where a table may lie, and what that costs."""
+"""The verbs `plan` and `probe` of `engraphy machine`: where a table may lie, and its cost."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,6 +13,8 @@ from rich.table import Table as Grid
 
 from ..plan import LAYOUTS, TIERS, HitRates, Plan, hit_rates, layout, tier
 from ..plan import plan as make_plan
+from ..plan.probe import SIZE, THREADS, Probe, measure
+from ..system.files import write_file
 from .arguments import JSON
 from .terminal import errors
 
@@ -66,6 +69,46 @@ def plan(
         console.print(_facts(planned, rates))
         console.print(_layers(planned))
         console.print(_verdict(planned))
+
+
+def probe(
+    path: Path = typer.Argument(
+        help="A file, which is read; or a folder, for a scratch file or for the table in it."
+    ),
+    gib: float = typer.Option(SIZE / 2**30, help="GiB of the scratch file."),
+    threads: int = typer.Option(THREADS, help="Reads under way at a time, at most."),
+    out: Path | None = typer.Option(
+        None, "--json", help="Write what was measured to this file, for machine plan --tier."
+    ),
+) -> None:
+    """Measure random reads of 4 KiB where a table lies, or may come to lie."""
+    with errors("the scratch file was removed"):
+        say = Console(stderr=True).print
+        found = measure(path, size=int(gib * 2**30), threads=threads, say=say)
+        if out is not None:
+            write_file(out, json.dumps(found.to_json(), indent=2) + "\n")
+        console = Console()
+        reader = "native" if found.native else "plain"
+        console.print(
+            f"{escape(found.path)}: {escape(found.file)} of {found.bytes / 2**30:.2f} GiB; "
+            f"{found.how}; {reader} reader, up to {found.threads} threads"
+        )
+        console.print(_batches(found))
+
+
+def _batches(found: Probe) -> Grid:
+    grid = Grid("reads a batch", "batches", "p50 ms", "p90 ms", "p99 ms", "reads/s", "MB/s")
+    for column in grid.columns:
+        column.justify = "right"
+    for item in found.batches:
+        grid.add_row(
+            f"{item.reads:,}",
+            f"{item.rounds:,}",
+            *(_ms(seconds) for seconds in (item.seconds, item.p90, item.p99)),
+            f"{item.rate:,.0f}",
+            f"{item.rate * 4096 / 1e6:,.1f}",
+        )
+    return grid
 
 
 def plan_values(planned: Plan, rates: HitRates | None) -> dict[str, Any]:
@@ -126,7 +169,9 @@ def _facts(planned: Plan, rates: HitRates | None) -> Grid:
         f"{shape} in {_time(planned.forward_seconds)}, {speed:,.0f} tokens/s, "
         f"{_time(planned.block_seconds)} a block",
     )
-    grid.add_row("cache", _cache_in_words(planned, rates))
+    grid.add_row("hit rate", _hit_rate_in_words(planned))
+    if rates is not None and planned.hit_rate_to_hide > 0.0:
+        grid.add_row("cache", _cache_in_words(planned, rates))
     return grid
 
 
@@ -141,20 +186,22 @@ def _token_in_words(planned: Plan) -> str:
     return f"{words}; at least {least} in {pages}, {_bytes(planned.token_bytes_mean)} on average"
 
 
-def _cache_in_words(planned: Plan, rates: HitRates | None) -> str:
+def _hit_rate_in_words(planned: Plan) -> str:
     needed = planned.hit_rate_to_hide
     if needed == 0.0:
-        return "none is needed: all reads hide"
-    words = f"reads hide from a hit rate of {needed:.1%} on; planned with {planned.hit_rate:.1%}"
-    if rates is None:
-        return words
-    size = rates.size_for(needed)
+        return "all reads hide without a cache"
+    return f"reads hide from a hit rate of {needed:.1%} on; planned with {planned.hit_rate:.1%}"
+
+
+def _cache_in_words(planned: Plan, rates: HitRates) -> str:
+    size = rates.size_for(planned.hit_rate_to_hide)
     if size is None:
         largest, best = rates.points[-1]
-        return f"{words}; no cache of {rates.name} hits so often: {_bytes(largest)} has {best:.1%}"
-    rows = planned.cached_rows(size)
+        return f"no cache of {rates.name} hits so often: {_bytes(largest)} has {best:.1%}"
+    url = f"cache={size // len(planned.layers) >> 20}MiB"
     return (
-        f"{words}; {_bytes(size)} ({rows:,} rows) hits {rates.rate_of(size):.1%} ({rates.source})"
+        f"{_bytes(size)} in all, {planned.cached_rows(size):,} rows, {url} in the URL of each layer: "
+        f"hits {rates.rate_of(size):.1%} ({escape(rates.source)})"
     )
 
 

@@ -1,12 +1,13 @@
 """Says, before hardware is bought, whether a table's reads hide behind the blocks of a model.
 
-`plan` is the formula, `layout` has the sizes of a model's memory, and `TIERS` published figures of
-storage. Nothing here needs torch.
+`plan` is the formula, `layout` has the sizes of a model's memory, `TIERS` published figures of
+storage, and `measure` takes those of a disk. Nothing here needs torch.
 """
 
 from .hits import HIT_RATES, HitRates, hit_rates
 from .layouts import LAYOUTS, Layout, layout, layout_of_config
 from .planner import LayerPlan, Plan, plan
+from .probe import Probe, Sizes, measure
 from .tiers import TIERS, Batch, Tier, tier
 
 __all__ = [
@@ -18,10 +19,13 @@ __all__ = [
     "LayerPlan",
     "Layout",
     "Plan",
+    "Probe",
+    "Sizes",
     "Tier",
     "hit_rates",
     "layout",
     "layout_of_config",
+    "measure",
     "plan",
     "tier",
 ]

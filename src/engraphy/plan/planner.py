@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import ConfigError
 from ..store.sets import WAYS, set_bytes
@@ -213,7 +214,7 @@ def _exposed(plan: Plan, hit_rate: float) -> float:
     return sum(layer.exposed for layer in _layers(plan, hit_rate))
 
 
-def _positive(name: str, value: object) -> float:
+def _positive(name: str, value: Any) -> float:
     if not is_number(value) or not 0 < value < math.inf:
         raise ConfigError(f"{name}: expected a positive number, found {value!r}")
     return float(value)

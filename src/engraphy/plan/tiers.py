@@ -48,8 +48,9 @@ class Tier:
         unit: Reads are of whole units of so many bytes: pages, cache lines. 0 = one read brings one
             row, whatever its bytes.
         latency: Seconds of one read, without others beside it.
-        rate: Reads a second with many under way; math.inf = no limit.
-        batches: What was measured, by size; latency and rate are then those of its ends.
+        rate: Units a second with many under way; math.inf = no limit.
+        batches: What was measured, by size. Then latency is that of the smallest batch, and rate
+            the best of all.
 
     Raises:
         ConfigError: A figure is not positive, or the batches do not ascend.
