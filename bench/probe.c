@@ -409,3 +409,8 @@ double probe_widen(const uint8_t *table, const int64_t *ids, int64_t count, int6
     Widen call = {table, ids, count, row_bytes, out_bytes, out, threads, ahead, second, stream};
     return run(threads, widen_share, &call);
 }
+
+// Keeps this thread busy for so long.
+void probe_spin(double seconds) {
+    for (const double end = now() + seconds; now() < end;) {}
+}

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 AHEAD = (4, 8, 16, 32)  # rows that are prefetched
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 PAGE = 4096
+_LATE = 4e-4  # seconds that a sleep may take too long
 
 
 class Probe:
@@ -70,6 +72,8 @@ class Probe:
         self._library.probe_map.argtypes = [address, long, long, long]
         self._library.probe_map.restype = address
         self._library.probe_unmap.argtypes = [address, long]
+        self._library.probe_spin.argtypes = [ctypes.c_double]
+        self._library.probe_spin.restype = None
         number = ctypes.c_float
         self._library.probe_update.argtypes = [address, long, address, long, address, long, number]
         self._library.probe_update.restype = ctypes.c_double
@@ -194,6 +198,16 @@ class Probe:
     def stream(self, address: int, size: int, ahead: int) -> float:
         """Reads memory once, and fetches so many bytes ahead."""
         return self._library.probe_stream(address, size, ahead)
+
+    def pause(self, seconds: float) -> None:
+        """Waits for so long, to some microseconds, without Python's lock.
+
+        The thread sleeps, and is busy for the last part, since a sleep ends late.
+        """
+        end = time.perf_counter() + seconds
+        if seconds > _LATE:
+            time.sleep(seconds - _LATE)
+        self._library.probe_spin(end - time.perf_counter())
 
     def pread(self, files_N: np.ndarray, offsets_N: np.ndarray, depth: int) -> float:
         """Reads one page at each offset, from the file with the same index, `depth` reads under

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from claims import Claim, median_and_error, write
+from delays import Delayed
 from probe import machine
 from transformers import DynamicCache, Qwen4ExpForCausalLM, Qwen4ExpTextConfig
 
@@ -40,25 +41,12 @@ from engraphy.spec.config import EngramConfig
 from engraphy.store import RamStore
 from engraphy.store.base import RowStore
 from engraphy.store.group import StoreGroup
-from engraphy.store.wrapper import WrapperStore
 
 VOCAB, PROMPT = 4096, 256
 BLOCKS_WITH_TABLE = (0, 2, 6)
 EMBEDDING = "the model's embedding"
 IN_BLOCK, AHEAD = "in the block", "ahead"
 CACHE = str(cache_argument(inspect.signature(Qwen4ExpForCausalLM.forward).parameters))
-
-
-class Delayed(WrapperStore):
-    """A store whose reads take longer by a fixed time, as those of another machine do."""
-
-    def __init__(self, store: RowStore, seconds: float) -> None:
-        super().__init__(store)
-        self._seconds = seconds
-
-    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
-        time.sleep(self._seconds)
-        super()._gather(ids_N, out_NR)
 
 
 class Copy:

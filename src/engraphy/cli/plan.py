@@ -200,8 +200,8 @@ def _cache_in_words(planned: Plan, rates: HitRates) -> str:
         return f"no cache of {rates.name} hits so often: {_bytes(largest)} has {best:.1%}"
     url = f"cache={size // len(planned.layers) >> 20}MiB"
     return (
-        f"{_bytes(size)} in all, {planned.cached_rows(size):,} rows, {url} in the URL of each layer: "
-        f"hits {rates.rate_of(size):.1%} ({escape(rates.source)})"
+        f"{_bytes(size)} in all, {planned.cached_rows(size):,} rows, {url} in the URL of each "
+        f"layer: hits {rates.rate_of(size):.1%} ({escape(rates.source)})"
     )
 
 
