@@ -44,6 +44,7 @@ PACKAGES = {
     "engraphy.eval": ("losses", "bands", "choices"),
     "engraphy.analysis": ("gates",),
     "engraphy.report": ("page", "charts"),
+    "engraphy.plan": (),
 }
 SHORT = "Short for "  # how the help of another spelling begins
 CPUS = "the number of CPUs"

@@ -9,6 +9,7 @@ import pytest
 from engraphy.errors import ConfigError
 from engraphy.plan import HIT_RATES, TIERS, Batch, HitRates, Tier, hit_rates, tier
 
+RUNS = {"1 stream": [0.4, 0.5], "8 streams": [0.1, 0.2]}
 PROBE = {
     "path": "/disk",
     "how": "O_DIRECT",
@@ -83,6 +84,14 @@ def test_the_smallest_cache_that_hits_often_enough_is_found(tmp_path):
     assert [rates.rate_of(size) for size in (500, 1000, 3000)] == [0.0, 0.5, 0.7]
 
 
+def test_a_result_of_the_benchmark_is_read_for_one_stream_or_eight(tmp_path):
+    file = tmp_path / "v41-books.json"
+    runs = {f"{name}": {"lru": {"all": rates}} for name, rates in RUNS.items()}
+    file.write_text(json.dumps({"sizes_MiB": [1, 2], "runs": runs}))
+    assert hit_rates(file).points == ((1 << 20, 0.4), (2 << 20, 0.5))
+    assert hit_rates(file, streams=4).points == ((1 << 20, 0.1), (2 << 20, 0.2))
+
+
 def test_own_tables_of_hit_rates_rise():
     for rates in HIT_RATES.values():
         assert hit_rates(rates.name) is rates and "docs/results" in rates.source
@@ -97,7 +106,7 @@ def test_a_table_that_falls_is_refused(points):
         HitRates("t", "made up", points)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', '{"1": "x"}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', '{"1": "x"}', '{"runs": {}}'])
 def test_a_file_without_hit_rates_is_refused(content, tmp_path):
     file = tmp_path / "rates.json"
     file.write_text(content)

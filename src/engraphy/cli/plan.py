@@ -42,7 +42,9 @@ def plan(
         None, help="Share of the rows that a cache has, 0 to 1; default: 0, no cache."
     ),
     cache: str | None = typer.Option(
-        None, help="Cache sizes and their hit rates: wiki, code, or a JSON file of bytes: rate."
+        None,
+        help="Hit rates by cache size: wiki, code, a JSON file of bytes and rates, or a result of "
+        "bench/hit_rate.py.",
     ),
     row_kind: str | None = typer.Option(
         None, help="Rows are stored as bf16, fp8, int8, int4, ...; default: as released."
@@ -61,7 +63,7 @@ def plan(
             block_seconds=None if block_ms is None else block_ms / 1e3,
             hit_rate=0.0 if hit_rate is None else hit_rate,
         )
-        rates = None if cache is None else hit_rates(cache)
+        rates = None if cache is None else hit_rates(cache, batch)
         if as_json:
             typer.echo(json.dumps(plan_values(planned, rates), indent=2))
             return

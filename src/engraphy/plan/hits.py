@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ConfigError
 from ..system.checks import is_number
@@ -71,11 +72,14 @@ HIT_RATES: dict[str, HitRates] = {
 """Tables that this project measured, by name."""
 
 
-def hit_rates(what: str | os.PathLike[str]) -> HitRates:
+def hit_rates(what: str | os.PathLike[str], streams: int = 1) -> HitRates:
     """A table of hit rates.
 
     Args:
-        what: A name of `HIT_RATES`, or a JSON file: {"bytes of the cache": hit rate, ...}.
+        what: A name of `HIT_RATES`, or a JSON file: {"bytes of the cache": hit rate, ...}, or what
+            bench/hit_rate.py writes into results/hit-rate.
+        streams: Sequences that take turns: of the results of bench/hit_rate.py, one stream is
+            taken for 1, and eight for more.
 
     Returns:
         The table.
@@ -89,12 +93,26 @@ def hit_rates(what: str | os.PathLike[str]) -> HitRates:
     try:
         with open(name) as file:
             content = json.load(file)
-        if not isinstance(content, Mapping) or not all(map(is_number, content.values())):
-            raise ValueError("no object of numbers")
-        points = sorted((int(size), float(rate)) for size, rate in content.items())
-    except (OSError, ValueError) as error:
+        if not isinstance(content, Mapping):
+            raise ValueError("no object")
+        points = _measured(content, streams) if "runs" in content else _plain(content)
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"hit rates: expected one of {', '.join(HIT_RATES)}, or a JSON file such as "
-            f'{{"1073741824": 0.62}} with bytes and rates, found {name!r} ({error})'
+            f'{{"1073741824": 0.62}} with bytes and rates, found {name!r} '
+            f"({type(error).__name__}: {error})"
         ) from None
     return HitRates(name, name, tuple(points))
+
+
+def _plain(content: Mapping[str, Any]) -> list[tuple[int, float]]:
+    if not all(map(is_number, content.values())):
+        raise ValueError("no object of numbers")
+    return sorted((int(size), float(rate)) for size, rate in content.items())
+
+
+def _measured(content: Mapping[str, Any], streams: int) -> list[tuple[int, float]]:
+    """The hit rates of an LRU cache of whole rows, of all orders together."""
+    rates = content["runs"]["1 stream" if streams == 1 else "8 streams"]["lru"]["all"]
+    sizes = content["sizes_MiB"]
+    return [(size * _MEBIBYTE, float(rate)) for size, rate in zip(sizes, rates, strict=True)]

@@ -13,9 +13,9 @@ answer a share h of them. For the memory layers k = 1, 2, ... of a model:
 
 Read in the blocks instead, every layer waits for its own: r_1 + r_2 + ...
 
-What the formula leaves out: hashing the ids and handing rows over (some 0.1 ms a call, see
-docs/results/planner.md), the CPU time of the reads where model and reads share cores, and
-requests that other models make of the same tier.
+What the formula leaves out: hashing the ids and handing rows over (about 0.3 ms a forward), the CPU
+time of the reads where model and reads share cores, and what others ask of the same tier.
+docs/results/planner.md has measurements beside it.
 """
 
 from __future__ import annotations
