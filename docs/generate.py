@@ -39,7 +39,7 @@ PACKAGES = {
     "engraphy.memory": ("metrics",),
     "engraphy.train": ("dtype",),
     "engraphy.hf": ("qwen4",),
-    "engraphy.data": ("corpus", "tokens", "wiki", "domains", "smollm2"),
+    "engraphy.data": ("books", "corpus", "tokens", "wiki", "domains", "smollm2"),
     "engraphy.lm": ("loop", "moe"),
     "engraphy.eval": ("losses", "bands", "choices"),
     "engraphy.analysis": ("gates",),

@@ -31,7 +31,7 @@ def test_each_noun_has_its_verbs():
         "model": {"finetune", "generate"},
         "study": {"demo", "adapt"},
         "machine": {"doctor", "plan", "probe"},
-        "data": {"smollm2"},
+        "data": {"books", "smollm2"},
     }
     for noun, expected in verbs.items():
         assert set(COMMANDS[noun].commands) == expected

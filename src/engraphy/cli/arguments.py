@@ -8,7 +8,7 @@ import typer
 
 from ..errors import ConfigError
 
-DATA = typer.Option("wiki", help="wiki, hf:NAME, or a text file or folder.")
+DATA = typer.Option("wiki", help="wiki, books:FOLDER, hf:NAME, or a text file or folder.")
 DTYPE = typer.Option(
     "auto",
     help="float32, bfloat16, or auto: bfloat16 if this machine is fast at it, else float32.",

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from ..addresses.vocab import VocabMap
 from ..errors import ConfigError
 from ..system.files import publish_folder
-from .documents import load_documents, split_documents
+from .documents import load_documents
 from .packing import Batches
 from .tokens import encode, end_id, load_tokenizer, train_tokenizer
 
@@ -27,7 +27,7 @@ class CorpusConfig:
         tokenizer: Path of a tokenizer.json. None = train a BPE of vocab_size on the training
             documents.
         vocab_size: Size of the tokenizer, if it is trained here.
-        heldout: Share of the documents that no arm sees.
+        heldout: Share of the documents that no arm sees. Books have a split of their own.
         batch: Rows of a step.
         length: Tokens of a row.
         seed: Seed of the split, and of the order of the text.
@@ -168,7 +168,7 @@ def prepare(config: CorpusConfig) -> Corpus:
         ConfigError: A setting is invalid.
     """
     documents = load_documents(config.data)
-    training, heldout = split_documents(documents.texts, config.heldout, config.seed)
+    training, heldout = documents.split(config.heldout, config.seed)
     if config.tokenizer is None:
         tokenizer = train_tokenizer(training, config.vocab_size)
     else:

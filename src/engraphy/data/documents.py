@@ -1,5 +1,5 @@
-"""Documents: read from files, Wikipedia or the hub, and split into those to train on and those held
-out."""
+"""Documents: read from files, books, Wikipedia or the hub, and split into those to train on and
+those held out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, DataUnavailable, InputError
-from . import wiki
+from . import books, wiki
 
 SUFFIXES = (".txt", ".md")
 
@@ -23,11 +23,24 @@ class Documents:
         name: Name of the source.
         licence: The licence that the texts came with, or "not stated".
         texts: The documents, none of them empty.
+        heldout: Those of the texts that the source itself holds out; None = it has no split.
     """
 
     name: str
     licence: str
     texts: tuple[str, ...]
+    heldout: tuple[str, ...] | None = None
+
+    def split(self, heldout: float = 0.05, seed: int = 0) -> tuple[list[str], list[str]]:
+        """The texts to train on and the texts held out: the source's own split if it has one.
+
+        Args:
+            heldout, seed: As `split_documents` takes them, for a source without a split.
+        """
+        if self.heldout is None:
+            return split_documents(self.texts, heldout, seed)
+        unseen = set(self.heldout)
+        return [text for text in self.texts if text not in unseen], list(self.heldout)
 
 
 def load_documents(source: str) -> Documents:
@@ -36,6 +49,7 @@ def load_documents(source: str) -> Documents:
     Args:
         source: "wiki", "wiki:es" or "wiki:fr": Wikipedia summaries, fetched once. "hf:NAME" or
             "hf:NAME:CONFIG": the `text` column of the train split, through the `datasets` package.
+            "books:FOLDER": the listed books of a folder, as `read_books` reads them.
             Anything else: a UTF-8 text file, or a folder of .txt and .md files in the order of
             their paths; a form feed divides a file into documents.
 
@@ -53,6 +67,9 @@ def load_documents(source: str) -> Documents:
         dataset, _, config = rest.partition(":")
         name = source
         licence, texts = _from_datasets(dataset, config)
+    elif kind == "books":
+        found = books.read_books(rest)
+        return Documents(source, books.LICENCE, found.train + found.heldout, found.heldout)
     else:
         name = source
         licence = "not stated"
@@ -103,8 +120,8 @@ def split_documents(
 def _from_files(path: Path) -> list[str]:
     if not path.exists():
         raise DataUnavailable(
-            f"{path}: expected a text file, a folder of {' and '.join(SUFFIXES)} files, wiki or "
-            "hf:NAME, found no such path"
+            f"{path}: expected a text file, a folder of {' and '.join(SUFFIXES)} files, wiki, "
+            "books:FOLDER or hf:NAME, found no such path"
         )
     files = [path]
     if path.is_dir():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.documents import load_documents, split_documents
+from ..data.documents import Documents, load_documents
 from ..errors import ConfigError, DataUnavailable, InputError
 
 HELDOUT_TOKENS = 100_000
@@ -18,7 +18,7 @@ HELDOUT_TOKENS = 100_000
 longer, and would show nothing new."""
 
 
-def load_texts(source: str) -> tuple[str, ...]:
+def load_texts(source: str) -> Documents:
     """Reads the documents of a text file, a folder, a .jsonl file or a named data set.
 
     Args:
@@ -33,11 +33,11 @@ def load_texts(source: str) -> tuple[str, ...]:
     """
     path = Path(source)
     if path.suffix != ".jsonl":
-        return load_documents(source).texts
+        return load_documents(source)
     texts = [text for text in _lines_of(path) if text.strip()]
     if not texts:
         raise DataUnavailable(f"{path}: expected documents, found no text")
-    return tuple(texts)
+    return Documents(source, "not stated", tuple(texts))
 
 
 def _lines_of(path: Path) -> list[str]:
@@ -79,7 +79,7 @@ def read_documents(
     Args:
         source: As `load_texts` takes it.
         tokenizer: A tokenizer of transformers.
-        heldout: Share of the documents that is not trained on.
+        heldout: Share of the documents that is not trained on. Books have a split of their own.
         seed: Seed of the division.
         batch: Rows of a step.
         length: Tokens of a row.
@@ -92,12 +92,12 @@ def read_documents(
         DataUnavailable, InputError: As `load_texts` raises them; InputError also if the text does
             not fill one step, or leaves nothing to hold out.
     """
-    texts = load_texts(source)
-    if len(set(texts)) > 1:
-        parts = split_documents(texts, heldout, seed)
+    documents = load_texts(source)
+    if len(set(documents.texts)) > 1:
+        parts = documents.split(heldout, seed)
         training, unseen = (_encode(tokenizer, part) for part in parts)
     else:
-        training, unseen = _divided(_encode(tokenizer, texts[:1]), heldout)
+        training, unseen = _divided(_encode(tokenizer, documents.texts[:1]), heldout)
     total = sum(len(ids) + 1 for ids in training)
     needed = batch * length
     if total < needed or not sum(map(len, unseen)):

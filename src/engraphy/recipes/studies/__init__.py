@@ -48,7 +48,7 @@ STUDIES: Mapping[str, StudyEntry] = {
             {
                 "seeds": _SEEDS,
                 "tokens": _TOKENS,
-                "data": "wiki, hf:NAME, or a text file or folder.",
+                "data": "wiki, books:FOLDER, hf:NAME, or a text file or folder.",
             },
         ),
         StudyEntry(
