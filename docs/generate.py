@@ -30,7 +30,7 @@ NOTICE = "<!-- Written by docs/generate.py: change the code, then run it again. 
 PACKAGES = {
     "engraphy": ("errors",),
     "engraphy.spec": ("dialects",),
-    "engraphy.addresses": (),
+    "engraphy.addresses": ("counts",),
     "engraphy.rows": ("init",),
     "engraphy.table": ("quantize", "inspection", "usage"),
     "engraphy.released": ("convert", "check", "sample"),
@@ -42,7 +42,7 @@ PACKAGES = {
     "engraphy.data": ("books", "corpus", "tokens", "wiki", "domains", "smollm2"),
     "engraphy.lm": ("loop", "moe"),
     "engraphy.eval": ("losses", "bands", "choices"),
-    "engraphy.analysis": ("gates",),
+    "engraphy.analysis": ("gates", "reuse"),
     "engraphy.report": ("page", "charts"),
     "engraphy.plan": (),
 }

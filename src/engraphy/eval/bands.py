@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from ..addresses.counts import Counts
 from ..data.packing import IGNORED
 from ..errors import ConfigError
 
@@ -64,9 +65,7 @@ class NgramCounts:
         end = np.array([end_id])
         # Keys are made document by document, so that no n-gram joins two of them.
         keys = [self._keys(np.concatenate([end, ids, end])) for ids in documents]
-        self._distinct, self._counts = np.unique(
-            np.concatenate([*keys, np.empty(0, np.int64)]), return_counts=True
-        )
+        self._counts = Counts(np.concatenate([*keys, np.empty(0, np.int64)]))
 
     def count(self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> np.ndarray:
         """Training counts of the n-grams that end at the targets.
@@ -92,10 +91,7 @@ class NgramCounts:
         for back in range(self.order - 2, -1, -1):
             key = key * self.vocab_size + ids[row, last - back]
         key = key * self.vocab_size + targets[row, last]
-        at = np.searchsorted(self._distinct, key)
-        # The appended values stand for keys above all others.
-        trained = np.append(self._distinct, -1)[at] == key
-        counts[row, last] = np.where(trained, np.append(self._counts, 0)[at], 0)
+        counts[row, last] = self._counts.of(key)
         return counts
 
     def _keys(self, ids: np.ndarray) -> np.ndarray:

@@ -1,0 +1,60 @@
+"""Exact counts of row ids, or of other integer keys, in memory; and what a static hot set serves.
+
+It knows no store and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Counts:
+    """How often each key was read. Immutable; takes 16 bytes for each distinct key.
+
+    Attributes:
+        keys_K: int64 [K], the distinct keys, ascending.
+        counts_K: int64 [K], how often each was read, 1 or more.
+
+    Args:
+        keys: Integers of any shape, such as the row ids of a text. 2**63 - 1 is no key.
+    """
+
+    def __init__(self, keys: np.ndarray):
+        self.keys_K, self.counts_K = np.unique(keys.astype(np.int64), return_counts=True)
+
+    @property
+    def total(self) -> int:
+        """The number of reads."""
+        return int(self.counts_K.sum())
+
+    def of(self, keys: np.ndarray) -> np.ndarray:
+        """Returns how often each key was read; 0 = never. int64, of the shape of `keys`."""
+        at = np.searchsorted(self.keys_K, keys)
+        # The appended values stand for keys above all others.
+        known = np.append(self.keys_K, 2**63 - 1)[at] == keys
+        return np.where(known, np.append(self.counts_K, 0)[at], 0)
+
+    def by_count(self) -> np.ndarray:
+        """The distinct keys, most read first, int64 [K]. Of equal counts the smaller key is first.
+
+        The first N are the static hot set of N rows.
+        """
+        return self.keys_K[np.argsort(-self.counts_K, kind="stable")]
+
+    def served(self, tested: Counts, sizes: Sequence[int]) -> np.ndarray:
+        """The share of the reads of another text that a static hot set chosen here serves.
+
+        Args:
+            tested: Counts of the text that is served. This one's own counts give what the choice
+                would reach if it knew the text.
+            sizes: Numbers of rows of the hot set.
+
+        Returns:
+            float64 [len(sizes)].
+        """
+        found_K = tested.of(self.by_count())
+        served_K = np.concatenate([[0], np.cumsum(found_K)])
+        sizes_n = np.minimum(np.asarray(sizes, dtype=np.int64), len(found_K))
+        return served_K[sizes_n] / max(1, tested.total)

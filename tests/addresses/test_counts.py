@@ -1,0 +1,38 @@
+"""Counts are exact, and a hot set serves what counting by hand says."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engraphy.addresses.counts import Counts
+
+KEYS = st.lists(st.integers(0, 9), max_size=40)
+
+
+@given(KEYS, KEYS)
+def test_counts_are_those_of_a_counter(keys, asked):
+    counts, expected = Counts(np.array(keys, np.int64)), Counter(keys)
+    assert dict(zip(counts.keys_K.tolist(), counts.counts_K.tolist(), strict=True)) == expected
+    assert counts.total == len(keys)
+    assert counts.of(np.array(asked, np.int64)).tolist() == [expected[key] for key in asked]
+
+
+@given(KEYS, KEYS)
+def test_a_hot_set_serves_the_reads_of_its_keys(keys, tested):
+    counts = Counts(np.array(keys, np.int64))
+    order = sorted(set(keys), key=lambda key: (-keys.count(key), key))
+    assert counts.by_count().tolist() == order
+    shares = counts.served(Counts(np.array(tested, np.int64)), range(12))
+    for size, share in enumerate(shares):
+        hits = sum(key in order[:size] for key in tested)
+        assert share == hits / max(1, len(tested))
+
+
+def test_row_ids_of_any_shape_are_counted():
+    counts = Counts(np.array([[[5, 7]], [[5, 9]]]))
+    assert counts.keys_K.tolist() == [5, 7, 9] and counts.counts_K.tolist() == [2, 1, 1]
+    assert counts.of(np.array([[9, 10]])).tolist() == [[1, 0]]
