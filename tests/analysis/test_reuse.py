@@ -48,8 +48,9 @@ def test_a_distance_is_the_depth_in_a_list_of_the_keys_read_last(keys):
 def test_distances_do_not_depend_on_the_size_of_the_blocks(monkeypatch):
     keys = np.random.default_rng(0).zipf(1.3, 3000) % 500 * 2**40
     expected = depth_in_a_list(keys.tolist())
-    for block in (1, 7, 1024, 2**21):
+    for block, bits in ((1, 0), (7, 3), (1024, 5), (2**20, 12)):
         monkeypatch.setattr(reuse, "_BLOCK", block)
+        monkeypatch.setattr(reuse, "_CACHED_BITS", bits)
         assert stack_distances(keys).tolist() == expected
 
 

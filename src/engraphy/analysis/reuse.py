@@ -9,7 +9,8 @@ import numpy as np
 from ..addresses.counts import Counts
 from ..errors import InputError
 
-_BLOCK = 2**21  # elements of one step, so that temporary arrays stay in the caches
+_BLOCK = 2**20  # elements of one step, so that temporary arrays stay small
+_CACHED_BITS = 15  # arrays of 2**15 elements stay in the caches of a core
 _MOST_READS = 2**31 - 1
 _PER_DECADE = 8  # bins of the fit of Zipf's law
 
@@ -118,28 +119,51 @@ def _last_reads(keys_N: np.ndarray) -> np.ndarray:
 def _larger_before(ranks_M: np.ndarray) -> np.ndarray:
     """For each element of a permutation of 0..M-1, how many elements before it are larger.
 
-    int32 [M]. The elements are sorted bit by bit, the highest first, each pass stable. Before the
-    pass of a bit, elements that agree in all higher bits stand together, in their first order. Such
-    a group begins at the place of its smallest value, since each value occurs once. An element
-    with a 0 is passed by those before it in the group that have a 1.
+    int32 [M]. The elements are sorted bit by bit, the highest first. The groups of the last bits
+    are so small that all their passes stay in the caches.
     """
     count = len(ranks_M)
     values = ranks_M.astype(np.int32)
     larger = np.zeros(count, dtype=np.int32)
-    for bit in reversed(range(max(1, (count - 1).bit_length()))):
-        ones_before = np.zeros(count + 1, dtype=np.int32)
-        np.cumsum(values >> bit & 1, out=ones_before[1:])
-        sorted_values = np.empty_like(values)
-        sorted_larger = np.empty_like(larger)
-        for first in range(0, count, _BLOCK):
-            value = values[first : first + _BLOCK]
-            group = value >> bit + 1 << bit + 1
-            passed = ones_before[first : first + len(value)] - ones_before[group]
-            is_one = (value >> bit & 1).astype(bool)
-            place = np.arange(first, first + len(value), dtype=np.int32) - passed
-            place = np.where(is_one, group + (1 << bit) + passed, place)
-            sorted_values[place] = value
-            sorted_larger[place] = larger[first : first + _BLOCK] + np.where(is_one, 0, passed)
-        values = sorted_values
-        larger = sorted_larger
+    for bit in reversed(range(_CACHED_BITS, max(1, (count - 1).bit_length()))):
+        values, larger = _sorted_by(bit, values, larger)
+    for first in range(0, count, 1 << _CACHED_BITS):
+        group = slice(first, first + (1 << _CACHED_BITS))
+        value = values[group] - first
+        more = larger[group]
+        for bit in reversed(range(_CACHED_BITS)):
+            value, more = _sorted_by(bit, value, more)
+        larger[group] = more
     return larger[ranks_M]
+
+
+def _sorted_by(bit: int, values: np.ndarray, larger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One stable pass: sorts a permutation by a bit, within groups that agree in all higher bits.
+
+    A group stands together already, and begins at the place of its smallest value, since each value
+    occurs once. An element with a 0 is passed by those before it in its group that have a 1: they
+    are larger.
+
+    Args:
+        bit: The bit; passes go from the highest to the lowest.
+        values: int32 [M], a permutation of 0..M-1.
+        larger: int32 [M], how many larger elements before it each element has passed so far.
+
+    Returns:
+        Both arrays in the new order.
+    """
+    count = len(values)
+    ones_before = np.zeros(count + 1, dtype=np.int32)
+    np.cumsum(values >> bit & 1, out=ones_before[1:])
+    sorted_values = np.empty_like(values)
+    sorted_larger = np.empty_like(larger)
+    for first in range(0, count, _BLOCK):
+        value = values[first : first + _BLOCK]
+        group = value >> bit + 1 << bit + 1
+        passed = ones_before[first : first + len(value)] - ones_before[group]
+        is_one = (value >> bit & 1).astype(bool)
+        place = np.arange(first, first + len(value), dtype=np.int32) - passed
+        place = np.where(is_one, group + (1 << bit) + passed, place)
+        sorted_values[place] = value
+        sorted_larger[place] = larger[first : first + _BLOCK] + np.where(is_one, 0, passed)
+    return sorted_values, sorted_larger
