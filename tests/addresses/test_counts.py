@@ -26,7 +26,7 @@ def test_a_hot_set_serves_the_reads_of_its_keys(keys, tested):
     counts = Counts(np.array(keys, np.int64))
     order = sorted(set(keys), key=lambda key: (-keys.count(key), key))
     assert counts.by_count().tolist() == order
-    shares = counts.served(Counts(np.array(tested, np.int64)), range(12))
+    shares = Counts(np.array(tested, np.int64)).served_by(counts.by_count(), range(12))
     for size, share in enumerate(shares):
         hits = sum(key in order[:size] for key in tested)
         assert share == hits / max(1, len(tested))

@@ -43,18 +43,17 @@ class Counts:
         """
         return self.keys_K[np.argsort(-self.counts_K, kind="stable")]
 
-    def served(self, tested: Counts, sizes: Sequence[int]) -> np.ndarray:
-        """The share of the reads of another text that a static hot set chosen here serves.
+    def served_by(self, ranked_K: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+        """The share of the reads that static hot sets serve.
 
         Args:
-            tested: Counts of the text that is served. This one's own counts give what the choice
-                would reach if it knew the text.
-            sizes: Numbers of rows of the hot set.
+            ranked_K: Distinct keys, most wanted first: `by_count` of another text. Those of this
+                one give what the choice would reach if it knew the text.
+            sizes: Rows of each hot set: the first so many keys.
 
         Returns:
             float64 [len(sizes)].
         """
-        found_K = tested.of(self.by_count())
-        served_K = np.concatenate([[0], np.cumsum(found_K)])
-        sizes_n = np.minimum(np.asarray(sizes, dtype=np.int64), len(found_K))
-        return served_K[sizes_n] / max(1, tested.total)
+        served = np.concatenate([[0], np.cumsum(self.of(ranked_K))])
+        sizes_n = np.minimum(np.asarray(sizes, dtype=np.int64), len(ranked_K))
+        return served[sizes_n] / max(1, self.total)

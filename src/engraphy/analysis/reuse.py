@@ -110,8 +110,11 @@ def _last_reads(keys_N: np.ndarray) -> np.ndarray:
     pairs_N <<= bits
     pairs_N |= np.arange(count)
     pairs_N.sort()
-    same = pairs_N[1:] >> bits == pairs_N[:-1] >> bits
-    position_N = (pairs_N & ((1 << bits) - 1)).astype(np.int32)
+    changed = pairs_N[1:] ^ pairs_N[:-1]
+    changed >>= bits
+    same = changed == 0
+    pairs_N &= (1 << bits) - 1
+    position_N = pairs_N.astype(np.int32)
     last_N[position_N[1:][same]] = position_N[:-1][same]
     return last_N
 
