@@ -3,13 +3,14 @@ and the distinct rows and pages of a chunk.
 
     python bench/hit_rate.py --books FOLDER [--only v41-books ...] [--out results/hit-rate]
 
-It writes one JSON for each layout and text, and skips those that are there already: a run that was
-stopped goes on. `python bench/hit_rate_page.py` makes tables and pictures of them. The layouts are
-DeepSeek-V4.1's (its tokenizer, orders 2 to 4, 2 layers of 8 heads, rows of 264 bytes) and
-Qwen4-Exp's (orders 2 and 3, 1 layer of 8 heads, bf16 rows of 320 bytes; Qwen3's tokenizer stands
-in for its own). The texts are books (`engraphy data books FOLDER`), this Python's standard library,
-and summaries of Wikipedia in three languages. Documents come in one random order, the books in that
-of their list.
+It writes one JSON for each layout and text, part by part, and skips parts that are there already: a
+run that was stopped goes on. `python bench/hit_rate_page.py` makes tables and pictures of them.
+
+The layouts are DeepSeek-V4.1's (its tokenizer, orders 2 to 4, 2 layers of 8 heads, rows of 264
+bytes) and Qwen4-Exp's (orders 2 and 3, 1 layer of 8 heads, bf16 rows of 320 bytes; Qwen3's
+tokenizer stands in for its own). The texts are books (`engraphy data books FOLDER`), this Python's
+standard library, and summaries of Wikipedia in three languages. Documents come in one random order,
+the books in that of their list.
 
 The heads of an order read the rows of one n-gram, so they hit and miss together. One of 8 heads in
 one layer is followed, with its share of the budget; `whole` follows all rows of a short text, to
@@ -19,7 +20,8 @@ The first half of a text, for books those to train on, comes before what is coun
 warm, and hot sets are counted there. `lru` is exact for every size at once: stack distances over
 the reads of all orders, one read after the other. `store` is CacheStore itself (S3-FIFO in sets of
 16), asked for 512 tokens a call. `shuffled` are the same reads in random order: what is left of the
-hit rate if only the frequencies count. `ever` is a cache of unlimited size.
+hit rate if only the frequencies count. `ever` is a cache of unlimited size. `ngrams` has the share
+of n-grams that were read before, without the rows that another n-gram has brought in.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hit_rate_texts import TEXTS, Layout, Text, layout, load_text
 
-from engraphy.addresses.counts import Counts
+from engraphy.addresses.counts import Counts, ngram_keys
 from engraphy.analysis.reuse import hit_rates, stack_distances, zipf_exponent
 from engraphy.store import RamStore
 from engraphy.store.cache import CacheStore
@@ -146,7 +148,6 @@ def runs(rows_NO: np.ndarray, text: Text, layout: Layout) -> dict[str, Any]:
         results[name]["store"] = {
             str(budget): store_rate(read_NO, counted, budget, layout) for budget in STORE_SIZES
         }
-        print(f"  {name}", flush=True)
     shuffled = rows_NO.copy()
     random = np.random.default_rng(0)
     for part in (shuffled[: text.before], shuffled[text.before :]):
@@ -244,24 +245,58 @@ def without_repeats(values: np.ndarray) -> np.ndarray:
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
 
 
-def measured(text: Text, layout: Layout, work: Path) -> dict[str, Any]:
-    """Everything about one text in one layout."""
-    begun = time.process_time()
-    rows_NO = layout.followed(text)
-    results = {
+def ngrams(rows_NO: np.ndarray, text: Text, layout: Layout) -> dict[str, Any]:
+    """For each order the share of counted n-grams that were read before, and of rows ever read."""
+    spec = layout.addresser.spec
+    compressed = layout.addresser.vocab(text.ids)
+    primes = spec.primes(spec.layer_ids[0])
+    results = {}
+    for place, order in enumerate(spec.orders):
+        keys = ngram_keys(compressed, text.starts, order)
+        _, first = np.unique(keys, return_index=True)
+        seen = np.ones(len(keys), dtype=bool)
+        seen[first] = False
+        rows = len(without_repeats(rows_NO[:, place]))
+        results[str(order)] = {
+            "ever": round(float(seen[text.before :].mean()), 4),
+            "distinct": len(first),
+            "rows": round(rows / primes[place * spec.heads], 4),
+        }
+    return results
+
+
+def measure(path: Path, text: Text, layout: Layout, work: Path) -> None:
+    """Writes what is missing in one result file."""
+    results: dict[str, Any] = {
         "layout": layout.name,
         **text.about,
         "tokens": len(text.ids),
         "before": text.before,
         "sizes_MiB": SIZES,
         "rows_of_MiB": [rows_within(size, layout) for size in SIZES],
-        "hot": hot_sets(rows_NO, text, layout, work),
-        "zipf": zipf(rows_NO, text, layout),
-        "chunks": chunks(text, layout),
-        "whole": whole(text, rows_NO, layout),
-        "runs": runs(rows_NO, text, layout),
+        "cpu_seconds": 0,
     }
-    return {**results, "cpu_seconds": round(time.process_time() - begun)}
+    if path.exists():
+        results = json.loads(path.read_text())
+        if results["sha256"] != text.about["sha256"]:
+            raise SystemExit(f"{path}: expected the text {text.about['sha256']}, found another one")
+    rows_NO = layout.followed(text)
+    parts: dict[str, Callable[[], Any]] = {
+        "hot": lambda: hot_sets(rows_NO, text, layout, work),
+        "ngrams": lambda: ngrams(rows_NO, text, layout),
+        "zipf": lambda: zipf(rows_NO, text, layout),
+        "chunks": lambda: chunks(text, layout),
+        "whole": lambda: whole(text, rows_NO, layout),
+        "runs": lambda: runs(rows_NO, text, layout),
+    }
+    for name, make in parts.items():
+        if name in results:
+            continue
+        begun = time.process_time()
+        results[name] = make()
+        results["cpu_seconds"] += round(time.process_time() - begun)
+        path.write_text(compact(results))
+        print(f"  {name}: {time.process_time() - begun:.0f} s", flush=True)
 
 
 def compact(value: Any) -> str:
@@ -285,16 +320,13 @@ def main() -> None:
         wanted = [
             text for text in TEXTS if options.only is None or f"{name}-{text}" in options.only
         ]
-        wanted = [text for text in wanted if not (options.out / f"{name}-{text}.json").exists()]
         if not wanted:
             continue
         made = layout(name)
         for text in wanted:
             print(f"{name}-{text}", flush=True)
-            results = measured(
-                load_text(text, made, options.books, options.work), made, options.work
-            )
-            (options.out / f"{name}-{text}.json").write_text(compact(results))
+            loaded = load_text(text, made, options.books, options.work)
+            measure(options.out / f"{name}-{text}.json", loaded, made, options.work)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engraphy.addresses.counts import Counts
+from engraphy.addresses.counts import Counts, ngram_keys
 
 KEYS = st.lists(st.integers(0, 9), max_size=40)
 
@@ -36,3 +36,17 @@ def test_row_ids_of_any_shape_are_counted():
     counts = Counts(np.array([[[5, 7]], [[5, 9]]]))
     assert counts.keys_K.tolist() == [5, 7, 9] and counts.counts_K.tolist() == [2, 1, 1]
     assert counts.of(np.array([[9, 10]])).tolist() == [[1, 0]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40), st.integers(1, 5))
+def test_ngram_keys_are_equal_exactly_where_the_ngrams_are(tokens, order):
+    ids = [number for number, _ in tokens]
+    keys = ngram_keys(np.array(ids, np.int64), np.array([new for _, new in tokens], bool), order)
+    grams: list[tuple[int | None, ...]] = []
+    document: list[int] = []
+    for number, new in tokens:
+        document = [number] if new else [*document, number]
+        grams.append((*[None] * order, *document)[-order:])
+    assert len(keys) == len(tokens)
+    for key, gram in zip(keys.tolist(), grams, strict=True):
+        assert [other == gram for other in grams] == (keys == key).tolist()

@@ -1,4 +1,5 @@
-"""Exact counts of row ids, or of other integer keys, in memory; and what a static hot set serves.
+"""Exact counts of row ids, n-grams or other integer keys, in memory; and what a static hot set of
+the most-read ones serves.
 
 It knows no store and no tokenizer.
 """
@@ -57,3 +58,27 @@ class Counts:
         served = np.concatenate([[0], np.cumsum(self.of(ranked_K))])
         sizes_n = np.minimum(np.asarray(sizes, dtype=np.int64), len(ranked_K))
         return served[sizes_n] / max(1, self.total)
+
+
+def ngram_keys(ids_N: np.ndarray, starts_N: np.ndarray, order: int) -> np.ndarray:
+    """Numbers the n-grams that end at each token: without hashing, so different ones never meet.
+
+    Args:
+        ids_N: Integers from 0 on; compressed ids, where a map is used.
+        starts_N: bool [N]: a document begins here. No n-gram reaches over a start: what is missing
+            before it counts as a filler.
+        order: Tokens of an n-gram, 1 or more.
+
+    Returns:
+        int64 [N], below N; equal exactly where the n-grams are equal.
+    """
+    position_N = np.arange(len(ids_N))
+    begin_N = np.maximum.accumulate(np.where(starts_N, position_N, 0))
+    _, keys_N = np.unique(ids_N, return_inverse=True)
+    size = int(ids_N.max(initial=0)) + 2
+    for back in range(1, order):
+        before_N = np.zeros(len(ids_N), dtype=np.int64)  # 0 is the filler
+        before_N[back:] = ids_N[: len(ids_N) - back] + 1
+        before_N[position_N - begin_N < back] = 0
+        _, keys_N = np.unique(keys_N * size + before_N, return_inverse=True)
+    return keys_N.astype(np.int64)
