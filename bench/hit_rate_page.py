@@ -56,12 +56,26 @@ def by_text(results: dict[tuple[str, str], Result]) -> str:
     rows = []
     for (name, text), result in results.items():
         run = result["runs"]["1 stream"]
-        orders = [percent(share) for order, share in run["ever"].items() if order != "all"]
-        orders += ["-"] * (3 - len(orders))
         row = [LAYOUTS[name], TEXTS[text], millions(run["before"]), millions(run["counted"])]
-        rows.append([*row, *at(run["lru"]["all"]), percent(run["ever"]["all"]), *orders])
+        rows.append([*row, *at(run["lru"]["all"]), percent(run["ever"]["all"])])
     head = ["layout", "text", "before", "counted", *map(binary_size, SHOWN)]
-    return table([*head, "ever", "order 2", "order 3", "order 4"], rows)
+    return table([*head, "ever"], rows)
+
+
+def repeats(results: dict[tuple[str, str], Result]) -> str:
+    rows = []
+    for (name, text), result in results.items():
+        cells = [LAYOUTS[name], TEXTS[text]]
+        ever = result["runs"]["1 stream"]["ever"]
+        for order in "234":
+            found = result["ngrams"].get(order)
+            if found is None:
+                cells.append("-")
+                continue
+            shares = [percent(share) for share in (found["ever"], ever[order], found["rows"])]
+            cells.append(" / ".join(shares))
+        rows.append(cells)
+    return table(["layout", "text", "order 2", "order 3", "order 4"], rows)
 
 
 def by_length(results: dict[tuple[str, str], Result]) -> str:
@@ -164,6 +178,7 @@ def pictures(results: dict[tuple[str, str], Result]) -> dict[str, str]:
         Line("hot set, same text", SIZES, books["hot"]["known"]),
         Line("hot set, other books", SIZES, books["hot"]["other"]),
         Line("LRU", SIZES, run["lru"]["all"]),
+        Line("CacheStore", STORE_SIZES, [run["store"][str(size)] for size in STORE_SIZES]),
         Line("LRU, reads shuffled", SIZES, books["runs"]["shuffled"]["lru"]["all"]),
     ]
     where = "DeepSeek-V4.1"
@@ -202,7 +217,7 @@ def main() -> None:
             path = options.results / f"{layout}-{text}.json"
             if path.exists():
                 results[layout, text] = json.loads(path.read_text())
-    for make in (by_order, by_text, by_length, by_streams, by_choice, exponents, chunks):
+    for make in (by_order, by_text, repeats, by_length, by_streams, by_choice, exponents, chunks):
         print(make(results))
     seconds = sum(result["cpu_seconds"] for result in results.values())
     print(f"{seconds / 60:.0f} minutes of CPU time")

@@ -15,7 +15,7 @@ from .scales import Axis, apart
 
 _WIDTH = 760  # px
 _HEIGHT = 400  # px
-_LEFT = 48  # px for the values of the y axis
+_LEFT = 56  # px for the values of the y axis
 _RIGHT = 176  # px for the labels of the lines
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
 _STYLE = """
