@@ -61,7 +61,7 @@ class CountingCore:
         methods = {
             name: self._counted(f"{base.__name__}.{name}", getattr(base, name))
             for name in vars(base)
-            if not name.startswith("_")
+            if not name.startswith("_") and callable(getattr(base, name))  # else a property
         }
 
         def call_of(function: Callable[..., Any]) -> Callable[..., Any]:
