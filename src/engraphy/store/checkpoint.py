@@ -18,7 +18,7 @@ from ..errors import EngraphyError, ShardForeign, ShardMissing, StoreError
 from ..released.checkpoint import Checkpoint
 from ..rows.read import take
 from ..table.safetensors import StoredTensor
-from .base import RowStore, Shards, StoreInfo
+from .base import RowStore, StoreInfo
 from .mapped import MappedStore
 from .mapping import MappedFile, Watch
 
@@ -36,17 +36,11 @@ class MappedCheckpoint(MappedStore):
         files = _map_files(checkpoint.weights[layer])
         watch = Watch(list(files.values()), _Unchanged(checkpoint, list(files)).check)
         super().__init__(_map(files, checkpoint.weights[layer]), watch)
-        self._is_doubtful = False
         self._info = _info(checkpoint, layer, vocab)
 
     @property
     def info(self) -> StoreInfo:
         return self._info
-
-    @property
-    def pinned(self) -> Shards:
-        """As in `MappedStore`; none after `count_token` has found that the files changed."""
-        return () if self._is_doubtful else super().pinned
 
     def count_token(self, rows: int, taken: int) -> None:
         """Also checks, now and then, that the files are the same. If not, the next read raises."""
@@ -55,7 +49,7 @@ class MappedCheckpoint(MappedStore):
             try:
                 self._watch.before()
             except EngraphyError:
-                self._is_doubtful = True  # the state of the sequence has changed by now
+                self.pinned = ()  # raised now, it would come after the sequence's state has changed
 
 
 class InterleavedCheckpoint(RowStore):

@@ -21,8 +21,8 @@ class MappedStore(RowStore):
 
     Attributes:
         pinned: the read-only shards, which stay mapped while the caller has them; none once
-            closed. For a call that checks by itself that the files were whole (`ends_of`);
-            `check_memory` is for a call that could not.
+            closed, or in doubt. For a call that checks by itself that the files were whole
+            (`ends_of`); `check_memory` is for a call that could not.
     """
 
     def __init__(self, memory: Shards, watch: Watch | None = None) -> None:
@@ -30,20 +30,22 @@ class MappedStore(RowStore):
         super().__init__()
         self._watch = watch
         self._memory = tuple(memory)
-        self.pinned: Shards = tuple(shard.view() for shard in memory)
-        for shard in self.pinned:
+        self._readonly: Shards = tuple(shard.view() for shard in memory)
+        for shard in self._readonly:
             shard.flags.writeable = False
+        self.pinned = self._readonly
 
     def close(self) -> None:
         super().close()
         # Memory is unmapped when the last array over it dies, so a reader in another thread
         # finishes undisturbed.
         self._memory = ()
+        self._readonly = ()
         self.pinned = ()
 
     def _begin_read(self) -> tuple[Shards, None]:
         # Taken before the check: closing marks the store first and lets go of the memory then.
-        shards = self.pinned
+        shards = self._readonly
         if self._closed:
             self._check_open()
         if self._watch is not None:
