@@ -46,6 +46,8 @@ def millions(tokens: int) -> str:
 def by_order(results: dict[tuple[str, str], Result]) -> str:
     rows = []
     for name, title in LAYOUTS.items():
+        if (name, "books") not in results:
+            continue
         run = results[name, "books"]["runs"]["1 stream"]
         for order, curve in run["lru"].items():
             rows.append([title, order, *at(curve), percent(run["ever"][order])])
@@ -80,15 +82,14 @@ def repeats(results: dict[tuple[str, str], Result]) -> str:
 
 def by_length(results: dict[tuple[str, str], Result]) -> str:
     rows = []
-    for name, title in LAYOUTS.items():
-        for text, what in TEXTS.items():
-            runs = results[name, text]["runs"]
-            for length in ("short", "medium", "long"):
-                if length not in runs or (length == "long" and text != "books"):
-                    continue
-                run = runs[length]
-                shares = [*at(run["lru"]["all"]), percent(run["ever"]["all"])]
-                rows.append([title, what, millions(run["before"]), *shares])
+    for (name, text), result in results.items():
+        runs = result["runs"]
+        for length in ("short", "medium", "long"):
+            if length not in runs or (length == "long" and text != "books"):
+                continue
+            run = runs[length]
+            shares = [*at(run["lru"]["all"]), percent(run["ever"]["all"])]
+            rows.append([LAYOUTS[name], TEXTS[text], millions(run["before"]), *shares])
     return table(["layout", "text", "before", *map(binary_size, SHOWN), "ever"], rows)
 
 
@@ -121,7 +122,7 @@ def by_choice(results: dict[tuple[str, str], Result]) -> str:
             "LRU": result["runs"]["1 stream"]["lru"]["all"],
             "LRU, shuffled": result["runs"]["shuffled"]["lru"]["all"],
         }
-        if text != "books":
+        if text != "books" and "books" in result["hot"]:
             curves["hot set, counted on books"] = result["hot"]["books"]
         rows += [[*start, what, *at(curve)] for what, curve in curves.items()]
     return table(["layout", "text", "rows kept", *map(binary_size, SHOWN)], rows)
@@ -144,21 +145,14 @@ def exponents(results: dict[tuple[str, str], Result]) -> str:
 
 def chunks(results: dict[tuple[str, str], Result]) -> str:
     rows = []
-    for name, title in LAYOUTS.items():
-        for text in CHUNK_TEXTS:
-            for chunk in results[name, text]["chunks"]:
-                reads = chunk["reads"]
-                rows.append(
-                    [
-                        title,
-                        TEXTS[text],
-                        f"{chunk['tokens']:,}",
-                        f"{reads:,}",
-                        f"{chunk['rows']:,.0f}",
-                        percent(chunk["rows"] / reads),
-                        f"{chunk['pages']:,.0f}",
-                    ]
-                )
+    for (name, text), result in results.items():
+        if text not in CHUNK_TEXTS:
+            continue
+        for chunk in result["chunks"]:
+            reads = chunk["reads"]
+            counts = [f"{chunk['tokens']:,}", f"{reads:,}", f"{chunk['rows']:,.0f}"]
+            shares = [percent(chunk["rows"] / reads), f"{chunk['pages']:,.0f}"]
+            rows.append([LAYOUTS[name], TEXTS[text], *counts, *shares])
     head = ["layout", "text", "tokens", "reads", "distinct rows", "% of reads", "pages of 4 KiB"]
     return table(head, rows)
 
