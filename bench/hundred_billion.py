@@ -4,11 +4,11 @@
     python bench/hundred_billion.py DIR --only prefill-1,decode-8 --ways fixed,ram,warm-10 --again
     python bench/hundred_billion.py DIR --clean
 
-The table has the rows of DeepSeek-V4.1 (264 bytes, layers 1 and 14) and lies in DIR as sparse files.
-Text is chosen first, and the rows that it addresses are really written, so no timed read meets a
-hole. What the table takes is said before it is made. A Llama of 135 M parameters (random weights,
-the shape of SmolLM2-135M) then reads the text, in the ways of hundred_ways.py, which take turns for
-each prompt and each decoded token. The decoded tokens are those of the text.
+The table has the rows of DeepSeek-V4.1 (264 bytes, layers 1 and 14) and lies in DIR as sparse
+files. Text is chosen first, and the rows that it addresses are really written, so no timed read
+meets a hole. What the table takes is said before it is made. A Llama of 135 M parameters (random
+weights, the shape of SmolLM2-135M) then reads the text, in the ways of hundred_ways.py, which take
+turns for each prompt and each decoded token. The decoded tokens are those of the text.
 
 Steps: table, probe, a step for each cell (prefill or decode, and its batch), memory, report. --only
 chooses some. A step that is done is not done again, --again measures more rounds of cells. A run
@@ -30,27 +30,34 @@ import hundred_memory
 import hundred_report
 import torch
 from hundred_table import TABLE, check_open_files, clean, left, make_table, prepare
-from hundred_ways import FIXED, NONE, RAM, WAYS, Served, Ways
+from hundred_ways import FIXED, NONE, WAYS, Served, Ways
 from hundred_workload import SIZES, Cell, Workload
 
 import engraphy
 
 ROUNDS = "rounds.jsonl"
+UNCOUNTED = 8  # tokens
 
 
 def measure(
-    folder: Path, workload: Workload, cell: Cell, options: argparse.Namespace, end: float
+    folder: Path,
+    ways: Ways,
+    workload: Workload,
+    cell: Cell,
+    options: argparse.Namespace,
+    end: float,
 ) -> None:
     """Times a cell, and appends each round to rounds.jsonl."""
     names = options.ways
-    missing = cell.rounds
+    missing = min(options.rounds or cell.rounds, cell.rounds)
     if not options.again:
         missing -= hundred_report.rounds_of(folder, cell, options.threads, names)
     if missing <= 0:
         return
-    served = Ways(folder, workload).serve(names)
+    served = ways.serve(names)
+    if any(way.way.needs_pages for way in served.values()):
+        ways.bring_pages(prompts(workload, cell, missing))
     shuffle = random.Random(f"{cell.name} {missing}").shuffle
-    timed = 0
     with open(folder / ROUNDS, "a") as file:
 
         def note(**content: Any) -> None:
@@ -59,6 +66,8 @@ def measure(
             file.flush()
 
         for ids_BT in chunks(workload, cell, served):
+            if time.monotonic() > end:
+                break
             order = list(served)
             shuffle(order)
             if cell.phase == "prefill":
@@ -67,16 +76,13 @@ def measure(
             before = {name: way.counters() for name, way in served.items()}
             answers = {name: served[name].forward(ids_BT) for name in order}
             check_equal({name: logits for name, (_, logits) in answers.items()})
-            timed += 1
-            if timed == 1 and cell.phase == "prefill":
-                continue  # the first is not counted
             counts = {
                 name: {key: value - before[name][key] for key, value in way.counters().items()}
                 for name, way in served.items()
             }
             note(seconds={name: parts for name, (parts, _) in answers.items()}, counts=counts)
             missing -= 1
-            if not missing or time.monotonic() > end:
+            if not missing:
                 break
     for way in served.values():
         way.close()
@@ -84,19 +90,27 @@ def measure(
         print(f"{cell.name}: {missing} rounds are missing: run it again")
 
 
-def chunks(
-    workload: Workload, cell: Cell, served: dict[str, Served]
-) -> Iterator[torch.Tensor]:
-    """The ids [B, T] of each timed forward. Reads the prompt of a cell that decodes."""
+def prompts(workload: Workload, cell: Cell, rounds: int) -> list[torch.Tensor]:
+    """The ids [B, T] of all tokens that so many rounds read."""
     ids = torch.from_numpy(workload.tokens(cell))
     if cell.phase == "prefill":
-        yield from ids
-        return
+        return list(ids[: rounds + 1])
+    return [ids[0, :, : cell.prompt + rounds]]
+
+
+def chunks(workload: Workload, cell: Cell, served: dict[str, Served]) -> Iterator[torch.Tensor]:
+    """The ids [B, T] of each timed forward. What comes before it is read, and not counted: the
+    prompt of a cell that decodes, the beginning of the first prompt of a prefill."""
+    ids = torch.from_numpy(workload.tokens(cell))
+    if cell.phase == "prefill":
+        before, after = ids[0, :, :UNCOUNTED].contiguous(), list(ids[1:])
+    else:
+        before = ids[0, :, : cell.prompt].contiguous()
+        after = [one.contiguous() for one in ids[0, :, cell.prompt :].split(1, 1)]
     for way in served.values():
         way.restart()
-        way.forward(ids[0, :, : cell.prompt])
-    for position in range(cell.prompt, ids.shape[2]):
-        yield ids[0, :, position : position + 1].contiguous()
+        way.forward(before)
+    yield from after
 
 
 def check_equal(logits: dict[str, torch.Tensor]) -> None:
@@ -118,6 +132,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="steps, separated by commas")
     parser.add_argument("--ways", help="ways, separated by commas", default=",".join(WAYS))
     parser.add_argument("--threads", type=int, default=1, help="of the model")
+    parser.add_argument("--rounds", type=int, help="of each cell, at most as many as it has text")
     parser.add_argument("--again", action="store_true", help="measure more rounds of cells")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after so long")
     parser.add_argument("--json", type=Path)
@@ -145,9 +160,10 @@ def run(options: argparse.Namespace) -> None:
         hundred_memory.probe_disk(folder, workload)
     torch.set_num_threads(options.threads)
     engraphy.set_threads(options.threads)
+    ways = Ways(folder, workload)
     for cell in workload.sizes.cells:
         if cell.name in options.only:
-            measure(folder, workload, cell, options, end)
+            measure(folder, ways, workload, cell, options, end)
     if "memory" in options.only:
         hundred_memory.measure_memory(folder, workload, options.threads)
     if "report" in options.only:

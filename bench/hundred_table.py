@@ -4,6 +4,7 @@ Part of bench/hundred_billion.py. Everything lies in one folder:
 
     state.json      whose table this is, and the shards that are written
     workload.*      the text and the rows that it addresses
+    rows-LAYER.npy  the rows of a layer that the text addresses, close together
     table/          the table
     rounds.jsonl    what was timed
     memory.json     what memory was taken
@@ -29,7 +30,7 @@ from probe import PAGE
 from engraphy import Table
 from engraphy.rows.init import normal_rows
 from engraphy.store.pread import PreadStore
-from engraphy.system.files import write_file
+from engraphy.system.files import publish_file, write_file
 from engraphy.table.shards import HEADER_BYTES
 
 STATE = "state.json"
@@ -37,6 +38,7 @@ TABLE = "table"
 STD = 0.02
 WRITERS = 32  # threads
 _PROBE = 1 << 26  # bytes of a hole
+_CHUNK = 1 << 14  # rows
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def make_table(folder: Path, workload: Workload) -> None:
     if state.get("sealed"):
         return
     needed = space_of(workload)
-    print(f"{folder / TABLE}: {workload.config.table_parameters() / 1e9:.2f}e9 parameters, {needed}")
+    print(
+        f"{folder / TABLE}: {workload.config.table_parameters() / 1e9:.2f}e9 parameters, {needed}"
+    )
     check_space(folder, needed)
     state["digest"] = digest
     write_state(folder, state)
@@ -116,6 +120,7 @@ def _write_layer(
     Returns how many."""
     store = PreadStore(table, layer, WRITERS)
     rows_N = workload.touched[layer]
+    rows_NR = dense_rows(folder, workload, layer)
     written = 0
     for number, shard in enumerate(table.shards(layer)):
         if shard.name in state["written"]:
@@ -123,13 +128,29 @@ def _write_layer(
         first = number * table.shard_rows
         begin, end = np.searchsorted(rows_N, [first, first + shard.rows])
         ids_n = rows_N[begin:end]
-        store.scatter(ids_n, table.fmt.encode(normal_rows(0, layer, ids_n, DIM, STD)))
+        store.scatter(ids_n, np.ascontiguousarray(rows_NR[begin:end]))
         shard.sync()
         state["written"].append(shard.name)
         write_state(folder, state)
         written += len(ids_n)
     store.close()
     return written
+
+
+def dense_rows(folder: Path, workload: Workload, layer: int) -> np.ndarray:
+    """The touched rows of a layer in the order of their ids, uint8 [N, row_bytes]. They are made
+    once, and kept beside the table: from there they come into memory in a second."""
+    path = folder / f"rows-{layer}.npy"
+    if not path.exists():
+        rows_N = workload.touched[layer]
+        rows_NR = np.empty((len(rows_N), workload.format.row_bytes), np.uint8)
+        for first in range(0, len(rows_N), _CHUNK):
+            ids_n = rows_N[first : first + _CHUNK]
+            values_nd = normal_rows(0, layer, ids_n, DIM, STD)
+            rows_NR[first : first + _CHUNK] = workload.format.encode(values_nd)
+        with publish_file(path) as file:
+            np.save(file, rows_NR)
+    return np.load(path)
 
 
 def space_of(workload: Workload) -> Space:
@@ -157,14 +178,19 @@ def check_space(folder: Path, needed: Space) -> None:
             f"{folder}: expected {missing * 1.05 / 1e9:.2f} GB free on the disk, found "
             f"{free / 1e9:.2f}; give a folder on another disk"
         )
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(_PROBE)
-        taken = os.fstat(file.fileno()).st_blocks * 512
+    taken = taken_by_hole(folder)
     if taken > _PROBE // 2:
         raise SystemExit(
             f"{folder}: expected a file system with sparse files, found that a hole of {_PROBE} "
             f"bytes takes {taken} bytes: the table would take {needed.logical / 1e9:.0f} GB"
         )
+
+
+def taken_by_hole(folder: Path) -> int:
+    """Bytes that a file of one hole takes on the disk."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(_PROBE)
+        return os.fstat(file.fileno()).st_blocks * 512
 
 
 def left(folder: Path) -> Space:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hundred_table import TABLE
+from hundred_table import TABLE, dense_rows
 from hundred_workload import NoRows, Workload
 from llama import llama_135m
 from torch import Tensor
@@ -25,6 +25,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import engraphy
 from engraphy import EngramMemory
+from engraphy.addresses.addresser import Addresser
 from engraphy.hf.versions import cache_argument
 from engraphy.memory.lookup import Lookup, TokenLookup, Trace
 from engraphy.memory.prefetch import Prefetcher, Ticket
@@ -32,6 +33,7 @@ from engraphy.memory.state import SequenceState
 from engraphy.memory.ticket import Request
 from engraphy.store import open_store, warm
 from engraphy.store.base import RowStore, StoreInfo
+from engraphy.store.cache import CacheStore
 from engraphy.store.mapped import MappedStore
 
 CACHE = str(cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters))
@@ -82,8 +84,8 @@ class Way:
 
     @property
     def needs_pages(self) -> bool:
-        """Whether the rows are brought into the page cache first."""
-        return self.name == RAM or (self.in_file and self.state == "warm")
+        """Whether the rows that are read have to be in the page cache."""
+        return self.in_file and self.state == "warm"
 
 
 WAYS = [
@@ -161,6 +163,32 @@ class SparseRam(MappedStore):
     @property
     def info(self) -> StoreInfo:
         return self._info
+
+
+class DenseRows(RowStore):
+    """Some rows of a layer, close together: RAM and caches are filled from here.
+
+    Args:
+        info: of the layer.
+        ids_N: the rows that there are, ascending.
+        rows_NR: the rows.
+    """
+
+    def __init__(self, info: StoreInfo, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
+        super().__init__()
+        self._info = info
+        self._ids_N = ids_N
+        self._rows_NR = rows_NR
+
+    @property
+    def info(self) -> StoreInfo:
+        return self._info
+
+    def _gather(self, ids_N: np.ndarray, out_NR: np.ndarray) -> None:
+        np.take(self._rows_NR, np.searchsorted(self._ids_N, ids_N), axis=0, out=out_NR)
+
+    def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
+        raise NotImplementedError
 
 
 @dataclass
@@ -256,35 +284,48 @@ class Served:
     def close(self) -> None:
         """Closes the memory and its stores."""
         if self.memory is not None:
-            stores = list(self.memory.stores.values())
             engraphy.detach(self._model)
             self.memory.close()
-            for store in stores:
-                store.close()
+            for store in self.memory.stores.values():
+                if self.way.name != RAM:  # rows in RAM are made once
+                    store.close()
 
 
 class Ways:
     """Makes the ways to serve one workload. Rows in RAM and warm caches are made once."""
 
     def __init__(self, folder: Path, workload: Workload) -> None:
+        self._folder = folder
         self._url = f"file:{folder / TABLE}?read=pread"
         self._workload = workload
         self._model = llama_135m(vocab_size=workload.sizes.vocab_size, **workload.sizes.model)[0]
         self._model.eval()
         self._first: EngramMemory | None = None
         self._ram: dict[int, RowStore] = {}
+        self._dense: dict[int, RowStore] = {}
         self._kept: dict[tuple[int, float], np.ndarray] = {}
 
     def serve(self, names: Sequence[str]) -> dict[str, Served]:
         """The ways by name, opened anew: caches of cold ways are empty."""
         ways = [Way(name) for name in names]
-        if any(way.needs_pages for way in ways):
-            self._bring_pages(fill=RAM in names and not self._ram)
         served = {}
         for way in ways:
             memory = None if way.name == NONE else self._memory(way)
             served[way.name] = Served(way, self._model, memory)
+        self._dense.clear()
         return served
+
+    def bring_pages(self, prompts: Sequence[Tensor]) -> None:
+        """Reads the rows of some ids [B, T] into the page cache."""
+        workload = self._workload
+        addresser = Addresser(workload.config.hash, workload.vocab)
+        for layer in workload.touched:
+            rows = [addresser.rows(ids_BT.numpy(), layer=layer) for ids_BT in prompts]
+            rows_N = np.unique(np.concatenate([rows_BTC.reshape(-1) for rows_BTC in rows]))
+            store = open_store(self._url, layer=layer)
+            for first in range(0, len(rows_N), _CHUNK):
+                store.gather(rows_N[first : first + _CHUNK])
+            store.close()
 
     def _memory(self, way: Way) -> EngramMemory:
         workload = self._workload
@@ -304,18 +345,36 @@ class Ways:
     def _store(self, way: Way, layer: int) -> RowStore:
         workload = self._workload
         if way.name == FIXED:
-            return NoRows(workload.config.hash.row_count(layer), workload.format.row_bytes)
+            return NoRows(*self._sizes(layer))
         if way.name == RAM:
+            if layer not in self._ram:
+                self._ram[layer] = SparseRam(*self._sizes(layer))
+                rows_N = workload.touched[layer]
+                self._ram[layer].scatter(rows_N, self._rows(layer).gather(rows_N))
             return self._ram[layer]
-        url = self._url
-        if way.state != "warm":
-            url += "&direct=1"
-        if way.percent is not None:
-            url += f"&cache={workload.budget(layer, way.percent)}"
-        store = open_store(url, layer=layer)
-        if way.percent is not None and way.state != "cold":
-            warm(store, self._kept_rows(layer, way.percent))
-        return store
+        direct = f"{self._url}&direct=1"
+        if way.percent is None:
+            return open_store(self._url if way.state == "warm" else direct, layer=layer)
+        file = open_store(self._url if way.state == "warm" else direct, layer=layer)
+        budget = workload.budget(layer, way.percent)
+        if way.state == "cold":
+            return CacheStore(file, budget)
+        cache = CacheStore(self._rows(layer), budget)
+        warm(cache, self._kept_rows(layer, way.percent))
+        cache.inner = file
+        return cache
+
+    def _rows(self, layer: int) -> RowStore:
+        """The touched rows, to fill RAM and caches."""
+        if layer not in self._dense:
+            rows_NR = dense_rows(self._folder, self._workload, layer)
+            info = StoreInfo("dense", *self._sizes(layer), writable=False)
+            self._dense[layer] = DenseRows(info, self._workload.touched[layer], rows_NR)
+        return self._dense[layer]
+
+    def _sizes(self, layer: int) -> tuple[int, int]:
+        """Rows of a layer, and bytes of a row."""
+        return self._workload.config.hash.row_count(layer), self._workload.format.row_bytes
 
     def _kept_rows(self, layer: int, percent: float) -> np.ndarray:
         if (layer, percent) not in self._kept:
@@ -324,18 +383,3 @@ class Ways:
                 rows_N = self._workload.kept(layer, percent)
             self._kept[layer, percent] = rows_N
         return self._kept[layer, percent]
-
-    def _bring_pages(self, fill: bool) -> None:
-        """Reads all touched rows through the page cache, and copies them to RAM if `fill`."""
-        workload = self._workload
-        row_bytes = workload.format.row_bytes
-        for layer, rows_N in workload.touched.items():
-            store = open_store(self._url, layer=layer)
-            if fill:
-                self._ram[layer] = SparseRam(workload.config.hash.row_count(layer), row_bytes)
-            for first in range(0, len(rows_N), _CHUNK):
-                ids_n = rows_N[first : first + _CHUNK]
-                rows_nR = store.gather(ids_n)
-                if fill:
-                    self._ram[layer].scatter(ids_n, rows_nR)
-            store.close()

@@ -36,8 +36,8 @@ class Cell:
         phase: "prefill" or "decode".
         batch: Sequences side by side.
         prompt: Tokens of each sequence's prompt.
-        rounds: Timed turns: prompts of a prefill, tokens of a decode. One more prompt comes first
-            and is not counted.
+        rounds: Timed turns: prompts of a prefill, tokens of a decode. A prefill has one more
+            prompt, which comes first and is not counted.
     """
 
     phase: str
