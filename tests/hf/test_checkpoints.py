@@ -162,7 +162,7 @@ def test_the_best_checkpoint_brings_back_rows_and_weights_of_the_memory(strategy
         model,
         memory,
         tmp_path,
-        learning_rate=0.5,
+        learning_rate=0.01,
         lr_scheduler_type="constant",
         max_steps=6,
         per_device_train_batch_size=8,
