@@ -22,7 +22,6 @@ import argparse
 import gc
 import importlib
 import itertools
-import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -81,8 +80,6 @@ def touch(store: RowStore) -> None:
         assert shards is not None
         for shard in shards:
             shard.reshape(-1).view(np.float32)[:] = 0.01
-            # And read: a virtual machine's host may take 160 us for the first read of 2 MB.
-            shard.reshape(-1)[:: mmap.PAGESIZE].sum()
 
 
 def new_optimizer(
