@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap
 from engraphy.errors import InputError
@@ -138,7 +139,7 @@ def test_what_runs_each_time_is_no_recording(model):
     expected = model(IDS_BT)
     weights = {name: value * 1 for name, value in model.named_parameters()}
     assert torch.equal(torch.func.functional_call(model, weights, (IDS_BT,)), expected)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert torch.equal(model(IDS_BT), expected)
     with torch.autocast("cpu", enabled=False), torch.device("cpu"):
         assert torch.equal(model(IDS_BT), expected)
