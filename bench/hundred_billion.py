@@ -1,7 +1,7 @@
 """A table of a hundred billion parameters on a small machine: what reading it costs a model.
 
     python bench/hundred_billion.py DIR [--json FILE]
-    python bench/hundred_billion.py DIR --only prefill-1,decode-8 --ways fixed,ram,warm-10 --again
+    python bench/hundred_billion.py DIR --only decode-8 --ways fixed,ram,warm-10 --repeats 5
     python bench/hundred_billion.py DIR --clean
 
 The table has the rows of DeepSeek-V4.1 (264 bytes, layers 1 and 14) and lies in DIR as sparse
@@ -11,18 +11,23 @@ weights, the shape of SmolLM2-135M) then reads the text, in the ways of hundred_
 turns for each prompt and each decoded token. The decoded tokens are those of the text.
 
 Steps: table, probe, a step for each cell (prefill or decode, and its batch), memory, report. --only
-chooses some. A step that is done is not done again, --again measures more rounds of cells. A run
-that was killed, or ended by --seconds, goes on where it was. Losses are medians over pairs of one
-round with a standard error (bootstrap).
+chooses some. A step that is done is not done again, --repeats reads the text of a cell so often. A
+run that was killed, or ended by --seconds, goes on where it was. Losses are medians over pairs of
+one round with a standard error (bootstrap).
+
+Rows in RAM and pages of the page cache are read between the rounds, every quarter of a minute. A
+virtual machine may take memory that rests away from the guest, or page it out, and then charges the
+next read some 40 us: that is no property of a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ import engraphy
 
 ROUNDS = "rounds.jsonl"
 UNCOUNTED = 8  # tokens
+REST = 15.0  # seconds: memory that is not read for longer may be taken away by a host
 
 
 def measure(
@@ -49,45 +55,54 @@ def measure(
 ) -> None:
     """Times a cell, and appends each round to rounds.jsonl."""
     names = options.ways
-    missing = min(options.rounds or cell.rounds, cell.rounds)
-    if not options.again:
-        missing -= hundred_report.rounds_of(folder, cell, options.threads, names)
-    if missing <= 0:
-        return
-    served = ways.serve(names)
-    if any(way.way.needs_pages for way in served.values()):
-        ways.bring_pages(prompts(workload, cell, missing))
+    rounds = min(options.rounds or cell.rounds, cell.rounds)
+    missing = rounds * options.repeats
+    missing -= hundred_report.rounds_of(folder, cell, options.threads, names)
     shuffle = random.Random(f"{cell.name} {missing}").shuffle
     with open(folder / ROUNDS, "a") as file:
-
-        def note(**content: Any) -> None:
-            line = {"cell": cell.name, "threads": options.threads, **content}
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-
-        for ids_BT in chunks(workload, cell, served):
-            if time.monotonic() > end:
-                break
-            order = list(served)
-            shuffle(order)
-            if cell.phase == "prefill":
-                for name in order:
-                    served[name].restart()
-            before = {name: way.counters() for name, way in served.items()}
-            answers = {name: served[name].forward(ids_BT) for name in order}
-            check_equal({name: logits for name, (_, logits) in answers.items()})
-            counts = {
-                name: {key: value - before[name][key] for key, value in way.counters().items()}
-                for name, way in served.items()
-            }
-            note(seconds={name: parts for name, (parts, _) in answers.items()}, counts=counts)
-            missing -= 1
-            if not missing:
-                break
-    for way in served.values():
-        way.close()
-    if missing:
+        while missing > 0 and time.monotonic() < end:
+            served = ways.serve(names)
+            for timed in read_text(ways, workload, cell, served, min(rounds, missing), shuffle):
+                line = {"cell": cell.name, "threads": options.threads, **timed}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                missing -= 1
+                if time.monotonic() > end:
+                    break
+            for way in served.values():
+                way.close()
+    if missing > 0:
         print(f"{cell.name}: {missing} rounds are missing: run it again")
+
+
+def read_text(
+    ways: Ways,
+    workload: Workload,
+    cell: Cell,
+    served: dict[str, Served],
+    rounds: int,
+    shuffle: Callable[[list[str]], None],
+) -> Iterator[dict[str, Any]]:
+    """Reads the text of a cell once, in all ways. Yields seconds and counts of each round."""
+    texts = prompts(workload, cell, rounds)
+    awake = -REST
+    for ids_BT in itertools.islice(chunks(workload, cell, served), rounds):
+        if time.monotonic() - awake > REST:
+            ways.keep_awake(served, texts)
+            awake = time.monotonic()
+        order = list(served)
+        shuffle(order)
+        if cell.phase == "prefill":
+            for name in order:
+                served[name].restart()
+        before = {name: way.counters() for name, way in served.items()}
+        answers = {name: served[name].forward(ids_BT) for name in order}
+        check_equal({name: logits for name, (_, logits) in answers.items()})
+        counts = {
+            name: {key: value - before[name][key] for key, value in way.counters().items()}
+            for name, way in served.items()
+        }
+        yield {"seconds": {name: parts for name, (parts, _) in answers.items()}, "counts": counts}
 
 
 def prompts(workload: Workload, cell: Cell, rounds: int) -> list[torch.Tensor]:
@@ -133,7 +148,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", help="ways, separated by commas", default=",".join(WAYS))
     parser.add_argument("--threads", type=int, default=1, help="of the model")
     parser.add_argument("--rounds", type=int, help="of each cell, at most as many as it has text")
-    parser.add_argument("--again", action="store_true", help="measure more rounds of cells")
+    parser.add_argument("--repeats", type=int, default=1, help="how often to read a cell's text")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after so long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--clean", action="store_true", help="remove DIR, measure nothing")

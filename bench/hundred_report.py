@@ -47,6 +47,19 @@ def loss(rounds: list[dict[str, Any]], name: str, beside: str) -> tuple[float, f
     return median_and_error(lost)
 
 
+def hook_loss(rounds: list[dict[str, Any]], name: str, beside: str) -> tuple[float, float] | None:
+    """As `loss`, of the time within the memory's hooks alone: look-up, waiting and fusion. It says
+    nothing of what the memory does to the rest of the model, and is far less noisy."""
+    pairs = [line["seconds"] for line in rounds if {name, beside} <= set(line["seconds"])]
+    if len(pairs) < 2:
+        return None
+    more = [
+        sum(pair[name][key] - pair[beside][key] for key in ("lookup", "layers")) for pair in pairs
+    ]
+    totals = [pair[name]["total"] for pair in pairs]
+    return median_and_error([100 * one / total for one, total in zip(more, totals, strict=True)])
+
+
 def row_of(rounds: list[dict[str, Any]], cell: Cell, name: str) -> dict[str, Any]:
     """What one way took in a cell: milliseconds are medians a forward."""
     mine = [line for line in rounds if name in line["seconds"]]
@@ -55,6 +68,9 @@ def row_of(rounds: list[dict[str, Any]], cell: Cell, name: str) -> dict[str, Any
     row["tokens_a_second"] = cell.tokens / float(np.median([part["total"] for part in parts]))
     for beside in (NONE, FIXED, RAM):
         row[f"loss_beside_{beside}"] = None if beside == name else loss(rounds, name, beside)
+    for beside in (FIXED, RAM):
+        in_hooks = None if name in (NONE, beside) else hook_loss(rounds, name, beside)
+        row[f"hooks_beside_{beside}"] = in_hooks
     for key in ("total", "lookup", "layers", "wait"):
         row[f"{key}_ms"] = 1e3 * float(np.median([part[key] for part in parts]))
     counts = [line["counts"][name] for line in mine]
@@ -96,15 +112,16 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     print(f"\n{title}")
     print(
         f"  {'':10}{'tokens/s':>9}{'lost % beside':>16}{NONE:>4}{FIXED:>16}{RAM:>16}"
-        f"{'look-up':>10}{'layers':>9}{'wait':>9}{'reading':>9}{'hits':>7}"
+        f"{'in hooks':>16}{'look-up':>10}{'layers':>9}{'wait':>9}{'reading':>9}{'hits':>7}"
     )
     for row in rows.values():
         losses = [row[f"loss_beside_{beside}"] for beside in (NONE, FIXED, RAM)]
+        losses.append(row[f"hooks_beside_{FIXED if row['way'] == RAM else RAM}"])
         texts = ["" if one is None else f"{one[0]:.2f} +- {one[1]:.2f}" for one in losses]
         hits = "" if row["hits"] is None else f"{row['hits']:.1%}"
         print(
             f"  {row['way']:10}{row['tokens_a_second']:9.1f}{texts[0]:>20}{texts[1]:>16}"
-            f"{texts[2]:>16}{row['lookup_ms']:10.3f}{row['layers_ms']:9.3f}{row['wait_ms']:9.3f}"
+            f"{texts[2]:>16}{texts[3]:>16}{row['lookup_ms']:10.3f}{row['layers_ms']:9.3f}{row['wait_ms']:9.3f}"
             f"{row['read_ms']:9.3f}{hits:>7}"
         )
 

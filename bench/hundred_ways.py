@@ -26,6 +26,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 import engraphy
 from engraphy import EngramMemory
 from engraphy.addresses.addresser import Addresser
+from engraphy.errors import StoreError
 from engraphy.hf.versions import cache_argument
 from engraphy.memory.lookup import Lookup, TokenLookup, Trace
 from engraphy.memory.prefetch import Prefetcher, Ticket
@@ -188,7 +189,7 @@ class DenseRows(RowStore):
         np.take(self._rows_NR, np.searchsorted(self._ids_N, ids_N), axis=0, out=out_NR)
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        raise NotImplementedError
+        raise StoreError("dense: expected reads alone, found a write")
 
 
 @dataclass
@@ -315,8 +316,20 @@ class Ways:
         self._dense.clear()
         return served
 
-    def bring_pages(self, prompts: Sequence[Tensor]) -> None:
-        """Reads the rows of some ids [B, T] into the page cache."""
+    def keep_awake(self, served: dict[str, Served], prompts: Sequence[Tensor]) -> None:
+        """Brings the rows of some ids [B, T] into the page cache, and reads all rows in RAM.
+
+        Rows in RAM come last, all of them: they are more than the caches of a processor hold, so
+        none of the rows that are timed next is left there.
+        """
+        if any(way.way.needs_pages for way in served.values()):
+            self._bring_pages(prompts)
+        if RAM in served:
+            for layer, rows_N in self._workload.touched.items():
+                for first in range(0, len(rows_N), _CHUNK):
+                    self._ram[layer].gather(rows_N[first : first + _CHUNK])
+
+    def _bring_pages(self, prompts: Sequence[Tensor]) -> None:
         workload = self._workload
         addresser = Addresser(workload.config.hash, workload.vocab)
         for layer in workload.touched:

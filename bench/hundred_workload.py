@@ -19,6 +19,7 @@ from engraphy import EngramConfig, HashSpec, LayerSpec, RowFormat, VocabMap
 from engraphy.addresses.addresser import Addresser
 from engraphy.data.documents import load_documents
 from engraphy.data.tokens import encode, end_id, train_tokenizer
+from engraphy.errors import StoreError
 from engraphy.store.base import RowStore, StoreInfo
 from engraphy.store.cache import CacheStore
 from engraphy.store.sets import WAYS, set_bytes
@@ -272,4 +273,4 @@ class NoRows(RowStore):
         return
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
-        raise NotImplementedError
+        raise StoreError("none: expected reads alone, found a write")
