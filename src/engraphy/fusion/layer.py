@@ -131,12 +131,20 @@ class EngramLayer(nn.Module):
             eps = torch.finfo(torch.promote_types(x_BTSD.dtype, torch.float32)).eps
         formula = Formula(spec.order, eps, spec.conv_eps, spec.unit_offset, conv_inputs, residual)
         dtype = self._projected_dtype()
-        if dtype is not None and chunk.runs(x_BTSD, dtype, self.spec.kernel):
+        is_released = type(self).gate is EngramLayer.gate
+        if is_released and dtype is not None and chunk.runs(x_BTSD, dtype, self.spec.kernel):
             return self._fuse_natively(x_BTSD, rows_BTE, dtype, past, formula)
         rows_BTE = rows_BTE.to(self.value.weight.dtype)
         key_BTSD = self.key(rows_BTE).unflatten(-1, self.query_norm.shape)
         norms = Norms(self.query_norm, self.key_norm, self.conv_norm, self.conv)
-        return plain.fuse(x_BTSD, key_BTSD, self.value(rows_BTE), norms, past, formula)
+        return plain.fuse(x_BTSD, key_BTSD, self.value(rows_BTE), norms, past, formula, self.gate)
+
+    def gate(self, u_BTS: Tensor) -> Tensor:
+        """How far the memory is let in: the gate [B, T, S] for the match u of query and key.
+
+        A subclass may define another gate. Its layers run the plain formula.
+        """
+        return plain.signed_sqrt(u_BTS)
 
     def _fuse_natively(
         self, x_BTSD: Tensor, rows_BTE: Tensor, dtype: torch.dtype, past: Past, formula: Formula

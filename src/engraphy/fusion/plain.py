@@ -6,6 +6,7 @@ It runs on any device, and torch differentiates it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,15 @@ class Past(NamedTuple):
     starts: Tensor | None
 
 
+Gate = Callable[[Tensor], Tensor]
+"""Takes u [B, T, S], the match of query and key, and returns the gate, from 0 to 1."""
+
+
+def signed_sqrt(u_BTS: Tensor) -> Tensor:
+    """The gate of all released code: sigmoid(sign(u) * sqrt(max(|u|, 1e-6)))."""
+    return torch.sigmoid(u_BTS.sign() * u_BTS.abs().clamp_min(GATE_FLOOR).sqrt())
+
+
 def project(rows_BTE: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """rows W^T + b, computed in `dtype`."""
     bias = None if bias is None else bias.to(dtype)
@@ -68,6 +78,7 @@ def fuse(
     norms: Norms,
     past: Past,
     formula: Formula,
+    gate: Gate = signed_sqrt,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """From the projections of the rows on, in f32, or in f64 if x is f64.
 
@@ -77,6 +88,7 @@ def fuse(
         norms: Parameters.
         past: The window before the chunk, and flags of its positions.
         formula: Numbers and variants.
+        gate: What the match of query and key opens.
 
     Returns:
         The update (or x + update) in x's dtype, the gate [B, T, S], and conv inputs: the chunk's
@@ -85,7 +97,7 @@ def fuse(
     wide = torch.promote_types(x_BTSD.dtype, torch.float32)
     h_BTSD = x_BTSD.to(wide)
     live = past.live
-    gate_BTS = _gate(h_BTSD, key_BTSD.to(wide), norms, formula)
+    gate_BTS = gate(_match(h_BTSD, key_BTSD.to(wide), norms, formula))
     if live is not None:
         gate_BTS = torch.where(live[:, :, None], gate_BTS, 0.0)
     update_BTSD = gate_BTS[..., None] * value_BTD.to(wide)[:, :, None]
@@ -112,20 +124,19 @@ def scale(norm: Tensor, dtype: torch.dtype, formula: Formula) -> Tensor:
     return norm.to(dtype) + 1.0 if formula.unit_offset else norm.to(dtype)
 
 
-def _gate(h_BTSD: Tensor, key_BTSD: Tensor, norms: Norms, formula: Formula) -> Tensor:
-    """How far the memory is let in, [B, T, S]."""
+def _match(h_BTSD: Tensor, key_BTSD: Tensor, norms: Norms, formula: Formula) -> Tensor:
+    """How well query and key match, [B, T, S]."""
     # A norm's factor is one number per vector, so it is applied after the dot product: this saves
     # passes over [B, T, S, D].
     wide = h_BTSD.dtype
     scale_SD = scale(norms.query_norm, wide, formula) * scale(norms.key_norm, wide, formula)
     dot_BTS = (h_BTSD * scale_SD * key_BTSD).sum(-1)
-    u_BTS = (
+    return (
         dot_BTS
         * _rstd(h_BTSD, formula.eps)
         * _rstd(key_BTSD, formula.eps)
         / math.sqrt(h_BTSD.shape[-1])
     )
-    return torch.sigmoid(u_BTS.sign() * u_BTS.abs().clamp_min(GATE_FLOOR).sqrt())
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
