@@ -18,10 +18,11 @@ _HEIGHT = 400  # px
 _LEFT = 56  # px for the values of the y axis
 _RIGHT = 176  # px for the labels of the lines
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
-_STYLE = """
+STYLE = """
 text { font: 13px -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: #1b1d21; }
 .muted { fill: #5b616c; }
 .grid { stroke: #e4e0d9; }
+.dot { stroke-width: 3; }
 .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
 .c0 { stroke: #0b66b0; } .c1 { stroke: #c2410c; } .c2 { stroke: #646b77; }
 .c3 { stroke: #7a3fa0; } .c4 { stroke: #2f7d4f; }
@@ -81,10 +82,10 @@ def share_by_size(title: str, lines: Sequence[Line], x_unit: str, y_unit: str) -
         body.append(
             f'<polyline class="line c{number}" stroke-dasharray="{dash}" points="{points}"/>'
         )
-        body.append(_text(x.end + 8, place + 4.5, line.label, f"c{number}"))
+        body.append(text(x.end + 8, place + 4.5, line.label, f"c{number}"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}">'
-        f"<title>{esc(title)}</title><style>{_STYLE}</style>\n" + "\n".join(body) + "\n</svg>\n"
+        f"<title>{esc(title)}</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</svg>\n"
     )
 
 
@@ -98,20 +99,22 @@ def _frame(x: Axis, y: Axis, x_unit: str, y_unit: str) -> str:
     body = []
     for percent in range(0, 101, 20):
         height = y(percent / 100)
-        body.append(_rule(x.start, height, x.end, height))
-        body.append(_text(x.start - 8, height + 4.5, f"{percent} %", "muted", "end"))
+        body.append(rule(x.start, height, x.end, height))
+        body.append(text(x.start - 8, height + 4.5, f"{percent} %", "muted", "end"))
     for power in range(math.ceil(x.low), math.floor(x.high) + 1, 4):
-        body.append(_rule(x(power), y.end, x(power), y.start))
-        body.append(_text(x(power), y.start + 18, binary_size(2.0**power), "muted", "middle"))
-    body.append(_text((x.start + x.end) / 2, _HEIGHT - 8, x_unit, "muted", "middle"))
-    body.append(_text(0, 14, y_unit, "muted"))
+        body.append(rule(x(power), y.end, x(power), y.start))
+        body.append(text(x(power), y.start + 18, binary_size(2.0**power), "muted", "middle"))
+    body.append(text((x.start + x.end) / 2, _HEIGHT - 8, x_unit, "muted", "middle"))
+    body.append(text(0, 14, y_unit, "muted"))
     return "\n".join(body)
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
+def rule(x1: float, y1: float, x2: float, y2: float) -> str:
+    """A line of the grid."""
     return f'<line class="grid" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, content: str, kind: str, anchor: str = "start") -> str:
+def text(x: float, y: float, content: str, kind: str, anchor: str = "start") -> str:
+    """A text at a place, in pixels. kind: its class."""
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text class="{kind}" {place}>{esc(content)}</text>'
