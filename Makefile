@@ -10,6 +10,8 @@
 #             what joins transformers, against another version of it
 # make test-levels
 #             what depends on the machine, under each instruction set and one and two threads
+# make test-studies
+#             every comparison of `engraphy study` in its smallest form, in some minutes
 # make valgrind
 #             the native kernels under memcheck; needs valgrind, and says so
 # make guard  instructions, allocations, bytes and native calls beside the committed counts; so too
@@ -40,7 +42,7 @@ endef
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_op.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test coverage quick docs bench test-transformers test-levels valgrind guard check clean
+.PHONY: demo test coverage quick docs bench test-transformers test-levels test-studies valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -63,6 +65,9 @@ test-transformers: $(VENV)/installed-dev
 
 test-levels: $(VENV)/installed-dev
 	$(PY) -m tests.tools.levels
+
+test-studies: $(VENV)/installed-dev
+	$(PY) -m tests.tools.studies
 
 valgrind: $(VENV)/installed-dev
 	@command -v valgrind >/dev/null || { echo "make valgrind: expected the program valgrind, found \

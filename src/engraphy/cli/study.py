@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -19,6 +20,7 @@ app = typer.Typer(
 OUT = typer.Option(Path("results/demo"), help="Folder of the result files.")
 ADAPT_OUT = typer.Option(Path("results/adapt"), help="Folder of the result files.")
 WORK = typer.Option(Path("runs/study"), help="Folder of corpora and checkpoints.")
+COMPARISON_WORK = typer.Option(Path("runs/studies"), help="Folder of corpora and checkpoints.")
 TOKENS = typer.Option(1_000_000, help="Training tokens of each run.")
 WORKERS = typer.Option(
     os.cpu_count() or 1, help="Runs at a time, one thread each.", show_default="all CPUs"
@@ -87,3 +89,49 @@ def adapt(
         )
         recipe.adapt_study(config, out, workers, typer.echo)
         typer.echo(recipe.tables(config, out))
+
+
+def _comparison(name: str) -> Callable[..., None]:
+    """The command of a comparison."""
+
+    def run(
+        out: Path | None = typer.Option(
+            None, help="Folder of the result files.", show_default=f"results/{name}"
+        ),
+        work: Path = COMPARISON_WORK,
+        seeds: int = SEEDS,
+        tokens: int = typer.Option(4_000_000, help="Training tokens of each run."),
+        data: str = DATA,
+        backbone: str = typer.Option("base", help="Model that the arms change."),
+        rate: list[float] = typer.Option(
+            [3e-3, 4e-3, 6e-3], help="Learning rate to try; may be repeated. One is not searched."
+        ),
+        workers: int = WORKERS,
+        smallest: bool = typer.Option(
+            False, "--smallest", help="Run in seconds, to see that it works: no result."
+        ),
+        cost: bool = typer.Option(False, "--cost", help="Say what it would cost, and stop."),
+    ) -> None:
+        with errors("the same command continues"):
+            from ..recipes.studies import comparison as recipe
+            from ..recipes.studies.study import run_study, study_cost, study_table
+
+            config = recipe.SMALLEST
+            if not smallest:
+                seed_list = tuple(range(seeds))
+                rates = tuple(sorted(set(rate)))
+                config = recipe.ComparisonConfig(seed_list, tokens, data, backbone, rates)
+            kind = "smallest/" if smallest else ""
+            folder = Path(f"results/{kind}{name}") if out is None else out
+            study = STUDIES[name].load()
+            typer.echo(f"{name}: {study_cost(study, config, folder)}")
+            if cost:
+                return
+            run_study(study, config, folder, workers, typer.echo, work)
+            typer.echo(study_table(study, config, folder))
+
+    return run
+
+
+for _name in ("baseline", "allocation", "controls", "ablation"):
+    app.command(_name, help=STUDIES[_name].sentence)(_comparison(_name))

@@ -1,7 +1,18 @@
 """The reference language model: dense or mixture of experts, with or without a memory."""
 
 from ..system.moved import moved_names
-from .arms import Arm, Arms, Parameters, count_parameters, demo_config, three_arms
+from .arms import (
+    Arm,
+    Arms,
+    MemorySizes,
+    Parameters,
+    count_parameters,
+    demo_config,
+    dense_arm,
+    memory_arm,
+    moe_arm,
+    three_arms,
+)
 from .config import LMConfig
 from .model import LM
 
@@ -10,9 +21,13 @@ __all__ = [
     "Arm",
     "Arms",
     "LMConfig",
+    "MemorySizes",
     "Parameters",
     "count_parameters",
     "demo_config",
+    "dense_arm",
+    "memory_arm",
+    "moe_arm",
     "three_arms",
 ]
 

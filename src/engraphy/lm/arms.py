@@ -92,6 +92,40 @@ def demo_config(vocab_size: int = 2048) -> LMConfig:
     )
 
 
+@dataclass(frozen=True)
+class MemorySizes:
+    """Sizes of an arm's memory, in the demo's dialect.
+
+    Attributes:
+        layers: Its layers.
+        orders: Its orders.
+        heads: Heads of an order.
+        dim: Width of a row.
+        kernel: Taps of the conv; 0 = no conv.
+        rows_per_head: Rows of a head; None = as many as the experts that it replaces pay for.
+        seed: Of the hash.
+    """
+
+    layers: tuple[int, ...] = (1,)
+    orders: tuple[int, ...] = (2, 3)
+    heads: int = 4
+    dim: int = 16
+    kernel: int = 4
+    rows_per_head: int | None = None
+    seed: int = 0
+
+    def config(
+        self, hidden_size: int, hash_vocab: int, pad_id: int, rows_per_head: int
+    ) -> EngramConfig:
+        """The memory of a model, with so many rows of a head."""
+        spec = HashSpec.demo(
+            self.layers, self.orders, self.heads, rows_per_head, hash_vocab, pad_id, self.seed
+        )
+        width = spec.columns * self.dim
+        layer = LayerSpec(hidden_size, width, order=spec.order, kernel=self.kernel)
+        return EngramConfig(spec, layer, self.dim)
+
+
 def three_arms(
     moe: LMConfig,
     hash_vocab: int,
@@ -121,46 +155,70 @@ def three_arms(
     Raises:
         ConfigError: The counts cannot be made equal within 1 %.
     """
-    if not 0 < rho < 1:
-        raise ConfigError(f"rho: expected a share between 0 and 1, found {rho}")
+    sizes = MemorySizes(tuple(layers), tuple(orders), heads, dim, seed=seed)
+    memory = memory_arm(moe, rho, sizes, hash_vocab, pad_id)
+    return Arms(dense_arm(moe), moe_arm(moe), memory)
+
+
+def moe_arm(moe: LMConfig) -> Arm:
+    """The mixture of experts itself. Raises ConfigError if it has no experts."""
     if not moe.moe_layers:
         raise ConfigError("expected a mixture of experts, found a model without moe_layers")
-    goal = _count_config(moe, None)
+    return Arm("moe", moe, None, _count_config(moe, None))
+
+
+def dense_arm(moe: LMConfig) -> Arm:
+    """A dense model with the activated parameters of a mixture of experts.
+
+    Raises ConfigError if the counts cannot be made equal within 1 %.
+    """
+    goal = moe_arm(moe).parameters
     dense = dataclasses.replace(moe, moe_layers=(), experts=0, top_k=0, expert_ffn=0, shared_ffn=0)
     dense = _solve_width(dense, None, "ffn", moe.layers, goal.activated)
-
-    def memory_config(rows_per_head: int) -> EngramConfig:
-        spec = HashSpec.demo(
-            tuple(layers), tuple(orders), heads, rows_per_head, hash_vocab, pad_id, seed
-        )
-        layer = LayerSpec(moe.hidden_size, spec.columns * dim, order=spec.order)
-        return EngramConfig(spec, layer, dim)
-
-    arms = Arms(
-        Arm("dense", dense, None, _count_config(dense, None)),
-        Arm("moe", moe, None, goal),
-        _memory_arm(moe, goal, rho, memory_config),
-    )
-    _check(arms, rho)
-    return arms
+    arm = Arm("dense", dense, None, _count_config(dense, None))
+    _check_activated(arm, goal)
+    return arm
 
 
-def _memory_arm(
-    moe: LMConfig, goal: Parameters, rho: float, memory_config: Callable[[int], EngramConfig]
-) -> Arm:
-    """The arm that keeps a share rho of the experts. memory_config: by rows_per_head."""
+def memory_arm(moe: LMConfig, rho: float, sizes: MemorySizes, hash_vocab: int, pad_id: int) -> Arm:
+    """A mixture of experts that keeps a share rho of them, and a memory in place of the others.
+
+    Args:
+        moe: The mixture of experts.
+        rho: As in `three_arms`.
+        sizes: Of the memory. With rows_per_head given, the totals are not made equal.
+        hash_vocab: As in `three_arms`.
+        pad_id: As in `three_arms`.
+
+    Raises:
+        ConfigError: The counts cannot be made equal within 1 %.
+    """
+    if not 0 < rho < 1:
+        raise ConfigError(f"rho: expected a share between 0 and 1, found {rho}")
+    goal = moe_arm(moe).parameters
     experts = round(rho * moe.experts)
     if experts < moe.top_k:
         raise ConfigError(
             f"rho: expected to keep at least the {moe.top_k} experts of a token, "
             f"{rho} of {moe.experts} keeps {experts}"
         )
+
+    def memory_config(rows_per_head: int) -> EngramConfig:
+        return sizes.config(moe.hidden_size, hash_vocab, pad_id, rows_per_head)
+
     least = memory_config(1)
     fewer = dataclasses.replace(moe, experts=experts)
     fewer = _solve_width(fewer, least, "shared_ffn", len(moe.moe_layers), goal.activated)
-    free = goal.total - _count_config(fewer, least).total + least.table_parameters()
-    memory = memory_config(_solve_rows(memory_config, free))
-    return Arm("memory", fewer, memory, _count_config(fewer, memory))
+    rows = sizes.rows_per_head
+    if rows is None:
+        free = goal.total - _count_config(fewer, least).total + least.table_parameters()
+        rows = _solve_rows(memory_config, free)
+    memory = memory_config(rows)
+    arm = Arm("memory", fewer, memory, _count_config(fewer, memory))
+    _check_activated(arm, goal)
+    if sizes.rows_per_head is None:
+        _check_total(arm, goal, rho)
+    return arm
 
 
 def _solve_width(
@@ -200,19 +258,21 @@ def _solve_rows(memory_config: Callable[[int], EngramConfig], free: int) -> int:
     return rows
 
 
-def _check(arms: Arms, rho: float) -> None:
-    """Raises ConfigError unless the counts are equal within TOLERANCE."""
-    goal = arms.moe.parameters
-    for arm in (arms.dense, arms.memory):
-        if abs(arm.parameters.activated - goal.activated) > TOLERANCE * goal.activated:
-            raise ConfigError(
-                f"{arm.name} arm: expected {goal.activated} activated parameters within "
-                f"{TOLERANCE:.0%}, found {arm.parameters.activated}"
-            )
-    if abs(arms.memory.parameters.total - goal.total) > TOLERANCE * goal.total:
+def _check_activated(arm: Arm, goal: Parameters) -> None:
+    """Raises ConfigError unless the arm activates as many parameters as the goal."""
+    if abs(arm.parameters.activated - goal.activated) > TOLERANCE * goal.activated:
         raise ConfigError(
-            f"memory arm at rho {rho}: expected {goal.total} parameters within {TOLERANCE:.0%}, "
-            f"found {arms.memory.parameters.total}"
+            f"{arm.name} arm: expected {goal.activated} activated parameters within "
+            f"{TOLERANCE:.0%}, found {arm.parameters.activated}"
+        )
+
+
+def _check_total(arm: Arm, goal: Parameters, rho: float) -> None:
+    """Raises ConfigError unless the arm has as many parameters as the goal."""
+    if abs(arm.parameters.total - goal.total) > TOLERANCE * goal.total:
+        raise ConfigError(
+            f"{arm.name} arm at rho {rho}: expected {goal.total} parameters within "
+            f"{TOLERANCE:.0%}, found {arm.parameters.total}"
         )
 
 

@@ -31,9 +31,24 @@ from ..eval.losses import heldout_parts, losses_of
 from ..system.files import make_folder, publish_folder, write_errors, write_file
 from ..system.lfs import refuse_pointer
 from ..system.signals import stopping
-from ..train import OptimizerPair, RowAdam, warmup_cosine, weight_decay_groups
+from ..train import (
+    OptimizerPair,
+    RowAdagrad,
+    RowAdam,
+    RowNesterov,
+    RowOptimizer,
+    warmup_cosine,
+    weight_decay_groups,
+)
 from ..train.dtype import autocast
 from .model import LM
+
+ROW_OPTIMIZERS: Mapping[str, type[RowOptimizer]] = {
+    "adam": RowAdam,
+    "adagrad": RowAdagrad,
+    "nesterov": RowNesterov,
+}
+"""Optimisers of a table's rows, by name."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class TrainConfig:
         tokens: Training tokens.
         lr: Learning rate of the dense parameters.
         row_rate_scale: Rows learn at lr * row_rate_scale, without decay.
+        rows: Optimiser of the rows, one of ROW_OPTIMIZERS.
         weight_decay: Weight decay of the dense parameters.
         clip: Largest gradient norm.
         warmup: Share of the run.
@@ -58,6 +74,7 @@ class TrainConfig:
     tokens: int
     lr: float = 6e-3
     row_rate_scale: float = 5.0
+    rows: str = "adam"
     weight_decay: float = 0.1
     clip: float = 1.0
     warmup: float = 0.03
@@ -71,6 +88,8 @@ class TrainConfig:
                 'expected tokens >= 1 and dtype "float32" or "bfloat16", '
                 f"found {self.tokens}, {self.dtype!r}"
             )
+        if self.rows not in ROW_OPTIMIZERS:
+            raise ConfigError(f"rows: expected one of {list(ROW_OPTIMIZERS)}, found {self.rows!r}")
         for name in ("lr", "row_rate_scale", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -135,7 +154,7 @@ class Run:
         self._data_digest = batches.digest
         rows = None
         if model.memory is not None:
-            rows = RowAdam(model.memory, lr=config.lr * config.row_rate_scale)
+            rows = ROW_OPTIMIZERS[config.rows](model.memory, lr=config.lr * config.row_rate_scale)
         dense = torch.optim.AdamW(
             weight_decay_groups(model, config.weight_decay),
             lr=config.lr,

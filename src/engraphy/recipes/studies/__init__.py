@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,8 +35,22 @@ class StudyEntry:
         return getattr(importlib.import_module(f"{__name__}.{self.module}"), self.record)
 
 
+def _comparisons(**sentences: str) -> Iterator[StudyEntry]:
+    """Entries of comparisons, whose modules and records have their names."""
+    options = {
+        "seeds": _SEEDS,
+        "tokens": _TOKENS,
+        "data": _DATA,
+        "backbone": "Name of the model that the arms change.",
+        "rates": "Learning rates that each arm tries; one is not searched.",
+    }
+    for name, sentence in sentences.items():
+        yield StudyEntry(name, sentence, name, name.upper(), options)
+
+
 _SEEDS = "Seeds, all different. The first one chooses the learning rates."
 _TOKENS = "Training tokens of each run."
+_DATA = "wiki, books:FOLDER, hf:NAME, or a text file or folder."
 STUDIES: Mapping[str, StudyEntry] = {
     entry.name: entry
     for entry in (
@@ -48,7 +62,7 @@ STUDIES: Mapping[str, StudyEntry] = {
             {
                 "seeds": _SEEDS,
                 "tokens": _TOKENS,
-                "data": "wiki, books:FOLDER, hf:NAME, or a text file or folder.",
+                "data": _DATA,
             },
         ),
         StudyEntry(
@@ -65,6 +79,12 @@ STUDIES: Mapping[str, StudyEntry] = {
                 "rates": "Arms that run, each at its learning rate; by default all arms run and "
                 "search theirs.",
             },
+        ),
+        *_comparisons(
+            baseline="Dense, experts, and experts with a memory, under AdamW and Muon.",
+            allocation="How much of the sparse parameters a memory should take from experts.",
+            controls="A memory beside memories that lack one thing, and a dense adapter.",
+            ablation="Layers, orders, gate, heads, optimiser and size of a memory, one at a time.",
         ),
     )
 }

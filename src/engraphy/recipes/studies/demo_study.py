@@ -8,7 +8,6 @@ from it: the same seed, not the same weights.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,27 +15,16 @@ from pathlib import Path
 from ...data.corpus import Corpus, CorpusConfig, prepare
 from ...errors import ConfigError
 from ...eval.bands import NgramCounts
-from ...eval.losses import START, Losses
+from ...eval.losses import Losses
 from ...lm.loop import Run, TrainConfig, train
 from ..progress import curves
+from .comparison_tables import arm_table, choice, gaps, pair_table, validation_loss
 from .demo_arms import LABELS, ArmConfig, build
 from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
-from .rates import Rates, RateSearch, Runs
+from .rates import Rates, RateSearch
 from .study import Study, check_seeds, run_study, study_table
-from .tables import (
-    NONE,
-    fixed,
-    head,
-    made_with,
-    markdown,
-    mean_and_error,
-    missing,
-    paired,
-    rate_table,
-    row,
-    shared_seeds,
-)
+from .tables import made_with, markdown, rate_table
 
 RATES = (3e-3, 6e-3, 1e-2)
 DTYPE = "float32"
@@ -82,7 +70,7 @@ class StudyConfig:
     def search(self) -> RateSearch:
         """Every arm tries all of RATES."""
         rates = {arm: Rates.fixed(*RATES) for arm in LABELS}
-        return RateSearch(rates, self.seeds, self.job, _loss)
+        return RateSearch(rates, self.seeds, self.job, validation_loss)
 
 
 def study(
@@ -150,10 +138,6 @@ def _line(result: Result) -> str:
     return f"validation loss {result['validation_loss']:.4f} in {result['minutes']} minutes"
 
 
-def _loss(result: Result) -> float:
-    return result["validation_loss"]
-
-
 def _table(config: StudyConfig, jobs: Sequence[Job], results: dict, out: Path) -> str:
     if not results:
         raise ConfigError(f"{out}: expected results of a study, found none")
@@ -165,82 +149,19 @@ def _table(config: StudyConfig, jobs: Sequence[Job], results: dict, out: Path) -
     return markdown(
         [
             rate_table(title, LABELS, losses, RATES),
-            _choice(chosen),
-            _arm_table(config, runs, chosen),
-            _pair_table(results, runs),
+            choice(LABELS, search, chosen),
+            arm_table(LABELS, config.seeds, runs, chosen, NOTES),
+            pair_table(LABELS, PAIRS, results, runs),
             _made_with(config, results),
-            _gaps(config, jobs, results, chosen, out),
+            gaps(LABELS, config.seeds, jobs, results, chosen, out),
         ]
     )
-
-
-def _choice(chosen: Mapping[str, float]) -> Iterator[str]:
-    choices = []
-    for arm, lr in chosen.items():
-        edge = " (at the edge of the range)" if lr in (min(RATES), max(RATES)) else ""
-        choices.append(f"{LABELS[arm]} {lr:g}{edge}")
-    yield f"Chosen, for the other seeds as well: {', '.join(choices) or 'nothing yet'}."
-
-
-def _arm_table(config: StudyConfig, runs: Runs, chosen: Mapping[str, float]) -> Iterator[str]:
-    seeds = [f"seed {seed}" for seed in config.seeds]
-    yield from head("arm", "parameters", "activated", "lr", *seeds, "mean", "minutes")
-    for arm, by_seed in runs.items():
-        losses = {seed: _loss(result) for seed, result in by_seed.items()}
-        whole = len(losses) == len(config.seeds)
-        sizes = by_seed[config.seeds[0]]["parameters"]
-        minutes = statistics.mean(result["minutes"] for result in by_seed.values())
-        yield row(
-            LABELS[arm] + NOTES.get(arm, ""),
-            f"{sizes['total']:,}",
-            f"{sizes['activated']:,}",
-            f"{chosen[arm]:g}",
-            *(fixed(losses.get(seed)) for seed in config.seeds),
-            fixed(statistics.mean(losses.values()) if whole else None),
-            f"{minutes:.1f}",
-        )
-
-
-def _pair_table(results: Mapping[StudyJob, Result], runs: Runs) -> Iterator[str]:
-    buckets: dict[str, None] = {}  # in the order of the results
-    for result in results.values():
-        buckets |= dict.fromkeys(result["loss_by_frequency"])
-    titles = [bucket if bucket == START else f"trigram {bucket}" for bucket in buckets]
-    yield from head("paired by seed", "seeds", "all", *titles)
-    for one, other in PAIRS:
-        if one not in runs or other not in runs:
-            continue
-        mine = runs[one]
-        theirs = runs[other]
-        seeds = len(shared_seeds(mine, theirs))
-        gaps = [paired(mine, theirs, _loss)]
-        for bucket in buckets:
-            gaps.append(paired(mine, theirs, lambda r, b=bucket: r["loss_by_frequency"].get(b)))
-        cells = [mean_and_error(gap) if len(gap) == seeds else NONE for gap in gaps]
-        yield row(f"{LABELS[one]} minus {LABELS[other]}", str(seeds), *cells)
 
 
 def _made_with(config: StudyConfig, results: Mapping[StudyJob, Result]) -> Iterator[str]:
     tokens = f"{config.tokens:,} tokens for each run"
     yield f"{config.data}, {tokens}. ± is one standard error over seeds."
     yield from made_with(results.values())
-
-
-def _gaps(
-    config: StudyConfig,
-    jobs: Sequence[Job],
-    results: Mapping[StudyJob, Result],
-    chosen: Mapping[str, float],
-    out: Path,
-) -> Iterator[str]:
-    names = [job.name for job in jobs if job not in results]
-    others = ", ".join(map(str, config.seeds[1:]))
-    if others:
-        names += [f"seeds {others} of {LABELS[arm]}" for arm in LABELS if arm not in chosen]
-    yield missing(names)
-    strangers = sorted({path.name for path in out.glob("*.json")} - {job.name for job in jobs})
-    if strangers:
-        yield f"In {out.name}, but not of this study: {', '.join(strangers)}."
 
 
 DEMO = Study(

@@ -27,6 +27,10 @@ def _prepare_nothing(config: Any, jobs: Sequence[Any], work: Path) -> None:
     pass
 
 
+def _cost_unknown(config: Any, results: ResultsByJob) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Study:
     """A comparison of many runs.
@@ -43,6 +47,8 @@ class Study:
         prepare: (config, runs about to start, work) -> None. Writes what the runs share on disk. It
             is called before they start, in the parent process.
         dtype: What all runs compute in.
+        cost: (config, results so far) -> runs, tokens and hours that are missing, as text; "" = the
+            study cannot tell.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Study:
     table: Callable[[Any, Sequence[Any], dict[Job, Result], Path], str]
     prepare: Callable[[Any, Sequence[Any], Path], None] = _prepare_nothing
     dtype: str = "float32"
+    cost: Callable[[Any, ResultsByJob], str] = _cost_unknown
 
 
 def run_study(
@@ -109,6 +116,14 @@ def run_one(job: Job, study: Study, config: Any, out: Path, work: Path) -> str:
     }
     write_result(result, out / job.name)
     return f"{job.name}: {study.line(result)}"
+
+
+def study_cost(study: Study, config: Any, out: Path) -> str:
+    """What is missing of a study costs so many runs, tokens and hours; "" if it cannot tell.
+
+    Raises ConfigError as `run_study` does for the results in `out`.
+    """
+    return study.cost(config, Results(out, study.dtype))
 
 
 def study_table(study: Study, config: Any, out: Path) -> str:

@@ -1,0 +1,285 @@
+"""Comparisons: studies whose arms are changes of one backbone, over seeds and learning rates.
+
+Every arm trains on the same tokens in the same order for one seed. If there are several rates, each
+arm searches its own on the first seed; the other seeds then run it at the best one. Differences are
+paired by seed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...data.corpus import Corpus, CorpusConfig, prepare
+from ...errors import ConfigError
+from ...eval.bands import NgramCounts
+from ...eval.losses import Losses
+from ...lm import LM
+from ...lm.loop import Run, TrainConfig, train
+from ..progress import curves
+from .arm_recipe import ArmRecipe, build
+from .backbones import Backbone, backbone
+from .comparison_tables import (
+    arm_table,
+    choice,
+    gaps,
+    pair_table,
+    sizes_table,
+    validation_loss,
+)
+from .costs import cost_of
+from .queue import Job as StudyJob
+from .queue import Result, ResultsByJob
+from .rates import Rates, RateSearch, Runs
+from .study import Study, check_seeds
+from .tables import made_with, markdown, rate_table
+
+DTYPE = "float32"
+SCALE = (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
+"""Rates that a search may go on to."""
+SAVED = 200
+"""Steps between checkpoints: a run that is stopped loses minutes at most."""
+
+
+@dataclass(frozen=True)
+class Job(StudyJob):
+    """One run.
+
+    Attributes:
+        tokens: Training tokens.
+        data: As `load_documents` takes it.
+        backbone: Name of the backbone.
+    """
+
+    tokens: int
+    data: str
+    backbone: str
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """Settings of a comparison.
+
+    Attributes:
+        seeds: The first one chooses the learning rates, if there are several.
+        tokens: Training tokens of each run.
+        data: As `load_documents` takes it.
+        backbone: Name of the backbone, in BACKBONES.
+        rates: Learning rates that each arm tries; one = no search.
+
+    Raises:
+        ConfigError: A setting is invalid.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens: int = 4_000_000
+    data: str = "mix"
+    backbone: str = "base"
+    rates: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds)
+        backbone(self.backbone)
+        if self.tokens < 1:
+            raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
+        if not self.rates or min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
+            raise ConfigError(f"rates: expected ascending rates above 0, found {self.rates}")
+
+    @property
+    def base(self) -> Backbone:
+        """The backbone."""
+        return backbone(self.backbone)
+
+    def job(self, arm: str, seed: int, lr: float) -> Job:
+        return Job(arm, seed, lr, self.tokens, self.data, self.backbone)
+
+    def corpus(self, seed: int) -> CorpusConfig:
+        """The text of a seed."""
+        base = self.base
+        return CorpusConfig(
+            self.data,
+            vocab_size=base.moe.vocab_size,
+            batch=base.batch,
+            length=base.length,
+            seed=seed,
+        )
+
+
+SMALLEST = ComparisonConfig((0, 1), 2_048, "wiki", "smallest", (3e-3,))
+"""Runs in seconds. It shows that a study works, and nothing else."""
+
+
+class Trained(NamedTuple):
+    """A trained arm.
+
+    Attributes:
+        model: The model, in eval mode.
+        corpus: The text that it was trained on.
+        losses: On all held-out tokens.
+    """
+
+    model: LM
+    corpus: Corpus
+    losses: Losses
+
+
+def _measure_nothing(trained: Trained) -> Result:
+    return {}
+
+
+def _no_tables(config: Any, runs: Runs) -> list[Iterator[str]]:
+    return []
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison. `study` makes it run.
+
+    Attributes:
+        name: Its name in `STUDIES`.
+        arms: backbone -> the arms by name, the first to run first.
+        pairs: Names of arms whose difference, first minus second, is shown.
+        measure: A trained arm -> what its result holds beside the usual, JSON values.
+        tables: (config, runs) -> further parts of the report.
+    """
+
+    name: str
+    arms: Callable[[Backbone], Mapping[str, ArmRecipe]]
+    pairs: Sequence[tuple[str, str]] = ()
+    measure: Callable[[Trained], Result] = _measure_nothing
+    tables: Callable[[ComparisonConfig, Runs], list[Iterator[str]]] = _no_tables
+
+    @cached_property
+    def study(self) -> Study:
+        """The record that the engine of all studies runs."""
+        return Study(
+            self.name,
+            ComparisonConfig,
+            self._jobs,
+            self._run,
+            _line,
+            self._table,
+            _prepare,
+            DTYPE,
+            self._cost,
+        )
+
+    def recipes(self, config: ComparisonConfig) -> Mapping[str, ArmRecipe]:
+        """The arms of a config, by name."""
+        return self.arms(config.base)
+
+    def search(self, config: ComparisonConfig) -> RateSearch:
+        """The runs over rates and seeds."""
+        rates = {arm: _rates(config.rates) for arm in self.recipes(config)}
+        return RateSearch(rates, config.seeds, config.job, validation_loss)
+
+    def _cost(self, config: ComparisonConfig, results: ResultsByJob) -> str:
+        """What is missing, and how long it takes here."""
+        arms = self.recipes(config)
+        jobs = self._jobs(config, results)
+        done = Counter(job.arm for job in jobs if job in results)
+        wanted = len(config.rates) + len(config.seeds) - 1
+        missing = {name: max(0, wanted - done[name]) for name in arms}
+        return str(cost_of(arms, missing, config.base, config.tokens))
+
+    def _jobs(self, config: ComparisonConfig, results: ResultsByJob) -> list[Job]:
+        """Seed by seed: what stops early has whole comparisons."""
+        jobs = self.search(config).jobs(results)
+        return sorted(jobs, key=lambda job: config.seeds.index(job.seed))
+
+    def _run(self, job: Job, config: ComparisonConfig, work: Path) -> Result:
+        """Trains an arm, then measures it on the held-out documents."""
+        recipe = self.recipes(config)[job.arm]
+        corpus = Corpus.load(_corpus_folder(work, config, job.seed))
+        model, parameters = build(recipe, config.base, corpus.vocab, corpus.end_id, job.seed)
+        folder = work / self.name / job.name.removesuffix(".json")
+        run = Run(model, corpus.batches(), settings(recipe, job), origin(job))
+        train(run, folder, resume=True, heldout=corpus.heldout_batches())
+        metrics = curves(folder)
+        counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
+        losses = Losses(model.eval(), corpus.heldout_batches(), counts, DTYPE)
+        return {
+            "parameters": asdict(parameters),
+            **losses.mean(),
+            "loss_by_frequency": losses.by_bucket(),
+            "heldout_curve": metrics["heldout_curve"],
+            "max_expert_load": metrics["max_expert_load"],
+            "minutes": round(metrics["seconds"] / 60, 2),
+            **self.measure(Trained(model, corpus, losses)),
+        }
+
+    def _table(
+        self, config: ComparisonConfig, jobs: Sequence[Job], results: dict, out: Path
+    ) -> str:
+        if not results:
+            raise ConfigError(f"{out}: expected results of a study, found none")
+        search = self.search(config)
+        chosen = search.chosen(results)
+        runs = search.runs(results)
+        labels = {name: recipe.label for name, recipe in self.recipes(config).items()}
+        parts = [sizes_table(config.base.rows())]
+        if len(config.rates) > 1:
+            losses = {arm: search.losses(arm, results) for arm in labels}
+            title = f"validation loss, seed {config.seeds[0]}"
+            tried = sorted({lr for by_rate in losses.values() for lr in by_rate})
+            parts += [rate_table(title, labels, losses, tried), choice(labels, search, chosen)]
+        parts.append(arm_table(labels, config.seeds, runs, chosen))
+        if self.pairs:
+            parts.append(pair_table(labels, self.pairs, results, runs))
+        parts += self.tables(config, runs)
+        parts.append(_made_with(config, results.values()))
+        parts.append(gaps(labels, config.seeds, jobs, results, chosen, out))
+        return markdown(parts)
+
+
+def settings(recipe: ArmRecipe, job: Job) -> TrainConfig:
+    """How an arm is trained."""
+    return TrainConfig(
+        job.tokens,
+        lr=job.lr,
+        row_rate_scale=recipe.row_rate_scale,
+        rows=recipe.rows,
+        dtype=DTYPE,
+        heldout_every=SAVED,
+        checkpoint_every=SAVED,
+    )
+
+
+def origin(job: Job) -> dict[str, Any]:
+    """Where an arm's initial weights come from, for its checkpoints."""
+    return {"arm": job.arm, "seed": job.seed, "backbone": job.backbone}
+
+
+def _rates(rates: Sequence[float]) -> Rates:
+    """A search that begins with `rates` and may go on along SCALE; one rate is not searched."""
+    if len(rates) == 1:
+        return Rates.fixed(*rates)
+    return Rates(tuple(sorted({*SCALE, *rates})), tuple(rates))
+
+
+def _prepare(config: ComparisonConfig, jobs: Sequence[Job], work: Path) -> None:
+    """Makes the corpora of the jobs' seeds. Raises ConfigError if one that exists is of other
+    settings."""
+    for seed in dict.fromkeys(job.seed for job in jobs):
+        folder = _corpus_folder(work, config, seed)
+        if not (folder / "corpus.json").exists():
+            prepare(config.corpus(seed)).save(folder)
+        Corpus.load(folder, expected=config.corpus(seed))
+
+
+def _corpus_folder(work: Path, config: ComparisonConfig, seed: int) -> Path:
+    return work / f"corpus-{config.backbone}-{seed}"
+
+
+def _line(result: Result) -> str:
+    return f"validation loss {result['validation_loss']:.4f} in {result['minutes']} minutes"
+
+
+def _made_with(config: ComparisonConfig, results: Any) -> Iterator[str]:
+    tokens = f"{config.tokens:,} tokens for each run"
+    yield f"{config.data}, {tokens}. ± is one standard error over seeds."
+    yield from made_with(results)

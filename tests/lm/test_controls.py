@@ -1,0 +1,127 @@
+"""Controls: each memory lacks one thing, and has everything else."""
+
+import numpy as np
+import pytest
+import torch
+
+from engraphy import VocabMap
+from engraphy.data.packing import Batches
+from engraphy.errors import ConfigError, InputError
+from engraphy.lm import LM, LMConfig, MemorySizes, count_parameters, memory_arm
+from engraphy.lm.controls import CONTROLS, add_adapters, hashed, make_memory
+from engraphy.lm.loop import Run, TrainConfig
+from engraphy.memory import Trace
+
+V = 64
+MOE = LMConfig(
+    V,
+    16,
+    layers=2,
+    heads=2,
+    ffn=40,
+    moe_layers=(0, 1),
+    experts=8,
+    top_k=2,
+    expert_ffn=12,
+    shared_ffn=60,
+)
+SIZES = MemorySizes(heads=2, dim=2)
+VOCAB = VocabMap(np.arange(V) // 2)
+
+
+def made(control=""):
+    vocab = hashed(VOCAB, control)
+    arm = memory_arm(MOE, 0.5, SIZES, len(vocab), 1)
+    torch.manual_seed(0)
+    memory = make_memory(arm.memory, vocab, 0.02, 0, control)
+    return LM(arm.model, memory), arm
+
+
+def batch():
+    ids_BT = torch.from_numpy(np.random.default_rng(0).integers(0, V, (3, 10)))
+    starts_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    starts_BT[:, 0] = True
+    starts_BT[1, 4] = True
+    return ids_BT, starts_BT
+
+
+def row_ids(memory, ids_BT, starts_BT):
+    trace = Trace()
+    lookup = memory.lookup(ids_BT, starts=starts_BT, trace=trace)
+    return trace.row_ids[1], lookup
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_has_the_weights_of_the_memory(control):
+    memory, other = made()[0].state_dict(), made(control)[0].state_dict()
+    assert memory.keys() == other.keys()
+    same = {name for name in memory if torch.equal(memory[name], other[name])}
+    assert {name for name in memory if "blocks" in name} <= same
+
+
+@pytest.mark.parametrize("control", ["one-row", "frozen", "shuffled", "constant-gate"])
+def test_a_control_has_the_counts_of_the_memory(control):
+    model, arm = made()
+    other, other_arm = made(control)
+    assert other_arm.parameters.activated == arm.parameters.activated
+    assert other_arm.parameters.total == pytest.approx(arm.parameters.total, rel=0.01)
+    assert count_parameters(other) == other_arm.parameters
+
+
+def test_one_row_gives_every_token_of_a_document_the_same_address():
+    memory = made("one-row")[0].memory
+    ids_BT, _ = batch()
+    rows_BTC, _ = row_ids(memory, ids_BT, None)
+    assert (rows_BTC == rows_BTC[:1, :1]).all()
+
+
+def test_shuffled_addresses_are_those_of_the_sequence_before():
+    ids_BT, starts_BT = batch()
+    rows_BTC, _ = row_ids(made()[0].memory, ids_BT, starts_BT)
+    other_BTC, lookup = row_ids(made("shuffled")[0].memory, ids_BT, starts_BT)
+    assert np.array_equal(other_BTC, np.roll(rows_BTC, 1, 0))
+    assert torch.equal(lookup.starts, starts_BT)  # of the reader
+
+
+def test_shuffled_addresses_need_two_sequences():
+    ids_BT, starts_BT = batch()
+    with pytest.raises(InputError, match="two sequences or more"):
+        made("shuffled")[0].memory.lookup(ids_BT[:1], starts=starts_BT[:1])
+
+
+@pytest.mark.parametrize(("control", "learns"), [("", True), ("frozen", False)])
+def test_a_frozen_table_keeps_its_rows_and_its_layer_learns(control, learns):
+    model, _ = made(control)
+    store = model.memory.stores[1]
+    every = np.arange(store.info.rows)
+    before, key = store.gather(every), model.memory.blocks["1"].key.weight.detach().clone()
+    ids = np.random.default_rng(0).integers(2, V, 400).astype(np.int32)
+    run = Run(model, Batches([ids], 1, batch=2, tokens=16, seed=0), TrainConfig(64, lr=0.01))
+    for _ in range(2):
+        run.step()
+    assert (store.gather(every) != before).any() == learns
+    assert not torch.equal(model.memory.blocks["1"].key.weight, key)
+
+
+def test_an_adapter_has_the_activated_parameters_of_a_memory():
+    arm = memory_arm(MOE, 0.5, SIZES, len(VOCAB), 1)
+    model = LM(arm.model)
+    add_adapters(model, arm.memory)
+    counted = count_parameters(model)
+    assert counted.activated == pytest.approx(arm.parameters.activated, rel=0.01)
+    assert counted.table == 0
+    ids_BT, starts_BT = batch()
+    model(ids_BT, starts_BT).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.blocks[1].adapter.parameters())
+    model.train()
+    model.rebalance()  # finds the experts behind the adapter
+
+
+def test_raw_ids_are_hashed_without_compression():
+    assert len(hashed(VOCAB)) == V // 2
+    assert len(hashed(VOCAB, "uncompressed")) == V
+
+
+def test_an_unknown_control_is_an_error():
+    with pytest.raises(ConfigError, match="expected one of one-row, .*found 'no-rows'"):
+        hashed(VOCAB, "no-rows")
