@@ -64,26 +64,69 @@ def pack(documents: Sequence[np.ndarray], end_id: int, tokens: int, fill: bool) 
         fill: True = complete the last row with end tokens whose targets are IGNORED. False = leave
             out the rest that does not fill a row.
     """
-    lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
-    stream = np.full(int(lengths.sum()) + len(documents) + 1, end_id, dtype=np.int32)
-    starts = np.zeros(len(stream), dtype=bool)
-    starts[np.cumsum(np.concatenate([[0], lengths + 1]))] = True
-    stream[~starts] = np.concatenate(documents) if len(documents) else []
-    count = len(stream) - 1
-    rows = -(-count // tokens) if fill else count // tokens
+    stream = _Stream(documents, np.arange(len(documents)), end_id)
+    count = -(-stream.targets // tokens) if fill else stream.targets // tokens
+    return stream.rows(np.arange(count), tokens)
 
-    def cut(values: np.ndarray, filler: int) -> np.ndarray:
-        missing = max(0, rows * tokens - count)
-        whole = np.pad(values, (0, missing), constant_values=filler)
-        return whole[: rows * tokens].reshape(rows, tokens)
 
-    starts_RT = cut(starts[:-1], True)
-    starts_RT[:, 0] = True
-    return Rows(cut(stream[:-1], end_id), cut(stream[1:], IGNORED), starts_RT)
+class _Stream:
+    """Documents in an order, as `pack` concatenates them. Only the rows that are asked for are
+    read, so the documents may lie in a file.
+
+    Args:
+        documents: Integer ids of each, without special tokens.
+        order: int64, indices of the documents.
+        end_id: Id of the end token.
+
+    Attributes:
+        targets: Number of positions that have a target.
+    """
+
+    def __init__(self, documents: Sequence[np.ndarray], order: np.ndarray, end_id: int):
+        self.documents = documents
+        self.order = order
+        self.end_id = end_id
+        lengths = np.array([len(documents[index]) + 1 for index in order], dtype=np.int64)
+        # Positions of the end tokens: one before each document, and the last one.
+        self.ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.targets = int(self.ends[-1])
+
+    def rows(self, numbers: np.ndarray, tokens: int) -> Rows:
+        """The rows of these numbers, each of `tokens` positions. What lies behind the last target
+        is filled with end tokens."""
+        ids_RT = np.full((len(numbers), tokens), self.end_id, dtype=np.int32)
+        targets_RT = np.full((len(numbers), tokens), IGNORED, dtype=np.int32)
+        starts_RT = np.zeros((len(numbers), tokens), dtype=bool)
+        for number, ids, targets, starts in zip(
+            numbers.tolist(), ids_RT, targets_RT, starts_RT, strict=True
+        ):
+            begin = number * tokens
+            kept = max(0, min(tokens, self.targets - begin))
+            part = self._part(begin, begin + kept + 1)
+            ids[:kept] = part[:-1]
+            targets[:kept] = part[1:]
+            first, last = np.searchsorted(self.ends, (begin, begin + kept))
+            starts[self.ends[first:last] - begin] = True
+            starts[kept:] = True
+            starts[0] = True
+        return Rows(ids_RT, targets_RT, starts_RT)
+
+    def _part(self, begin: int, end: int) -> np.ndarray:
+        """Positions `begin` to `end` of the stream, int32."""
+        part = np.full(end - begin, self.end_id, dtype=np.int32)
+        index = int(np.searchsorted(self.ends, begin, side="right")) - 1
+        while index < len(self.order) and self.ends[index] + 1 < end:
+            ids = self.documents[self.order[index]]
+            place = int(self.ends[index]) + 1  # of the document's first token
+            low = max(begin, place)
+            high = min(end, place + len(ids))
+            part[low - begin : high - begin] = ids[low - place : high - place]
+            index += 1
+        return part
 
 
 class Batches:
-    """Batches of rows by step. `batches[step]` is always the same.
+    """Batches of rows by step. `batches[step]` is always the same, and read when it is asked for.
 
     `len()` is the number of batches of an epoch, and iterating gives one epoch.
 
@@ -115,7 +158,7 @@ class Batches:
             raise ConfigError(
                 f"expected batch and tokens of at least 1, found {batch} and {tokens}"
             )
-        if not documents or min(len(ids) for ids in documents) < 1:
+        if not len(documents) or min(len(ids) for ids in documents) < 1:
             raise InputError("documents: expected ids in each, found none")
         self.documents = documents
         self.end_id = end_id
@@ -129,7 +172,8 @@ class Batches:
                 f"documents: expected at least {batch} rows of {tokens} tokens, "
                 f"found {total} tokens"
             )
-        self._epoch, self._rows = self._pack(0)
+        self._epoch = 0
+        self._stream, self._order = self._packed(0)
 
     @property
     def tokens_per_step(self) -> int:
@@ -156,20 +200,19 @@ class Batches:
             allowed = f"0 to {len(self) - 1}" if self.seed is None else "0 or more"
             raise InputError(f"step: expected {allowed}, found {step}")
         if epoch != self._epoch:
-            self._epoch, self._rows = self._pack(epoch)
-        part = slice(index * self.batch, (index + 1) * self.batch)
-        ids, targets, starts = (torch.from_numpy(values[part]) for values in self._rows)
-        return Batch(ids.long(), targets.long(), starts.clone())
+            self._epoch = epoch
+            self._stream, self._order = self._packed(epoch)
+        part = self._order[index * self.batch : (index + 1) * self.batch]
+        ids, targets, starts = map(torch.from_numpy, self._stream.rows(part, self.tokens))
+        return Batch(ids.long(), targets.long(), starts)
 
-    def _pack(self, epoch: int) -> tuple[int, Rows]:
-        """The epoch, and its rows in their order."""
+    def _packed(self, epoch: int) -> tuple[_Stream, np.ndarray]:
+        """The stream of an epoch, and the numbers of its rows in their order."""
+        count = len(self.documents)
         if self.seed is None:
-            return epoch, pack(self.documents, self.end_id, self.tokens, fill=True)
+            stream = _Stream(self.documents, np.arange(count), self.end_id)
+            return stream, np.arange(-(-stream.targets // self.tokens))
         random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(len(self.documents))
-        rows = pack(
-            [self.documents[index] for index in order], self.end_id, self.tokens, fill=False
-        )
+        stream = _Stream(self.documents, random.permutation(count), self.end_id)
         # Rows are shuffled as well, or a batch would be one long document.
-        mixed = random.permutation(len(rows.ids_RT))
-        return epoch, Rows(*(values[mixed] for values in rows))
+        return stream, random.permutation(stream.targets // self.tokens)
