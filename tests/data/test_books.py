@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from engraphy.cli.app import app
 from engraphy.data import books
-from engraphy.data.books import Listed, listed, normalised, read_books
+from engraphy.data.books import Listed, listed, normalised, read_books, stream_books
 from engraphy.data.corpus import CorpusConfig, prepare
 from engraphy.data.documents import load_documents
 from engraphy.errors import DataUnavailable, InputError
@@ -102,10 +102,28 @@ def test_a_book_that_lies_there_twice_is_read_once(packed):
     check(read_books(packed))
 
 
+def test_streamed_books_come_once_each_in_the_order_of_the_folder(packed):
+    (packed / "again.md").write_text(TEXTS["The Sea"])
+    (packed / "README.md").write_text("Read me.")
+    found = [(book.title, text) for book, text in stream_books(packed)]
+    assert found == list(TEXTS.items())
+
+
+def test_streamed_books_that_are_missing_are_named_after_the_last_one(tmp_path):
+    (tmp_path / "sea.md").write_text(TEXTS["The Sea"])
+    stream = stream_books(tmp_path)
+    assert next(stream)[1] == TEXTS["The Sea"]
+    with pytest.raises(DataUnavailable, match="missing: Café, Last Words"):
+        next(stream)
+
+
 def test_a_folder_that_cannot_be_read_is_said(tmp_path):
     with pytest.raises(DataUnavailable, match="no such folder"):
         read_books(tmp_path / "nowhere")
     (tmp_path / "a.txt.xz").write_bytes(b"not packed")
+    with pytest.raises(DataUnavailable, match="packed by xz"):
+        read_books(tmp_path)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"a text cut off" * 99)[:-20])
     with pytest.raises(DataUnavailable, match="packed by xz"):
         read_books(tmp_path)
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress("é".encode("latin-1")))

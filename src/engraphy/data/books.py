@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,6 @@ SOURCE = "the public repository mlschmitt/classic-books-markdown"
 LICENCE = f"public domain, according to {SOURCE}"
 PACKED = ".txt.xz"
 _NAMED = 8  # books that a message names
-_DIVIDER = re.compile(r"^\f$", re.MULTILINE)
 _TITLE = re.compile(r"# Title: *(.*)")
 
 
@@ -72,6 +71,29 @@ def normalised(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+def stream_books(folder: str | Path) -> Iterator[tuple[Listed, str]]:
+    """The listed books of a folder, one at a time, each once, in the order in which they lie there.
+
+    Args:
+        folder: As in `read_books`.
+
+    Raises:
+        DataUnavailable: As `read_books` raises it; for missing books after the last one.
+        InputError: A file is not UTF-8.
+    """
+    known = {book.digest: book for book in listed()}
+    seen: set[str] = set()
+    foreign: set[str] = set()  # titles
+    for _, text in _texts(_checked(folder)):
+        digest = _digest(text)
+        if digest in known and digest not in seen:
+            seen.add(digest)
+            yield known[digest], text
+        elif digest not in known:
+            foreign.add(_title(text))
+    _refuse_missing(folder, seen, foreign)
+
+
 def read_books(folder: str | Path, partial: bool = False) -> Books:
     """Reads the listed books of a folder.
 
@@ -88,27 +110,18 @@ def read_books(folder: str | Path, partial: bool = False) -> Books:
             message names them.
         InputError: A file is not UTF-8.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataUnavailable(f"{folder}: expected a folder of books, found no such folder")
-    known = {book.digest: book for book in listed()}
+    known = {book.digest for book in listed()}
     texts: dict[str, str] = {}
     foreign: dict[str, str] = {}  # name: title
-    for name, text in _texts(folder):
-        digest = hashlib.sha256(text.encode()).hexdigest()
+    for name, text in _texts(_checked(folder)):
+        digest = _digest(text)
         if digest in known:
             texts[digest] = text
         else:
-            title = _TITLE.match(text)
-            foreign[name] = title[1].strip() if title else ""
+            foreign[name] = _title(text)
+    if not partial:
+        _refuse_missing(folder, texts, foreign.values())
     missing = tuple(book.title for book in listed() if book.digest not in texts)
-    if missing and not partial:
-        changed = set(foreign.values())
-        names = [f"{name} (with another text)" if name in changed else name for name in missing]
-        raise DataUnavailable(
-            f"{folder}: expected {len(known)} books of {SOURCE}, found {len(texts)}; "
-            f"missing: {some(names)}"
-        )
     present = [book for book in listed() if book.digest in texts]
     return Books(
         tuple(texts[book.digest] for book in present if book.split == "train"),
@@ -118,39 +131,84 @@ def read_books(folder: str | Path, partial: bool = False) -> Books:
     )
 
 
+def list_digest() -> str:
+    """SHA-256 over the digests and splits of the list, as hex."""
+    lines = "".join(f"{book.digest} {book.split}\n" for book in listed())
+    return _digest(lines)
+
+
 def some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+def _checked(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataUnavailable(f"{folder}: expected a folder of books, found no such folder")
+    return folder
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _title(text: str) -> str:
+    title = _TITLE.match(text)
+    return title[1].strip() if title else ""
+
+
+def _refuse_missing(folder: str | Path, found: Collection[str], titles: Iterable[str]) -> None:
+    """Raises DataUnavailable unless all listed books are found.
+
+    Args:
+        folder: Named by the message.
+        found: Digests of the books that are there.
+        titles: Titles of texts that are not listed.
+    """
+    missing = [book.title for book in listed() if book.digest not in found]
+    if not missing:
+        return
+    changed = set(titles)
+    names = [f"{name} (with another text)" if name in changed else name for name in missing]
+    raise DataUnavailable(
+        f"{folder}: expected {len(listed())} books of {SOURCE}, found {len(found)}; "
+        f"missing: {some(names)}"
+    )
+
+
 def _texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and normalised text of each book of a folder."""
+    """Name and normalised text of each book of a folder, one at a time."""
     for file in sorted(folder.rglob("*")):
         is_packed = file.name.endswith(PACKED)
         if not file.is_file() or not (is_packed or file.suffix == ".md"):
             continue
         name = str(file.relative_to(folder))
-        text = _decoded(file, is_packed)
-        if not is_packed:
-            yield name, normalised(text)
-            continue
-        lines = text.replace("\r\n", "\n").replace("\r", "\n")
-        for book in map(normalised, _DIVIDER.split(lines)):
-            if book:
+        try:
+            if not is_packed:
+                yield name, normalised(file.read_text(encoding="utf-8-sig"))
+                continue
+            for book in _divided(file):
                 yield f"{name}: {book.partition(chr(10))[0]}", book
+        except OSError as error:
+            raise DataUnavailable(f"{file}: {error.strerror}") from None
+        except (lzma.LZMAError, EOFError) as error:
+            raise DataUnavailable(f"{file}: expected a file packed by xz, found {error}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: expected UTF-8 text, found {error}") from None
 
 
-def _decoded(file: Path, is_packed: bool) -> str:
-    try:
-        data = file.read_bytes()
-        if is_packed:
-            data = lzma.decompress(data)
-    except OSError as error:
-        raise DataUnavailable(f"{file}: {error.strerror}") from None
-    except lzma.LZMAError as error:
-        raise DataUnavailable(f"{file}: expected a file packed by xz, found {error}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: expected UTF-8 text, found {error}") from None
+def _divided(file: Path) -> Iterator[str]:
+    """The normalised books of a packed file. Not more than one is unpacked at a time."""
+    lines: list[str] = []
+    with lzma.open(file, "rt", encoding="utf-8-sig") as unpacked:
+        for line in unpacked:
+            if line.rstrip("\n") != "\f":
+                lines.append(line)
+                continue
+            if book := normalised("".join(lines)):
+                yield book
+            lines = []
+    if book := normalised("".join(lines)):
+        yield book
