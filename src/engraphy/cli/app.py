@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
-from .arguments import DATA, DTYPE, SEED, run_folder
+from .arguments import BOOKS, DATA, DTYPE, SEED, run_folder, with_books
 from .data import app as data_app
 from .data import smollm2
 from .machine import app as machine_app
@@ -62,6 +62,7 @@ def main(
 @app.command()
 def demo(
     data: str = DATA,
+    books: Path | None = BOOKS,
     out: Path | None = typer.Option(None, help="Folder of the run; default: runs/demo-1, -2, ..."),
     vocab: int = typer.Option(2048, help="Size of the BPE vocabulary that is trained on the text."),
     tokenizer: str | None = typer.Option(None, help="A tokenizer.json to use instead."),
@@ -79,6 +80,6 @@ def demo(
     from ..recipes.demo import demo as run_demo
 
     with errors("continue with --resume"):
-        corpus = CorpusConfig(data, tokenizer, vocab, seed=seed)
+        corpus = CorpusConfig(with_books(data, books), tokenizer, vocab, seed=seed)
         folder = out or run_folder("demo", resume)
         run_demo(DemoConfig(folder, corpus, tokens, seed, dtype, resume, threads), Console())

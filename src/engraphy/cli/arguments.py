@@ -8,7 +8,13 @@ import typer
 
 from ..errors import ConfigError
 
-DATA = typer.Option("wiki", help="wiki, books:FOLDER, hf:NAME, or a text file or folder.")
+DATA = typer.Option(
+    "wiki",
+    help="wiki, mix, mix+books:FOLDER, books:FOLDER, hf:NAME, or a text file or folder.",
+)
+BOOKS = typer.Option(
+    None, help="Folder of books that are added to --data mix; `engraphy data books` checks it."
+)
 DTYPE = typer.Option(
     "auto",
     help="float32, bfloat16, or auto: bfloat16 if this machine is fast at it, else float32.",
@@ -35,6 +41,15 @@ def parse_rates(texts: list[str]) -> tuple[tuple[str, float], ...]:
         return tuple((arm, float(rate)) for arm, _, rate in pairs)
     except ValueError:
         raise ConfigError(f"rate: expected ARM=RATE, found {', '.join(texts)!r}") from None
+
+
+def with_books(data: str, books: Path | None) -> str:
+    """The mix `data` with the books of a folder. Raises ConfigError if `data` is no mix."""
+    if books is None:
+        return data
+    if data.split("+")[0] != "mix":
+        raise ConfigError(f"books: expected --data mix to add them to, found --data {data}")
+    return f"{data}+books:{books}"
 
 
 def run_folder(kind: str, resume: bool = False) -> Path:

@@ -20,7 +20,8 @@ MODEL = typer.Argument(help="Folder or hub name of a transformers model.")
 def finetune(
     model: str = MODEL,
     data: str = typer.Option(
-        help="A text file, a folder of them, a .jsonl file with text in each line, or wiki."
+        help="A text file, a folder of them, a .jsonl file with text in each line, or a name: "
+        "wiki, mix, mix+books:FOLDER, books:FOLDER, hf:NAME."
     ),
     out: Path | None = typer.Option(
         None, help="New folder of the memory; default: runs/finetune-1, -2, ..."

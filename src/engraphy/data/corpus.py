@@ -1,21 +1,25 @@
 """Text prepared for the arms of a comparison: tokenizer, vocabulary map and token ids, on disk for
-all processes."""
+all processes, each document with the name of its source."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from ..addresses.vocab import VocabMap
 from ..errors import ConfigError
 from ..system.files import publish_folder
 from .documents import load_documents
+from .encoded import Encoded, encode_documents
+from .mix import Part, is_mix, open_mix
 from .packing import Batches
-from .tokens import encode, end_id, load_tokenizer, train_tokenizer
+from .sources import LabelledText
+from .tokens import end_id, load_tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,21 @@ class Corpus:
         config: What it was made from.
         name: Name of the text.
         licence: Licence of the text.
+        parts: What a mix is made of; empty for a text of one source.
         tokenizer: The tokenizer that gave the ids.
         vocab: The tokenizer's vocabulary map.
-        training: Documents to train on, int32 each.
-        heldout: Documents held out, int32 each.
+        training: Documents to train on, each with the name of its source.
+        heldout: Documents held out, likewise.
     """
 
     config: CorpusConfig
     name: str
     licence: str
+    parts: tuple[Part, ...]
     tokenizer: Tokenizer
     vocab: VocabMap
-    training: list[np.ndarray]
-    heldout: list[np.ndarray]
+    training: Encoded
+    heldout: Encoded
 
     @property
     def end_id(self) -> int:
@@ -107,19 +113,15 @@ class Corpus:
     def _write(self, folder: Path) -> None:
         self.tokenizer.save(str(folder / "tokenizer.json"))
         self.vocab.save(folder / "vocab.json")
-        for part in ("training", "heldout"):
-            documents = getattr(self, part)
-            np.savez(
-                folder / part,
-                ids=np.concatenate(documents),
-                lengths=[len(ids) for ids in documents],
-            )
-        (folder / "corpus.json").write_text(
-            json.dumps(
-                {"config": asdict(self.config), "name": self.name, "licence": self.licence},
-                indent=1,
-            )
-        )
+        self.training.save(folder, "training")
+        self.heldout.save(folder, "heldout")
+        description = {
+            "config": asdict(self.config),
+            "name": self.name,
+            "licence": self.licence,
+            "parts": [asdict(part) for part in self.parts],
+        }
+        (folder / "corpus.json").write_text(json.dumps(description, indent=1))
 
     @classmethod
     def load(cls, folder: Path, expected: CorpusConfig | None = None) -> Corpus:
@@ -138,6 +140,7 @@ class Corpus:
             config = CorpusConfig(**data["config"])
             name = data["name"]
             licence = data["licence"]
+            parts = tuple(Part(**part) for part in data["parts"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}: expected the description of a prepared corpus, "
@@ -152,42 +155,75 @@ class Corpus:
             config,
             name,
             licence,
+            parts,
             load_tokenizer(folder / "tokenizer.json"),
             VocabMap.load(folder / "vocab.json"),
-            _documents(folder / "training.npz"),
-            _documents(folder / "heldout.npz"),
+            Encoded.load(folder, "training"),
+            Encoded.load(folder, "heldout"),
         )
 
 
 def prepare(config: CorpusConfig) -> Corpus:
     """Reads the documents, splits them, trains a tokenizer on the training part, and encodes both.
 
+    The ids lie in temporary files until `Corpus.save` writes them. Of a mix nothing else is kept
+    either: its texts are read once to choose documents, once to train the tokenizer on them, and
+    twice to encode them.
+
     Raises:
         DataUnavailable: The text or the tokenizer does not exist.
         InputError: The text is too short, or not UTF-8.
         ConfigError: A setting is invalid.
     """
-    documents = load_documents(config.data)
-    training, heldout = documents.split(config.heldout, config.seed)
+    text: _Text
+    text = _of_mix(config) if is_mix(config.data) else _of_documents(config)
     if config.tokenizer is None:
-        tokenizer = train_tokenizer(training, config.vocab_size)
+        tokenizer = train_tokenizer((each.text for each in text.training()), config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     return Corpus(
         config,
-        documents.name,
-        documents.licence,
+        text.name,
+        text.licence,
+        text.parts,
         tokenizer,
         VocabMap.from_tokenizer(tokenizer),
-        _without_empty(encode(tokenizer, training)),
-        _without_empty(encode(tokenizer, heldout)),
+        encode_documents(tokenizer, text.training(), text.sources),
+        encode_documents(tokenizer, text.heldout(), text.sources),
     )
 
 
-def _without_empty(documents: list[np.ndarray]) -> list[np.ndarray]:
-    return [ids for ids in documents if len(ids)]
+class _Text(NamedTuple):
+    """A split text that can be read more than once."""
+
+    name: str
+    licence: str
+    parts: tuple[Part, ...]
+    sources: tuple[str, ...]
+    training: Callable[[], Iterator[LabelledText]]
+    heldout: Callable[[], Iterator[LabelledText]]
 
 
-def _documents(path: Path) -> list[np.ndarray]:
-    with np.load(path) as data:
-        return np.split(data["ids"], np.cumsum(data["lengths"])[:-1])
+def _of_mix(config: CorpusConfig) -> _Text:
+    mix = open_mix(config.data, config.heldout, config.seed)
+    licences = dict.fromkeys(part.licence for part in mix.parts)
+    sources = tuple(part.source for part in mix.parts)
+    return _Text(config.data, "; ".join(licences), mix.parts, sources, mix.training, mix.heldout)
+
+
+def _of_documents(config: CorpusConfig) -> _Text:
+    documents = load_documents(config.data)
+    training, heldout = documents.split(config.heldout, config.seed)
+    name = documents.name
+
+    def labelled(texts: list[str]) -> Iterator[LabelledText]:
+        return (LabelledText(name, text, index) for index, text in enumerate(texts))
+
+    return _Text(
+        name,
+        documents.licence,
+        (),
+        (name,),
+        lambda: labelled(training),
+        lambda: labelled(heldout),
+    )

@@ -4,15 +4,14 @@ those held out."""
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, DataUnavailable, InputError
 from . import books, wiki
-
-SUFFIXES = (".txt", ".md")
+from .mix import is_mix, open_mix
+from .sources import dataset_texts, file_texts
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ def load_documents(source: str) -> Documents:
     Args:
         source: "wiki", "wiki:es" or "wiki:fr": Wikipedia summaries, fetched once. "hf:NAME" or
             "hf:NAME:CONFIG": the `text` column of the train split, through the `datasets` package.
-            "books:FOLDER": the listed books of a folder, as `read_books` reads them.
+            "books:FOLDER": the listed books of a folder, as `read_books` reads them. "mix",
+            "mix+books:FOLDER" or "mix+FOLDER": the mix, as `open_mix` takes it.
             Anything else: a UTF-8 text file, or a folder of .txt and .md files in the order of
             their paths; a form feed divides a file into documents.
 
@@ -57,6 +57,8 @@ def load_documents(source: str) -> Documents:
         DataUnavailable: The source does not exist or holds no text.
         InputError: A file is not UTF-8.
     """
+    if is_mix(source):
+        return _mixed(source)
     kind, _, rest = source.partition(":")
     if kind == "wiki":
         language = rest or "en"
@@ -66,18 +68,26 @@ def load_documents(source: str) -> Documents:
     elif kind == "hf":
         dataset, _, config = rest.partition(":")
         name = source
-        licence, texts = _from_datasets(dataset, config)
+        licence, texts = dataset_texts(dataset, config)
     elif kind == "books":
         found = books.read_books(rest)
         return Documents(source, books.LICENCE, found.train + found.heldout, found.heldout)
     else:
         name = source
         licence = "not stated"
-        texts = _from_files(Path(source))
+        texts = file_texts(Path(source))
     texts = tuple(text for text in texts if text.strip())
     if not texts:
         raise DataUnavailable(f"{source}: expected documents, found no text")
     return Documents(name, licence, texts)
+
+
+def _mixed(source: str) -> Documents:
+    mix = open_mix(source)
+    training = tuple(document.text for document in mix.training())
+    unseen = tuple(document.text for document in mix.heldout())
+    licences = dict.fromkeys(part.licence for part in mix.parts)
+    return Documents(source, "; ".join(licences), training + unseen, unseen)
 
 
 def split_documents(
@@ -115,45 +125,3 @@ def split_documents(
     unseen = set(distinct[:count])
     training = [text for text in texts if text not in unseen]
     return training, [text for text in texts if text in unseen]
-
-
-def _from_files(path: Path) -> list[str]:
-    if not path.exists():
-        raise DataUnavailable(
-            f"{path}: expected a text file, a folder of {' and '.join(SUFFIXES)} files, wiki, "
-            "books:FOLDER or hf:NAME, found no such path"
-        )
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-    texts = []
-    for file in files:
-        try:
-            whole = file.read_text(encoding="utf-8-sig")
-            texts += [text.strip("\r\n") for text in whole.split("\f")]
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}: expected UTF-8 text, found {error}") from None
-        except OSError as error:
-            raise DataUnavailable(f"{file}: {error.strerror}") from None
-    return texts
-
-
-def _from_datasets(name: str, config: str) -> tuple[str, list[str]]:
-    """Licence and texts of a data set of the hub. config: "" = the default one."""
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise DataUnavailable(
-            f"hf:{name}: expected the datasets package, which is not installed; "
-            "pip install datasets, or give a text file or folder"
-        ) from None
-    try:
-        data = datasets.load_dataset(name, config or None, split="train")
-    except Exception as error:  # the hub's errors share no base
-        raise DataUnavailable(
-            f"hf:{name}: datasets could not load it ({type(error).__name__}: {error}); "
-            "give a text file or folder instead"
-        ) from error
-    if "text" not in data.column_names:
-        raise DataUnavailable(f'hf:{name}: expected a column "text", found {data.column_names}')
-    return data.info.license or "not stated", list(data["text"])

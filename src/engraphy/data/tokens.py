@@ -4,7 +4,7 @@ tokenizer.json."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,10 +16,10 @@ END = "<|endoftext|>"
 PAD = "<|pad|>"
 _END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 _LEAST = 256 + 2  # all bytes, END and PAD
-_BATCH = 1024
+_BATCH = 2**20  # characters that are encoded at a time
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE. The same texts give the same tokenizer.
 
     Args:
@@ -84,22 +84,32 @@ def end_id(tokenizer: Tokenizer) -> int:
     raise ConfigError(f"tokenizer: expected one of the end tokens {list(_END_NAMES)}, found none")
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
     """Returns the token ids of each text, int32 [tokens].
 
     No special tokens are added. If a text has the name of one, the name is encoded as plain text.
     """
-    before = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = True
-    try:
-        return list(_encode(tokenizer, texts))
-    finally:
-        tokenizer.encode_special_tokens = before
+    return list(encode_each(tokenizer, texts))
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    # In batches: an Encoding takes many times the memory of its ids.
-    for first in range(0, len(texts), _BATCH):
-        batch = list(texts[first : first + _BATCH])
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+def encode_each(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Gives what `encode` returns one by one. The texts are read in parts, as they are needed."""
+    rest = iter(texts)
+    while batch := list(_batch(rest)):
+        before = tokenizer.encode_special_tokens
+        tokenizer.encode_special_tokens = True
+        try:
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        finally:
+            tokenizer.encode_special_tokens = before
+        for encoding in encodings:
             yield np.array(encoding.ids, dtype=np.int32)
+
+
+def _batch(texts: Iterator[str]) -> Iterator[str]:
+    """Texts until their characters reach _BATCH: an Encoding takes many times the memory of its
+    ids."""
+    characters = 0
+    while characters < _BATCH and (text := next(texts, None)) is not None:
+        characters += len(text) + 1
+        yield text

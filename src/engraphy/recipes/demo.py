@@ -27,6 +27,8 @@ from rich.table import Table as RichTable
 from .. import __version__, _native
 from ..analysis.gates import gates_by_bucket, gates_of_sentences
 from ..data.corpus import Corpus, CorpusConfig, prepare
+from ..data.mix import described as describe_parts
+from ..data.mix import require_books
 from ..errors import ConfigError, EngraphyError
 from ..eval import losses as measure
 from ..eval.bands import NgramCounts
@@ -78,6 +80,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        require_books(self.corpus.data, self.tokens)
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads: expected 1 or more, found {self.threads}")
 
@@ -161,11 +164,11 @@ def demo(config: DemoConfig, console: Console) -> dict[str, Any]:
 
 def _described(corpus: Corpus) -> str:
     """The size of a corpus, for the terminal."""
-    tokens = sum(len(ids) for ids in corpus.training)
-    return (
-        f"{escape(corpus.name)}: {len(corpus.training):,} documents of {tokens:,} tokens to train "
-        f"on, {len(corpus.heldout):,} held out. Licence: {corpus.licence}"
+    sizes = (
+        f"{corpus.name}: {len(corpus.training):,} documents of {corpus.training.tokens:,} tokens "
+        f"to train on, {len(corpus.heldout):,} held out. Licence: {corpus.licence}"
     )
+    return escape("\n".join([sizes, *describe_parts(corpus.parts)]))
 
 
 def _report(config: DemoConfig, arm_config: ArmConfig, corpus: Corpus) -> dict[str, Any]:
@@ -278,9 +281,10 @@ def _header(config: DemoConfig, arms: ArmConfig, corpus: Corpus, steps: int) -> 
             "licence": corpus.licence,
             "train_documents": len(corpus.training),
             "heldout_documents": len(corpus.heldout),
-            "train_tokens": sum(map(len, corpus.training)),
-            "heldout_tokens": sum(map(len, corpus.heldout)),
+            "train_tokens": corpus.training.tokens,
+            "heldout_tokens": corpus.heldout.tokens,
         },
+        "mix": [asdict(part) for part in corpus.parts],
     }
 
 

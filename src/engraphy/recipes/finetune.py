@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..addresses.vocab import VocabMap
+from ..data.mix import require_books
 from ..data.packing import IGNORED, Batch, Batches
 from ..errors import ConfigError
 from ..eval.losses import heldout_losses, mean_with_error
@@ -90,6 +91,7 @@ class FinetuneConfig:
         check_dtype(self.dtype)
         if self.tokens is not None and self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
+        require_books(self.data, self.tokens or 0)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr: expected a positive number, found {self.lr}")
         if self.lora is not None and self.lora < 1:

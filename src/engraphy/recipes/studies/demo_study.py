@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...data.corpus import Corpus, CorpusConfig, prepare
+from ...data.mix import require_books
 from ...errors import ConfigError
 from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
@@ -63,6 +64,7 @@ class StudyConfig:
         check_seeds(self.seeds)
         if self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
+        require_books(self.data, self.tokens)
 
     def job(self, arm: str, seed: int, lr: float) -> Job:
         return Job(arm, seed, lr, self.tokens, self.data)
