@@ -29,7 +29,7 @@ def test_each_noun_has_its_verbs():
     verbs = {
         "table": {"convert", "quantize", "verify", "compare", "stat", "sample"},
         "model": {"finetune", "generate"},
-        "study": {"demo", "adapt", "baseline", "allocation", "controls", "ablation"},
+        "study": {"demo", "adapt", "baseline", "allocation", "controls", "ablation", "where"},
         "machine": {"doctor", "plan", "probe"},
         "data": {"books", "smollm2"},
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from ..recipes.studies import STUDIES
-from .arguments import DATA, SEEDS, parse_rates
+from .arguments import BOOKS, DATA, SEEDS, parse_rates, with_books
 from .terminal import errors
 
 app = typer.Typer(
@@ -101,7 +101,8 @@ def _comparison(name: str) -> Callable[..., None]:
         work: Path = COMPARISON_WORK,
         seeds: int = SEEDS,
         tokens: int = typer.Option(4_000_000, help="Training tokens of each run."),
-        data: str = DATA,
+        data: str = typer.Option("mix", help=STUDIES[name].options["data"]),
+        books: Path | None = BOOKS,
         backbone: str = typer.Option("base", help="Model that the arms change."),
         rate: list[float] = typer.Option(
             [3e-3, 4e-3, 6e-3], help="Learning rate to try; may be repeated. One is not searched."
@@ -120,7 +121,9 @@ def _comparison(name: str) -> Callable[..., None]:
             if not smallest:
                 seed_list = tuple(range(seeds))
                 rates = tuple(sorted(set(rate)))
-                config = recipe.ComparisonConfig(seed_list, tokens, data, backbone, rates)
+                config = recipe.ComparisonConfig(
+                    seed_list, tokens, with_books(data, books), backbone, rates
+                )
             kind = "smallest/" if smallest else ""
             folder = Path(f"results/{kind}{name}") if out is None else out
             study = STUDIES[name].load()
@@ -133,5 +136,5 @@ def _comparison(name: str) -> Callable[..., None]:
     return run
 
 
-for _name in ("baseline", "allocation", "controls", "ablation"):
+for _name in ("baseline", "allocation", "controls", "ablation", "where"):
     app.command(_name, help=STUDIES[_name].sentence)(_comparison(_name))

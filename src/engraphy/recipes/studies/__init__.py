@@ -50,7 +50,7 @@ def _comparisons(**sentences: str) -> Iterator[StudyEntry]:
 
 _SEEDS = "Seeds, all different. The first one chooses the learning rates."
 _TOKENS = "Training tokens of each run."
-_DATA = "wiki, books:FOLDER, hf:NAME, or a text file or folder."
+_DATA = "wiki, mix, mix+books:FOLDER, books:FOLDER, hf:NAME, or a text file or folder."
 STUDIES: Mapping[str, StudyEntry] = {
     entry.name: entry
     for entry in (
@@ -85,6 +85,7 @@ STUDIES: Mapping[str, StudyEntry] = {
             allocation="How much of the sparse parameters a memory should take from experts.",
             controls="A memory beside memories that lack one thing, and a dense adapter.",
             ablation="Layers, orders, gate, heads, optimiser and size of a memory, one at a time.",
+            where="Where a memory gains: by source, count and token, switched off, with less text.",
         ),
     )
 }

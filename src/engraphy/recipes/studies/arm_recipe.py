@@ -30,6 +30,7 @@ class ArmRecipe:
         optimizer: Of the dense parameters: "adamw" or "muon".
         rows: Optimiser of the rows: "adam", "adagrad" or "nesterov".
         row_rate_scale: Rows learn so many times as fast as the dense parameters.
+        text: Share of the training tokens that the arm sees.
 
     Raises:
         ConfigError: The kind is unknown.
@@ -43,6 +44,7 @@ class ArmRecipe:
     optimizer: str = "adamw"
     rows: str = "adam"
     row_rate_scale: float = 5.0
+    text: float = 1.0
 
     def __post_init__(self) -> None:
         kinds = ("dense", "moe", "memory", "adapter")

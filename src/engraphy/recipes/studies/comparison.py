@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.corpus import Corpus, CorpusConfig, prepare
+from ...data.mix import require_books
 from ...errors import ConfigError
 from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
@@ -86,6 +87,7 @@ class ComparisonConfig:
         backbone(self.backbone)
         if self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
+        require_books(self.data, self.tokens)
         if not self.rates or min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
             raise ConfigError(f"rates: expected ascending rates above 0, found {self.rates}")
 
@@ -109,7 +111,7 @@ class ComparisonConfig:
         )
 
 
-SMALLEST = ComparisonConfig((0, 1), 2_048, "wiki", "smallest", (3e-3,))
+SMALLEST = ComparisonConfig((0, 1), 2_048, "mix", "smallest", (3e-3,))
 """Runs in seconds. It shows that a study works, and nothing else."""
 
 
@@ -239,7 +241,7 @@ class Comparison:
 def settings(recipe: ArmRecipe, job: Job) -> TrainConfig:
     """How an arm is trained."""
     return TrainConfig(
-        job.tokens,
+        round(job.tokens * recipe.text),
         lr=job.lr,
         row_rate_scale=recipe.row_rate_scale,
         rows=recipe.rows,

@@ -20,6 +20,11 @@ def validation_loss(result: Result) -> float:
     return result["validation_loss"]
 
 
+def titled(bucket: str) -> str:
+    """A bucket of `loss_by_frequency` as the head of a column."""
+    return bucket if bucket == START else f"trigram {bucket}"
+
+
 def sizes_table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
     """All sizes of a backbone."""
     yield from head("backbone", "sizes")
@@ -73,8 +78,7 @@ def pair_table(
     buckets: dict[str, None] = {}  # in the order of the results
     for result in results.values():
         buckets |= dict.fromkeys(result["loss_by_frequency"])
-    titles = [bucket if bucket == START else f"trigram {bucket}" for bucket in buckets]
-    yield from head("paired by seed", "seeds", "all", *titles)
+    yield from head("paired by seed", "seeds", "all", *map(titled, buckets))
     for one, other in pairs:
         if one not in runs or other not in runs:
             continue
