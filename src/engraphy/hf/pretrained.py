@@ -33,6 +33,16 @@ def load_tokenizer(name: str) -> Any:
     return _load(name, "a tokenizer beside the model", AutoTokenizer.from_pretrained)
 
 
+def model_type(name: str) -> str:
+    """The kind of a model, as transformers names it. Raises DataUnavailable if there is none."""
+    return str(_load(name, "a model", AutoConfig.from_pretrained).model_type)
+
+
+def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids -> their text as it was, special tokens included."""
+    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def load_model(name: str, dtype: str = AUTO) -> tuple[Any, DtypeChoice]:
     """A model in eval mode, on a GPU if there is one, and the dtype that was chosen for it.
 

@@ -82,7 +82,7 @@ def load_without_table(
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         # On the meta device, as from_pretrained asks.
         model_class.__init__(self, config, *args, **kwargs)
-        for ple in _ple_layers(self).values():
+        for ple in ple_layers(self).values():
             ple.ple_embedding.ngram_embedding = NoTable()
         ignored = self._keys_to_ignore_on_load_unexpected or ()
         self._keys_to_ignore_on_load_unexpected = {*ignored, _KEYS}
@@ -128,7 +128,7 @@ def serve_table(
         DigestMismatch: hash, rows or row width are not the model's; it names what differs. The
             model is then as it was.
     """
-    layers = _ple_layers(model)
+    layers = ple_layers(model)
     memory = _checked(model)
     if any(isinstance(ple.ple_embedding.ngram_embedding, ServedRows) for ple in layers.values()):
         raise ConfigError("a table is served already: restore_table(model) first")
@@ -147,7 +147,7 @@ def restore_table(model: PreTrainedModel) -> None:
 
     Closes the stores that `serve_table` opened. Raises ConfigError if no table is served.
     """
-    modules = [ple.ple_embedding for ple in _ple_layers(model).values()]
+    modules = [ple.ple_embedding for ple in ple_layers(model).values()]
     served = [module for module in modules if isinstance(module.ngram_embedding, ServedRows)]
     if not served:
         raise ConfigError(f"{type(model).__name__}: expected a served table, found none")
@@ -182,7 +182,7 @@ def write_table(
     """
     memory = _checked(model)
     weights = {}
-    for layer, ple in _ple_layers(model).items():
+    for layer, ple in ple_layers(model).items():
         weights[layer] = _weight_in_memory(layer, ple.ple_embedding.ngram_embedding)
     if row_format is None:
         dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
@@ -209,7 +209,7 @@ def _weight_in_memory(layer: int, embedding: Any) -> Tensor:
     return weight.detach()
 
 
-def _ple_layers(model: nn.Module) -> dict[int, Any]:
+def ple_layers(model: nn.Module) -> dict[int, Any]:
     """Layer, from 0 -> its PLE module. Raises ConfigError if the model has none."""
     modules: list[Any] = list(model.modules())
     layers = {}
@@ -227,7 +227,7 @@ def _ple_layers(model: nn.Module) -> dict[int, Any]:
 def _checked(model: PreTrainedModel) -> EngramConfig:
     """The memory of the model's config. Raises DigestMismatch if the model's hash is another."""
     memory = check_config(model.config)
-    for layer, ple in _ple_layers(model).items():
+    for layer, ple in ple_layers(model).items():
         _check_hash(layer, ple.ple_embedding, memory.hash)
         embedding = ple.ple_embedding.ngram_embedding
         expected = [memory.hash.row_count(layer), memory.dim]

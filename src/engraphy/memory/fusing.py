@@ -47,8 +47,8 @@ def fuse_token(block: nn.Module, layer: int, x: Tensor, lookup: Lookup) -> Tenso
     if out is None:
         return None
     state.advance(layer)
-    if gate_B1S is not None:
-        _trace(lookup, layer, gate_B1S)
+    if lookup.trace is not None and gate_B1S is not None:
+        lookup.trace.add_fusion(layer, gate_B1S, x, out)
     return out
 
 
@@ -78,18 +78,16 @@ def fuse_chunk(block: nn.Module, layer: int, x_BTSD: Tensor, lookup: Lookup) -> 
     back = None if order is None else order.argsort(1)  # to the original positions
     if state is not None and inputs_BTSD is not None:
         state.push(layer, _reordered(inputs_BTSD, back), lookup.starts, present)
-    _trace(lookup, layer, _reordered(gate_BTS, back))
-    return out_BTSD if residual else x_BTSD + _reordered(out_BTSD, back)
+    if not residual:
+        out_BTSD = x_BTSD + _reordered(out_BTSD, back)
+    if lookup.trace is not None:
+        lookup.trace.add_fusion(layer, _reordered(gate_BTS, back), x_BTSD, out_BTSD)
+    return out_BTSD
 
 
 def _empty_gate(x: Tensor, streams: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty(len(x), 1, streams, dtype=dtype, device=x.device)
-
-
-def _trace(lookup: Lookup, layer: int, gate_BTS: Tensor) -> None:
-    if lookup.trace is not None:
-        lookup.trace.gates[layer] = gate_BTS.detach().float().cpu()
 
 
 def _to(values: Tensor | None, device: torch.device) -> Tensor | None:

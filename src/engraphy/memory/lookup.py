@@ -35,10 +35,36 @@ class Trace:
     Attributes:
         row_ids: layer -> int64 [B, T, C].
         gates: layer -> f32 [B, T, S], 0 at dead positions.
+        states: True: record the tensors below too, which are as large as the hidden states.
+        inputs: layer -> f32 [B, T, S, D], the hidden states that the memory of the layer was given.
+        updates: layer -> f32 [B, T, S, D], what it added to them, as rounded in their dtype.
+        hidden: layer -> what the block of each layer returned, [B, T, ...]; recording.py fills it.
     """
 
     row_ids: dict[int, np.ndarray] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
+    states: bool = False
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    updates: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+    def add_fusion(self, layer: int, gate_BTS: Tensor, x_BTSD: Tensor, out_BTSD: Tensor) -> None:
+        """Records what the memory of a layer did.
+
+        Args:
+            layer: The layer.
+            gate_BTS: Its gates.
+            x_BTSD: The hidden states that it was given; [B, T, D] is accepted for one stream.
+            out_BTSD: The hidden states after it, of the same shape.
+        """
+        self.gates[layer] = gate_BTS.detach().float().cpu()
+        if not self.states:
+            return
+        shape = (*gate_BTS.shape, -1)
+        before_BTSD = x_BTSD.detach().float().cpu().reshape(shape)
+        after_BTSD = out_BTSD.detach().float().cpu().reshape(shape)
+        self.inputs[layer] = before_BTSD.clone()  # .float() and .cpu() may have copied nothing
+        self.updates[layer] = after_BTSD - before_BTSD
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -17,13 +16,10 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..hf import load
 from ..hf.hub import adapter_of, find_memory
-from ..hf.pretrained import load_adapter, load_model, load_tokenizer
+from ..hf.pretrained import decoder, load_adapter, load_model, load_tokenizer
 from ..memory.memory import Trace
 from ..train.dtype import AUTO, check_dtype
-
-# The ends of a layer's colour scale, as RGB.
-_FAINT = (237, 243, 251)
-_FULL = (8, 69, 148)
+from .painting import painted, pieces
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: N
     model(input_ids=ids_BT, use_cache=False, engraphy_trace=trace)
     begin = prompt_BT.shape[1]
     ids = ids_BT[0].tolist()
-    texts = _pieces(tokenizer, ids)
+    texts = pieces(decoder(tokenizer), ids)
     tokens = []
     for t, (token_id, text) in enumerate(zip(ids, texts, strict=True)):
         gates = {layer: trace.gates[layer][0, t].tolist() for layer in memory.layers}
@@ -190,42 +186,11 @@ def _gate_table(generation: Generation) -> Table:
 
 
 def _coloured(generation: Generation, layer: int) -> Text:
-    """A line with the layer's scale, from the lowest to the highest gate of these tokens, and the
-    text on that scale."""
+    """The text on the scale of a layer's gates; what was generated in bold."""
+    texts = [token.text for token in generation.tokens]
     values = [token.gate(layer) for token in generation.tokens]
-    low, high = min(values), max(values)
-    text = Text.assemble(
-        f"layer {layer}  gate {low:.3f} ",
-        *((" ", _style(step / 9, False)) for step in range(10)),
-        f" {high:.3f}\n",
-    )
-    for token, value in zip(generation.tokens, values, strict=True):
-        share = (value - low) / (high - low) if high > low else 0.0
-        text.append(token.text.replace("\n", "↵\n"), _style(share, token.generated))
-    return text.append("\n")
-
-
-def _style(share: float, bold: bool) -> Style:
-    """A background between _FAINT and _FULL, and a text colour that can be read on it whatever the
-    terminal's own colours are."""
-    ends = zip(_FAINT, _FULL, strict=True)
-    red, green, blue = (round(low + share * (high - low)) for low, high in ends)
-    color = "rgb(255,255,255)" if share > 0.5 else "rgb(0,0,0)"
-    return Style(color=color, bgcolor=f"rgb({red},{green},{blue})", bold=bold)
-
-
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds. A character of several tokens comes with the last of them."""
-    texts, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        incomplete = text.endswith("\ufffd") and end < len(ids)
-        if incomplete:
-            texts.append("")
-            continue
-        texts.append(text[len(shown) :])
-        shown = text
-    return texts
+    bold = [token.generated for token in generation.tokens]
+    return painted(f"layer {layer}  gate", texts, values, bold)
 
 
 def _pad_id(tokenizer: Any) -> int | None:

@@ -95,9 +95,9 @@ def read_documents(
     documents = load_texts(source)
     if len(set(documents.texts)) > 1:
         parts = documents.split(heldout, seed)
-        training, unseen = (_encode(tokenizer, part) for part in parts)
+        training, unseen = (encode_texts(tokenizer, part) for part in parts)
     else:
-        training, unseen = _divided(_encode(tokenizer, documents.texts[:1]), heldout)
+        training, unseen = _divided(encode_texts(tokenizer, documents.texts[:1]), heldout)
     total = sum(len(ids) + 1 for ids in training)
     needed = batch * length
     if total < needed or not sum(map(len, unseen)):
@@ -120,8 +120,14 @@ def _divided(
     return [ids[:cut]], [ids[cut:][:HELDOUT_TOKENS]]
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of the texts that have any. Text that looks like a special token is encoded as text."""
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of the texts that have any, int32 each.
+
+    Args:
+        tokenizer: A tokenizer of transformers. Text that looks like a special token is encoded as
+            text.
+        texts: Documents.
+    """
     encoded = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
     )
