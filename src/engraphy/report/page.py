@@ -8,24 +8,18 @@ The page holds no script, and its content security policy forbids loading anythi
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from ..errors import ConfigError
 from ..system.files import publish_file
 from . import charts, learned, sections
-from .markup import printable
+from .rendering import asset, check_finite, templates
 
 FORMAT = "engraphy-report-1"
-_HERE = Path(__file__).parent
 
 Report = Mapping[str, Any]
 
@@ -46,7 +40,7 @@ def render(report: Report) -> str:
     """
     if report.get("format") != FORMAT:
         raise ConfigError(f"report: expected format {FORMAT!r}, found {report.get('format')!r}")
-    _check_finite(report, "report")
+    check_finite(report, "report")
     _check_arms(report)
     try:
         values = {
@@ -61,8 +55,7 @@ def render(report: Report) -> str:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         message = f"report: expected the fields of {FORMAT}, found {type(error).__name__}: {error}"
         raise ConfigError(message) from error
-    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
-    return _templates().get_template("page.html.jinja").render(style=style, **values)
+    return templates().get_template("page.html.jinja").render(style=asset("report.css"), **values)
 
 
 def write(report: Report, folder: str | os.PathLike[str]) -> Path:
@@ -96,38 +89,6 @@ def write(report: Report, folder: str | os.PathLike[str]) -> Path:
             file.write(text.encode())
             file.flush()
     return folder / "report.html"
-
-
-@functools.cache
-def _templates() -> Environment:
-    """Templates that escape every value but the charts, which are markup already."""
-    return Environment(
-        loader=FileSystemLoader(_HERE / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-
-def _printable(value: object) -> object:
-    """What a template shows of a value, before it is escaped."""
-    return value if isinstance(value, Markup) else printable(value)
-
-
-def _check_finite(value: object, place: str) -> None:
-    """Raises ConfigError naming the first number that is not finite."""
-    items: Iterable[tuple[object, object]] = ()
-    if isinstance(value, Mapping):
-        items = ((f".{key}", inner) for key, inner in value.items())
-    elif isinstance(value, (list, tuple)):
-        items = ((f"[{index}]", inner) for index, inner in enumerate(value))
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{place}: expected a finite number, found {value}")
-    for step, inner in items:
-        _check_finite(inner, f"{place}{step}")
 
 
 def _check_arms(report: Report) -> None:
