@@ -15,6 +15,8 @@
 # make valgrind
 #             the native kernels under memcheck; needs valgrind, and says so
 # make guard  instructions, allocations, bytes and native calls beside the committed counts; so too
+# make test-browser
+#             the page of `engraphy model inspect`, clicked through in headless Chromium; so too
 #
 # ENGRAPHY_REQUIRE_NATIVE=true demands the C++ core; without it a machine that cannot build it
 # gets a pure-Python installation.
@@ -42,7 +44,8 @@ endef
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_op.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test coverage quick docs bench test-transformers test-levels test-studies valgrind guard check clean
+.PHONY: demo test coverage quick docs bench test-transformers test-levels test-studies test-browser \
+	valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -76,6 +79,9 @@ valgrind: $(VENV)/installed-dev
 
 guard: $(VENV)/installed-dev
 	$(PY) -m tests.tools.guard
+
+test-browser: $(VENV)/installed-dev
+	@$(PY) -m tests.tools.browse
 
 docs: $(VENV)/installed-docs
 	$(PY) docs/generate.py

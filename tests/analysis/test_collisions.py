@@ -14,7 +14,7 @@ VOCAB = 12
 
 
 def addresser(dialect: str = "demo") -> Addresser:
-    """Rows so few that most n-grams share theirs. Ids 2 and 3 are the same word; 11 has no token."""
+    """Few rows, so most n-grams share theirs. Ids 2 and 3 are one word; 11 has no token."""
     table = np.arange(VOCAB, dtype=np.int64)
     table[3] = 2
     table[4:11] -= 1

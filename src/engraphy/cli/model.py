@@ -89,3 +89,34 @@ def generate(
             typer.echo(json.dumps(generated.to_json(), indent=1))
         else:
             recipe.show(generated, show_gates, Console())
+
+
+@app.command()
+def inspect(
+    model: str = typer.Argument(
+        help="Folder of a demo run, or folder or hub name of a transformers model."
+    ),
+    memory: str | None = typer.Argument(
+        None,
+        help="Folder of its memory; for Qwen4-Exp a table to serve. Default: what the model has.",
+    ),
+    text: str = typer.Option(help="The text to look at."),
+    corpus: str | None = typer.Option(
+        None,
+        help="A text file, a folder of them, a .jsonl file, or wiki: name its n-grams that share "
+        "rows with those of the text. Default for a demo run: its training text.",
+    ),
+    page: Path | None = typer.Option(None, help="Write a page, one HTML file, here."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    dtype: str = typer.Option("float32", help="float32, bfloat16, or auto."),
+) -> None:
+    """Show what a memory does at each token: gates, rows, pushes, LogitLens, predictions."""
+    with errors("nothing was written"):
+        from ..recipes import inspect as recipe
+
+        config = recipe.InspectConfig(model, memory, text, corpus, page, dtype)
+        found = recipe.inspect(config, lambda line: typer.echo(line, err=True))
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=1))
+        elif page is None:
+            recipe.show(found, Console())

@@ -149,9 +149,10 @@ def _open_transformers(name: str, memory: str | None, dtype: str) -> Opened:
 
 
 def _load_transformers(name: str, memory: str | None, dtype: str, tokenizer: Any) -> Any:
-    from ..hf import load, load_without_table, serve_table
+    from ..hf import load
     from ..hf.hub import adapter_of, find_memory
     from ..hf.pretrained import load_adapter, load_model, model_type
+    from ..hf.qwen4 import load_without_table, serve_table
 
     if memory is not None and model_type(name).startswith("qwen4_exp"):
         from transformers import Qwen4ExpForCausalLM
