@@ -20,7 +20,7 @@ from engraphy.cli.app import app
 from engraphy.data.tokens import train_tokenizer
 from engraphy.errors import ConfigError, DataUnavailable, DigestMismatch, InputError
 from engraphy.recipes.generate import GenerateConfig, Generation, Token, generate, show
-from tests.tools.tiny_model import lives, write_model
+from tests.tools.tiny_model import fill, lives, write_model
 
 PROMPT = "Kurt Gödel was born in Zürich [1906]"
 
@@ -40,12 +40,7 @@ def trained(base):
     config = EngramConfig.for_model(
         model.config, layers=(0, 2), heads=2, rows_per_head=101, vocab_size=len(vocab)
     )
-    memory = engraphy.attach(model, config, vocab)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in memory.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    memory.init_rows(1.0, 3)
+    fill(engraphy.attach(model, config, vocab))
     return model
 
 

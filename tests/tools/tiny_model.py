@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from engraphy import EngramConfig
+from engraphy import EngramConfig, EngramMemory
 from engraphy.data.tokens import train_tokenizer
 
 NAMES = [
@@ -73,3 +73,13 @@ def small_config(model: Any, rows_per_head: int = 101) -> EngramConfig:
     return EngramConfig.for_model(
         model.config, layers=(1, 2), heads=2, rows_per_head=rows_per_head, dim=8
     )
+
+
+def fill(memory: EngramMemory, seed: int = 3) -> EngramMemory:
+    """Gives a memory weights and rows that say something, as training would; returns it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    memory.init_rows(1.0, seed)
+    return memory

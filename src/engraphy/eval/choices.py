@@ -1,5 +1,5 @@
-"""Multiple choice without generation: a model chooses the option that it finds likeliest after the
-question.
+"""Multiple choice and pairs without generation: a model chooses the option that it finds likeliest
+after the question. A pair is an item of two options without a question.
 
 Studies use them to measure what a memory adds to an existing model. There are two kinds: questions
 about the medical domain (training and held-out documents apart), and questions of general knowledge
@@ -17,12 +17,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.nn import functional
-
 from ..data.domains import Category, hashed, package
 from ..data.wiki import wiki_texts
 from ..errors import ConfigError, InputError
+from .likelihood import log_likelihoods, logits_of, texts_of
 
 OPTIONS = 4
 _CITIZENS = 5_000_000  # smallest population of a country in the questions
@@ -44,7 +42,7 @@ class Item:
     between them.
 
     Attributes:
-        question: Not empty.
+        question: "" = none, as in a pair of sentences of which one is right.
         options: Two or more, all different and none empty.
         answer: Index of the right option.
         group: Name of the kind of question.
@@ -61,10 +59,9 @@ class Item:
     def __post_init__(self) -> None:
         count = len(self.options)
         different = len(set(self.options)) == count >= 2
-        whole = self.question and all(self.options)
-        if not (whole and different and 0 <= self.answer < count):
+        if not (all(self.options) and different and 0 <= self.answer < count):
             raise ConfigError(
-                f"item: expected a question, different options and the index of one, found {self}"
+                f"item: expected different options and the index of one, found {self}"
             )
 
 
@@ -229,17 +226,17 @@ def wikipedia_items(
     return _items("wikipedia", questions, count, seed)
 
 
-@torch.no_grad()
 def score(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 32) -> dict[str, Any]:
-    """How likely a causal language model of transformers finds the options.
+    """How likely a language model finds the options.
 
     The log-likelihood of an option is a sum over the tokens of question + option. It leaves out the
     first tokens that the question alone has too, in every option of the item. So a token that spans
     the boundary counts as a whole, in every option alike.
 
     Args:
-        model: A causal language model.
-        tokenizer: Tokenizer of the model.
+        model: The reference model, a causal language model of transformers, or a function of
+            `likelihood.Logits`.
+        tokenizer: Tokenizer of the model, of transformers or of the package tokenizers.
         items: At least one.
         batch: Number of texts at a time.
 
@@ -257,7 +254,8 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 32) ->
     """
     if not items:
         raise InputError("items: expected at least one, found none")
-    sums = iter(_log_likelihoods(model, _choices(tokenizer, items), batch))
+    texts = [text for item in items for text in texts_of(tokenizer, item.question, item.options)]
+    sums = iter(log_likelihoods(logits_of(model), texts, batch))
     scores = [_item_score(item, [next(sums) for _ in item.options]) for item in items]
     by_group: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for score_of_item in scores:
@@ -277,69 +275,6 @@ def _item_score(item: Item, log_likelihoods: list[float]) -> dict[str, Any]:
         "choice": log_likelihoods.index(max(log_likelihoods)),
         "choice_per_character": per_character.index(max(per_character)),
     }
-
-
-def _choices(tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], int]]:
-    """For each option of each item: the token ids of question + option, and how many of them come
-    before the option."""
-    choices = []
-    for item in items:
-        question = tokenizer(item.question).input_ids
-        texts = [tokenizer(item.question + option).input_ids for option in item.options]
-        before = min(_shared(question, ids) for ids in texts)
-        if not before:
-            raise InputError(
-                f"item: expected a token of the question before the option, found none in {item}"
-            )
-        choices += [(ids, before) for ids in texts]
-    return choices
-
-
-def _shared(first: list[int], second: list[int]) -> int:
-    """Length of the common prefix."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
-
-
-def _log_likelihoods(model: Any, choices: list[tuple[list[int], int]], batch: int) -> list[float]:
-    """Log-likelihoods of the tokens after the first `before` of each choice, in nats."""
-    device = next(model.parameters()).device
-    training = model.training
-    # Texts of similar length share a batch, so that little of it is padding.
-    order = sorted(range(len(choices)), key=lambda index: len(choices[index][0]))
-    sums = [math.nan] * len(choices)
-    model.eval()
-    try:
-        for first in range(0, len(order), batch):
-            part = order[first : first + batch]
-            ids_BT, mask_BT = _padded([choices[index][0] for index in part])
-            logits_BTV = model(
-                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
-            ).logits
-            for row, index in enumerate(part):
-                ids, before = choices[index]
-                logits_TV = logits_BTV[row, before - 1 : len(ids) - 1].float()
-                targets_T = ids_BT[row, before : len(ids)].to(device)
-                nats = functional.cross_entropy(logits_TV, targets_T, reduction="sum")
-                sums[index] = -float(nats)
-    finally:
-        model.train(training)
-    if not all(map(math.isfinite, sums)):
-        raise InputError("model: expected finite log-likelihoods, found NaN or infinity")
-    return sums
-
-
-def _padded(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 [B, T], padded on the right."""
-    longest = max(map(len, texts))
-    ids_BT = torch.zeros(len(texts), longest, dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, ids in enumerate(texts):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        mask_BT[row, : len(ids)] = 1
-    return ids_BT, mask_BT
 
 
 def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
