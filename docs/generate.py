@@ -52,7 +52,7 @@ PACKAGES = {
         "smollm2",
     ),
     "engraphy.lm": ("loop", "moe"),
-    "engraphy.eval": ("losses", "bands", "likelihood", "choices"),
+    "engraphy.eval": ("losses", "bands", "likelihood", "choices", "humaneval", "sandbox"),
     "engraphy.analysis": ("gates", "reuse"),
     "engraphy.report": ("page", "charts"),
     "engraphy.plan": (),

@@ -138,6 +138,15 @@ class DataUnavailable(EngraphyError):
     """
 
 
+class SandboxUnavailable(EngraphyError):
+    """Code that a model wrote was to be run, and this machine does not give a protection that was
+    demanded.
+
+    What to do: run it as root on Linux (x86_64), or in a virtual machine of its own with
+    `--without` and the name of the protection.
+    """
+
+
 class NativeUnavailable(EngraphyError):
     """The native part was demanded, but it is not installed or lacks the instruction set.
 
