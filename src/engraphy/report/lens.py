@@ -156,9 +156,9 @@ def _summary(report: Report) -> str:
     if not closer:
         return "In this text no layer comes closer to the end with the memory, on average."
     return (
-        f"Of the layers between the memory and the end, {len(closer)} of {len(means)} are closer to "
-        f"it with the memory, on average; layer {best} most ({signed(means[best], 2)} nats). Layers "
-        "before the memory differ only because the end differs."
+        f"Of the layers between the memory and the end, {len(closer)} of {len(means)} are closer "
+        f"to it with the memory, on average; layer {best} most ({signed(means[best], 2)} nats). "
+        "Layers before the memory differ only because the end differs."
     )
 
 

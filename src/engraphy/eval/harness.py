@@ -1,0 +1,308 @@
+"""Tasks of lm-evaluation-harness (the PyPI package lm-eval), with one number an item where there is
+one.
+
+This is the only module that imports the harness. It loads tasks before a model is loaded, so that a
+task whose data is not here is said at once, and it runs no code that a model wrote: HumanEval has a
+module of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataUnavailable
+
+PAPER: Mapping[str, str] = {
+    "MMLU": "mmlu",
+    "CMMLU": "cmmlu",
+    "C-Eval": "ceval-valid",
+    "BBH": "bbh",
+    "ARC-C": "arc_challenge",
+    "HumanEval": "humaneval",
+    "MATH": "minerva_math",
+    "GSM8K": "gsm8k",
+}
+"""Benchmarks of the paper's table, and the harness's names of them."""
+HUMANEVAL = PAPER["HumanEval"]
+"""Not run by the harness."""
+_INSTALL = 'pip install "engraphy[eval]"'
+_BOOTSTRAP = 1000  # samples for the error of a metric that is no mean
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task.
+
+    Attributes:
+        task: Its name, or that of a group of tasks.
+        metric: Such as acc.
+        filter: How the answer was read out of the text; "none" where there is one way.
+        items: Number of items.
+        shots: Examples before each; None for a group.
+        value: The metric.
+        error: Its standard error, if there is one.
+        each: The metric of each item, in order; None where an item has no number of its own.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    items: int
+    shots: int | None
+    value: float
+    error: float | None
+    each: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Loaded tasks.
+
+    Attributes:
+        names: As asked for, folders replaced by the tasks in them.
+        manager: The harness's manager of tasks.
+        place: The folder that file names in the tasks are relative to.
+    """
+
+    names: tuple[str, ...]
+    manager: Any
+    place: Path
+
+
+def load(names: Sequence[str], include: str | os.PathLike[str] | None = None) -> Tasks:
+    """Loads tasks with their data.
+
+    Args:
+        names: Names of tasks, groups or tags of the harness or of `include`; or one folder of task
+            files, which stands for all tasks in it.
+        include: A folder of task files. File names in them are relative to that folder.
+
+    Raises:
+        DataUnavailable: The harness, or the data of a task, is not here. The message names every
+            missing data set.
+        ConfigError: There is no such task, or a task would run code.
+    """
+    require()
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    folders = [name for name in names if Path(name).is_dir()]
+    if folders and (len(names) > 1 or include is not None):
+        raise ConfigError(
+            f"tasks: expected names, or one folder alone, found {', '.join(names)}; "
+            "give the folder as --include"
+        )
+    place = Path(folders[0] if folders else include or ".").resolve()
+    manager = None
+    if folders or include is not None:
+        if not place.is_dir():
+            raise ConfigError(f"{place}: expected a folder of task files, found none")
+        manager = TaskManager(include_path=str(place), include_defaults=False)
+        if folders:
+            names = manager.all_subtasks
+        if not names:
+            raise ConfigError(f"{place}: expected task files (*.yaml), found none")
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=None if manager is None else str(place))
+    _check_names(names, manager.all_tasks)
+    with contextlib.chdir(place):
+        _check_data(names, manager)
+    return Tasks(tuple(names), manager, place)
+
+
+def run(
+    tasks: Tasks,
+    model: Any,
+    tokenizer: Any,
+    batch: int = 8,
+    limit: int | None = None,
+    shots: int | None = None,
+) -> list[Score]:
+    """Evaluates a model on tasks.
+
+    Args:
+        tasks: What `load` returned.
+        model: A causal language model of transformers, with or without a memory.
+        tokenizer: Its tokenizer.
+        batch: Texts at a time.
+        limit: The first items of each task only.
+        shots: Examples before each item; None = as the task says.
+
+    Returns:
+        The metrics of each task, then of each group of tasks.
+    """
+    require()
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+    with contextlib.chdir(tasks.place):
+        results = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+            tasks=list(tasks.names),
+            num_fewshot=shots,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP,
+            task_manager=tasks.manager,
+        )
+    return list(_scores(results))
+
+
+def require() -> None:
+    """Raises DataUnavailable if the harness is not installed."""
+    try:
+        import lm_eval  # noqa: F401  # pyright: ignore
+    except ImportError as error:
+        raise DataUnavailable(
+            f"tasks: expected the package lm-eval, found {error}; {_INSTALL}"
+        ) from None
+    # It warns of what is meant here: a model that is loaded already.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def version() -> str:
+    """Version of the harness."""
+    return metadata.version("lm_eval")
+
+
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise ConfigError(
+                f"tasks: expected a task of the harness or a folder, found {name!r}{hint}"
+            )
+
+
+def _check_data(names: Sequence[str], manager: Any) -> None:
+    """Loads every task once; the data stays in the cache of the package datasets."""
+    missing: dict[str, str] = {}
+    here = []
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            try:
+                loaded = manager.load([name])["tasks"]
+            except ImportError as error:
+                missing[name] = f"{' '.join(str(error).split())}; {_how(manager, name)}"
+            except (OSError, ValueError, RuntimeError) as error:
+                missing[name] = f"{_reason(error)}; {_how(manager, name)}"
+                # The hub is asked for seconds, five times; of one that is away once is enough.
+                if isinstance(error, ConnectionError):
+                    stack.enter_context(_offline())
+            else:
+                here.append(name)
+                _refuse_code(loaded)
+    if missing:
+        lines = [f"{name}: {why}" for name, why in missing.items()]
+        found = f"; the data of these is here: {','.join(here)}" if here else ""
+        raise DataUnavailable(
+            f"tasks: expected the data of {', '.join(names)}, found none of {len(missing)}"
+            f"{found}\n" + "\n".join(lines)
+        )
+
+
+def _refuse_code(loaded: Mapping[str, Any]) -> None:
+    for name, task in loaded.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ConfigError(
+                f"tasks: expected tasks that run no code, found {name}; "
+                f"{HUMANEVAL} is run in a sandbox, the others are not run here"
+            )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _how(manager: Any, name: str) -> str:
+    """How to get the data of a task."""
+    path, part = _dataset(manager, name)
+    if path is None:
+        return "see the task's file for its data"
+    if path == "json":
+        return "file names are relative to the folder of the tasks"
+    arguments = ", ".join(repr(value) for value in (path, part) if value)
+    return (
+        f'with a network, once: python -c "import datasets; datasets.load_dataset({arguments})"; '
+        "then copy ~/.cache/huggingface (HF_HOME) here"
+    )
+
+
+def _dataset(manager: Any, name: str) -> tuple[str | None, str | None]:
+    """Path and name of the data set of a task, or of the first task of a group."""
+    from lm_eval.tasks._yaml_loader import load_yaml  # pyright: ignore[reportMissingImports]
+
+    entry = manager.task_index[name]
+    for _ in range(4):  # groups of groups
+        if entry.yaml_path is None:
+            break
+        config = load_yaml(entry.yaml_path, resolve_func=False)
+        if config.get("dataset_path"):
+            return config["dataset_path"], config.get("dataset_name")
+        children = config.get("task")
+        first = children[0] if isinstance(children, list) and children else None
+        if not isinstance(first, str) or first not in manager.task_index:
+            break
+        entry = manager.task_index[first]
+    return None, None
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Has the package datasets ask the hub for nothing."""
+    import datasets  # pyright: ignore[reportMissingImports]
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
+    """The metrics of each task, then of each group."""
+    for name, values in {**results["results"], **results.get("groups", {})}.items():
+        for key, value in values.items():
+            metric, comma, way = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{way}")
+            each = _each(results["samples"].get(name), metric, way)
+            yield Score(
+                name,
+                metric,
+                way,
+                _items(results, name, each),
+                results["n-shot"].get(name),
+                float(value),
+                float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
+                each,
+            )
+
+
+def _items(results: Mapping[str, Any], name: str, each: Sequence[float] | None) -> int:
+    if each is not None:
+        return len(each)
+    counts = results["n-samples"]
+    if name in counts:
+        return int(counts[name]["effective"])
+    return int(results["results"].get(name, {}).get("sample_len", 0))
+
+
+def _each(
+    samples: Sequence[Mapping[str, Any]] | None, metric: str, way: str
+) -> tuple[float, ...] | None:
+    """The metric of each item; None if there are none or they are no numbers."""
+    found = [sample.get(metric) for sample in samples or () if sample["filter"] == way]
+    if not found or not all(isinstance(value, bool | int | float) for value in found):
+        return None
+    return tuple(float(value) for value in found)
