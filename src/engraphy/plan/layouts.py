@@ -11,16 +11,14 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..rows.format import RowFormat
+from ..spec import published
 from ..spec.config import EngramConfig
 from ..spec.dialects import DIALECTS
-from ..spec.hash import HashSpec
-from ..spec.layer import LayerSpec
 from ..spec.model_config import config_fields, need
 from ..system.checks import as_int
 from ..table.manifest import FILE_NAME
 from ..table.table import Table
 
-_PAPER_VOCABULARY = 99_092
 _PAPER = "arXiv 2601.07372: table of models; the row format is not printed, bf16 is assumed"
 
 
@@ -80,38 +78,31 @@ class Layout:
         return self.config.table_bytes(self.row_bytes)
 
 
-def _paper(name: str, rows_per_head: int) -> Layout:
-    """Engram-27B and Engram-40B: 30 blocks, 2560 wide, four streams, layers 2 and 15 from one."""
-    spec = HashSpec.demo((1, 14), (2, 3), 8, rows_per_head, _PAPER_VOCABULARY, pad_id=2)
-    dim = 80
-    layer = LayerSpec.demo(2560, spec.columns * dim, streams=4, order=spec.order)
-    return Layout(name, EngramConfig(spec, layer, dim), 30, RowFormat("bf16", dim), _PAPER)
+def _paper(name: str, config: EngramConfig) -> Layout:
+    """Engram-27B and Engram-40B: 30 blocks."""
+    return Layout(name, config, 30, RowFormat("bf16", config.dim), _PAPER)
 
 
 def _v41() -> Layout:
-    """DeepSeek-V4.1-Flash as released: 40 blocks, 5120 wide, rows of fp8 with their scales."""
-    spec = HashSpec.deepseek_v41()
-    dim = 256
-    layer = LayerSpec.deepseek_v41(5120, spec.columns * dim)
+    """DeepSeek-V4.1-Flash as released: 40 blocks, rows of fp8 with their scales."""
+    config = published.deepseek_v41()
     source = "config.json and shard headers of DeepSeek-V4.1-Flash"
-    return Layout("V4.1", EngramConfig(spec, layer, dim), 40, RowFormat("fp8", dim), source)
+    return Layout("V4.1", config, 40, RowFormat("fp8", config.dim), source)
 
 
 def _qwen38() -> Layout:
-    """Qwen3.8-Flash-Next as released: 48 blocks, 2560 wide, one table of bf16 rows in block 1."""
-    spec = HashSpec.qwen4((1,), (2, 3), 8, 20_000_000, 248_320, eos_id=0)  # no size depends on EOS
-    dim = 160
-    layer = LayerSpec.qwen4(2560, spec.columns * dim, order=spec.order)
+    """Qwen3.8-Flash-Next as released: 48 blocks, bf16 rows."""
+    config = published.qwen38()
     source = (
         "Qwen4-Exp in transformers 5.23; 48 blocks: sgl-project/sglang-jax #1655; the table in the "
         "second block: SemiAnalysisAI/InferenceX-app #889"
     )
-    return Layout("Qwen3.8", EngramConfig(spec, layer, dim), 48, RowFormat("bf16", dim), source)
+    return Layout("Qwen3.8", config, 48, RowFormat("bf16", config.dim), source)
 
 
 _MAKERS: dict[str, Callable[[], Layout]] = {
-    "27B": lambda: _paper("27B", 2_262_400),
-    "40B": lambda: _paper("40B", 7_239_680),
+    "27B": lambda: _paper("27B", published.engram_27b()),
+    "40B": lambda: _paper("40B", published.engram_40b()),
     "V4.1": _v41,
     "Qwen3.8": _qwen38,
 }
