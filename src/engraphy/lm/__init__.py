@@ -13,7 +13,7 @@ from .arms import (
     moe_arm,
     three_arms,
 )
-from .config import LMConfig
+from .config import LMConfig, MLAConfig, YarnConfig
 from .model import LM
 
 __all__ = [
@@ -21,8 +21,10 @@ __all__ = [
     "Arm",
     "Arms",
     "LMConfig",
+    "MLAConfig",
     "MemorySizes",
     "Parameters",
+    "YarnConfig",
     "count_parameters",
     "demo_config",
     "dense_arm",

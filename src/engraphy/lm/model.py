@@ -1,9 +1,12 @@
 """The reference language model: a small decoder that takes a memory. It is written to be read, and
 to train on a CPU core.
 
-Pre-norm blocks of causal attention with rotary positions and SwiGLU or MoE, one residual stream (S
-= 1). Documents packed into one row never see each other. The memory of a block comes before its
-attention (paper, section 2.3). The model knows nothing of data, optimisers or stores.
+Pre-norm blocks of causal attention with rotary positions and SwiGLU or MoE. Attention is plain or
+latent (mla.py), and there is one residual stream, or several joined by hyper-connections
+(hyper.py): the paper's models are sizes of this one (configs.py). Documents packed into one row
+never see each other. The memory of a block comes before its attention (paper, section 2.3) and
+acts on each stream through a gate of its own. The model knows nothing of data, optimisers or
+stores.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from torch import Tensor, nn
 
 from ..data.packing import IGNORED
 from ..errors import ConfigError, InputError
+from .block import Block
+from .cache import Cache
 from .config import LMConfig
 from .cross_entropy import mean_cross_entropy, token_cross_entropy
-from .moe import MoE, SwiGLU, compute_dtype
+from .moe import MoE, compute_dtype
 from .norm import RMSNorm
+from .yarn import rotary_table
 
 if TYPE_CHECKING:
     from ..memory.memory import EngramMemory, Trace
@@ -32,10 +38,10 @@ class LM(nn.Module):
 
     Args:
         config: Its sizes.
-        memory: For layers of this model, with one stream; None = no memory.
+        memory: For layers of this model, with as many streams; None = no memory.
 
     Raises:
-        ConfigError: The memory has another width or map, more streams, or layers that are not in
+        ConfigError: The memory has another width or map, other streams, or layers that are not in
             the model.
     """
 
@@ -58,7 +64,12 @@ class LM(nn.Module):
         self._init_weights()
 
     def forward(
-        self, ids_BT: Tensor, starts_BT: Tensor | None = None, *, trace: Trace | None = None
+        self,
+        ids_BT: Tensor,
+        starts_BT: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """Logits of a batch.
 
@@ -67,6 +78,8 @@ class LM(nn.Module):
             starts_BT: bool, True where a document begins. Attention, hash and conv do not look back
                 across it; rotary positions run on, since only their differences matter. None = one
                 document a row.
+            cache: The tokens before these, from `new_cache`; it is extended by them. None = there
+                are none. One document a row, so no starts.
             trace: Is filled with what the memory does.
 
         Returns:
@@ -76,8 +89,12 @@ class LM(nn.Module):
             InputError: Ids are out of range, rows are longer than max_tokens, or a shape or dtype
                 is wrong.
         """
-        x_BTD = self._hidden(ids_BT, starts_BT, trace)
+        x_BTD = self._hidden(ids_BT, starts_BT, trace, cache)
         return F.linear(x_BTD, self._head_weight)
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        """An empty cache for `batch` sequences, to decode them token by token or in chunks."""
+        return Cache(batch, self.config.layers)
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Mean cross entropy in nats over the targets, int64 [B, T], that are not IGNORED (-100).
@@ -106,8 +123,8 @@ class LM(nn.Module):
     ) -> list[int]:
         """Ids that continue a prompt.
 
-        Each step runs the whole row (its last max_tokens ids) again: the model is small, and memory
-        and attention then need no state.
+        Each step runs the new ids alone, over a cache, up to max_tokens ids; beyond them it runs
+        the last max_tokens ids again.
 
         Args:
             prompt_ids: At least one id.
@@ -130,9 +147,12 @@ class LM(nn.Module):
         ids = list(prompt_ids)
         device = self.embed.weight.device
         generator = torch.Generator(device).manual_seed(seed)
+        cache = self.new_cache()
         for _ in range(max_new_tokens):
-            row = torch.tensor([ids[-self.config.max_tokens :]], device=device)
-            logits_V = self(row)[0, -1].float()
+            fits = len(ids) <= self.config.max_tokens
+            row = ids[cache.tokens :] if fits else ids[-self.config.max_tokens :]
+            row_1T = torch.tensor([row], device=device)
+            logits_V = self(row_1T, cache=cache if fits else None)[0, -1].float()
             if temperature > 0:
                 next_id = _sample(logits_V, temperature, top_k, generator)
             else:
@@ -162,20 +182,35 @@ class LM(nn.Module):
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
 
-    def _hidden(self, ids_BT: Tensor, starts_BT: Tensor | None, trace: Trace | None) -> Tensor:
+    def _hidden(
+        self,
+        ids_BT: Tensor,
+        starts_BT: Tensor | None,
+        trace: Trace | None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Input of the head, [B, T, D]."""
-        self._check(ids_BT, starts_BT, trace)
+        past = 0 if cache is None else cache.tokens
+        self._check(ids_BT, starts_BT, trace, cache)
+        tokens = ids_BT.shape[1]
         mask = None if starts_BT is None else _document_mask(starts_BT)
+        if cache is not None:
+            mask = _later_mask(past, tokens, ids_BT.device)
         lookup = None
         if self.memory is not None:
-            lookup = self.memory.lookup(ids_BT, starts=starts_BT, trace=trace)
-        rotation = torch.view_as_complex(self.rotation[: ids_BT.shape[1]].float())
-        x_BTD = self.embed(ids_BT)
+            state = None if cache is None else cache.memory
+            lookup = self.memory.lookup(ids_BT, state, starts=starts_BT, trace=trace)
+        rotation = torch.view_as_complex(self.rotation[past : past + tokens].float())
+        x = self.embed(ids_BT)  # [B, T, D]; with several streams [B, T, S, D]
+        if self.config.streams > 1:
+            x = x[:, :, None].expand(-1, -1, self.config.streams, -1)
         for layer, block in enumerate(self.blocks):
             if self.memory is not None and lookup is not None and layer in self.memory.layers:
-                x_BTD = self.memory.fuse(layer, x_BTD[:, :, None], lookup)[:, :, 0]
-            x_BTD = block(x_BTD, rotation, mask)
-        return self.norm(x_BTD)
+                x = self.memory.fuse(layer, x, lookup)
+            x = block(x, rotation, mask, None if cache is None else cache.blocks[layer])
+        if cache is not None:
+            cache.tokens += tokens
+        return self.norm(x if self.config.streams == 1 else x.mean(2))
 
     def _head_inputs(
         self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None
@@ -197,7 +232,13 @@ class LM(nn.Module):
         dtype = compute_dtype(x_BTD)
         return x_BTD.flatten(0, 1).to(dtype), self._head_weight.to(dtype), targets_BT.flatten()
 
-    def _check(self, ids_BT: Tensor, starts_BT: Tensor | None, trace: Trace | None) -> None:
+    def _check(
+        self,
+        ids_BT: Tensor,
+        starts_BT: Tensor | None,
+        trace: Trace | None,
+        cache: Cache | None,
+    ) -> None:
         """Raises InputError for arguments of `forward` that are invalid."""
         longest = self.config.max_tokens
         rows = ids_BT.dtype == torch.int64 and ids_BT.ndim == 2
@@ -220,6 +261,16 @@ class LM(nn.Module):
             )
         if trace is not None and self.memory is None:
             raise InputError("trace: expected a model with a memory")
+        if cache is None:
+            return
+        if starts_BT is not None:
+            raise InputError("starts: expected None with a cache, which holds one document a row")
+        room = self.config.max_tokens - cache.tokens
+        if len(ids_BT) != cache.batch or ids_BT.shape[1] > room:
+            raise InputError(
+                f"ids: expected {cache.batch} sequences, as in the cache, and at most {room} more "
+                f"tokens, found {list(ids_BT.shape)}"
+            )
 
     def _init_weights(self) -> None:
         """Matrices keep the scale of their input; those that write to the residual stream start
@@ -239,64 +290,13 @@ class LM(nn.Module):
             nn.init.normal_(self.embed.weight)
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); the ffn is an MoE in config.moe_layers."""
-
-    def __init__(self, config: LMConfig, layer: int):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.eps)
-        self.ffn: MoE | SwiGLU
-        if layer in config.moe_layers:
-            self.ffn = MoE(
-                config.hidden_size,
-                config.experts,
-                config.top_k,
-                config.expert_ffn,
-                config.shared_ffn,
-            )
-        else:
-            self.ffn = SwiGLU(config.hidden_size, config.ffn)
-
-    def forward(self, x_BTD: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
-
-
-class Attention(nn.Module):
-    """Causal multi-head attention; query, key and value are one matrix."""
-
-    def __init__(self, config: LMConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTD: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """mask: f32 [B, 1, T, T], 0 or -inf; None = one document a row."""
-        batch, tokens, hidden = x_BTD.shape
-        # One multiplication over the contiguous projection, in which the values are multiplied by
-        # one, is several times faster than slicing queries and keys out.
-        pairs = torch.view_as_complex(
-            self.qkv(x_BTD).float().view(batch, tokens, 3, self.heads, -1, 2)
-        )
-        heads = torch.view_as_real(pairs * rotation).flatten(-2)
-        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None
-        )
-        return self.out(out.transpose(1, 2).reshape(batch, tokens, hidden))
-
-
 def _rotation(config: LMConfig) -> Tensor:
-    """Rotary factors (arXiv 2104.09864), f32 [max_tokens, 3, 1, pairs, 2]: of query and key, and 1
-    for the value."""
-    pairs = config.hidden_size // config.heads // 2
-    rates = config.rope_theta ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
-    angle = torch.arange(config.max_tokens, dtype=torch.float32)[:, None] * rates
-    turned = torch.stack([angle.cos(), angle.sin()], -1)
-    fixed = torch.zeros(config.max_tokens, pairs, 2)
+    """Rotary factors, f32 [max_tokens, pairs, 2]; for plain attention [max_tokens, 3, 1, pairs, 2]:
+    of query and key, and 1 for the value."""
+    turned = rotary_table(config.max_tokens, config.rotary_pairs, config.rope_theta, config.yarn)
+    if config.mla is not None:
+        return turned
+    fixed = torch.zeros_like(turned)
     fixed[..., 0] = 1
     return torch.stack([turned, turned, fixed], 1)[:, :, None]
 
@@ -320,11 +320,17 @@ def _document_mask(starts_BT: Tensor) -> Tensor:
     return torch.zeros(same.shape, device=same.device).masked_fill_(~allowed, -math.inf)[:, None]
 
 
+def _later_mask(past: int, tokens: int, device: torch.device) -> Tensor:
+    """f32 [1, 1, T, past + T]: 0 up to each token itself, -inf for later ones."""
+    mask = torch.full((tokens, past + tokens), -math.inf, device=device)
+    return mask.triu_(past + 1)[None, None]
+
+
 def _check_memory(config: LMConfig, memory: EngramMemory) -> None:
     layer = memory.config.layer
-    if (layer.hidden_size, layer.streams) != (config.hidden_size, 1):
+    if (layer.hidden_size, layer.streams) != (config.hidden_size, config.streams):
         raise ConfigError(
-            f"memory: expected hidden_size {config.hidden_size} and 1 stream, "
+            f"memory: expected hidden_size {config.hidden_size} and streams {config.streams}, "
             f"found {layer.hidden_size} and {layer.streams}"
         )
     if memory.vocab.raw_size != config.vocab_size:

@@ -94,8 +94,10 @@ class MoE(nn.Module):
         return out_ND.to(dtype).index_add(0, token_M, out_MD).view_as(x_BTD)
 
     def _route(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts int64 [N, K] and their weights f32 [N, K]."""
-        score_NE = torch.sigmoid(self.router(x_ND).float())
+        """Chosen experts int64 [N, K] and their weights [N, K], in f32, or f64 if x is f64."""
+        logits_NE = self.router(x_ND)
+        wide = torch.promote_types(logits_NE.dtype, torch.float32)
+        score_NE = torch.sigmoid(logits_NE.to(wide))
         balanced_NE = score_NE.detach() + self.balance
         chosen_NK = balanced_NE.topk(self.top_k, dim=-1, sorted=False).indices
         weight_NK = score_NE.gather(1, chosen_NK)

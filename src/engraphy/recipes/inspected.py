@@ -139,7 +139,7 @@ def _open_transformers(name: str, memory: str | None, dtype: str) -> Opened:
     from ..hf.pretrained import decoder, load_tokenizer
 
     tokenizer = load_tokenizer(name)
-    model = _load_transformers(name, memory, dtype, tokenizer)
+    model = _load_transformers(name, memory, dtype)
     return Opened(
         transformers_subject(model),
         lambda text: tokenizer(text)["input_ids"],
@@ -148,11 +148,10 @@ def _open_transformers(name: str, memory: str | None, dtype: str) -> Opened:
     )
 
 
-def _load_transformers(name: str, memory: str | None, dtype: str, tokenizer: Any) -> Any:
-    from ..hf import load
-    from ..hf.hub import adapter_of, find_memory
-    from ..hf.pretrained import load_adapter, load_model, model_type
+def _load_transformers(name: str, memory: str | None, dtype: str) -> Any:
+    from ..hf.pretrained import model_type
     from ..hf.qwen4 import load_without_table, serve_table
+    from .loading import load_all
 
     if memory is not None and model_type(name).startswith("qwen4_exp"):
         from transformers import Qwen4ExpForCausalLM
@@ -161,11 +160,4 @@ def _load_transformers(name: str, memory: str | None, dtype: str, tokenizer: Any
         model = load_without_table(Qwen4ExpForCausalLM, name, dtype=chosen)
         serve_table(model, Path(memory) if Path(memory).exists() else memory)
         return model.eval()
-    model, _ = load_model(name, dtype)
-    if memory is not None:
-        folder = find_memory(memory)
-        adapter = adapter_of(folder)
-        if adapter is not None:
-            model = load_adapter(model, adapter)
-        load(model, folder, tokenizer=tokenizer)
-    return model.eval()
+    return load_all(name, memory, dtype).model.eval()
