@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from engraphy.cli import app
 from engraphy.cli.app import _SHORT
-from engraphy.recipes.studies import demo_study
+from engraphy.recipes.studies import STUDIES, demo_study
 
 
 def commands_of(group, prefix: str = "") -> dict[str, object]:
@@ -25,11 +25,14 @@ def commands_of(group, prefix: str = "") -> dict[str, object]:
 COMMANDS = commands_of(typer.main.get_command(app))
 
 
+COMPARISONS = [name for name, entry in STUDIES.items() if "backbone" in entry.options]
+
+
 def test_each_noun_has_its_verbs():
     verbs = {
         "table": {"convert", "quantize", "verify", "compare", "stat", "sample"},
-        "model": {"finetune", "generate"},
-        "study": {"demo", "adapt", "baseline", "allocation", "controls", "ablation", "where"},
+        "model": {"finetune", "generate", "inspect", "eval"},
+        "study": {"demo", "adapt", *COMPARISONS},
         "machine": {"doctor", "plan", "probe"},
         "data": {"books", "smollm2"},
     }

@@ -91,8 +91,14 @@ def adapt(
         typer.echo(recipe.tables(config, out))
 
 
+_BACKBONE = "Model that the arms change: smallest, demo, base, wide or deep."
+
+
 def _comparison(name: str) -> Callable[..., None]:
     """The command of a comparison."""
+    # Pairs that are compared layer by layer have one rate, and layers enough.
+    pairs = name == "depth"
+    usual_backbone, usual_rates = ("deep", [4e-3]) if pairs else ("base", [3e-3, 4e-3, 6e-3])
 
     def run(
         out: Path | None = typer.Option(
@@ -103,9 +109,9 @@ def _comparison(name: str) -> Callable[..., None]:
         tokens: int = typer.Option(4_000_000, help="Training tokens of each run."),
         data: str = typer.Option("mix", help=STUDIES[name].options["data"]),
         books: Path | None = BOOKS,
-        backbone: str = typer.Option("base", help="Model that the arms change."),
+        backbone: str = typer.Option(usual_backbone, help=_BACKBONE),
         rate: list[float] = typer.Option(
-            [3e-3, 4e-3, 6e-3], help="Learning rate to try; may be repeated. One is not searched."
+            usual_rates, help="Learning rate to try; may be repeated. One is not searched."
         ),
         workers: int = WORKERS,
         smallest: bool = typer.Option(
@@ -136,5 +142,5 @@ def _comparison(name: str) -> Callable[..., None]:
     return run
 
 
-for _name in ("baseline", "allocation", "controls", "ablation", "where"):
+for _name in ("baseline", "allocation", "controls", "ablation", "where", "depth"):
     app.command(_name, help=STUDIES[_name].sentence)(_comparison(_name))

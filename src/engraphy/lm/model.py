@@ -92,6 +92,14 @@ class LM(nn.Module):
         x_BTD = self._hidden(ids_BT, starts_BT, trace, cache)
         return F.linear(x_BTD, self._head_weight)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, T, V] if a block were the last one (LogitLens).
+
+        Args:
+            x: What the block returned: [B, T, D], with several streams [B, T, S, D].
+        """
+        return F.linear(self._merged(x), self._head_weight)
+
     def new_cache(self, batch: int = 1) -> Cache:
         """An empty cache for `batch` sequences, to decode them token by token or in chunks."""
         return Cache(batch, self.config.layers)
@@ -210,6 +218,10 @@ class LM(nn.Module):
             x = block(x, rotation, mask, None if cache is None else cache.blocks[layer])
         if cache is not None:
             cache.tokens += tokens
+        return self._merged(x)
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """Input of the head, [B, T, D], from the residual streams."""
         return self.norm(x if self.config.streams == 1 else x.mean(2))
 
     def _head_inputs(

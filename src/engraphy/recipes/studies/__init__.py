@@ -86,6 +86,7 @@ STUDIES: Mapping[str, StudyEntry] = {
             controls="A memory beside memories that lack one thing, and a dense adapter.",
             ablation="Layers, orders, gate, heads, optimiser and size of a memory, one at a time.",
             where="Where a memory gains: by source, count and token, switched off, with less text.",
+            depth="Whether a memory makes a model deeper: LogitLens and CKA of pairs.",
         ),
     )
 }

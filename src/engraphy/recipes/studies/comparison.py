@@ -7,10 +7,11 @@ paired by seed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from ...data.mix import require_books
 from ...errors import ConfigError
 from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
-from ...lm import LM
-from ...lm.loop import Run, TrainConfig, train
+from ...lm import LM, Parameters
+from ...lm.loop import Run, TrainConfig, checkpoints, train
 from ..progress import curves
 from .arm_recipe import ArmRecipe, build
 from .backbones import Backbone, backbone
@@ -122,11 +123,13 @@ class Trained(NamedTuple):
         model: The model, in eval mode.
         corpus: The text that it was trained on.
         losses: On all held-out tokens.
+        partner: The name of another arm -> its trained model, of the same seed and rate.
     """
 
     model: LM
     corpus: Corpus
     losses: Losses
+    partner: Callable[[str], LM]
 
 
 def _measure_nothing(trained: Trained) -> Result:
@@ -147,6 +150,8 @@ class Comparison:
         pairs: Names of arms whose difference, first minus second, is shown.
         measure: A trained arm -> what its result holds beside the usual, JSON values.
         tables: (config, runs) -> further parts of the report.
+        after: An arm -> the arm that has to be done before, since `measure` needs it as a partner.
+            Both then run at one rate.
     """
 
     name: str
@@ -154,6 +159,7 @@ class Comparison:
     pairs: Sequence[tuple[str, str]] = ()
     measure: Callable[[Trained], Result] = _measure_nothing
     tables: Callable[[ComparisonConfig, Runs], list[Iterator[str]]] = _no_tables
+    after: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def study(self) -> Study:
@@ -190,20 +196,28 @@ class Comparison:
 
     def _jobs(self, config: ComparisonConfig, results: ResultsByJob) -> list[Job]:
         """Seed by seed: what stops early has whole comparisons."""
-        jobs = self.search(config).jobs(results)
-        return sorted(jobs, key=lambda job: config.seeds.index(job.seed))
+        if self.after and len(config.rates) > 1:
+            raise ConfigError(f"{self.name}: expected one rate for all arms, found {config.rates}")
+        jobs = sorted(
+            self.search(config).jobs(results), key=lambda job: config.seeds.index(job.seed)
+        )
+        return [job for job in jobs if self._may_run(job, results)]
+
+    def _may_run(self, job: Job, results: ResultsByJob) -> bool:
+        """Whether the arm that has to come before has run."""
+        before = self.after.get(job.arm)
+        return before is None or dataclasses.replace(job, arm=before) in results
 
     def _run(self, job: Job, config: ComparisonConfig, work: Path) -> Result:
         """Trains an arm, then measures it on the held-out documents."""
-        recipe = self.recipes(config)[job.arm]
         corpus = Corpus.load(_corpus_folder(work, config, job.seed))
-        model, parameters = build(recipe, config.base, corpus.vocab, corpus.end_id, job.seed)
-        folder = work / self.name / job.name.removesuffix(".json")
-        run = Run(model, corpus.batches(), settings(recipe, job), origin(job))
+        run, parameters = self._begun(job, config, corpus)
+        folder = self._folder(job, work)
         train(run, folder, resume=True, heldout=corpus.heldout_batches())
+        model = run.model.eval()
         metrics = curves(folder)
         counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
-        losses = Losses(model.eval(), corpus.heldout_batches(), counts, DTYPE)
+        losses = Losses(model, corpus.heldout_batches(), counts, DTYPE)
         return {
             "parameters": asdict(parameters),
             **losses.mean(),
@@ -211,8 +225,35 @@ class Comparison:
             "heldout_curve": metrics["heldout_curve"],
             "max_expert_load": metrics["max_expert_load"],
             "minutes": round(metrics["seconds"] / 60, 2),
-            **self.measure(Trained(model, corpus, losses)),
+            **self.measure(
+                Trained(model, corpus, losses, partial(self._partner, job, config, corpus, work))
+            ),
         }
+
+    def _begun(self, job: Job, config: ComparisonConfig, corpus: Corpus) -> tuple[Run, Parameters]:
+        """A run before its first step, and the parameter counts of its model."""
+        recipe = self.recipes(config)[job.arm]
+        model, parameters = build(recipe, config.base, corpus.vocab, corpus.end_id, job.seed)
+        return Run(model, corpus.batches(), settings(recipe, job), origin(job)), parameters
+
+    def _folder(self, job: Job, work: Path) -> Path:
+        """Where a run leaves its checkpoints."""
+        return work / self.name / job.name.removesuffix(".json")
+
+    def _partner(
+        self, job: Job, config: ComparisonConfig, corpus: Corpus, work: Path, arm: str
+    ) -> LM:
+        """The trained model of another arm. Raises ConfigError if its checkpoint is gone."""
+        other = dataclasses.replace(job, arm=arm)
+        run, _ = self._begun(other, config, corpus)
+        saved = checkpoints(self._folder(other, work))
+        if not saved:
+            raise ConfigError(
+                f"{self._folder(other, work)}: expected a checkpoint, found none; remove the "
+                f"result {other.name} to run it again"
+            )
+        run.resume(saved[-1])
+        return run.model.eval()
 
     def _table(
         self, config: ComparisonConfig, jobs: Sequence[Job], results: dict, out: Path
