@@ -51,7 +51,7 @@ PACKAGES = {
         "domains",
         "smollm2",
     ),
-    "engraphy.lm": ("loop", "moe"),
+    "engraphy.lm": ("loop", "optimizers", "muon", "moe"),
     "engraphy.eval": (
         "losses",
         "bands",

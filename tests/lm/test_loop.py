@@ -91,6 +91,44 @@ def test_an_interrupted_run_resumes_bit_for_bit(with_memory, tmp_path, number, e
     assert_same(straight, resumed)
 
 
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_a_run_of_muon_and_step_decay_resumes_bit_for_bit(with_memory, tmp_path):
+    settings = {"optimizer": "muon", "schedule": "step", "checkpoint_every": 7}
+    straight = make_run(with_memory, **settings)
+    train(straight, tmp_path / "straight")
+    broken = make_run(with_memory, **settings)
+
+    def crash(told):
+        if told.step == 9:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(broken, tmp_path / "broken", report=crash)
+    resumed = make_run(with_memory, **settings)
+    train(resumed, tmp_path / "broken", resume=True)
+    assert_same(straight, resumed)
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        make_run(with_memory, schedule="step").resume(checkpoints(tmp_path / "broken")[-1])
+
+
+def test_the_schedule_moves_both_rates_of_muon_and_that_of_the_rows():
+    run = make_run(optimizer="muon", schedule="step", warmup=0.0)
+    rates = []
+    while not run.done:
+        run.step()
+        dense = {group["lr"] for group in run.pair.dense.param_groups}
+        rates.append((*dense, run.pair.rows.lr))
+    shares = [1.0] * 8 + [0.316, 0.1]
+    assert rates == [(pytest.approx(1e-2 * s), pytest.approx(5e-2 * s)) for s in shares]
+
+
+@pytest.mark.slow
+def test_muon_learns_too():
+    run = make_run(with_memory=False, tokens=64 * 200, optimizer="muon")
+    losses = [run.step()[0] for _ in range(200)]
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
+
+
 @pytest.mark.slow
 def test_a_crash_after_a_checkpoint_loses_only_what_came_later(tmp_path):
     straight = make_run(checkpoint_every=3)
@@ -199,7 +237,16 @@ def test_a_metrics_line_that_was_cut_short_does_not_stop_a_resume(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"clip": -1.0}, {"heldout_every": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"lr": 0.0},
+        {"clip": -1.0},
+        {"heldout_every": -1},
+        {"optimizer": "sgd"},
+        {"schedule": "flat"},
+    ],
+)
 def test_numbers_out_of_range_are_errors(bad):
     with pytest.raises(ConfigError, match=f"{next(iter(bad))}: expected"):
         TrainConfig(tokens=5, **bad)

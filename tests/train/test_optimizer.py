@@ -20,6 +20,7 @@ from engraphy.train import (
     coalesce,
     gradient_norm,
     warmup_cosine,
+    warmup_steps,
     weight_decay_groups,
 )
 
@@ -200,6 +201,15 @@ def test_the_schedule_scales_both_rates():
     assert pair.dense.param_groups[0]["lr"] == pytest.approx(0.5) and pair.rows.lr == pytest.approx(
         2.5
     )
+
+
+def test_warmup_steps_falls_twice_by_the_root_of_a_tenth():
+    schedule = warmup_steps(warmup=0.1)
+    places = (0.05, 0.1, 0.5, 0.8, 0.81, 0.9, 0.91, 1.0)
+    assert [schedule(place) for place in places] == [0.5, 1, 1, 1, 0.316, 0.316, 0.1, 0.1]
+    assert warmup_steps(0.0)(0.0) == 1.0
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        warmup_steps(warmup=0.9)
 
 
 def test_warmup_cosine_rises_then_falls_to_its_final_share():

@@ -39,6 +39,7 @@ class EngramLayer(nn.Module):
     Attributes:
         spec: Sizes and variants.
         key, value: Projections with weights [S*D, E] and [D, E]; biases if `spec.bias`.
+        matrices: Projections whose weight is several matrices side by side, and their number.
         query_norm, key_norm, conv_norm: [S, D]. conv_norm is None without a conv (kernel 0).
         conv: [S, D, kernel]; the last tap is for the present position. None without a conv.
     """
@@ -51,6 +52,7 @@ class EngramLayer(nn.Module):
         self.spec = spec
         self._fuser: TokenFuser = TokenFuser(spec)
         streams, hidden = spec.streams, spec.hidden_size
+        self.matrices = {"key": streams}
         self.key = Projection(spec.width, streams * hidden, bias=spec.bias)
         self.value = Projection(spec.width, hidden, bias=spec.bias)
         self.query_norm = nn.Parameter(torch.empty(streams, hidden))

@@ -3,6 +3,8 @@ residual connection."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +61,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; query, key and value are one matrix."""
+    """Causal multi-head attention; query, key and value stand side by side in one weight."""
+
+    matrices: ClassVar = {"qkv": 3}
 
     def __init__(self, config: LMConfig):
         super().__init__()

@@ -31,17 +31,10 @@ from ..eval.losses import heldout_parts, losses_of
 from ..system.files import make_folder, publish_folder, write_errors, write_file
 from ..system.lfs import refuse_pointer
 from ..system.signals import stopping
-from ..train import (
-    OptimizerPair,
-    RowAdagrad,
-    RowAdam,
-    RowNesterov,
-    RowOptimizer,
-    warmup_cosine,
-    weight_decay_groups,
-)
+from ..train import OptimizerPair, RowAdagrad, RowAdam, RowNesterov, RowOptimizer
 from ..train.dtype import autocast
 from .model import LM
+from .optimizers import OPTIMIZERS, SCHEDULES
 
 ROW_OPTIMIZERS: Mapping[str, type[RowOptimizer]] = {
     "adam": RowAdam,
@@ -63,6 +56,9 @@ class TrainConfig:
         weight_decay: Weight decay of the dense parameters.
         clip: Largest gradient norm.
         warmup: Share of the run.
+        optimizer: Of the dense parameters: "adamw", or "muon" for their matrices and AdamW for the
+            rest.
+        schedule: Of both rates after the warm-up: "cosine" to a tenth, or "step", the paper's.
         dtype: "float32", or "bfloat16" (autocast).
         heldout_every: Steps between held-out losses; 0 = only at the end.
         checkpoint_every: Steps between checkpoints; 0 = only at the end.
@@ -78,6 +74,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     warmup: float = 0.03
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
     dtype: str = "float32"
     heldout_every: int = 0
     checkpoint_every: int = 0
@@ -88,8 +86,14 @@ class TrainConfig:
                 'expected tokens >= 1 and dtype "float32" or "bfloat16", '
                 f"found {self.tokens}, {self.dtype!r}"
             )
-        if self.rows not in ROW_OPTIMIZERS:
-            raise ConfigError(f"rows: expected one of {list(ROW_OPTIMIZERS)}, found {self.rows!r}")
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("rows", ROW_OPTIMIZERS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"{name}: expected one of {list(known)}, found {value!r}")
         for name in ("lr", "row_rate_scale", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -155,13 +159,9 @@ class Run:
         rows = None
         if model.memory is not None:
             rows = ROW_OPTIMIZERS[config.rows](model.memory, lr=config.lr * config.row_rate_scale)
-        dense = torch.optim.AdamW(
-            weight_decay_groups(model, config.weight_decay),
-            lr=config.lr,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
-        self.pair = OptimizerPair(dense, rows, warmup_cosine(config.warmup), config.clip)
+        dense = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
+        schedule = SCHEDULES[config.schedule](config.warmup)
+        self.pair = OptimizerPair(dense, rows, schedule, config.clip)
         self.step_index = 0
         self.steps = math.ceil(config.tokens / batches.tokens_per_step)
 

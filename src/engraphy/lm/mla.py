@@ -42,6 +42,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.sizes = sizes
+        self.matrices = {"latent": (sizes.kv_rank, sizes.turned)}  # for Muon
         self.scale = temperature * (sizes.plain + sizes.turned) ** -0.5
         query_width = heads * (sizes.plain + sizes.turned)
         self.query_down = None

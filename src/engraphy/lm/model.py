@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class LM(nn.Module):
             the model.
     """
 
+    matrices: ClassVar = {"head": 0}
     memory: EngramMemory | None
     rotation: Tensor
 

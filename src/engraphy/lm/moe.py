@@ -8,7 +8,7 @@ sign alone, single experts run away in models this small.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ BALANCE_RATE = 0.02
 
 class SwiGLU(nn.Module):
     """down(silu(gate) * up) for x [..., D], with gate and up as one matrix [D -> 2 * width]."""
+
+    matrices: ClassVar = {"gate_up": 2}
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
@@ -51,6 +53,7 @@ class MoE(nn.Module):
         load: int64 [experts], tokens of each expert in the last step; None before the first.
     """
 
+    matrices: ClassVar = {"gate_up": 2, "router": 0}
     balance: Tensor
 
     def __init__(

@@ -6,10 +6,19 @@ from .adagrad import RowAdagrad
 from .adam import RowAdam
 from .nesterov import RowNesterov
 from .optimizer import RowOptimizer
-from .pair import OptimizerPair, clip_together, gradient_norm, warmup_cosine, weight_decay_groups
+from .pair import (
+    DenseOptimizer,
+    OptimizerPair,
+    clip_together,
+    gradient_norm,
+    warmup_cosine,
+    warmup_steps,
+    weight_decay_groups,
+)
 from .replicated import drain_mean, replica_group
 
 __all__ = [
+    "DenseOptimizer",
     "OptimizerPair",
     "RowAdagrad",
     "RowAdam",
@@ -22,5 +31,6 @@ __all__ = [
     "gradient_norm",
     "replica_group",
     "warmup_cosine",
+    "warmup_steps",
     "weight_decay_groups",
 ]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -45,13 +44,57 @@ def warmup_cosine(warmup: float = 0.03, final: float = 0.1) -> Schedule:
     return share
 
 
+def warmup_steps(warmup: float = 0.03) -> Schedule:
+    """A schedule: linear warm-up, then the base rate until 80 % of the run, 0.316 of it until 90 %,
+    and 0.1 of it to the end.
+
+    It is the multi-step decay of DeepSeek LLM (arXiv 2401.02954, section 2.3), whose factor is
+    the square root of 0.1.
+
+    Args:
+        warmup: share of the run that warms up, in [0, 0.8].
+
+    Returns:
+        A function from progress, 0..1, to the share of the base learning rate.
+
+    Raises:
+        ConfigError: the argument is out of range.
+    """
+    if not 0 <= warmup <= 0.8:
+        raise ConfigError(f"warmup_steps: expected warmup in [0, 0.8], found {warmup}")
+
+    def share(progress: float) -> float:
+        if progress < warmup:
+            return progress / warmup
+        if progress <= 0.8:
+            return 1.0
+        return 0.316 if progress <= 0.9 else 0.1
+
+    return share
+
+
+class DenseOptimizer(Protocol):
+    """What `OptimizerPair` needs of the optimiser of `parameters()`: any of torch has it."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
 class OptimizerPair:
     """A dense step, then a step of the rows, at base rate x schedule(progress), clipped by their
     common norm."""
 
     def __init__(
         self,
-        dense: torch.optim.Optimizer,
+        dense: DenseOptimizer,
         rows: RowOptimizer | None,
         schedule: Schedule,
         clip: float | None,
@@ -60,9 +103,10 @@ class OptimizerPair:
         """The learning rates that the optimisers have now are the base rates.
 
         Args:
-            dense: any torch optimiser over `parameters()`.
+            dense: an optimiser over `parameters()`, any of torch or one like it.
             rows: a RowOptimizer, or None for a model without memory.
-            schedule: progress -> share of the base rates, as from `warmup_cosine`.
+            schedule: progress -> share of the base rates, as from `warmup_cosine` or
+                `warmup_steps`.
             clip: largest allowed norm over dense and summed row gradients together; None = no
                 clipping.
             replicas: the group of `replica_group`, if several processes train copies of the table

@@ -285,6 +285,7 @@ def settings(recipe: ArmRecipe, job: Job) -> TrainConfig:
         round(job.tokens * recipe.text),
         lr=job.lr,
         row_rate_scale=recipe.row_rate_scale,
+        optimizer=recipe.optimizer,
         rows=recipe.rows,
         dtype=DTYPE,
         heldout_every=SAVED,

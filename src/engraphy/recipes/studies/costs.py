@@ -81,7 +81,7 @@ def speed_of(recipe: ArmRecipe, backbone: Backbone) -> float:
     ids = np.random.default_rng(0).integers(1, vocab_size, tokens).astype(np.int32)
     batches = Batches([ids], 0, batch=backbone.batch, tokens=backbone.length, seed=0)
     model, _ = build(recipe, backbone, VocabMap.identity(vocab_size), 0, 0)
-    run = Run(model, batches, TrainConfig(tokens, rows=recipe.rows))
+    run = Run(model, batches, TrainConfig(tokens, optimizer=recipe.optimizer, rows=recipe.rows))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
