@@ -54,7 +54,6 @@ OPTIONAL = {  # package: the folders, or modules, that may import it
     "peft": {"hf", "recipes"},
     "diffusers": {"vision"},
     "lm_eval": {"eval"},
-    "datasets": {"eval"},  # of lm_eval, which installs it
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "markupsafe": {"report"},  # the markup type of jinja2, which installs it

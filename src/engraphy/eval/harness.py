@@ -1,21 +1,21 @@
 """Tasks of lm-evaluation-harness (the PyPI package lm-eval), with one number an item where there is
 one.
 
-This is the only module that imports the harness. It loads tasks before a model is loaded, so that a
-task whose data is not here is said at once, and it runs no code that a model wrote: HumanEval has a
-module of its own.
+This is the only module that imports the harness, and only when it is called. It loads tasks before
+a model is loaded, so that a task whose data is not here is said at once. It runs no code that a
+model wrote: HumanEval has a module of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,7 @@ def load(names: Sequence[str], include: str | os.PathLike[str] | None = None) ->
             missing data set.
         ConfigError: There is no such task, or a task would run code.
     """
-    require()
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
+    new_manager = _module("lm_eval.tasks").TaskManager
     folders = [name for name in names if Path(name).is_dir()]
     if folders and (len(names) > 1 or include is not None):
         raise ConfigError(
@@ -105,13 +103,13 @@ def load(names: Sequence[str], include: str | os.PathLike[str] | None = None) ->
     if folders or include is not None:
         if not place.is_dir():
             raise ConfigError(f"{place}: expected a folder of task files, found none")
-        manager = TaskManager(include_path=str(place), include_defaults=False)
+        manager = new_manager(include_path=str(place), include_defaults=False)
         if folders:
             names = manager.all_subtasks
         if not names:
             raise ConfigError(f"{place}: expected task files (*.yaml), found none")
     if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=None if manager is None else str(place))
+        manager = new_manager(include_path=None if manager is None else str(place))
     _check_names(names, manager.all_tasks)
     with contextlib.chdir(place):
         _check_data(names, manager)
@@ -139,13 +137,12 @@ def run(
     Returns:
         The metrics of each task, then of each group of tasks.
     """
-    require()
-    import lm_eval  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-
+    judged = _module("lm_eval.models.huggingface").HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch
+    )
     with contextlib.chdir(tasks.place):
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        results = _module("lm_eval").simple_evaluate(
+            model=judged,
             tasks=list(tasks.names),
             num_fewshot=shots,
             limit=limit,
@@ -155,21 +152,18 @@ def run(
     return list(_scores(results))
 
 
-def require() -> None:
-    """Raises DataUnavailable if the harness is not installed."""
+def _module(name: str) -> Any:
+    """A module of the harness, or of what it needs. Raises DataUnavailable if it is not
+    installed."""
     try:
-        import lm_eval  # noqa: F401  # pyright: ignore
+        module = importlib.import_module(name)
     except ImportError as error:
         raise DataUnavailable(
             f"tasks: expected the package lm-eval, found {error}; {_INSTALL}"
         ) from None
     # It warns of what is meant here: a model that is loaded already.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-
-def version() -> str:
-    """Version of the harness."""
-    return metadata.version("lm_eval")
+    return module
 
 
 def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
@@ -204,7 +198,7 @@ def _check_data(names: Sequence[str], manager: Any) -> None:
         lines = [f"{name}: {why}" for name, why in missing.items()]
         found = f"; the data of these is here: {','.join(here)}" if here else ""
         raise DataUnavailable(
-            f"tasks: expected the data of {', '.join(names)}, found none of {len(missing)}"
+            f"tasks: expected the data of {', '.join(names)}, found {len(missing)} without"
             f"{found}\n" + "\n".join(lines)
         )
 
@@ -237,35 +231,30 @@ def _how(manager: Any, name: str) -> str:
 
 
 def _dataset(manager: Any, name: str) -> tuple[str | None, str | None]:
-    """Path and name of the data set of a task, or of the first task of a group."""
-    from lm_eval.tasks._yaml_loader import load_yaml  # pyright: ignore[reportMissingImports]
-
-    entry = manager.task_index[name]
-    for _ in range(4):  # groups of groups
-        if entry.yaml_path is None:
-            break
-        config = load_yaml(entry.yaml_path, resolve_func=False)
-        if config.get("dataset_path"):
-            return config["dataset_path"], config.get("dataset_name")
-        children = config.get("task")
-        first = children[0] if isinstance(children, list) and children else None
-        if not isinstance(first, str) or first not in manager.task_index:
-            break
-        entry = manager.task_index[first]
-    return None, None
+    """Path and name of the data set of a task, or of the first task of a group or tag."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return None, None
+    config = entry.cfg or {}
+    if config.get("dataset_path"):
+        return config["dataset_path"], config.get("dataset_name")
+    children = config.get("task")
+    if not isinstance(children, list):
+        children = sorted(entry.tags)  # of a tag: its tasks
+    names = [child for child in children if isinstance(child, str) and child != name]
+    return _dataset(manager, names[0]) if names else (None, None)
 
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Has the package datasets ask the hub for nothing."""
-    import datasets  # pyright: ignore[reportMissingImports]
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
+    config = _module("datasets.config")
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        config.HF_HUB_OFFLINE = before
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
@@ -302,7 +291,7 @@ def _each(
     samples: Sequence[Mapping[str, Any]] | None, metric: str, way: str
 ) -> tuple[float, ...] | None:
     """The metric of each item; None if there are none or they are no numbers."""
-    found = [sample.get(metric) for sample in samples or () if sample["filter"] == way]
-    if not found or not all(isinstance(value, bool | int | float) for value in found):
+    values: list[Any] = [sample.get(metric) for sample in samples or () if sample["filter"] == way]
+    if not values or not all(isinstance(value, bool | int | float) for value in values):
         return None
-    return tuple(float(value) for value in found)
+    return tuple(float(value) for value in values)
