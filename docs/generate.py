@@ -38,7 +38,7 @@ PACKAGES = {
     "engraphy.fusion": ("presets",),
     "engraphy.memory": ("metrics",),
     "engraphy.train": ("dtype",),
-    "engraphy.hf": ("qwen4",),
+    "engraphy.hf": ("qwen4", "tracing"),
     "engraphy.data": (
         "books",
         "corpus",
@@ -61,8 +61,17 @@ PACKAGES = {
         "humaneval",
         "sandbox",
     ),
-    "engraphy.analysis": ("gates", "reuse"),
-    "engraphy.report": ("page", "charts"),
+    "engraphy.analysis": (
+        "gates",
+        "inspection",
+        "logitlens",
+        "cka",
+        "collisions",
+        "subject",
+        "fits",
+        "reuse",
+    ),
+    "engraphy.report": ("page", "inspection", "charts"),
     "engraphy.plan": (),
 }
 SHORT = "Short for "  # how the help of another spelling begins

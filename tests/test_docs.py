@@ -21,7 +21,7 @@ from tests.tools.run_page import Different, run_page
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(ROOT)): path for path in pages.all_pages()}
 # Pages that begin with a model and a text of the reader's own: my-model and notes.txt.
-OWN = ("README.md", "docs/guide/attaching.md")
+OWN = ("README.md", "docs/guide/attaching.md", "docs/guide/looking-inside.md")
 GENERATED = pages.generator().pages()
 RUNNING = [
     name
