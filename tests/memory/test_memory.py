@@ -384,6 +384,25 @@ def test_trace_tells_rows_and_gates_per_layer_and_stream():
         assert (trace.gates[layer][1, 2] == 0).all() and (trace.gates[layer][0] > 0).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_trace_holds_states_only_if_it_is_asked_to(tokens):
+    memory, layer = make_memory(streams=3), LAYERS[0]
+    ids, x = sample(2, tokens, streams=3)
+    plain, states = Trace(), Trace(states=True)
+    with torch.no_grad():
+        for trace in (plain, states):
+            # With a state, a single token takes the way of decoding.
+            lookup = memory.lookup(ids, memory.state(2), trace=trace)
+            out = memory.fuse(layer, x, lookup)
+    assert not plain.inputs and not plain.updates and not plain.hidden
+    assert torch.equal(plain.gates[layer], states.gates[layer])
+    assert torch.equal(states.inputs[layer], x.float())
+    assert torch.equal(states.updates[layer], out.float() - x.float())
+    assert states.updates[layer].shape == (2, tokens, 3, HIDDEN)
+    x.zero_()  # a model may go on in place
+    assert states.inputs[layer].any()
+
+
 def test_ids_without_a_token_change_nothing():
     spec = HashSpec.demo(LAYERS, (2, 3), 2, 53, vocab_size=30, pad_id=0)
     vocab = VocabMap(np.concatenate([np.arange(30), [-1, -1]]))
