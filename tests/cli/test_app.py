@@ -31,7 +31,7 @@ COMPARISONS = [name for name, entry in STUDIES.items() if "backbone" in entry.op
 def test_each_noun_has_its_verbs():
     verbs = {
         "table": {"convert", "quantize", "verify", "compare", "stat", "sample"},
-        "model": {"finetune", "generate", "inspect", "eval"},
+        "model": {"finetune", "generate", "inspect", "eval", "show"},
         "study": {"demo", "adapt", *COMPARISONS},
         "machine": {"doctor", "plan", "probe"},
         "data": {"books", "smollm2"},

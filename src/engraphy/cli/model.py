@@ -7,9 +7,11 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
 
 from ..system.files import write_file
-from .arguments import DTYPE, SEED, parse_layers, run_folder
+from .arguments import DTYPE, JSON, SEED, parse_layers, run_folder
 from .terminal import errors
 
 app = typer.Typer(no_args_is_help=True, help="A transformers model and its memory.")
@@ -176,3 +178,38 @@ def evaluate(
         recipe.show(evaluation, Console())
         if json_file is not None:
             write_file(json_file, json.dumps(evaluation.to_json(), indent=1) + "\n")
+
+
+@app.command()
+def show(
+    name: str = typer.Argument(
+        help="Dense-4B, MoE-27B, Engram-27B, Engram-40B, DeepSeek-V4.1 (its memory), demo, or a "
+        "JSON file with the fields of an LMConfig."
+    ),
+    scale: int = typer.Option(1, help="Shrink one of the paper's models by this factor."),
+    vocab: int | None = typer.Option(None, help="Token ids of the model; default: as published."),
+    as_json: bool = JSON,
+) -> None:
+    """Show the sizes of a model that can be trained from scratch, and its parameters by part."""
+    with errors("nothing was written"):
+        from ..lm import configs, tables
+
+        shown = configs.backbone(name, scale, vocab_size=vocab)
+        if as_json:
+            typer.echo(json.dumps(tables.as_json(shown), indent=1))
+            return
+        console = Console()
+        console.print(f"[bold]{escape(shown.name)}[/], {escape(shown.source)}", highlight=False)
+        sizes = tables.model_sizes(shown) | tables.memory_sizes(shown)
+        grid = Grid("size", "", box=None)
+        notes = configs.notes(shown, scale)
+        grid.add_column("by the rule" if scale > 1 else "")
+        for what, value in sizes.items():
+            grid.add_row(what, value, notes.get(what, ""))
+        console.print(grid, highlight=False)
+        counts = Grid("parameters", box=None)
+        counts.add_column("all", justify="right")
+        counts.add_column("a token uses", justify="right")
+        for row in tables.parameter_rows(shown):
+            counts.add_row(*row)
+        console.print(counts, highlight=False)

@@ -1,4 +1,5 @@
-"""The reference language model: dense or mixture of experts, with or without a memory."""
+"""The reference language model: dense or mixture of experts, with or without a memory; the paper's
+models are sizes of it."""
 
 from ..system.moved import moved_names
 from .arms import (
@@ -14,22 +15,32 @@ from .arms import (
     three_arms,
 )
 from .config import LMConfig, MLAConfig, YarnConfig
+from .configs import NAMES, Backbone, backbone, scaled
 from .model import LM
+from .sizes import Part, parts
+from .tables import size_rows
 
 __all__ = [
     "LM",
+    "NAMES",
     "Arm",
     "Arms",
+    "Backbone",
     "LMConfig",
     "MLAConfig",
     "MemorySizes",
     "Parameters",
+    "Part",
     "YarnConfig",
+    "backbone",
     "count_parameters",
     "demo_config",
     "dense_arm",
     "memory_arm",
     "moe_arm",
+    "parts",
+    "scaled",
+    "size_rows",
     "three_arms",
 ]
 

@@ -20,6 +20,7 @@ from ..spec.layer import LayerSpec
 from .config import LMConfig
 from .model import LM
 from .moe import MoE
+from .sizes import EMBEDDING, TABLE, parts, total
 
 TOLERANCE = 0.01
 
@@ -72,7 +73,11 @@ def count_parameters(model: LM) -> Parameters:
     dense = sum(parameter.numel() for parameter in model.parameters())
     unused = sum(module.unused_parameters for module in model.modules() if isinstance(module, MoE))
     memory = None if model.memory is None else model.memory.config
-    return _parameters(model.config, dense, unused, memory)
+    copied = 0 if model.config.tie_embeddings else model.embed.weight.numel()
+    table = 0 if memory is None else memory.table_parameters()
+    read = 0 if memory is None else memory.layer.width * len(memory.hash.layer_ids)
+    activated = dense - unused - copied + read
+    return Parameters(dense + table, activated, table, model.embed.weight.numel())
 
 
 def demo_config(vocab_size: int = 2048) -> LMConfig:
@@ -115,14 +120,14 @@ class MemorySizes:
     seed: int = 0
 
     def config(
-        self, hidden_size: int, hash_vocab: int, pad_id: int, rows_per_head: int
+        self, model: LMConfig, hash_vocab: int, pad_id: int, rows_per_head: int
     ) -> EngramConfig:
         """The memory of a model, with so many rows of a head."""
         spec = HashSpec.demo(
             self.layers, self.orders, self.heads, rows_per_head, hash_vocab, pad_id, self.seed
         )
         width = spec.columns * self.dim
-        layer = LayerSpec(hidden_size, width, order=spec.order, kernel=self.kernel)
+        layer = LayerSpec(model.hidden_size, width, model.streams, spec.order, self.kernel)
         return EngramConfig(spec, layer, self.dim)
 
 
@@ -204,7 +209,7 @@ def memory_arm(moe: LMConfig, rho: float, sizes: MemorySizes, hash_vocab: int, p
         )
 
     def memory_config(rows_per_head: int) -> EngramConfig:
-        return sizes.config(moe.hidden_size, hash_vocab, pad_id, rows_per_head)
+        return sizes.config(moe, hash_vocab, pad_id, rows_per_head)
 
     least = memory_config(1)
     fewer = dataclasses.replace(moe, experts=experts)
@@ -212,7 +217,7 @@ def memory_arm(moe: LMConfig, rho: float, sizes: MemorySizes, hash_vocab: int, p
     rows = sizes.rows_per_head
     if rows is None:
         free = goal.total - _count_config(fewer, least).total + least.table_parameters()
-        rows = _solve_rows(memory_config, free)
+        rows = solve_rows(memory_config, free)
     memory = memory_config(rows)
     arm = Arm("memory", fewer, memory, _count_config(fewer, memory))
     _check_activated(arm, goal)
@@ -243,8 +248,16 @@ def _solve_width(
     return dataclasses.replace(config, **{field: width})
 
 
-def _solve_rows(memory_config: Callable[[int], EngramConfig], free: int) -> int:
-    """rows_per_head whose table comes closest to `free` parameters."""
+def solve_rows(memory_config: Callable[[int], EngramConfig], free: int) -> int:
+    """rows_per_head whose table comes closest to `free` parameters.
+
+    Args:
+        memory_config: The memory for a rows_per_head.
+        free: Parameters to come close to.
+
+    Raises:
+        ConfigError: They do not suffice for one row.
+    """
     least = memory_config(1)
     row_of_all_heads = least.hash.columns * least.dim * len(least.hash.layer_ids)
     rows = free // row_of_all_heads
@@ -277,29 +290,11 @@ def _check_total(arm: Arm, goal: Parameters, rho: float) -> None:
 
 
 def _count_config(config: LMConfig, memory: EngramConfig | None) -> Parameters:
-    """Counts of the model that `config` and `memory` would give, by formula: nothing is built."""
-    hidden = config.hidden_size
-    moe_blocks = len(config.moe_layers)
-    expert = 3 * hidden * config.expert_ffn
-    router = config.experts * hidden
-    shared = 3 * hidden * config.shared_ffn
-    attention_and_norms = 4 * hidden**2 + 2 * hidden
-    dense = config.layers * attention_and_norms + hidden
-    dense += moe_blocks * (router + config.experts * expert + shared)
-    dense += (config.layers - moe_blocks) * 3 * hidden * config.ffn
-    dense += config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
-    if memory is not None:
-        dense += memory.dense_parameters()
-    unused = moe_blocks * (config.experts - config.top_k) * expert
-    return _parameters(config, dense, unused, memory)
-
-
-def _parameters(
-    config: LMConfig, dense: int, unused: int, memory: EngramConfig | None
-) -> Parameters:
-    """Counts from those of `dense`, everything but the table, and of `unused` experts."""
-    embedding = config.vocab_size * config.hidden_size
-    copied = 0 if config.tie_embeddings else embedding
-    table = 0 if memory is None else memory.table_parameters()
-    read = 0 if memory is None else memory.layer.width * len(memory.hash.layer_ids)
-    return Parameters(dense + table, dense - unused - copied + read, table, embedding)
+    """Counts of the model that `config` and `memory` would give; it gets no storage."""
+    counted = parts(config, memory)
+    return Parameters(
+        sum(part.total for part in counted),
+        sum(part.activated for part in counted),
+        total(counted, TABLE),
+        total(counted, EMBEDDING),
+    )
