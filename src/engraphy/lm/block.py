@@ -69,7 +69,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         width = config.hidden_size // config.heads
-        self.scale = temperature(config.yarn) * width**-0.5
+        # None is torch's own: a seed then gives the weights that it always gave.
+        self.scale = None if config.yarn is None else temperature(config.yarn) * width**-0.5
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 

@@ -1,9 +1,10 @@
 """Feed-forward layers of the reference model: SwiGLU, and a mixture of experts with one shared
-expert.
+expert (several shared experts are one that is as wide as all of them).
 
 No token is ever dropped. No loss term balances the experts, but a bias on the choice
-(auxiliary-loss-free balancing, arXiv 2408.15664). It moves in proportion to the load error: by its
-sign alone, single experts run away in models this small.
+(auxiliary-loss-free balancing, arXiv 2408.15664). There the bias moves by the sign of the load
+error. Here it moves in proportion to the error: by its sign alone, single experts run away in
+models this small.
 """
 
 from __future__ import annotations
