@@ -72,6 +72,7 @@ PACKAGES = {
         "harness",
         "humaneval",
         "sandbox",
+        "needles",
     ),
     "engraphy.analysis": (
         "gates",
