@@ -91,7 +91,7 @@ def adapt(
         typer.echo(recipe.tables(config, out))
 
 
-_BACKBONE = "Model that the arms change: smallest, demo, base, wide or deep."
+_BACKBONE = "Model that the arms change: smallest, demo, base, wide, deep, or Engram-27B/N."
 
 
 def _comparison(name: str) -> Callable[..., None]:

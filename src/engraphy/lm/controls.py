@@ -39,6 +39,13 @@ class PlainGate(EngramLayer):
         return torch.sigmoid(u_BTS)
 
 
+class OneGate(EngramLayer):
+    """One gate for all residual streams, from the mean of their matches."""
+
+    def gate(self, u_BTS: Tensor) -> Tensor:
+        return super().gate(u_BTS.mean(-1, keepdim=True)).expand_as(u_BTS)
+
+
 class ShuffledMemory(EngramMemory):
     """Each sequence reads the rows of the one before it in the batch; the first those of the last.
 
@@ -163,6 +170,7 @@ def add_adapters(model: LM, memory: EngramConfig) -> None:
 _LAYERS: dict[str, Callable[..., EngramLayer]] = {
     "constant-gate": ConstantGate,
     "plain-gate": PlainGate,
+    "one-gate": OneGate,
 }
 CONTROLS = ("one-row", "frozen", "shuffled", "uncompressed", *_LAYERS)
 

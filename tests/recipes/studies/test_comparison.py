@@ -12,7 +12,7 @@ from engraphy.errors import ConfigError
 from engraphy.recipes.studies import STUDIES
 from engraphy.recipes.studies.allocation import ALLOCATION, shares
 from engraphy.recipes.studies.arm_recipe import ArmRecipe, build
-from engraphy.recipes.studies.backbones import BACKBONES, backbone
+from engraphy.recipes.studies.backbones import backbone
 from engraphy.recipes.studies.comparison import SMALLEST, Comparison, ComparisonConfig
 from engraphy.recipes.studies.study import study_table
 from tests.tools.paths import ROOT
@@ -36,9 +36,9 @@ def test_the_committed_results_of_the_smallest_form_give_its_page_to_the_letter(
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-@pytest.mark.parametrize("size", ["smallest", "base"])
+@pytest.mark.parametrize("size", ["smallest", "base", "Engram-27B/20"])
 def test_arms_activate_as_many_parameters_as_the_backbone(name, size):
-    base = BACKBONES[size]
+    base = backbone(size)
     vocab = VocabMap(np.arange(base.moe.vocab_size) * 3 // 4)
     goal = ArmRecipe("MoE", "moe").arm(base, vocab, 1).parameters
     for arm, recipe in comparison(name).arms(base).items():

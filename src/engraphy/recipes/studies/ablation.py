@@ -49,6 +49,8 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
             add(f"orders-{name}", f"orders {name}", orders=orders, heads=columns // len(orders))
     arms["uncompressed"] = memory.changed("raw ids", control="uncompressed")
     arms["plain-gate"] = memory.changed("gate without the signed root", control="plain-gate")
+    if backbone.moe.streams > 1:
+        arms["one-gate"] = memory.changed("one gate for all streams", control="one-gate")
     add("no-conv", "no conv", kernel=0)
     add(
         "few-heads", "half the heads, rows twice as wide", heads=sizes.heads // 2, dim=sizes.dim * 2

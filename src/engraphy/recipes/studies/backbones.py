@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ...lm import LMConfig, MemorySizes, demo_config
+from ...lm import LMConfig, MemorySizes, configs, demo_config
+from ...lm.tables import model_sizes
+
+_VOCABULARY = 4096
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,21 @@ class Backbone:
 
     def rows(self) -> list[tuple[str, str]]:
         """All sizes, as rows of a table."""
-        moe = self.moe
         memory = self.memory
         return [
-            ("hidden size, layers, heads", f"{moe.hidden_size}, {moe.layers}, {moe.heads}"),
-            ("vocabulary", f"{moe.vocab_size:,}"),
-            ("dense feed-forward width", str(moe.ffn)),
-            ("layers with experts", ", ".join(map(str, moe.moe_layers))),
-            ("experts, of a token, width", f"{moe.experts}, {moe.top_k}, {moe.expert_ffn}"),
-            ("shared expert's width", str(moe.shared_ffn)),
-            ("memory at layers", ", ".join(map(str, memory.layers))),
-            ("orders, heads, row width", f"{list(memory.orders)}, {memory.heads}, {memory.dim}"),
+            *model_sizes(configs.Backbone(self.name, self.moe, None, "")).items(),
+            ("memory layers", ", ".join(map(str, memory.layers))),
+            ("n-gram orders", ", ".join(map(str, memory.orders))),
+            ("memory heads", f"{memory.heads} an order"),
+            ("row width", str(memory.dim)),
             ("tokens of a step", f"{self.batch} x {self.length}"),
         ]
 
 
-def _plain(layers: int, experts: int, vocab_size: int = 4096) -> LMConfig:
+def _plain(layers: int, experts: int) -> LMConfig:
     """A plain reference model of width 128, with experts in all layers but the first."""
     return LMConfig(
-        vocab_size,
+        _VOCABULARY,
         hidden_size=128,
         layers=layers,
         heads=2,
@@ -86,7 +85,27 @@ BACKBONES: Mapping[str, Backbone] = {
 
 
 def backbone(name: str) -> Backbone:
-    """The backbone of a name. Raises ConfigError if there is none."""
+    """The backbone of a name: one of BACKBONES, or "Engram-27B/N", the paper's recipe in small.
+
+    Raises ConfigError if there is none.
+    """
+    published, slash, scale = name.partition("/")
+    if slash and scale.isdecimal():
+        return _paper(name, published, int(scale))
     if name not in BACKBONES:
-        raise ConfigError(f"backbone: expected one of {', '.join(BACKBONES)}, found {name!r}")
+        raise ConfigError(
+            f"backbone: expected one of {', '.join(BACKBONES)}, or Engram-27B/N for a scale N of "
+            f"2 to 80, found {name!r}"
+        )
     return BACKBONES[name]
+
+
+def _paper(name: str, published: str, scale: int) -> Backbone:
+    """The mixture of experts of the paper in small, and the sizes of a published memory."""
+    memory = configs.backbone(published, scale, vocab_size=_VOCABULARY).memory
+    moe = configs.backbone("MoE-27B", scale, vocab_size=_VOCABULARY).model
+    if memory is None or moe is None:
+        raise ConfigError(f"backbone: expected a model with a memory, found {published}")
+    spec = memory.hash
+    sizes = MemorySizes(spec.layer_ids, spec.orders, spec.heads, memory.dim, memory.layer.kernel)
+    return Backbone(name, moe, sizes)
