@@ -67,6 +67,7 @@ PACKAGES = {
     "engraphy.eval": (
         "losses",
         "bands",
+        "kinds",
         "likelihood",
         "choices",
         "harness",
