@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from engraphy.cli.app import app
 from engraphy.cli.arguments import with_books
-from engraphy.data import books, mix, stdlib, wiki
+from engraphy.data import books, encoded, mix, stdlib, wiki
 from engraphy.data.books import Listed
 from engraphy.data.corpus import Corpus, CorpusConfig, prepare
 from engraphy.data.documents import load_documents
@@ -236,7 +236,8 @@ def test_the_mix_is_a_source_of_documents_with_its_own_split(small):
 
 
 @pytest.fixture
-def corpus(small) -> Corpus:
+def corpus(small, monkeypatch) -> Corpus:
+    monkeypatch.setattr(encoded, "IN_MEMORY", 1000)
     return prepare(CorpusConfig(f"mix+books:{small}", vocab_size=300, batch=2, length=32))
 
 
@@ -275,6 +276,14 @@ def test_a_corpus_of_a_mix_on_disk_is_the_same_and_lies_in_a_file(corpus, tmp_pa
     for side in (corpus.training, again.training):
         assert isinstance(side.ids, np.memmap)
     assert json.loads((folder / "corpus.json").read_text())["parts"][0]["source"] == "en"
+
+
+@pytest.mark.parametrize("least", [0, 10, 10**9])
+def test_ids_in_memory_and_in_a_file_are_the_same(corpus, monkeypatch, least):
+    monkeypatch.setattr(encoded, "IN_MEMORY", least)
+    again = prepare(corpus.config)
+    assert isinstance(again.training.ids, np.memmap) == (least < 10**9)
+    assert again.batches().digest == corpus.batches().digest
 
 
 @pytest.mark.parametrize("name", ["training.ids", "heldout.ids", "training.npz"])

@@ -18,6 +18,8 @@ from ..system.files import write_errors
 from .sources import LabelledText
 from .tokens import encode_each
 
+IN_MEMORY = 2**20
+"""Ids that a text may have without being written to a temporary file."""
 _IDS = np.dtype("<i4")
 
 
@@ -100,9 +102,10 @@ class Encoded(Sequence[np.ndarray]):
 def encode_documents(
     tokenizer: Tokenizer, texts: Iterable[LabelledText], names: Sequence[str]
 ) -> Encoded:
-    """Encodes texts into a temporary file, which lives as long as the result.
+    """Encodes texts. More than IN_MEMORY ids go into a temporary file, which lives as long as the
+    result; they are read from it when they are used.
 
-    Texts without tokens are left out. The ids are read from the file when they are used.
+    Texts without tokens are left out.
 
     Args:
         tokenizer: Its ids are written.
@@ -123,13 +126,22 @@ def encode_documents(
             keys.append(text.key)
             yield text.text
 
+    waiting: list[np.ndarray] = [np.empty(0, _IDS)]
+    size = 0  # ids that wait
     with write_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
         for ids in encode_each(tokenizer, noted()):
             lengths.append(len(ids))
-            file.write(ids.astype(_IDS).tobytes())
-        file.flush()
-        total = sum(lengths)
-        flat = np.memmap(file, _IDS, "r", shape=(total,)) if total else np.empty(0, _IDS)
+            waiting.append(ids.astype(_IDS))
+            size += len(ids)
+            if size > IN_MEMORY:
+                file.write(np.concatenate(waiting).tobytes())
+                waiting = [np.empty(0, _IDS)]
+                size = 0
+        flat = np.concatenate(waiting)
+        if size < sum(lengths):
+            file.write(flat.tobytes())
+            file.flush()
+            flat = np.memmap(file, _IDS, "r")
     length = np.array(lengths, dtype=np.int64)
     begins = np.cumsum(length) - length
     # By source, then by key: so the order in which a source gives its texts does not matter.
