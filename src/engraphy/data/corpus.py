@@ -166,7 +166,8 @@ class Corpus:
 def prepare(config: CorpusConfig) -> Corpus:
     """Reads the documents, splits them, trains a tokenizer on the training part, and encodes both.
 
-    Ids of a large text lie in temporary files until `Corpus.save` writes them. Of a mix nothing else is kept
+    Ids of a large text lie in temporary files until `Corpus.save` writes them. Of a mix nothing
+    else is kept
     either: its texts are read once to choose documents, once to train the tokenizer on them, and
     twice to encode them.
 
