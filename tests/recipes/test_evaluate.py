@@ -227,7 +227,7 @@ def test_the_command_prints_a_table_and_writes_json(config, tasks, tmp_path):
 def test_a_task_that_does_not_exist_or_has_no_data_is_named(config, tasks, tmp_path):
     with pytest.raises(ConfigError, match="found 'peple'; near it: people"):
         evaluate(dataclasses.replace(config, tasks=("peple",), include=tasks))
-    with pytest.raises(ConfigError, match="one folder alone"):
+    with pytest.raises(ConfigError, match="or one folder alone, found"):
         evaluate(dataclasses.replace(config, tasks=(str(tasks), "people")))
     with pytest.raises(ConfigError, match="expected task files"):
         evaluate(dataclasses.replace(config, tasks=(str(tmp_path),)))

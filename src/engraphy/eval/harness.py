@@ -92,19 +92,17 @@ def load(names: Sequence[str], include: str | os.PathLike[str] | None = None) ->
         ConfigError: There is no such task, or a task would run code.
     """
     new_manager = _module("lm_eval.tasks").TaskManager
-    folders = [name for name in names if Path(name).is_dir()]
-    if folders and (len(names) > 1 or include is not None):
-        raise ConfigError(
-            f"tasks: expected names, or one folder alone, found {', '.join(names)}; "
-            "give the folder as --include"
-        )
-    place = Path(folders[0] if folders else include or ".").resolve()
+    folder = None
+    # A folder that merely shares the name of a task, beside --include or other names, is none.
+    if len(names) == 1 and include is None and Path(names[0]).is_dir():
+        folder = Path(names[0])
+    place = Path(folder or include or ".").resolve()
     manager = None
-    if folders or include is not None:
+    if folder is not None or include is not None:
         if not place.is_dir():
             raise ConfigError(f"{place}: expected a folder of task files, found none")
         manager = new_manager(include_path=str(place), include_defaults=False)
-        if folders:
+        if folder is not None:
             names = manager.all_subtasks
         if not names:
             raise ConfigError(f"{place}: expected task files (*.yaml), found none")
@@ -172,7 +170,7 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, 3)
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise ConfigError(
-                f"tasks: expected a task of the harness or a folder, found {name!r}{hint}"
+                f"tasks: expected tasks of the harness, or one folder alone, found {name!r}{hint}"
             )
 
 
