@@ -139,8 +139,7 @@ class DataUnavailable(EngraphyError):
 
 
 class SandboxUnavailable(EngraphyError):
-    """Code that a model wrote was to be run, and this machine does not give a protection that was
-    demanded.
+    """A protection that was demanded for running a model's code is missing on this machine.
 
     What to do: run it as root on Linux (x86_64), or in a virtual machine of its own with
     `--without` and the name of the protection.

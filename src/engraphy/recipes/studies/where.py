@@ -10,6 +10,7 @@ import numpy as np
 
 from ...data.corpus import Corpus
 from ...eval.bands import NgramCounts
+from ...eval.kinds import KINDS, target_kinds
 from ...eval.losses import Losses
 from .arm_recipe import ArmRecipe
 from .backbones import Backbone
@@ -39,7 +40,7 @@ def _measure(trained: Trained) -> Result:
     """Losses by source and kind of token; with the memory, its losses when it is off."""
     corpus = trained.corpus
     losses = trained.losses
-    groups = {**_by_source(corpus, losses), **_by_count(corpus, losses)}
+    groups = {**_by_source(corpus, losses), **_by_kind(corpus), **_by_count(corpus, losses)}
     result: Result = {"loss_by_group": _means(losses.losses, groups)}
     memory = trained.model.memory
     if memory is not None:
@@ -67,6 +68,16 @@ def _by_source(corpus: Corpus, losses: Losses) -> dict[str, np.ndarray]:
     heldout = corpus.heldout
     source_M = heldout.sources[losses.documents - 1]  # documents count from 1
     return {f"source {name}": source_M == index for index, name in enumerate(heldout.names)}
+
+
+def _by_kind(corpus: Corpus) -> dict[str, np.ndarray]:
+    """The held-out targets of each kind of word, bool [M]."""
+    heldout = corpus.heldout
+    is_code = np.zeros(len(heldout), dtype=bool)
+    if "code" in heldout.names:
+        is_code = heldout.of_source("code")
+    kind_M = target_kinds(corpus.tokenizer, heldout, is_code)
+    return {f"kind {name}": kind_M == name for name in KINDS}
 
 
 def _by_count(corpus: Corpus, losses: Losses) -> dict[str, np.ndarray]:
