@@ -35,8 +35,14 @@ def test_the_committed_results_of_the_smallest_form_give_its_page_to_the_letter(
     assert "Missing: nothing." in table
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
-@pytest.mark.parametrize("size", ["smallest", "base", "Engram-27B/20"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, "smallest") for name in COMPARISONS),
+        ("allocation", "base"),
+        ("controls", "Engram-27B/20"),
+    ],
+)
 def test_arms_activate_as_many_parameters_as_the_backbone(name, size):
     base = backbone(size)
     vocab = VocabMap(np.arange(base.moe.vocab_size) * 3 // 4)
