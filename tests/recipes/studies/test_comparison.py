@@ -88,6 +88,7 @@ def test_the_cost_counts_what_is_missing_alone():
     assert cost.startswith("18 runs or more, 0.0M tokens, ")
     done = {job: {"validation_loss": 1.0} for job in study.jobs(SMALLEST, {})}
     assert study.cost(config, done).startswith("6 runs or more, ")
+    assert study.cost(SMALLEST, done) == "no run is missing"
 
 
 @pytest.mark.parametrize(

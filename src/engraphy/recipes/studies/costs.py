@@ -37,6 +37,8 @@ class Cost:
     speed: float
 
     def __str__(self) -> str:
+        if not self.runs:
+            return "no run is missing"
         return (
             f"{self.runs} runs or more, {self.tokens / 1e6:,.1f}M tokens, "
             f"{self.hours:,.2f} core hours on this machine "
