@@ -111,7 +111,7 @@ def _least_squares(
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
     """Coefficients, their covariance (None without degrees of freedom), and the sum of squared
     residuals."""
-    coefficients, *_ = np.linalg.lstsq(design, y_M)
+    coefficients, *_ = np.linalg.lstsq(design, y_M, rcond=None)
     residual = float(np.square(y_M - design @ coefficients).sum())
     free = len(y_M) - design.shape[1] - len(set(np.asarray(groups).tolist()))
     if free < 1:

@@ -88,7 +88,8 @@ class Encoded(Sequence[np.ndarray]):
         """
         path = folder / f"{name}.ids"
         try:
-            with np.load(folder / f"{name}.npz") as data:
+            # An open file: numpy leaves one that it opened itself open if it is damaged.
+            with (folder / f"{name}.npz").open("rb") as file, np.load(file) as data:
                 lengths, sources, names = data["lengths"], data["sources"], data["names"]
             ids = _mapped(path, int(lengths.sum()))
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
