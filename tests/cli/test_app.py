@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from engraphy.cli import app
 from engraphy.cli.app import _SHORT
-from engraphy.recipes.studies import STUDIES, demo_study
+from engraphy.recipes.studies import COMPARISONS, demo_study
 
 
 def commands_of(group, prefix: str = "") -> dict[str, object]:
@@ -23,9 +23,6 @@ def commands_of(group, prefix: str = "") -> dict[str, object]:
 
 
 COMMANDS = commands_of(typer.main.get_command(app))
-
-
-COMPARISONS = [name for name, entry in STUDIES.items() if "backbone" in entry.options]
 
 
 def test_each_noun_has_its_verbs():

@@ -17,13 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from engraphy.recipes.studies import STUDIES
+from engraphy.recipes.studies import COMPARISONS, STUDIES
 from engraphy.recipes.studies.comparison import SMALLEST
 from engraphy.recipes.studies.study import run_study, study_table
 from tests.tools.paths import ROOT
 
 RESULTS = ROOT / "results" / "smallest"
-COMPARISONS = [name for name, entry in STUDIES.items() if "backbone" in entry.options]
 CLOSE = 0.02  # nats: other processors add in another order
 PAGE = "`engraphy study {0} --smallest`: the smallest form, no result.\n"
 

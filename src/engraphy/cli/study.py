@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from ..recipes.studies import STUDIES
+from ..recipes.studies import COMPARISONS, STUDIES
 from .arguments import BOOKS, DATA, SEEDS, parse_rates, with_books
 from .terminal import errors
 
@@ -142,5 +142,5 @@ def _comparison(name: str) -> Callable[..., None]:
     return run
 
 
-for _name in ("baseline", "allocation", "controls", "ablation", "where", "depth"):
+for _name in COMPARISONS:
     app.command(_name, help=STUDIES[_name].sentence)(_comparison(_name))

@@ -9,7 +9,7 @@ import pytest
 
 from engraphy import VocabMap
 from engraphy.errors import ConfigError
-from engraphy.recipes.studies import STUDIES
+from engraphy.recipes.studies import COMPARISONS, STUDIES
 from engraphy.recipes.studies.allocation import ALLOCATION, shares
 from engraphy.recipes.studies.arm_recipe import ArmRecipe, build
 from engraphy.recipes.studies.backbones import backbone
@@ -18,7 +18,6 @@ from engraphy.recipes.studies.study import study_table
 from tests.tools.paths import ROOT
 
 RESULTS = ROOT / "results" / "smallest"
-COMPARISONS = [name for name, entry in STUDIES.items() if "backbone" in entry.options]
 
 
 def comparison(name: str) -> Comparison:
@@ -71,6 +70,15 @@ def test_the_shares_of_an_allocation_end_where_no_expert_is_left_over():
     fewer = dataclasses.replace(backbone("base").moe, experts=4)
     few = dataclasses.replace(backbone("base"), moe=fewer)
     assert list(shares(few).values()) == [1.0, 0.9, 0.75, 0.5]
+
+
+def test_a_smallest_form_leaves_no_checkpoint_that_a_real_run_would_find(tmp_path):
+    study = comparison("allocation")
+    small = SMALLEST.job("rho-1", 0, 3e-3)
+    real = ComparisonConfig(backbone="Engram-27B/20").job("rho-1", 0, 3e-3)
+    folders = [study._folder(job, tmp_path) for job in (small, real)]
+    assert folders[0] != folders[1]
+    assert {len(folder.relative_to(tmp_path).parts) for folder in folders} == {3}
 
 
 def test_several_rates_are_searched_on_the_first_seed_and_one_is_not():

@@ -91,3 +91,5 @@ STUDIES: Mapping[str, StudyEntry] = {
     )
 }
 """The studies, by name."""
+COMPARISONS = tuple(name for name, entry in STUDIES.items() if "backbone" in entry.options)
+"""Names of the studies whose arms change a backbone."""

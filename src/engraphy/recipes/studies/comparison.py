@@ -238,7 +238,7 @@ class Comparison:
 
     def _folder(self, job: Job, work: Path) -> Path:
         """Where a run leaves its checkpoints."""
-        return work / self.name / job.name.removesuffix(".json")
+        return work / self.name / f"{_key(job)}-{job.tokens}" / job.name.removesuffix(".json")
 
     def _partner(
         self, job: Job, config: ComparisonConfig, corpus: Corpus, work: Path, arm: str
@@ -316,7 +316,12 @@ def _prepare(config: ComparisonConfig, jobs: Sequence[Job], work: Path) -> None:
 
 
 def _corpus_folder(work: Path, config: ComparisonConfig, seed: int) -> Path:
-    return work / f"corpus-{config.backbone}-{seed}"
+    return work / f"corpus-{_key(config)}-{seed}"
+
+
+def _key(settings: Job | ComparisonConfig) -> str:
+    """The backbone as the part of a folder's name."""
+    return settings.backbone.replace("/", "-")
 
 
 def _line(result: Result) -> str:
