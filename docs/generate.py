@@ -73,6 +73,8 @@ PACKAGES = {
         "harness",
         "humaneval",
         "sandbox",
+        "needle_cases",
+        "needle_rows",
         "needles",
     ),
     "engraphy.analysis": (

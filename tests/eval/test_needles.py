@@ -11,13 +11,10 @@ import torch
 from engraphy.data.packing import IGNORED
 from engraphy.errors import ConfigError, InputError
 from engraphy.eval.losses import losses_of
+from engraphy.eval.needle_cases import TASKS, Case, Question, needle_cases
 from engraphy.eval.needles import (
-    TASKS,
-    Case,
-    Question,
     choice_score,
     likelihoods_of,
-    needle_cases,
     score_choices,
     score_generated,
     text_score,

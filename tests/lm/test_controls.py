@@ -8,8 +8,9 @@ from engraphy import VocabMap
 from engraphy.data.packing import Batches
 from engraphy.errors import ConfigError, InputError
 from engraphy.lm import LM, LMConfig, MemorySizes, count_parameters, memory_arm
-from engraphy.lm.controls import CONTROLS, add_adapters, hashed, make_memory
+from engraphy.lm.controls import CONTROLS, add_adapters, add_convs, hashed, make_memory
 from engraphy.lm.loop import Run, TrainConfig
+from engraphy.lm.model import _document_mask
 from engraphy.memory import Trace
 
 V = 64
@@ -125,3 +126,51 @@ def test_raw_ids_are_hashed_without_compression():
 def test_an_unknown_control_is_an_error():
     with pytest.raises(ConfigError, match="expected one of one-row, .*found 'no-rows'"):
         hashed(VOCAB, "no-rows")
+
+
+# --- the conv alone -------------------------------------------------------------------------------
+
+
+def convolved_model(kernel=3, dilation=2):
+    torch.manual_seed(0)
+    model = LM(MOE)
+    plain = model(*batch())
+    add_convs(model, (1,), kernel, dilation)
+    return model, plain
+
+
+def test_a_fresh_conv_changes_nothing():
+    model, plain = convolved_model()
+    assert torch.equal(model(*batch()), plain)
+    learned = count_parameters(model).total - count_parameters(LM(MOE)).total
+    assert learned == MOE.hidden_size + 3 * MOE.hidden_size  # norm and taps
+
+
+def test_the_conv_reads_its_own_positions_of_its_own_document_alone():
+    model, _ = convolved_model()
+    model.eval()
+    block = model.blocks[1]
+    block.conv.data.normal_()
+    block.block = Untouched()  # what is left is the conv
+    x_BTD = torch.randn(1, 10, MOE.hidden_size, requires_grad=True)
+    starts_BT = torch.zeros(1, 10, dtype=torch.bool)
+    starts_BT[0, 5] = True
+    mask = _document_mask(starts_BT)
+    for position, read in ((4, {0, 2, 4}), (6, {6}), (9, {5, 7, 9})):
+        (slope,) = torch.autograd.grad(block(x_BTD, None, mask)[0, position].sum(), x_BTD)
+        assert set(slope[0].abs().sum(-1).nonzero().flatten().tolist()) == read
+    (slope,) = torch.autograd.grad(block(x_BTD, None, None)[0, 6].sum(), x_BTD)
+    assert set(slope[0].abs().sum(-1).nonzero().flatten().tolist()) == {2, 4, 6}
+
+
+def test_a_conv_has_no_cache_and_needs_taps():
+    model, _ = convolved_model()
+    with pytest.raises(InputError, match="conv: expected a forward over the whole text"):
+        model(batch()[0], cache=model.new_cache(3))
+    with pytest.raises(ConfigError, match="kernel of at least 1"):
+        add_convs(LM(MOE), (1,), 0, 3)
+
+
+class Untouched(torch.nn.Module):
+    def forward(self, x, *_):
+        return x

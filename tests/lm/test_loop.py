@@ -164,6 +164,25 @@ def test_runs_stop_by_tokens_and_metrics_tell_every_step(tmp_path):
     assert run.done
 
 
+def test_a_run_stops_at_a_held_out_loss_and_stays_there(tmp_path):
+    heldout = Batches(documents(1, 8), end_id=0, batch=4, tokens=16, seed=None)
+    whole = make_run(heldout_every=2)
+    train(whole, tmp_path / "whole", heldout=heldout)
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    losses = {line["step"]: line["heldout"] for line in map(json.loads, lines) if line["heldout"]}
+    goal = losses[6]
+    first = min(step for step, loss in losses.items() if loss <= goal)
+    for resume in (False, True):
+        run = make_run(heldout_every=2)
+        train(run, tmp_path / "early", resume, heldout, until=goal)
+        assert run.step_index == first < whole.step_index
+        assert heldout_loss(run.model, heldout) == pytest.approx(losses[first], abs=1e-6)
+    for never in (None, 0.0):
+        run = make_run()
+        train(run, tmp_path / f"never-{never}", heldout=heldout, until=never)
+        assert run.done
+
+
 def test_heldout_loss_is_the_mean_over_tokens_not_batches():
     run = make_run()
     heldout = Batches(documents(seed=1, count=5), end_id=0, batch=4, tokens=16, seed=None)

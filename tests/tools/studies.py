@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 from engraphy.recipes.studies import COMPARISONS, STUDIES
-from engraphy.recipes.studies.comparison import SMALLEST
 from engraphy.recipes.studies.study import run_study, study_table
 from tests.tools.paths import ROOT
 
@@ -39,8 +38,9 @@ def main() -> None:
             begun = time.monotonic()
             study = STUDIES[name].load()
             workers = len(os.sched_getaffinity(0))
-            run_study(study, SMALLEST, out, workers, lambda _: None, Path(work) / "work")
-            table = study_table(study, SMALLEST, out)
+            config = study.config.smallest()
+            run_study(study, config, out, workers, lambda _: None, Path(work) / "work")
+            table = study_table(study, config, out)
             print(f"{name}: {len(list(out.glob('*.json')))} runs, {time.monotonic() - begun:.0f} s")
             if options.update:
                 shutil.rmtree(RESULTS / name, ignore_errors=True)

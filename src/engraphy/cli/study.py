@@ -96,9 +96,9 @@ _BACKBONE = "Model that the arms change: smallest, demo, base, wide, deep, or En
 
 def _comparison(name: str) -> Callable[..., None]:
     """The command of a comparison."""
-    # Pairs that are compared layer by layer have one rate, and layers enough.
-    pairs = name == "depth"
-    usual_backbone, usual_rates = ("deep", [4e-3]) if pairs else ("base", [3e-3, 4e-3, 6e-3])
+    # Arms that need each other have one rate; pairs that are compared by layer need enough of them.
+    usual_backbone = "deep" if name == "depth" else "base"
+    usual_rates = [4e-3] if name in ("depth", "needles") else [3e-3, 4e-3, 6e-3]
 
     def run(
         out: Path | None = typer.Option(
@@ -120,19 +120,18 @@ def _comparison(name: str) -> Callable[..., None]:
         cost: bool = typer.Option(False, "--cost", help="Say what it would cost, and stop."),
     ) -> None:
         with errors("the same command continues"):
-            from ..recipes.studies import comparison as recipe
             from ..recipes.studies.study import run_study, study_cost, study_table
 
-            config = recipe.SMALLEST
-            if not smallest:
+            study = STUDIES[name].load()
+            if smallest:
+                config = study.config.smallest()
+            else:
                 seed_list = tuple(range(seeds))
                 rates = tuple(sorted(set(rate)))
-                config = recipe.ComparisonConfig(
-                    seed_list, tokens, with_books(data, books), backbone, rates
-                )
+                text = with_books(data, books)
+                config = study.config(seed_list, tokens, text, backbone, rates)
             kind = "smallest/" if smallest else ""
             folder = Path(f"results/{kind}{name}") if out is None else out
-            study = STUDIES[name].load()
             typer.echo(f"{name}: {study_cost(study, config, folder)}")
             if cost:
                 return

@@ -1,16 +1,6 @@
-"""Needles in a long text: facts stand between filler, and a question at the end asks for one.
+"""Needles in a long text, scored: by what a model writes, and by what it finds likelier.
 
-The tasks are those of RULER (arXiv 2404.06654, section 3) that ask for more than one needle, in
-shorter words, for models that are not instructed:
-
-- "multi-query": some keys have a value each, and all of them are asked for, in a question each.
-- "multi-key": the same text, but one of the keys is asked for.
-- "multi-value": one key has some values, which are all asked for, beside another key with as many.
-- "variable-tracking": variables get their value from each other, in two chains of equal length. All
-  variables of one value are asked for.
-
-A case depends on the task, the tokenizer, the sizes and the seed alone. Its questions have exactly
-the number of tokens that is asked for, whatever the tokenizer.
+The cases are made by needle_cases.py.
 """
 
 from __future__ import annotations
@@ -18,111 +8,23 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.packing import IGNORED, Batch
-from ..errors import ConfigError, InputError
+from ..errors import InputError
 from .losses import TokenLosses
+from .needle_cases import Case, Encode, Question, answer_ids
 
-TASKS = ("multi-query", "multi-key", "multi-value", "variable-tracking")
-Encode = Callable[[str], Sequence[int]]
-"""Token ids of a text, without special tokens."""
 Generate = Callable[[Sequence[int]], str]
 """Takes the ids of a question, returns the text that continues it."""
 Likelihoods = Callable[[Sequence[int], Sequence[str]], Sequence[float]]
 """Takes the ids of a question and the texts of options, returns the nats of each option."""
-
-_SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "pi", "ro", "su", "ta", "vo")
-_LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
-_FILLER = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
-_SENTENCE = re.compile(r"[^.!?\n]+[.!?]*\n*|\n+")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question at the end of a text.
-
-    Attributes:
-        ids: Token ids of text and question.
-        right: The answers, without the space before them. Each is one of the options.
-        options: All answers to choose from. The wrong ones stand in the text too.
-    """
-
-    ids: tuple[int, ...]
-    right: tuple[str, ...]
-    options: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A text, and what is asked about it.
-
-    Attributes:
-        task: One of TASKS.
-        questions: One, or in "multi-query" one a key.
-    """
-
-    task: str
-    questions: tuple[Question, ...]
-
-
-def needle_cases(
-    task: str,
-    encode: Encode,
-    tokens: int,
-    count: int,
-    *,
-    seed: int = 0,
-    items: int = 4,
-    filler: str | None = None,
-    start: int | None = None,
-) -> list[Case]:
-    """Makes cases.
-
-    Args:
-        task: One of TASKS.
-        encode: The tokenizer.
-        tokens: Tokens of each question with its text.
-        count: Number of cases.
-        seed: Of keys, values and places.
-        items: Keys, values of a key, or variables of a chain; 2 or more.
-        filler: Text that stands between the needles, from a place in it that the seed chooses, as
-            often as it takes. None = short sentences that repeat, as RULER's noise.
-        start: Id that begins a document; it counts as a token. None = no such id.
-
-    Raises:
-        ConfigError: The task is unknown, or items is below 2.
-        InputError: Needles and question alone have more tokens, or the filler has no text.
-    """
-    if task not in TASKS:
-        raise ConfigError(f"task: expected one of {list(TASKS)}, found {task!r}")
-    if items < 2:
-        raise ConfigError(f"items: expected 2 or more, found {items}")
-    pieces = _pieces(encode, filler)
-    pools = _Pools(encode)
-    cases = []
-    for index in range(count):
-        random = np.random.default_rng([seed, TASKS.index(task), index])
-        needles, asked = _facts(task, pools, items, random)
-        text = _Text(encode, pieces, needles, tokens, start, random)
-        questions = [
-            Question(text.ids(question), right, _shuffled(options, random))
-            for question, right, options in asked
-        ]
-        cases.append(Case(task, tuple(questions)))
-    return cases
+Predict = Callable[[Tensor], Tensor]
+"""Takes ids int64 [B, T], returns the likeliest next id of each position, int64 [B, T]."""
 
 
 def text_score(question: Question, text: str) -> float:
@@ -191,6 +93,58 @@ def score_choices(cases: Sequence[Case], likelihoods: Likelihoods) -> dict[str, 
     return {**summary, "chance": statistics.fmean(chances)}
 
 
+def score_forced(
+    cases: Sequence[Case], predict: Predict, encode: Encode, batch: int = 16
+) -> dict[str, Any]:
+    """Means of the answers that a model would write next, each after the right ones before it.
+
+    An answer counts if each of its tokens is the likeliest one. One forward of question and answers
+    tells this, so it is cheap, and it suits models that were trained on such answers: see
+    `needle_rows.NeedleRows`.
+
+    Args:
+        cases: At least one, all questions with as many tokens.
+        predict: The model.
+        encode: Its tokenizer.
+        batch: Questions of a forward.
+
+    Returns:
+        What `score_generated` returns.
+
+    Raises:
+        InputError: There are no cases.
+    """
+    questions = [question for case in cases for question in case.questions]
+    shares: list[float] = []
+    for first in range(0, len(questions), batch):
+        shares += _forced(questions[first : first + batch], predict, encode)
+    by_question = iter(shares)
+    return _summary([_mean(case, lambda _: next(by_question)) for case in cases])
+
+
+def _forced(questions: Sequence[Question], predict: Predict, encode: Encode) -> list[float]:
+    """Share of the answers of each question that a model writes."""
+    answers = [answer_ids(question, encode) for question in questions]
+    rows = [
+        [*question.ids, *(token for part in parts for token in part)]
+        for question, parts in zip(questions, answers, strict=True)
+    ]
+    ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+    right_BT = predict(ids_BT)[:, :-1].cpu() == ids_BT[:, 1:]
+    shares = []
+    for row, (question, parts) in enumerate(zip(questions, answers, strict=True)):
+        place = len(question.ids) - 1  # what it predicts is the first token of an answer
+        written = []
+        for index, part in enumerate(parts):
+            if index % 2 == 0:  # the others are commas, and the full stop
+                written.append(bool(right_BT[row, place : place + len(part)].all()))
+            place += len(part)
+        shares.append(statistics.fmean(written))
+    return shares
+
+
 def likelihoods_of(token_losses: TokenLosses, encode: Encode) -> Likelihoods:
     """The log-likelihoods that a model's token losses give.
 
@@ -215,169 +169,6 @@ def likelihoods_of(token_losses: TokenLosses, encode: Encode) -> Likelihoods:
         return (-losses.where(kept, torch.zeros_like(losses)).sum(1)).tolist()
 
     return likelihoods
-
-
-# --- facts ----------------------------------------------------------------------------------------
-
-_Asked = tuple[str, tuple[str, ...], tuple[str, ...]]
-"""A question, its answers, and the options."""
-
-
-class _Pools:
-    """Keys, values and variables, each of one number of tokens, so that no option is likelier by
-    its length."""
-
-    def __init__(self, encode: Encode):
-        words = [a + b + c for a in _SYLLABLES for b in _SYLLABLES for c in _SYLLABLES]
-        names = [a + b + c for a in _LETTERS for b in _LETTERS for c in _LETTERS]
-        self.keys = _alike(encode, words)
-        self.values = _alike(encode, [str(number) for number in range(1000, 10_000)])
-        self.variables = _alike(encode, names)
-
-
-def _alike(encode: Encode, words: Sequence[str]) -> list[str]:
-    """The words of the number of tokens that is most common among them."""
-    by_length: dict[int, list[str]] = defaultdict(list)
-    for word in words:
-        by_length[len(encode(f" {word}"))].append(word)
-    return max(by_length.values(), key=len)
-
-
-def _facts(
-    task: str, pools: _Pools, items: int, random: np.random.Generator
-) -> tuple[list[str], list[_Asked]]:
-    """Needles in the order of the text, and what is asked."""
-    if task == "variable-tracking":
-        return _chains(pools, items, random)
-    values = _drawn(pools.values, 2 * items, random)
-    if task == "multi-value":
-        first, second = _drawn(pools.keys, 2, random)
-        needles = [_needle(first, value) for value in values[:items]]
-        needles += [_needle(second, value) for value in values[items:]]
-        asked = [(_question(first), values[:items], values)]
-        return list(_shuffled(needles, random)), asked
-    values = values[:items]
-    keys = _drawn(pools.keys, items, random)
-    needles = [_needle(key, value) for key, value in zip(keys, values, strict=True)]
-    pairs = list(zip(keys, values, strict=True))
-    if task == "multi-key":
-        pairs = pairs[:1]
-    return list(_shuffled(needles, random)), [
-        (_question(key), (value,), values) for key, value in pairs
-    ]
-
-
-def _chains(
-    pools: _Pools, items: int, random: np.random.Generator
-) -> tuple[list[str], list[_Asked]]:
-    """Two chains of assignments. Each keeps its order, and they lie among each other."""
-    names = _drawn(pools.variables, 2 * items, random)
-    values = _drawn(pools.values, 2, random)
-    chains = []
-    for value, chain in zip(values, (names[:items], names[items:]), strict=True):
-        sources = [value, *chain[:-1]]
-        chains.append([f"VAR {name} = {of}." for name, of in zip(chain, sources, strict=True)])
-    turns = _shuffled([0] * items + [1] * items, random)
-    needles = [chains[turn].pop(0) for turn in turns]
-    question = f" Variables with the value {values[0]}:"
-    return needles, [(question, names[:items], names)]
-
-
-def _needle(key: str, value: str) -> str:
-    return f"The number of {key} is {value}."
-
-
-def _question(key: str) -> str:
-    return f" The number of {key} is"
-
-
-def _drawn(pool: list[str], count: int, random: np.random.Generator) -> tuple[str, ...]:
-    if count > len(pool):
-        raise ConfigError(f"items: expected at most {len(pool)} different ones, found {count}")
-    return tuple(pool[index] for index in random.choice(len(pool), count, replace=False))
-
-
-def _shuffled(values: Sequence[Any], random: np.random.Generator) -> tuple[Any, ...]:
-    return tuple(values[index] for index in random.permutation(len(values)))
-
-
-# --- the text -------------------------------------------------------------------------------------
-
-
-class _Text:
-    """Filler with needles in it, before a question.
-
-    Args:
-        encode: The tokenizer.
-        pieces: Sentences of the filler as ids.
-        needles: In their order.
-        tokens: Of text and question.
-        start: Id that the text begins with; None = none.
-        random: Chooses the places.
-    """
-
-    def __init__(
-        self,
-        encode: Encode,
-        pieces: Sequence[Sequence[int]],
-        needles: Sequence[str],
-        tokens: int,
-        start: int | None,
-        random: np.random.Generator,
-    ):
-        self.encode = encode
-        self.pieces = pieces
-        self.needles = [list(encode(f" {needle}")) for needle in needles]
-        self.tokens = tokens
-        self.begin = [] if start is None else [start]
-        self.first = int(random.integers(len(pieces)))
-        self.places = np.sort(random.random(len(needles)))  # shares of the filler
-
-    def ids(self, question: str) -> tuple[int, ...]:
-        """Text and question, exactly `tokens` ids. Needles stand between sentences."""
-        asked = list(self.encode(question))
-        room = self.tokens - len(self.begin) - sum(map(len, self.needles)) - len(asked)
-        if room < 0:
-            raise InputError(
-                f"tokens: expected at least {self.tokens - room} for needles and question, "
-                f"found {self.tokens}"
-            )
-        sentences = self._filler(room)
-        ends = np.cumsum([len(sentence) for sentence in sentences])
-        before = np.searchsorted(ends, self.places * room)  # sentences before each needle
-        ids = list(self.begin)
-        for index, sentence in enumerate([*sentences, []]):
-            for needle in np.flatnonzero(before == index):
-                ids += self.needles[needle]
-            ids += sentence
-        return tuple(ids + asked)
-
-    def _filler(self, room: int) -> list[Sequence[int]]:
-        """Sentences of `room` ids together; the first one may be cut."""
-        sentences: list[Sequence[int]] = []
-        index = self.first
-        while room > 0:
-            sentence = self.pieces[index % len(self.pieces)]
-            sentences.append(sentence)
-            room -= len(sentence)
-            index += 1
-        if room:  # less than the last sentence is too much, which the first may be shorter than
-            rest = -room
-            while rest >= len(sentences[0]):
-                rest -= len(sentences.pop(0))
-            sentences[0] = sentences[0][rest:]
-        return sentences
-
-
-def _pieces(encode: Encode, filler: str | None) -> list[Sequence[int]]:
-    """Sentences as ids, none of them empty."""
-    sentences = _FILLER if filler is None else _SENTENCE.findall(filler)
-    texts = [sentence.strip(" ") for sentence in sentences]
-    pieces: list[Sequence[int]] = [list(encode(f" {text}")) for text in texts if text.strip()]
-    pieces = [piece for piece in pieces if piece]
-    if not pieces:
-        raise InputError("filler: expected text, found none")
-    return pieces
 
 
 # --- sums -----------------------------------------------------------------------------------------

@@ -6,20 +6,23 @@ Each is the memory of an arm with one change; everything else is as it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..addresses.vocab import VocabMap
 from ..errors import ConfigError, InputError
+from ..fusion.conv import convolve
 from ..fusion.layer import EngramLayer
 from ..memory.lookup import Lookup
 from ..memory.memory import EngramMemory, Trace
 from ..memory.state import SequenceState
 from ..spec.config import EngramConfig
+from .cache import BlockCache
 from .model import LM, Block
 from .moe import SwiGLU
 from .norm import RMSNorm
@@ -165,6 +168,75 @@ def add_adapters(model: LM, memory: EngramConfig) -> None:
         nn.init.normal_(block.adapter.gate_up.weight, std=hidden**-0.5)
         nn.init.normal_(block.adapter.down.weight, std=(2 * model.config.layers * width) ** -0.5)
         model.blocks[layer] = block
+
+
+class ConvolvedBlock(nn.Module):
+    """A block with a conv where a memory would be: x + SiLU(conv(RMSNorm(x))), then the block. The
+    conv is that of a memory's layer: depthwise, causal, within a document.
+
+    Args:
+        block: The block.
+        hidden_size: D.
+        kernel: Taps.
+        dilation: Positions between two taps.
+        eps: Of the norm.
+    """
+
+    def __init__(self, block: Block, hidden_size: int, kernel: int, dilation: int, eps: float):
+        super().__init__()
+        self.block = block
+        self.dilation = dilation
+        self.conv_norm = RMSNorm(hidden_size, eps)
+        self.conv = nn.Parameter(torch.zeros(1, hidden_size, kernel))
+
+    @property
+    def ffn(self) -> nn.Module:
+        """The block's feed-forward layer, for balancing."""
+        return self.block.ffn
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None,
+        cache: BlockCache | None = None,
+    ) -> Tensor:
+        """As the block. Raises InputError with a cache, which has no room for the conv's inputs."""
+        if cache is not None:
+            raise InputError("conv: expected a forward over the whole text, found a cache")
+        inputs = self.conv_norm(x)
+        wide = inputs if x.ndim == 4 else inputs[:, :, None]
+        conv_SDK = self.conv.expand(wide.shape[2], -1, -1)
+        convolved, _ = convolve(conv_SDK, self.dilation, wide, None, _starts(mask))
+        return self.block(x + F.silu(convolved.view_as(x)), rotation, mask, cache)
+
+
+def _starts(mask: Tensor | None) -> Tensor | None:
+    """Where a document begins, bool [B, T]: a token that may not look at the one before it."""
+    if mask is None:
+        return None
+    before = mask[:, 0].diagonal(-1, 1, 2)
+    return F.pad(before < 0, (1, 0), value=True)
+
+
+def add_convs(model: LM, layers: Sequence[int], kernel: int, dilation: int) -> None:
+    """Puts convs alone where a memory would be. Fresh ones change nothing.
+
+    Args:
+        model: Without a memory.
+        layers: The memory's.
+        kernel: Taps.
+        dilation: Positions between two taps; a memory has its largest order.
+
+    Raises:
+        ConfigError: The kernel is below 1.
+    """
+    if kernel < 1:
+        raise ConfigError(f"conv: expected a kernel of at least 1, found {kernel}")
+    size = model.config.hidden_size
+    for layer in layers:
+        block: Any = model.blocks[layer]
+        model.blocks[layer] = ConvolvedBlock(block, size, kernel, dilation, model.config.eps)
 
 
 _LAYERS: dict[str, Callable[..., EngramLayer]] = {

@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.packing import Batches
+from ..data.packing import Batch, Batches
 from ..errors import ConfigError, DigestMismatch
 from ..eval.losses import heldout_parts, losses_of
 from ..system.files import make_folder, publish_folder, write_errors, write_file
@@ -42,6 +42,18 @@ ROW_OPTIMIZERS: Mapping[str, type[RowOptimizer]] = {
     "nesterov": RowNesterov,
 }
 """Optimisers of a table's rows, by name."""
+
+
+class TrainingBatches(Protocol):
+    """What a run trains on: `data.packing.Batches`, or what gives batches by step like them."""
+
+    @property
+    def tokens_per_step(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def __getitem__(self, step: int, /) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class Run:
     def __init__(
         self,
         model: LM,
-        batches: Batches,
+        batches: TrainingBatches,
         config: TrainConfig,
         origin: Mapping[str, Any] | None = None,
     ):
@@ -260,8 +272,9 @@ def train(
     resume: bool = False,
     heldout: Batches | None = None,
     report: Callable[[StepReport], None] = lambda _: None,
+    until: float | None = None,
 ) -> None:
-    """Trains until the run's tokens are used up.
+    """Trains until the run's tokens are used up, or a held-out loss is reached.
 
     Ctrl-C or SIGTERM finishes the step, writes a checkpoint, then raises; a second one stops at
     once.
@@ -273,6 +286,7 @@ def train(
             folder that holds one is an error.
         heldout: Held-out text.
         report: Takes the report of each step.
+        until: Stops after the first step whose held-out loss is at most this; None = never.
 
     Raises:
         ConfigError: `folder` holds a checkpoint, and resume is False.
@@ -290,10 +304,11 @@ def train(
         run.resume(saved[-1])
     metrics = folder / "metrics.jsonl"
     _cut(metrics, run.step_index)
+    reached = until is not None and _least_heldout(metrics) <= until
     with write_errors(metrics):
         file = metrics.open("ab", buffering=0)  # unbuffered: no later flush can fail
     with file, stopping() as stop:
-        while not (run.done or stop):
+        while not (run.done or stop or reached):
             step = _step(run, heldout)
             values = {**dataclasses.asdict(step), "time": time.time()}
             line = (json.dumps(values) + "\n").encode()
@@ -301,11 +316,12 @@ def train(
                 while line:
                     line = line[file.write(line) :]
             report(step)
+            reached = until is not None and step.heldout is not None and step.heldout <= until
             every = run.config.checkpoint_every
             if every and run.step_index % every == 0 and not run.done:
                 run.save(folder)
         run.save(folder)
-        if stop and not run.done:
+        if stop and not (run.done or reached):
             raise stop.error(
                 f"stopped at step {run.step_index} of {run.steps}; the checkpoint is in {folder}"
             )
@@ -376,6 +392,13 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | No
 
 def _no_checkpoint(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path}: expected a checkpoint, found {type(error).__name__}: {error}")
+
+
+def _least_heldout(metrics: Path) -> float:
+    """The lowest held-out loss of the steps so far."""
+    steps = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
+    losses = [step["heldout"] for step in steps if step["heldout"] is not None]
+    return min(losses, default=math.inf)
 
 
 def _cut(metrics: Path, step: int) -> None:

@@ -13,11 +13,12 @@ from engraphy.recipes.studies import COMPARISONS, STUDIES
 from engraphy.recipes.studies.allocation import ALLOCATION, shares
 from engraphy.recipes.studies.arm_recipe import ArmRecipe, build
 from engraphy.recipes.studies.backbones import backbone
-from engraphy.recipes.studies.comparison import SMALLEST, Comparison, ComparisonConfig
+from engraphy.recipes.studies.comparison import Comparison, ComparisonConfig
 from engraphy.recipes.studies.study import study_table
 from tests.tools.paths import ROOT
 
 RESULTS = ROOT / "results" / "smallest"
+SMALLEST = ComparisonConfig.smallest()
 
 
 def comparison(name: str) -> Comparison:
@@ -29,7 +30,8 @@ def comparison(name: str) -> Comparison:
 def test_the_committed_results_of_the_smallest_form_give_its_page_to_the_letter(name):
     page = (RESULTS / f"{name}.md").read_text()
     assert "no result" in page.splitlines()[0]
-    table = study_table(STUDIES[name].load(), SMALLEST, RESULTS / name)
+    study = STUDIES[name].load()
+    table = study_table(study, study.config.smallest(), RESULTS / name)
     assert page.partition("\n\n")[2] == table + "\n"
     assert "Missing: nothing." in table
 

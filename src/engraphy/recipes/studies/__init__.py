@@ -87,6 +87,7 @@ STUDIES: Mapping[str, StudyEntry] = {
             ablation="Layers, orders, gate, heads, optimiser and size of a memory, one at a time.",
             where="Where a memory gains: by source, count and token, switched off, with less text.",
             depth="Whether a memory makes a model deeper: LogitLens and CKA of pairs.",
+            needles="Whether a memory finds needles, or its conv; also in texts 4 times as long.",
         ),
     )
 }

@@ -10,7 +10,7 @@ import torch
 from ...addresses.vocab import VocabMap
 from ...errors import ConfigError
 from ...lm import LM, Arm, MemorySizes, Parameters, count_parameters, dense_arm, memory_arm, moe_arm
-from ...lm.controls import add_adapters, hashed, make_memory
+from ...lm.controls import add_adapters, add_convs, hashed, make_memory
 from .backbones import Backbone
 
 ROW_STD = 0.02
@@ -23,7 +23,8 @@ class ArmRecipe:
 
     Attributes:
         label: Its name in tables.
-        kind: "dense", "moe", "memory", or "adapter": dense adapters in place of the memory.
+        kind: "dense", "moe", "memory", or one of two mixtures of experts that have something in the
+            place of the memory: dense adapters ("adapter"), or its convs alone ("conv").
         rho: Share of the routed experts that a memory or an adapter leaves.
         memory: Sizes of the memory; None = the backbone's.
         control: What the memory lacks, one of `lm.controls.CONTROLS`; "" = nothing.
@@ -31,6 +32,8 @@ class ArmRecipe:
         rows: Optimiser of the rows: "adam", "adagrad" or "nesterov".
         row_rate_scale: Rows learn so many times as fast as the dense parameters.
         text: Share of the training tokens that the arm sees.
+        needles: Share of the training rows that are needle texts.
+        until: Name of another arm: training stops once the held-out loss is as low as its last one.
 
     Raises:
         ConfigError: The kind is unknown.
@@ -45,9 +48,11 @@ class ArmRecipe:
     rows: str = "adam"
     row_rate_scale: float = 5.0
     text: float = 1.0
+    needles: float = 0.0
+    until: str = ""
 
     def __post_init__(self) -> None:
-        kinds = ("dense", "moe", "memory", "adapter")
+        kinds = ("dense", "moe", "memory", "adapter", "conv")
         if self.kind not in kinds:
             raise ConfigError(f"kind: expected one of {', '.join(kinds)}, found {self.kind!r}")
 
@@ -65,7 +70,7 @@ class ArmRecipe:
             moe = dataclasses.replace(moe, vocab_size=vocab.raw_size)
         if self.kind == "dense":
             return dense_arm(moe)
-        if self.kind == "moe":
+        if self.kind in ("moe", "conv"):
             return moe_arm(moe)
         sizes = self.memory or backbone.memory
         return memory_arm(moe, self.rho, sizes, len(hashed(vocab, self.control)), pad_id)
@@ -98,4 +103,7 @@ def build(
     model = LM(arm.model, memory)
     if recipe.kind == "adapter" and arm.memory is not None:
         add_adapters(model, arm.memory)
+    if recipe.kind == "conv":
+        sizes = backbone.memory
+        add_convs(model, sizes.layers, sizes.kernel, max(sizes.orders))
     return model, count_parameters(model)

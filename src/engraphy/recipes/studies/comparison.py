@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ...data.corpus import Corpus, CorpusConfig, prepare
 from ...data.mix import require_books
+from ...data.packing import Batches
 from ...errors import ConfigError
 from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
 from ...lm import LM, Parameters
-from ...lm.loop import Run, TrainConfig, checkpoints, train
+from ...lm.loop import Run, TrainConfig, TrainingBatches, checkpoints, train
 from ..progress import curves
 from .arm_recipe import ArmRecipe, build
 from .backbones import Backbone, backbone
@@ -92,6 +93,11 @@ class ComparisonConfig:
         if not self.rates or min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
             raise ConfigError(f"rates: expected ascending rates above 0, found {self.rates}")
 
+    @classmethod
+    def smallest(cls) -> Self:
+        """Runs in seconds. It shows that a study works, and nothing else."""
+        return cls((0, 1), 2_048, "mix", "smallest", (3e-3,))
+
     @property
     def base(self) -> Backbone:
         """The backbone."""
@@ -112,10 +118,6 @@ class ComparisonConfig:
         )
 
 
-SMALLEST = ComparisonConfig((0, 1), 2_048, "mix", "smallest", (3e-3,))
-"""Runs in seconds. It shows that a study works, and nothing else."""
-
-
 class Trained(NamedTuple):
     """A trained arm.
 
@@ -124,16 +126,28 @@ class Trained(NamedTuple):
         corpus: The text that it was trained on.
         losses: On all held-out tokens.
         partner: The name of another arm -> its trained model, of the same seed and rate.
+        config: Of the study.
+        job: The run.
+        recipe: The arm.
+        folder: Where the run leaves its checkpoints.
     """
 
     model: LM
     corpus: Corpus
     losses: Losses
     partner: Callable[[str], LM]
+    config: Any
+    job: Job
+    recipe: ArmRecipe
+    folder: Path
 
 
 def _measure_nothing(trained: Trained) -> Result:
     return {}
+
+
+def _corpus_alone(corpus: Corpus, recipe: ArmRecipe, config: Any, seed: int) -> Batches:
+    return corpus.batches()
 
 
 def _no_tables(config: Any, runs: Runs) -> list[Iterator[str]]:
@@ -150,23 +164,30 @@ class Comparison:
         pairs: Names of arms whose difference, first minus second, is shown.
         measure: A trained arm -> what its result holds beside the usual, JSON values.
         tables: (config, runs) -> further parts of the report.
-        after: An arm -> the arm that has to be done before, since `measure` needs it as a partner.
-            Both then run at one rate.
+        after: An arm -> the arm that has to be done before, since it is needed as a partner, or for
+            `ArmRecipe.until`. Both then run at one rate.
+        text: (corpus, arm, config, seed) -> what an arm trains on.
+        asked: (config, results so far) -> how many seeds of which arms they ask for, the arms in
+            the order of `arms`; None = all of all.
+        config: Class of the settings.
     """
 
     name: str
     arms: Callable[[Backbone], Mapping[str, ArmRecipe]]
     pairs: Sequence[tuple[str, str]] = ()
     measure: Callable[[Trained], Result] = _measure_nothing
-    tables: Callable[[ComparisonConfig, Runs], list[Iterator[str]]] = _no_tables
+    tables: Callable[[Any, Runs], list[Iterator[str]]] = _no_tables
     after: Mapping[str, str] = field(default_factory=dict)
+    text: Callable[[Corpus, ArmRecipe, Any, int], TrainingBatches] = _corpus_alone
+    asked: Callable[[Any, ResultsByJob], Mapping[str, int]] | None = None
+    config: type[ComparisonConfig] = ComparisonConfig
 
     @cached_property
     def study(self) -> Study:
         """The record that the engine of all studies runs."""
         return Study(
             self.name,
-            ComparisonConfig,
+            self.config,
             self._jobs,
             self._run,
             _line,
@@ -190,8 +211,10 @@ class Comparison:
         arms = self.recipes(config)
         jobs = self._jobs(config, results)
         done = Counter(job.arm for job in jobs if job in results)
-        wanted = len(config.rates) + len(config.seeds) - 1
-        missing = {name: max(0, wanted - done[name]) for name in arms}
+        seeds = self._seeds(config, results)
+        missing = {
+            name: max(0, len(config.rates) + seeds.get(name, 0) - 1 - done[name]) for name in arms
+        }
         return str(cost_of(arms, missing, config.base, config.tokens))
 
     def _jobs(self, config: ComparisonConfig, results: ResultsByJob) -> list[Job]:
@@ -201,7 +224,15 @@ class Comparison:
         jobs = sorted(
             self.search(config).jobs(results), key=lambda job: config.seeds.index(job.seed)
         )
+        seeds = self._seeds(config, results)
+        jobs = [job for job in jobs if job.seed in config.seeds[: seeds.get(job.arm, 0)]]
         return [job for job in jobs if self._may_run(job, results)]
+
+    def _seeds(self, config: ComparisonConfig, results: ResultsByJob) -> Mapping[str, int]:
+        """How many seeds of which arms are asked for."""
+        if self.asked is not None:
+            return self.asked(config, results)
+        return dict.fromkeys(self.recipes(config), len(config.seeds))
 
     def _may_run(self, job: Job, results: ResultsByJob) -> bool:
         """Whether the arm that has to come before has run."""
@@ -213,7 +244,8 @@ class Comparison:
         corpus = Corpus.load(_corpus_folder(work, config, job.seed))
         run, parameters = self._begun(job, config, corpus)
         folder = self._folder(job, work)
-        train(run, folder, resume=True, heldout=corpus.heldout_batches())
+        until = self._until(job, config, work)
+        train(run, folder, resume=True, heldout=corpus.heldout_batches(), until=until)
         model = run.model.eval()
         metrics = curves(folder)
         counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
@@ -226,15 +258,34 @@ class Comparison:
             "max_expert_load": metrics["max_expert_load"],
             "minutes": round(metrics["seconds"] / 60, 2),
             **self.measure(
-                Trained(model, corpus, losses, partial(self._partner, job, config, corpus, work))
+                Trained(
+                    model,
+                    corpus,
+                    losses,
+                    partial(self._partner, job, config, corpus, work),
+                    config,
+                    job,
+                    self.recipes(config)[job.arm],
+                    folder,
+                )
             ),
         }
+
+    def _until(self, job: Job, config: ComparisonConfig, work: Path) -> float | None:
+        """The held-out loss at which a run stops early; None = it does not."""
+        other = self.recipes(config)[job.arm].until
+        if not other:
+            return None
+        return curves(self._folder(dataclasses.replace(job, arm=other), work))["heldout_curve"][-1][
+            1
+        ]
 
     def _begun(self, job: Job, config: ComparisonConfig, corpus: Corpus) -> tuple[Run, Parameters]:
         """A run before its first step, and the parameter counts of its model."""
         recipe = self.recipes(config)[job.arm]
         model, parameters = build(recipe, config.base, corpus.vocab, corpus.end_id, job.seed)
-        return Run(model, corpus.batches(), settings(recipe, job), origin(job)), parameters
+        batches = self.text(corpus, recipe, config, job.seed)
+        return Run(model, batches, settings(recipe, job), origin(job)), parameters
 
     def _folder(self, job: Job, work: Path) -> Path:
         """Where a run leaves its checkpoints."""
@@ -316,7 +367,7 @@ def _prepare(config: ComparisonConfig, jobs: Sequence[Job], work: Path) -> None:
 
 
 def _corpus_folder(work: Path, config: ComparisonConfig, seed: int) -> Path:
-    return work / f"corpus-{_key(config)}-{seed}"
+    return work / f"corpus-{_key(config)}-{config.base.length}-{seed}"
 
 
 def _key(settings: Job | ComparisonConfig) -> str:
