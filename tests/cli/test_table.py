@@ -76,7 +76,7 @@ def spoil(path: Path) -> None:
 def test_the_command_and_each_verb_explain_themselves():
     for arguments in (
         [],
-        *([verb] for verb in ("convert", "quantize", "stat", "verify", "compare")),
+        *([verb] for verb in ("convert", "quantize", "publish", "stat", "verify", "compare")),
     ):
         assert CliRunner().invoke(app, ["table", *arguments, "--help"]).exit_code == 0
     assert "table" in CliRunner().invoke(app, ["--help"]).output
@@ -135,6 +135,18 @@ def test_verify_says_whether_a_table_is_sound(qwen):
     assert (
         told("verify", qwen)["layers"][0]["not_finite"] == [3] and not told("verify", qwen)["sound"]
     )
+
+
+def test_publish_makes_a_pool_and_verify_checks_it(qwen, tmp_path):
+    pool = tmp_path / "pool"
+    text = said("publish", qwen, pool)
+    assert f"pool:{pool}" in text.replace("\n", "") and "epoch" in text
+    found = told("publish", qwen, pool)
+    assert found["epoch"] == 2 and found["table_id"] == Table.open(qwen).table_id
+    checked = told("verify", pool)
+    assert checked["sound"] and checked["shards"] == checked["of"] == 1
+    assert "1 of 1 shards" in said("verify", pool)
+    assert "a folder" in refused("publish", qwen, tmp_path)
 
 
 def test_compare_says_where_tables_differ(deepseek, tmp_path):

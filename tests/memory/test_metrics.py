@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from engraphy.memory.metrics import describe, prometheus, table
+from engraphy.memory.metrics import describe, prometheus, table, tiers
 from engraphy.memory.prefetch import Prefetcher, PrefetchStats
 from engraphy.rows import read
-from engraphy.store import RamStore, RowStore, StoreStats, open_store
+from engraphy.store import RamStore, RowStore, StoreStats, open_store, publish_pool
 from engraphy.store.cache import CacheStore
 from engraphy.store.latency import Latency, bucket_of, latency_of, limit
 from tests.tools.store_builders import LAYER, NotMapped, fmt_of, sealed
@@ -232,6 +232,29 @@ def test_the_prefetcher_is_shown_below_and_exported(stores):
     found = samples(prometheus(stores, stats))
     assert found["engraphy_prefetch_tickets_total"] == 1 and found["engraphy_prefetch_waiting"] == 0
     assert found["engraphy_prefetch_wait_seconds_count"] == 0
+
+
+def test_three_tiers_are_shown_together_each_with_its_own_counts(tmp_path):
+    sealed(tmp_path / "table")
+    publish_pool(tmp_path / "table", tmp_path / "pool")
+    url = f"pool:{tmp_path / 'pool'}?cache=20000"
+    opened = {layer: open_store(url, layer=layer) for layer in (1, LAYER)}
+    ids = np.arange(40).reshape(1, 10, 4)
+    with Prefetcher({layer: (store, store.info.format) for layer, store in opened.items()}) as tier:
+        for _ in range(2):
+            tier.submit(dict.fromkeys(opened, ids)).wait()
+        stats = tier.stats
+    grid = tiers(opened, stats)
+    assert [line[:4] for line in _cells_of(grid)] == [
+        ("staging", "2", "160", ""),
+        ("cache", "4", "160", "50.0%"),
+        ("pool", "2", "80", ""),
+    ]
+    assert [line[0] for line in _cells_of(tiers(opened))] == ["cache", "pool"]
+
+
+def _cells_of(grid) -> list[tuple]:
+    return list(zip(*(column.cells for column in grid.columns), strict=True))
 
 
 def test_one_line_says_what_is_served(tmp_path):

@@ -56,6 +56,7 @@ BY_URL = (
     "pread in shards",
     "pread direct",
     "pool",
+    "pool file",
     "checkpoint in parts",
     "checkpoint with scales",
 )

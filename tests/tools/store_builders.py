@@ -15,7 +15,15 @@ import pytest
 
 from engraphy.rows import RowFormat
 from engraphy.spec import EngramConfig, HashSpec, LayerSpec
-from engraphy.store import CacheStore, RamStore, ReloadableStore, RowStore, StoreInfo, open_store
+from engraphy.store import (
+    CacheStore,
+    RamStore,
+    ReloadableStore,
+    RowStore,
+    StoreInfo,
+    open_store,
+    publish_pool,
+)
 from engraphy.store.testing import in_children
 from engraphy.store.testing import random_ids as some_ids
 from engraphy.table import Table
@@ -41,6 +49,8 @@ MAPPED = (
     "file in shards",
     "file open for writing",
     "pool",
+    "pool file",
+    "pool memfd",
     "checkpoint in parts",
     "checkpoint in GGUF",
     "reloadable file",
@@ -60,6 +70,7 @@ NOT_MAPPED = (
     "large cache around pread",
     "tiny cache around pread direct",
     "tiny cache around pool",
+    "cache by URL around pool file",
     "tiny cache around checkpoint with scales",
     "cache by URL around file in shards",
     "cache by URL around pread direct",
@@ -215,7 +226,21 @@ def make(name: str, path: Path, fmt: RowFormat) -> tuple[str, np.ndarray]:
     expected = sealed(path / "table", fmt, None if name in WHOLE else 7)
     if name == "pool":
         return f"pool:{path / 'pool'}?from={path / 'table'}", expected
+    if name.startswith("pool "):
+        target = f"/proc/self/fd/{memfd()}" if name == "pool memfd" else path / "pool"
+        publish_pool(path / "table", target)
+        return f"pool:{target}", expected
     return f"file:{path / 'table'}{OPTIONS.get(name, '')}", expected
+
+
+def memfd(flags: int = 0) -> int:
+    """Memory without a name, which lives as long as this process."""
+    fd = os.memfd_create("pool", os.MFD_CLOEXEC | flags)
+    _KEPT.append(fd)
+    return fd
+
+
+_KEPT: list[int] = []
 
 
 def shards_of(store: RowStore) -> Sequence[np.ndarray] | None:

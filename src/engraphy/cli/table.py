@@ -22,6 +22,8 @@ from ..released.checkpoint import Checkpoint
 from ..released.convert import convert as convert_checkpoint
 from ..released.rows import is_release, open_rows
 from ..released.sample import RELEASES, write_sample
+from ..store.pool_file import is_pool_file, read_header, verify_pool
+from ..store.publish import publish_pool
 from ..table import inspection
 from ..table import usage as usage_module
 from ..table.quantize import Comparison, Difference
@@ -100,8 +102,35 @@ def quantize(
 
 
 @app.command()
-def verify(
+def publish(
     table: Path = TABLE,
+    pool: Path = typer.Argument(
+        help="File that all processes will map, in /dev/shm say; or a memfd, or a DAX device."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Publish a table as a pool, one copy for all processes; again, as the pool's next epoch."""
+    with errors("the pool is as it was; a memfd or a device has to be published again"):
+        with progress() as report:
+            header = publish_pool(table, pool, progress=report)
+        if as_json:
+            made = {"pool": str(pool), "table_id": header.table_id, "epoch": header.epoch}
+            typer.echo(json.dumps(made | {"bytes": header.size}, indent=2))
+            return
+        _facts(
+            {
+                "pool": escape(f"pool:{pool}"),
+                "epoch": str(header.epoch),
+                "table_id": header.table_id,
+                "layers": ", ".join(map(str, header.layers)),
+                "size": _size(header.size),
+            }
+        )
+
+
+@app.command()
+def verify(
+    table: Path = typer.Argument(help="Folder of a sealed table, or a pool that was published."),
     sample: int | None = typer.Option(
         None, help="Hash this many shards, drawn at random, instead of all."
     ),
@@ -109,6 +138,9 @@ def verify(
 ) -> None:
     """Check a table: checksums, row counts, headers, and that all rows are numbers."""
     with errors("nothing was changed"):
+        if is_pool_file(table):
+            _verify_pool(table, as_json)
+            return
         result = inspection.verify(table, sample)
         if as_json:
             _json(result, sound=result.sound)
@@ -209,6 +241,17 @@ def _print_release(checkpoint: Checkpoint, as_json: bool) -> None:
         "assumed": checkpoint.assumed,
     }
     typer.echo(json.dumps(facts, indent=2))
+
+
+def _verify_pool(pool: Path, as_json: bool) -> None:
+    """Hashes all shards; whether the rows are numbers was the table's matter."""
+    checked = verify_pool(pool)
+    table_id = read_header(pool).table_id
+    if as_json:
+        _json(checked, table_id=table_id, sound=True)
+        return
+    shards = f"{checked.shards} of {checked.of} shards, {_size(checked.bytes)}"
+    _facts({"table_id": table_id, "checksums": shards, "": "sound"})
 
 
 def _print_verified(result: inspection.Verification) -> None:

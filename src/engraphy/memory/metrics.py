@@ -11,7 +11,7 @@ from ..store.group import describe, kind_of, wrapped
 from ..store.latency import Latency
 from .prefetch import PrefetchStats
 
-__all__ = ["describe", "prometheus", "table"]
+__all__ = ["describe", "prometheus", "table", "tiers"]
 
 # Seconds, 1 us to 17 s. Latency's own buckets have these limits, too.
 _LIMITS = [2.0**power * 1e-9 for power in range(10, 35, 2)]
@@ -55,6 +55,54 @@ def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None)
     return shown
 
 
+def tiers(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> Table:
+    """The counters by tier, all layers together: staging buffers, caches, and where the rows lie.
+
+    Of the staging buffers calls are tickets, and times are waits of the model for rows that were
+    read ahead. Of the others times are those of a call.
+
+    Args:
+        stores: layer -> store, such as `memory.stores`.
+        prefetch: counters such as `memory.prefetcher.stats`; None = without the staging buffers.
+    """
+    shown = Table("tier")
+    for name in ("calls", "rows", "answered", "MiB", "p50", "p99"):
+        shown.add_column(name, justify="right")
+    if prefetch is not None:
+        calls, waits = f"{prefetch.tickets:,}", prefetch.waited
+        shown.add_row("staging", calls, f"{prefetch.rows:,}", "", "", *_quantiles(waits))
+    for name, parts in _by_tier(stores).items():
+        rows = sum(part.rows for part in parts)
+        hits = [part.hits for part in parts if part.hits is not None]
+        share = f"{sum(hits) / rows:.1%}" if hits and rows else ""
+        size = sum(part.bytes for part in parts) / _MEBIBYTE
+        calls = sum(part.gathers for part in parts)
+        latency = _together([part.latency for part in parts])
+        times = _quantiles(latency)
+        shown.add_row(name, f"{calls:,}", f"{rows:,}", share, f"{size:,.1f}", *times)
+    return shown
+
+
+def _by_tier(stores: Mapping[int, RowStore]) -> dict[str, list[StoreStats]]:
+    """Name of a tier -> the counters of its stores, outermost tier first."""
+    found: dict[str, list[StoreStats]] = {}
+    for store in stores.values():
+        for part in wrapped(store):
+            name = part.info.kind if part.inner is None else kind_of(part)
+            found.setdefault(name, []).append(part.stats)
+    return found
+
+
+def _together(latencies: Sequence[Latency]) -> Latency:
+    """The durations of all calls."""
+    counts = zip(*(latency.counts for latency in latencies), strict=True)
+    return Latency(tuple(map(sum, counts)), sum(latency.seconds for latency in latencies))
+
+
+def _quantiles(latency: Latency) -> tuple[str, str]:
+    return _duration(latency.quantile(0.5)), _duration(latency.quantile(0.99))
+
+
 def _cells(stats: StoreStats) -> list[str]:
     return [
         f"{stats.gathers:,}",
@@ -63,8 +111,7 @@ def _cells(stats: StoreStats) -> list[str]:
         f"{stats.bytes / _MEBIBYTE:,.1f}",
         "" if stats.hit_rate is None else f"{stats.hit_rate:.1%}",
         "" if stats.amplification is None else f"{stats.amplification:.1f}",
-        _duration(stats.latency.quantile(0.5)),
-        _duration(stats.latency.quantile(0.99)),
+        *_quantiles(stats.latency),
     ]
 
 

@@ -12,7 +12,10 @@ from .mapped import MappedStore
 from .names import follow, names_of
 from .opening import open_store
 from .pool import PoolStore, open_pool
+from .pool_file import PoolFileStore, read_header, verify_pool
+from .pool_header import PoolHeader
 from .pread import PreadStore
+from .publish import publish_pool
 from .ram import RamStore
 from .reload import ReloadableStore, reload_layers
 from .warming import Warmed, warm
@@ -22,6 +25,8 @@ __all__ = [
     "CacheStore",
     "FileStore",
     "MappedStore",
+    "PoolFileStore",
+    "PoolHeader",
     "PoolStore",
     "PreadStore",
     "RamStore",
@@ -38,7 +43,10 @@ __all__ = [
     "open_checkpoint",
     "open_pool",
     "open_store",
+    "publish_pool",
+    "read_header",
     "reload_layers",
+    "verify_pool",
     "warm",
     "write_layer",
 ]

@@ -132,8 +132,12 @@ class MappedFile:
                 "reads and writes since then are lost"
             )
 
-    def populate(self) -> str:
-        """Brings the whole file into memory and the page table.
+    def populate(self, begin: int = 0, end: int | None = None) -> str:
+        """Brings the file, or its bytes from `begin` to `end`, into memory and the page table.
+
+        Args:
+            begin: a multiple of a page.
+            end: None for the end of the file.
 
         Returns:
             How it was done, in words.
@@ -142,10 +146,11 @@ class MappedFile:
             ShardTruncated: if the file was truncated.
             StoreError: if the system cannot read the file.
         """
+        end = self.size if end is None else end
         self._memory.madvise(mmap.MADV_NORMAL)  # with read-ahead
         try:
-            for first in range(0, self.size, _POPULATE_STEP):
-                step = min(_POPULATE_STEP, self.size - first)
+            for first in range(begin, end, _POPULATE_STEP):
+                step = min(_POPULATE_STEP, end - first)
                 self._memory.madvise(_POPULATE_READ, first, step)
             return "populated"
         except OSError as error:
@@ -154,7 +159,7 @@ class MappedFile:
                 raise StoreError(
                     f"{self.path}: it cannot be brought into memory ({error})"
                 ) from error
-            np.asarray(self)[::PAGE].max()
+            np.asarray(self)[begin:end:PAGE].max()
             return "populated by touching each page, since this kernel has no MADV_POPULATE_READ"
         finally:
             self._memory.madvise(mmap.MADV_RANDOM)

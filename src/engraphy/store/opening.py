@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..errors import ConfigError
 from ..table.table import Table
@@ -14,6 +17,9 @@ from .file import open_layer
 from .options import FileOptions, flag, parse_size, split_options
 from .pool import open_pool
 from .ram import RamStore
+from .warming import warm
+
+_CACHE = ("cache", "warm")  # options of every scheme with a cache
 
 
 def open_store(
@@ -40,8 +46,9 @@ def open_store(
       vocab=FILE: a saved vocabulary map; by default the map of the checkpoint's tokenizer, or of
       its GGUF file.
     - "pool:PATH" serves `layer` of a table that all processes of this host share at PATH,
-      read-only. from=DIR: if the pool does not exist yet, it is filled with the table at DIR;
-      otherwise it has to hold that table. populate=0|1: see `open_pool`.
+      read-only: a file, memfd or device that `publish_pool` wrote, or a folder. from=DIR: the pool
+      has to hold the table at DIR; if there is none yet, a folder is filled with that table.
+      populate=0|1: see `open_pool`. cache= and warm= as for "file:".
 
     Args:
         url: the URL, or a path (`pathlib.Path`), which is "file:DIR" without options.
@@ -105,28 +112,72 @@ def _open_ram(wanted: _Wanted, rest: str) -> RowStore:
 
 def _open_file(wanted: _Wanted, rest: str) -> RowStore:
     path, _, text = rest.partition("?")
-    values = split_options(wanted.url, text, ("read", "threads", "direct", "populate", "cache"))
-    budget = None
-    if "cache" in values:
-        budget = parse_size(wanted.url, values.pop("cache"))
+    values = split_options(wanted.url, text, ("read", "threads", "direct", "populate", *_CACHE))
+    cache = _cache(wanted, values)
     options = FileOptions.parse(wanted.url, values)
     if not path:
         raise ConfigError(f"store {wanted.url!r}: expected the directory of a table after file:")
-    return _open_table(wanted, path, options, budget)
+    return _open_table(wanted, path, options, cache)
 
 
-def _open_table(wanted: _Wanted, path: str, options: FileOptions, budget: int | None) -> RowStore:
-    """A layer of the table at `path`, behind a cache of `budget` bytes unless that is None."""
+def _open_table(wanted: _Wanted, path: str, options: FileOptions, cache: _Cache | None) -> RowStore:
+    """A layer of the table at `path`, behind a cache unless that is None."""
     if wanted.layer is None:
         raise wanted.expected("a layer")
     if wanted.has_sizes:
         raise wanted.expected("neither rows nor row_bytes, which the table knows")
     table = Table.open(path, wanted.mode)
     try:
-        store = open_layer(table, wanted.layer, options)
-        return store if budget is None else CacheStore(store, budget)
+        return _cached(open_layer(table, wanted.layer, options), cache)
     except BaseException:
         table.close()
+        raise
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """A cache that a URL asks for: its bytes, and the rows that it is warmed with."""
+
+    budget: int
+    warm_N: np.ndarray | None
+
+    def around(self, store: RowStore) -> CacheStore:
+        cache = CacheStore(store, self.budget)
+        if self.warm_N is not None:
+            warm(cache, self.warm_N[: cache.capacity])
+        return cache
+
+
+def _cache(wanted: _Wanted, values: dict[str, str]) -> _Cache | None:
+    """Takes the options of a cache out of those of a URL; None if there are none."""
+    size = values.pop("cache", None)
+    hot = values.pop("warm", None)
+    if size is None:
+        if hot is not None:
+            raise ConfigError(f"store {wanted.url!r}: expected cache= with warm=, found none")
+        return None
+    ids_N = None if hot is None else _hot_rows(wanted, hot)
+    return _Cache(parse_size(wanted.url, size), ids_N)
+
+
+def _hot_rows(wanted: _Wanted, path: str) -> np.ndarray:
+    """int64 [N], the rows of the layer in a file of `numpy.savez`."""
+    try:
+        with np.load(path, allow_pickle=False) as layers:
+            return layers[str(wanted.layer)].reshape(-1).astype(np.int64, casting="safe")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"store {wanted.url!r}, warm: expected the row ids of layer {wanted.layer} in {path}, "
+            f"as numpy.savez writes them, found {type(error).__name__}: {error}"
+        ) from None
+
+
+def _cached(store: RowStore, cache: _Cache | None) -> RowStore:
+    """A store behind the cache that a URL asks for. Closes it after an error."""
+    try:
+        return store if cache is None else cache.around(store)
+    except BaseException:
+        store.close()
         raise
 
 
@@ -144,16 +195,17 @@ def _open_checkpoint(wanted: _Wanted, rest: str) -> RowStore:
 
 def _open_pool(wanted: _Wanted, rest: str) -> RowStore:
     path, _, text = rest.partition("?")
-    values = split_options(wanted.url, text, ("from", "populate"))
+    values = split_options(wanted.url, text, ("from", "populate", *_CACHE))
+    cache = _cache(wanted, values)
     source = values.get("from")
     if not path or source == "":
         raise ConfigError(
-            f"store {wanted.url!r}: expected the directory of a pool after pool:, "
-            "and that of a table after from="
+            f"store {wanted.url!r}: expected the file or directory of a pool after pool:, "
+            "and the directory of a table after from="
         )
     layer = _read_only_layer(wanted)
     populate = flag(wanted.url, "populate", values.get("populate", "1"))
-    return open_pool(path, layer, source, populate)
+    return _cached(open_pool(path, layer, source, populate), cache)
 
 
 def _read_only_layer(wanted: _Wanted) -> int:

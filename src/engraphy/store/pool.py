@@ -1,9 +1,10 @@
-"""A table that all processes of a host share: one copy in memory, made by the first process.
+"""A table that all processes of a host share: one copy in memory.
 
-A pool is the directory of a table on an in-memory file system (tmpfs such as /dev/shm, or DAX over
-a CXL or persistent memory device). It is filled under a temporary name and renamed when it is
-complete, so a pool under its own name is always complete. The process that fills it holds a lock.
-If that process dies, the system releases the lock, and the next process starts over.
+A pool is one region that was published (pool_file.py, publish.py), or a directory that the first
+process fills. The directory is that of a table on an in-memory file system (tmpfs such as
+/dev/shm). It is filled under a temporary name and renamed when it is complete, so a pool under its
+own name is always complete. The process that fills it holds a lock. If that process dies, the
+system releases the lock, and the next process starts over.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..table.manifest import FILE_NAME, Manifest
 from ..table.table import Table
 from .file import FileStore
 from .mapping import check_size
+from .pool_file import PoolFileStore, is_pool_file
 
 _STEP = 1 << 26  # bytes that are copied at a time; the process can be interrupted in between
 
@@ -36,44 +38,58 @@ def open_pool(
     layer: int,
     source: str | os.PathLike[str] | None = None,
     populate: bool = True,
-) -> PoolStore:
+) -> PoolStore | PoolFileStore:
     """Opens the store of one layer of a pool.
 
     Args:
-        path: the directory of the pool.
+        path: the region that `publish_pool` wrote, or the directory of a pool.
         layer: the model's layer, 0-based.
-        source: the directory of the table that the pool has to hold. If the pool does not exist,
-            it is filled with all layers of that table; other processes that open it wait until it
-            is filled.
+        source: the directory of the table that the pool has to hold. If there is nothing at `path`,
+            a directory is filled with all layers of that table; other processes that open it wait
+            until it is filled.
         populate: map all pages into this process now. Otherwise the first read of each page takes
             a page fault.
 
     Raises:
         StoreError: if there is no pool and no source, or no room for the pool.
         DigestMismatch: if the pool holds another table.
-        TableError: as `Table.open` raises it.
+        TableUnsealed: if a region is being published, or its publisher died.
+        TableError: as `Table.open` and `PoolFileStore` raise it.
     """
-    directory = Path(os.path.abspath(path))
     wanted = None if source is None else Table.open(source)
+    if is_pool_file(path):
+        store = PoolFileStore(path, layer, populate)
+        try:
+            _check_table(os.fspath(path), store.info.table_id, wanted)
+            return store
+        except BaseException:
+            store.close()
+            raise
+    directory = Path(os.path.abspath(path))
     if not (directory / FILE_NAME).exists():
         if wanted is None:
             raise StoreError(
                 f"pool {directory}: expected a pool that has been filled, found none; "
-                "from=DIR fills it with the table at DIR"
+                "from=DIR fills it with the table at DIR, and engraphy table publish makes a pool"
             )
         wanted.rows(layer)  # raises now, before a long copy, if there is no such layer
         _fill(directory, wanted)
     table = Table.open(directory)
     try:
-        if wanted is not None and table.table_id != wanted.table_id:
-            raise DigestMismatch(
-                f"pool {directory}: expected table {wanted.table_id} of {wanted.path}, found table "
-                f"{table.table_id}; remove the pool to have it filled again"
-            )
+        _check_table(directory, table.table_id, wanted)
         return PoolStore(table, layer, close_table=True, populate=populate)
     except BaseException:
         table.close()
         raise
+
+
+def _check_table(path: str | Path, found: str | None, wanted: Table | None) -> None:
+    """Raises DigestMismatch if a pool holds another table than the one that is wanted."""
+    if wanted is not None and found != wanted.table_id:
+        raise DigestMismatch(
+            f"pool {path}: expected table {wanted.table_id} of {wanted.path}, found table "
+            f"{found}; remove the pool to have it filled again, or publish the table"
+        )
 
 
 def _fill(directory: Path, source: Table) -> None:

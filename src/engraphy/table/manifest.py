@@ -163,11 +163,27 @@ class Manifest:
         """
         path = directory / FILE_NAME
         try:
-            data = json.loads(path.read_bytes())
+            text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise TableError(f"{path}: expected a table's {FILE_NAME}, found no file") from None
         except OSError as error:
             raise TableError(f"{path}: it cannot be read ({error})") from error
+        return cls.of_text(text, directory)
+
+    @classmethod
+    def of_text(cls, text: bytes, directory: Path) -> Manifest:
+        """The manifest that the text of an engram.json gives.
+
+        Args:
+            text: the content of the file.
+            directory: the table's folder, for messages and the paths of shards.
+
+        Raises:
+            TableError, DigestMismatch: As `read` does.
+        """
+        path = directory / FILE_NAME
+        try:
+            data = json.loads(text)
         except (ValueError, RecursionError) as error:
             refuse_pointer(path, TableError)
             raise TableError(f"{path}: expected JSON, found something else ({error})") from error
