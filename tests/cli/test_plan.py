@@ -87,3 +87,21 @@ def test_a_probe_prints_a_table_and_writes_a_file_that_a_plan_reads(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["disk.json"]
     planned = run("plan", "V4.1", "--block-ms", "100", "--tier", str(file), "--json")
     assert json.loads(planned.output)["tier"] == str(file)
+
+
+def test_simulate_says_what_a_rack_loses_and_what_gives_way():
+    words = ("simulate", "V4.1", "--servers", "8", "--tokens-per-second", "5684")
+    printed = run(*words, "--parts", "16", "--part-rate", "5e8", "--hit-rate", "0.5")
+    assert printed.exit_code == 0, printed.output
+    assert "V4.1, 8 servers on cxl: 64 x 1 tokens a forward of 11.260 ms" in printed.output
+    assert "0.0% of the tokens/s lost" in printed.output
+    assert "gives way first: the window of block 1" in printed.output
+    found = json.loads(run(*words, "--tier", "nvme", "--layers", "0,20", "--json").output)
+    assert [layer["layer"] for layer in found["layers"]] == [0, 20] and found["loss"] > 0.3
+    words = (*words, "--tier", "rdma", "--parts", "4")
+    assert "expected copies" in run(*words, "--failed", "1").output
+    assert run(*words, "--failed", "1", "--standby", "nvme").exit_code == 0
+    cached = run(*words, "--cache", "code", "--cache-gib", "1", "--in-flight", "8")
+    assert "hit rate 68.3%" in cached.output
+    for wrong in (("--cache", "code"), ("--layers", "one")):
+        assert run(*words, *wrong).exit_code == 1

@@ -1,6 +1,6 @@
 """The command `engraphy machine`: what this installation and this machine have to offer.
 
-plan.py has the verbs about where a table may lie.
+plan.py and simulate.py have the verbs about where a table may lie.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..system import cpu
 from ..system.machine import free_memory, total_memory
 from .arguments import JSON
 from .plan import plan, probe
+from .simulate import simulate
 
 app = typer.Typer(
     no_args_is_help=True, help="What this machine has to offer, and whether a table's reads hide."
@@ -32,6 +33,7 @@ _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
 
 app.command()(probe)
 app.command()(plan)
+app.command()(simulate)
 
 
 @app.command()

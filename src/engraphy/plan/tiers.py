@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -117,6 +117,18 @@ class Tier:
         high = self.batches[above]
         share = math.log(reads / low.reads) / math.log(high.reads / low.reads)
         return low.seconds * (high.seconds / low.seconds) ** share
+
+    def limited(self, in_flight: int) -> Tier:
+        """The tier for a server that has at most so many reads under way.
+
+        Raises ConfigError if the tier was measured: its batches have their own reads under way.
+        """
+        as_int(f"tier {self.name}, in_flight", in_flight, 1)
+        if self.batches:
+            raise ConfigError(
+                f"tier {self.name}: expected published figures with in_flight, found a probe"
+            )
+        return replace(self, rate=min(self.rate, in_flight / self.latency))
 
     @classmethod
     def measured(cls, name: str, source: str, batches: tuple[Batch, ...], unit: int = PAGE) -> Tier:
