@@ -7,7 +7,7 @@
 # make check  ruff, pyright and the import-direction test
 # make bench  the benchmarks that have goals, and one table; on an idle machine
 # make test-transformers VERSION=5.20.0
-#             what joins transformers, against another version of it
+#             what joins transformers, against another version of it; ONLY="-k ..." takes some tests
 # make test-eval
 #             what joins lm-evaluation-harness; installs the extra eval (620 MB) at its first call
 # make test-levels
@@ -66,7 +66,7 @@ test-transformers: $(VENV)/installed-dev
 	@test -n "$(VERSION)" || { echo "expected make test-transformers VERSION=5.20.0" >&2; exit 1; }
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
 		--target build/transformers-$(VERSION) "transformers==$(VERSION)"
-	PYTHONPATH=build/transformers-$(VERSION) $(PYTEST) tests/hf
+	PYTHONPATH=build/transformers-$(VERSION) $(PYTEST) $(ONLY) tests/hf
 
 # Not part of .ci/run: the harness brings half as much as everything else together.
 test-eval: $(VENV)/installed-dev

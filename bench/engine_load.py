@@ -1,7 +1,7 @@
 """Open-loop load on vLLM's OpenAI server, with a memory and without one.
 
     python bench/engine_model.py DIR                                     # in the usual environment
-    build/engines/vllm/bin/python bench/engine_load.py DIR [--rounds 3] [--json FILE]
+    build/engines/vllm/bin/python bench/engine_load.py DIR [--rounds 3] [--ways NAME ...]
 
 One server for each way to hold the rows, all alive at once, and each measured in turn, in an order
 that is drawn each round. The client is vLLM's own benchmark: requests of 48 tokens arrive at random
@@ -87,9 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="*", help="names of ways beside no memory; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work, servers(options.folder, Path(work)) as alive:
+    ways = [WAYS[0], *(way for way in WAYS[1:] if way.name in (options.ways or [way.name]))]
+    with tempfile.TemporaryDirectory() as work, servers(options.folder, Path(work), ways) as alive:
         order = random.Random(0)
         for round_ in range(options.rounds + 1):  # the first one warms up
             for server in order.sample(alive, len(alive)):
@@ -109,11 +111,11 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, work: Path) -> Iterator[list[Server]]:
+def servers(folder: Path, work: Path, ways: list[Way]) -> Iterator[list[Server]]:
     """Starts all servers, one after the other, and ends them."""
     alive: list[Server] = []
     try:
-        for number, way in enumerate(WAYS):
+        for number, way in enumerate(ways):
             server = start(folder, work, way, PORT + 2 * number)
             alive.append(server)
             wait_until_ready(server)
@@ -248,9 +250,7 @@ def claims(alive: list[Server]) -> list[Claim]:
     made = []
     by_name = {server.way.name: server for server in alive}
     for server in alive[1:]:
-        for other in ("no memory", "RAM"):
-            if server.way.name == other:
-                continue
+        for other in {"no memory", "RAM"} & by_name.keys() - {server.way.name}:
             loss, error = against(server, by_name[other], name, "speed")
             what = f"tokens/s lost, {name}, {server.way.name} beside {other}"
             made.append(Claim(what, -100 * loss, "%", error=100 * error))
