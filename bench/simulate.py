@@ -3,13 +3,13 @@
     python bench/simulate.py [--forwards 30] [--disk FOLDER] [--json FILE]
 
 1, 2, 4 and 8 processes are the servers. Each runs forwards of 6 blocks, which sleep 3 ms, with a
-memory at blocks 1 and 4 that is read ahead by a Prefetcher: 32 sequences, 24 rows of 264 bytes of
+memory at blocks 0 and 3 that is read ahead by a Prefetcher: 64 sequences, 24 rows of 264 bytes of
 each in a layer. They share one of these tiers:
 
 - pool: a region in /dev/shm, mapped;
 - cache: rows in a cache of each server, in front of rows that come after a pause, as from memory
   that is far away (0.02 ms a read, 4 of them under way);
-- disk: a table of 1 GiB a layer, read past the page cache;
+- disk: a table of half a GiB a layer, read past the page cache;
 - row server: another process, which gathers rows and sends them over TCP on the loopback, one
   request after the other.
 
@@ -48,7 +48,7 @@ from engraphy.memory import Prefetcher
 from engraphy.plan import Batch, Layout, Load, Shared, Tier, measure, simulate
 from engraphy.store import CacheStore, RowStore, StoreInfo, WrapperStore, publish_pool
 
-BLOCKS, LAYERS, BATCH = 6, (1, 4), 32
+BLOCKS, LAYERS, BATCH = 6, (0, 3), 64
 BLOCK = 3e-3  # seconds
 FORMAT = RowFormat("fp8", 256)
 VOCAB = 4096
@@ -56,6 +56,7 @@ HEADS, ORDERS = 8, (2, 3, 4)
 COLUMNS = HEADS * len(ORDERS)
 ROWS = BATCH * COLUMNS  # of a layer in a forward
 POOL_ROWS = 1 << 20  # of a layer, about
+DISK_BYTES = 1 << 29  # of a layer
 SERVERS = (1, 2, 4, 8)
 FAR, FAR_IN_FLIGHT = 2e-5, 4
 CACHED = 0.25  # of the rows of a layer, which the stream prefers
@@ -238,7 +239,7 @@ def run(shelf: Shelf, servers: int, forwards: int) -> Row:
 
 def config_of(rows_per_head: int) -> EngramConfig:
     spec = HashSpec.demo(LAYERS, ORDERS, HEADS, rows_per_head, VOCAB, pad_id=0)
-    return EngramConfig(spec, LayerSpec(256, spec.columns * FORMAT.d), FORMAT.d)
+    return EngramConfig(spec, LayerSpec(256, spec.columns * FORMAT.d, order=4), FORMAT.d)
 
 
 def make_table(path: Path, rows_per_head: int) -> Table:
@@ -248,7 +249,8 @@ def make_table(path: Path, rows_per_head: int) -> Table:
         count = table.rows(layer)
         for first in range(0, count, 1 << 17):
             number = min(1 << 17, count - first)
-            raw_NR = rng.integers(0, 100, (number, FORMAT.row_bytes), np.uint8)
+            raw = np.frombuffer(rng.bytes(number * FORMAT.row_bytes), np.uint8)
+            raw_NR = raw.reshape(number, -1) & 0x3F  # no NaN
             table.write_rows(layer, first, raw_NR)
     table.seal()
     table.close()
@@ -327,7 +329,9 @@ def shelves(disk: Path) -> Iterator[list[Shelf]]:
             return open_store(url, layer=layer)
 
         yield [
-            Shelf("pool", pool, draw, idle("pool", "a pool, idle", pool(1), draw), Shared()),
+            Shelf(
+                "pool", pool, draw, idle("pool", "a pool, idle", pool(LAYERS[0]), draw), Shared()
+            ),
             _cached(pool, rows),
             _on_disk(Path(folder, "large")),
             _row_server(url, rows),
@@ -346,9 +350,9 @@ def _cached(pool: Open, rows: int) -> Shelf:
 
 
 def _on_disk(path: Path) -> Shelf:
-    table = make_table(path, (1 << 30) // FORMAT.row_bytes // COLUMNS)
+    table = make_table(path, DISK_BYTES // FORMAT.row_bytes // COLUMNS)
     rows = min(table.rows(layer) for layer in LAYERS)
-    found = measure(path, size=1 << 29).tier
+    found = measure(path, size=DISK_BYTES // 2).tier
     url = f"file:{path}?direct=1&threads=32"
     draw = evenly(rows)
     shared = Shared(rate=found.rate)
@@ -366,7 +370,7 @@ def _row_server(url: str, rows: int) -> Shelf:
         return FromServer(port, rows)
 
     draw = evenly(rows)
-    tier = idle("row server", "TCP on the loopback, idle", connect(1), draw)
+    tier = idle("row server", "TCP on the loopback, idle", connect(LAYERS[0]), draw)
     return Shelf("row server", connect, draw, tier, Shared(rate=rate_of(connect, draw)))
 
 

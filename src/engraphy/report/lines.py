@@ -1,4 +1,5 @@
-"""A line chart over sizes in bytes, as an SVG file of its own: for pages that are no report.
+"""A line chart over sizes in bytes, or over numbers, as an SVG file of its own: for pages that are
+no report.
 
 The x axis is logarithmic. Lines differ in colour and in dashes, and each is labelled at its end.
 Colours follow the reader's light or dark theme.
@@ -46,7 +47,7 @@ class Line:
 
     Attributes:
         label: What stands at its end.
-        sizes: MiB of each point, ascending, above 0.
+        sizes: MiB of each point, or numbers, ascending, above 0.
         shares: Shares of 1 at the points.
     """
 
@@ -67,10 +68,44 @@ def share_by_size(title: str, lines: Sequence[Line], x_unit: str, y_unit: str) -
     Returns:
         The SVG, a whole file.
     """
-    sizes = [size for line in lines for size in line.sizes]
-    x = Axis(math.log2(min(sizes)), math.log2(max(sizes)), _LEFT, _WIDTH - _RIGHT)
+    x = _logarithmic(lines)
     y = Axis(0, 1, _HEIGHT - 48, 28)
-    body = [_frame(x, y, x_unit, y_unit)]
+    heights = [(percent / 100, f"{percent} %") for percent in range(0, 101, 20)]
+    powers = range(math.ceil(x.low), math.floor(x.high) + 1, 4)
+    marks = [(float(power), binary_size(2.0**power)) for power in powers]
+    return _drawn(title, lines, x, y, _frame(x, y, marks, heights, x_unit, y_unit))
+
+
+def share_by_number(title: str, lines: Sequence[Line], x_unit: str, y_unit: str) -> str:
+    """Draws shares over numbers, from 0 to the largest share.
+
+    Args:
+        title: What the chart shows, for those who cannot see it.
+        lines: One to five lines.
+        x_unit: What the numbers are.
+        y_unit: What the shares are.
+
+    Returns:
+        The SVG, a whole file.
+    """
+    x = _logarithmic(lines)
+    most = max(0.01, *(share for line in lines for share in line.shares))
+    y = Axis(0, most, _HEIGHT - 48, 28)
+    heights = [(value / 100, f"{label} %") for value, label in Axis(0, 100 * most, 0, 1).ticks(6)]
+    step = max(1, math.ceil((x.high - x.low) / 10))
+    powers = range(math.ceil(x.low), math.floor(x.high) + 1, step)
+    marks = [(float(power), f"{2.0**power:g}") for power in powers]
+    return _drawn(title, lines, x, y, _frame(x, y, marks, heights, x_unit, y_unit))
+
+
+def _logarithmic(lines: Sequence[Line]) -> Axis:
+    sizes = [size for line in lines for size in line.sizes]
+    return Axis(math.log2(min(sizes)), math.log2(max(sizes)), _LEFT, _WIDTH - _RIGHT)
+
+
+def _drawn(title: str, lines: Sequence[Line], x: Axis, y: Axis, frame: str) -> str:
+    """The lines with their labels in a frame, as a whole file."""
+    body = [frame]
     ends = [y(line.shares[-1]) for line in lines]
     places = apart(ends, 17, y.end, y.start)
     for number, (line, place) in enumerate(zip(lines, places, strict=True)):
@@ -94,16 +129,23 @@ def binary_size(size: float) -> str:
     return f"{size:g} MiB" if size < 1024 else f"{size / 1024:g} GiB"
 
 
-def _frame(x: Axis, y: Axis, x_unit: str, y_unit: str) -> str:
-    """Grid lines, values and units of both axes."""
-    body = []
-    for percent in range(0, 101, 20):
-        height = y(percent / 100)
+def _frame(
+    x: Axis,
+    y: Axis,
+    marks: Sequence[tuple[float, str]],
+    heights: Sequence[tuple[float, str]],
+    x_unit: str,
+    y_unit: str,
+) -> str:
+    """Grid lines, values and units of both axes. marks: positions on the x axis, their labels."""
+    body: list[str] = []
+    for share, label in heights:
+        height = y(share)
         body.append(rule(x.start, height, x.end, height))
-        body.append(text(x.start - 8, height + 4.5, f"{percent} %", "muted", "end"))
-    for power in range(math.ceil(x.low), math.floor(x.high) + 1, 4):
-        body.append(rule(x(power), y.end, x(power), y.start))
-        body.append(text(x(power), y.start + 18, binary_size(2.0**power), "muted", "middle"))
+        body.append(text(x.start - 8, height + 4.5, label, "muted", "end"))
+    for place, label in marks:
+        body.append(rule(x(place), y.end, x(place), y.start))
+        body.append(text(x(place), y.start + 18, label, "muted", "middle"))
     body.append(text((x.start + x.end) / 2, _HEIGHT - 8, x_unit, "muted", "middle"))
     body.append(text(0, 14, y_unit, "muted"))
     return "\n".join(body)
