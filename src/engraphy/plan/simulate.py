@@ -131,6 +131,7 @@ class Simulation:
         layers: The memory layers.
         forward_seconds: Of a forward without any wait.
         exposed: Seconds that a forward waited, on average.
+        median: Seconds that half of the forwards did not wait longer than.
         busy: Share of its time that the busiest part was at work.
         longest: The longest forward.
     """
@@ -138,6 +139,7 @@ class Simulation:
     layers: tuple[LayerTimes, ...]
     forward_seconds: float
     exposed: float
+    median: float
     busy: float
     longest: float
 
@@ -344,7 +346,12 @@ class _Clock:
         waited = np.array(self._waited)
         busy = float(self._worked_P.max()) / (last - self._counted_from)
         return Simulation(
-            tuple(times), base, float(waited.mean()), busy, base + float(waited.max())
+            tuple(times),
+            base,
+            float(waited.mean()),
+            float(np.median(waited)),
+            busy,
+            base + float(waited.max()),
         )
 
 
