@@ -60,6 +60,7 @@ OPTIONAL = {  # package: the folders, or modules, that may import it
     "triton": {"fusion"},
     "typer": {"cli"},
     "rich": {"cli", "memory", "recipes"},
+    "pyarrow": {"store/remote_arrow"},  # what speaks Flight takes it from there
     "pytest": {"store/testing", "train/testing"},
 }
 

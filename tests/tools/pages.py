@@ -141,10 +141,10 @@ def simple_commands(line: str) -> list[list[str]]:
     commands: list[list[str]] = [[]]
     redirected = False
     for word in lexer:
-        if word in (";", "&&", "||", "|"):
+        if word in (";", "&&", "||", "|", "&"):
             commands.append([])
             redirected = False
-        elif word == ">":
+        elif word in (">", "&>"):
             redirected = True
         elif not redirected:
             commands[-1].append(word)

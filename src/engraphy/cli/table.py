@@ -31,11 +31,15 @@ from ..table.quantize import compare as compare_tables
 from ..table.quantize import quantize as quantize_table
 from ..table.table import Table
 from .arguments import JSON
+from .serving import ask, serve
 from .terminal import errors, progress
 
 app = typer.Typer(
     no_args_is_help=True, help="Tables on disk: make, check, quantise, compare and look into them."
 )
+
+app.command()(serve)
+app.command()(ask)
 
 TABLE = typer.Argument(help="Folder of a sealed table.")
 EITHER = "Folder of a sealed table or of a released checkpoint, or a GGUF file."

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.table import Table
 
 from ..store.base import RowStore, StoreStats
-from ..store.group import describe, kind_of, wrapped
-from ..store.latency import Latency
+from ..store.group import describe
+from ..store.prometheus import chain, histogram, metric, store_metrics
 from .prefetch import PrefetchStats
 
 __all__ = ["describe", "prometheus", "table", "tiers"]
 
-# Seconds, 1 us to 17 s. Latency's own buckets have these limits, too.
-_LIMITS = [2.0**power * 1e-9 for power in range(10, 35, 2)]
-_STORE_COUNTERS = {
-    "gathers": "Calls that read rows.",
-    "rows": "Rows read.",
-    "bytes": "Bytes of the rows read.",
-    "reads": "Read calls to the system.",
-    "read_bytes": "Bytes of these read calls.",
-    "hits": "Rows found in the cache.",
-    "misses": "Rows that the cache read from the store behind it.",
-}
 _PREFETCH_COUNTERS = {
     "tickets": "Tickets submitted.",
     "inline": "Tickets that were read at once.",
@@ -35,7 +24,6 @@ _PREFETCH_GAUGES = {
     "bytes_in_flight": "Bytes of rows not read yet.",
 }
 _MEBIBYTE = 2**20
-_Labels = Mapping[str, str]
 
 
 def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None) -> Table:
@@ -50,7 +38,7 @@ def table(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = None)
     for name in ("calls", "now", "rows", "MiB", "hit rate", "read/used", "p50", "p99"):
         shown.add_column(name, justify="right")
     for layer, store in stores.items():
-        for kind, stats in _chain(store):
+        for kind, stats in chain(store):
             shown.add_row(str(layer), kind, *_cells(stats))
     return shown
 
@@ -126,93 +114,25 @@ def prometheus(stores: Mapping[int, RowStore], prefetch: PrefetchStats | None = 
         Metrics whose names begin with engraphy_, with the layer and the kind of the store as
         labels.
     """
-    lines = _store_metrics(stores)
+    lines = store_metrics(stores)
     if prefetch is not None:
         lines += _prefetch_metrics(prefetch)
     return "\n".join(lines) + "\n"
-
-
-def _store_metrics(stores: Mapping[int, RowStore]) -> list[str]:
-    counted: list[tuple[_Labels, StoreStats]] = []
-    for layer, store in stores.items():
-        for kind, stats in _chain(store):
-            labels = {"layer": str(layer), "store": kind}
-            counted.append((labels, stats))
-    served = [(_identity(layer, store), 1) for layer, store in stores.items()]
-    text = "The table and format of the rows, as labels; always 1."
-    lines = _metric("engraphy_store_info", "gauge", text, served)
-    for name, text in _STORE_COUNTERS.items():
-        values = [(labels, getattr(stats, name)) for labels, stats in counted]
-        values = [(labels, value) for labels, value in values if value is not None]
-        if values:
-            lines += _metric(f"engraphy_store_{name}_total", "counter", text, values)
-    under_way = [(labels, stats.under_way) for labels, stats in counted]
-    lines += _metric(
-        "engraphy_store_under_way", "gauge", "Calls that have not returned.", under_way
-    )
-    latencies = [(labels, stats.latency) for labels, stats in counted]
-    return lines + _histogram("engraphy_store_gather_seconds", "How long calls took.", latencies)
 
 
 def _prefetch_metrics(prefetch: PrefetchStats) -> list[str]:
     lines = []
     for name, text in _PREFETCH_COUNTERS.items():
         values = [({}, getattr(prefetch, name))]
-        lines += _metric(f"engraphy_prefetch_{name}_total", "counter", text, values)
+        lines += metric(f"engraphy_prefetch_{name}_total", "counter", text, values)
     for name, text in _PREFETCH_GAUGES.items():
         values = [({}, getattr(prefetch, name))]
-        lines += _metric(f"engraphy_prefetch_{name}", "gauge", text, values)
-    return lines + _histogram(
+        lines += metric(f"engraphy_prefetch_{name}", "gauge", text, values)
+    return lines + histogram(
         "engraphy_prefetch_wait_seconds",
         "How long the model waited for rows.",
         [({}, prefetch.waited)],
     )
-
-
-def _chain(store: RowStore) -> Iterator[tuple[str, StoreStats]]:
-    """Kind and counters of a store and of each store behind it."""
-    for part in wrapped(store):
-        yield kind_of(part), part.stats
-
-
-def _identity(layer: int, store: RowStore) -> _Labels:
-    info = store.info
-    return {
-        "layer": str(layer),
-        "kind": info.kind,
-        "table_id": str(info.table_id),
-        "path": str(info.path),
-        "address_digest": str(info.address_digest),
-        "format": info.format.kind if info.format else "None",
-    }
-
-
-def _metric(name: str, kind: str, text: str, values: Sequence[tuple[_Labels, float]]) -> list[str]:
-    return [
-        f"# HELP {name} {text}",
-        f"# TYPE {name} {kind}",
-        *(f"{name}{_labels(labels)} {value}" for labels, value in values),
-    ]
-
-
-def _histogram(name: str, text: str, values: Sequence[tuple[_Labels, Latency]]) -> list[str]:
-    lines = [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
-    for labels, latency in values:
-        buckets = [(f"{limit:.9g}", latency.within(limit)) for limit in _LIMITS]
-        buckets.append(("+Inf", latency.calls))
-        for limit, calls in buckets:
-            lines.append(f"{name}_bucket{_labels({**labels, 'le': limit})} {calls}")
-        lines.append(f"{name}_sum{_labels(labels)} {latency.seconds:.9g}")
-        lines.append(f"{name}_count{_labels(labels)} {latency.calls}")
-    return lines
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    if not labels:
-        return ""
-    escape = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = [f'{name}="{value.translate(escape)}"' for name, value in labels.items()]
-    return "{" + ",".join(pairs) + "}"
 
 
 def _in_words(prefetch: PrefetchStats) -> str:

@@ -17,6 +17,7 @@ from .file import open_layer
 from .options import FileOptions, flag, parse_size, split_options
 from .pool import open_pool
 from .ram import RamStore
+from .remote_options import RemoteOptions
 from .warming import warm
 
 _CACHE = ("cache", "warm")  # options of every scheme with a cache
@@ -49,6 +50,10 @@ def open_store(
       read-only: a file, memfd or device that `publish_pool` wrote, or a folder. from=DIR: the pool
       has to hold the table at DIR; if there is none yet, a folder is filled with that table.
       populate=0|1: see `open_pool`. cache= and warm= as for "file:".
+    - "remote:HOST:PORT,HOST:PORT" serves `layer` of a table that `engraphy table serve` serves on
+      other hosts, read-only; needs the extra `remote`. Options: tls=0|1, ca=FILE (PEM, of those who
+      vouch for the servers), token_file=FILE (the bearer token), deadline=10 (seconds of a call),
+      cache= and warm= as for "file:".
 
     Args:
         url: the URL, or a path (`pathlib.Path`), which is "file:DIR" without options.
@@ -75,7 +80,9 @@ def open_store(
     scheme, colon, rest = url.partition(":")
     opener = _OPENERS.get(scheme) if colon else None
     if opener is None:
-        raise ConfigError(f"store {url!r}: expected ram:, file:DIR, checkpoint:DIR or pool:PATH")
+        raise ConfigError(
+            f"store {url!r}: expected ram:, file:DIR, checkpoint:DIR, pool:PATH or remote:HOST:PORT"
+        )
     return opener(wanted, rest)
 
 
@@ -208,6 +215,15 @@ def _open_pool(wanted: _Wanted, rest: str) -> RowStore:
     return _cached(open_pool(path, layer, source, populate), cache)
 
 
+def _open_remote(wanted: _Wanted, rest: str) -> RowStore:
+    options, values = RemoteOptions.parse(wanted.url, rest)
+    cache = _cache(wanted, values)
+    layer = _read_only_layer(wanted)
+    from .remote import RemoteStore  # needs pyarrow
+
+    return _cached(RemoteStore(options, layer), cache)
+
+
 def _read_only_layer(wanted: _Wanted) -> int:
     """The layer, for schemes that only read and know their sizes."""
     if wanted.layer is None or wanted.mode != "r" or wanted.has_sizes:
@@ -220,4 +236,5 @@ _OPENERS = {
     "file": _open_file,
     "checkpoint": _open_checkpoint,
     "pool": _open_pool,
+    "remote": _open_remote,
 }

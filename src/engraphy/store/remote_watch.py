@@ -1,0 +1,113 @@
+"""When a call of remote rows is late: a clock for calls under way, and what is usual for them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Protocol
+
+_KEPT = 200  # durations
+_LEARNT = 20  # durations that have to be known before a quantile says anything
+_AT_FIRST = 0.05  # seconds until then
+_LEAST = 0.002
+_BURST = 16.0
+_SHARE = 0.1  # of the calls may be asked for twice; calls that are far too late always are
+_FAR = 10.0
+
+
+class Late(Protocol):
+    """A call under way. due: when `fire` is called next (time.monotonic), in another thread."""
+
+    due: float
+
+    def fire(self) -> None: ...
+
+
+class Watch:
+    """Calls `fire` of calls that are still under way at their time, from one thread.
+
+    The thread wakes at the earliest time that it knew when it went to sleep. So a call that ends in
+    time costs two set operations, not a wake-up.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls: set[Late] = set()
+        self._wakes = 0.0  # when the thread looks again; inf: when it is notified
+        self._thread: threading.Thread | None = None
+
+    def add(self, call: Late) -> None:
+        """Watches a call until `discard`."""
+        with self._changed:
+            self._calls.add(call)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engraphy-late", daemon=True)
+                self._thread.start()
+            if call.due < self._wakes:
+                self._changed.notify()
+
+    def discard(self, call: Late) -> None:
+        """Watches a call no longer. It may be fired once more all the same."""
+        with self._changed:
+            self._calls.discard(call)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._wakes = min((call.due for call in self._calls), default=float("inf"))
+                wait = self._wakes - time.monotonic()
+                if wait > 0:
+                    self._changed.wait(None if wait == float("inf") else wait)
+                now = time.monotonic()
+                due = [call for call in self._calls if call.due <= now]
+            for call in due:
+                call.fire()
+
+
+class Pace:
+    """How long calls usually take, by their size, and how many may be asked for twice."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: dict[int, deque[float]] = {}
+        self._p95: dict[int, float] = {}
+        self._budget = _BURST
+
+    def note(self, rows: int, seconds: float) -> None:
+        """Notes a call that one server answered."""
+        size = rows.bit_length() // 2
+        with self._lock:
+            self._budget = min(_BURST, self._budget + _SHARE)
+            kept = self._seconds.get(size)
+            if kept is None:
+                kept = self._seconds[size] = deque(maxlen=_KEPT)
+            kept.append(seconds)
+            is_time = len(kept) >= _LEARNT and len(kept) % _LEARNT == 0
+            if is_time or size not in self._p95:
+                self._p95[size] = self._quantile(kept)
+
+    def late_after(self, rows: int) -> float:
+        """Seconds after which a call of so many rows is late: the 95th percentile."""
+        return self._p95.get(rows.bit_length() // 2, _AT_FIRST)
+
+    def far_after(self, rows: int) -> float:
+        """Seconds after which another server is asked whatever the budget."""
+        return max(0.1, _FAR * self.late_after(rows))
+
+    def may_hedge(self) -> bool:
+        """Takes one hedge from the budget, unless it is spent."""
+        with self._lock:
+            if self._budget < 1:
+                return False
+            self._budget -= 1
+            return True
+
+    @staticmethod
+    def _quantile(kept: deque[float]) -> float:
+        if len(kept) < _LEARNT:
+            return _AT_FIRST
+        return max(_LEAST, sorted(kept)[int(0.95 * (len(kept) - 1))])
+
+
+WATCH = Watch()
