@@ -16,7 +16,7 @@ each in a layer. They share one of these tiers:
 The clock is calibrated before: batches of an idle tier, by one process that sleeps between them as
 blocks do; for the disk by `engraphy machine probe`; and the rows a second of a row server that
 several ask at once. It holds if the median wait of a forward differs by at most 20 % of what is
-simulated or 0.3 ms, whichever is more. CXL has no place here: no number of this script is one of CXL.
+simulated or 0.3 ms, whichever is more. No number of this script is one of CXL.
 """
 
 from __future__ import annotations

@@ -27,10 +27,20 @@ COMMANDS = commands_of(typer.main.get_command(app))
 
 def test_each_noun_has_its_verbs():
     verbs = {
-        "table": {"convert", "quantize", "verify", "compare", "stat", "sample"},
+        "table": {
+            "convert",
+            "quantize",
+            "verify",
+            "compare",
+            "stat",
+            "sample",
+            "publish",
+            "serve",
+            "ask",
+        },
         "model": {"finetune", "generate", "inspect", "eval", "show"},
         "study": {"demo", "adapt", *COMPARISONS},
-        "machine": {"doctor", "plan", "probe"},
+        "machine": {"doctor", "plan", "probe", "simulate"},
         "data": {"books", "smollm2"},
     }
     for noun, expected in verbs.items():

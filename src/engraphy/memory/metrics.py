@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
 from ..store.base import RowStore, StoreStats
-from ..store.group import describe
+from ..store.group import describe, kind_of, wrapped
+from ..store.latency import Latency
 from ..store.prometheus import chain, histogram, metric, store_metrics
 from .prefetch import PrefetchStats
 
