@@ -30,7 +30,7 @@ NOTICE = "<!-- Written by docs/generate.py: change the code, then run it again. 
 PACKAGES = {
     "engraphy": ("errors",),
     "engraphy.spec": ("dialects",),
-    "engraphy.addresses": ("counts",),
+    "engraphy.addresses": ("counts", "counting"),
     "engraphy.rows": ("init",),
     "engraphy.table": ("quantize", "inspection", "usage"),
     "engraphy.released": ("convert", "check", "sample"),
@@ -43,6 +43,7 @@ PACKAGES = {
         "books",
         "corpus",
         "encoded",
+        "ngrams",
         "mix",
         "sources",
         "stdlib",

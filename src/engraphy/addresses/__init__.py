@@ -1,6 +1,7 @@
 """From token ids to row ids: pure arithmetic, with no store and no hidden state."""
 
 from .addresser import Addresser
+from .ngrams import Ngrams
 from .vocab import VocabMap
 
-__all__ = ["Addresser", "VocabMap"]
+__all__ = ["Addresser", "Ngrams", "VocabMap"]

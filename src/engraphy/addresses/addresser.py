@@ -138,6 +138,25 @@ class Addresser:
         """
         return self._compute(ids_BT, slice(0, len(self.spec.layer_ids)), history, live, starts, out)
 
+    def windows(
+        self, ids_BT: Any, history: Any = None, live: Any = None, starts: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The n-grams that are hashed: what the rows of each token are computed from.
+
+        Args:
+            ids_BT, history, live, starts: As in `all_rows`.
+
+        Returns:
+            int64 [B, T, N], compressed ids, the oldest first; the filler where look-back may not
+            reach. The n-gram of order n is the last n of them. And bool [B, T], False where the
+            position is dead: it has the all-filler n-gram.
+
+        Raises:
+            InputError: As in `all_rows`.
+        """
+        terms, alive = self._plain_terms(self._check(ids_BT, history, live, starts))
+        return np.stack(terms[::-1], axis=-1), alive
+
     def chunk(
         self, ids_BT: Any, history: Any = None, live: Any = None, starts: Any = None
     ) -> Chunk:
@@ -254,36 +273,43 @@ class Addresser:
     def _plain(self, chunk: Chunk, layers: slice, out_LBTC: np.ndarray) -> None:
         """The specification: this code alone defines an address."""
         spec = self.spec
-        past = spec.order - 1
-        batch, tokens = chunk.ids_BT.shape
+        terms, _ = self._plain_terms(chunk)
+        for slot, layer in enumerate(range(layers.start, layers.stop)):
+            mix = np.zeros(chunk.ids_BT.shape, dtype=np.int64)
+            done = 0
+            for order_index, order in enumerate(spec.orders):
+                for i in range(done, order):
+                    mix = mix ^ terms[i] * self._multipliers_LN[layer, i]
+                done = order
+                heads = slice(order_index * spec.heads, (order_index + 1) * spec.heads)
+                rows = mix[:, :, None] % self._primes_LC[layer, heads]
+                out_LBTC[slot, :, :, heads] = rows + self._offsets_LC[layer, heads]
+
+    def _plain_terms(self, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
+        """What is hashed, and where there is a live token.
+
+        Returns:
+            x[t-i] or the filler for i from 0 to N-1, int64 [B, T] each; and bool [B, T].
+        """
+        past = self.spec.order - 1
         ids, x, alive = self._plain_ids(chunk)
         blocked = ~alive | (ids == self.stop_id)  # look-back may not reach these
         resets = np.ones_like(blocked)  # so it begins again after them
         resets[:, 1:] = blocked[:, :-1]
         if chunk.starts is not None:
             resets[:, past:] |= chunk.starts
-        width: int = past + tokens
+        width: int = ids.shape[1]
         positions = np.arange(width)
         reset_at = np.where(resets, positions, 0)
         # Earlier tokens that each position may see.
         run = positions - np.maximum.accumulate(reset_at, axis=1)
         run[~alive] = 0
 
-        terms = [x]  # terms[i] is x[t-i], or the filler
+        terms = [x[:, past:]]
         for i in range(1, past + 1):
-            shifted = np.full_like(x, self.filler)
-            shifted[:, i:] = x[:, :-i]
-            terms.append(np.where(run >= i, shifted, self.filler))
-        for slot, layer in enumerate(range(layers.start, layers.stop)):
-            mix = np.zeros((batch, tokens), dtype=np.int64)
-            done = 0
-            for order_index, order in enumerate(spec.orders):
-                for i in range(done, order):
-                    mix = mix ^ terms[i][:, past:] * self._multipliers_LN[layer, i]
-                done = order
-                heads = slice(order_index * spec.heads, (order_index + 1) * spec.heads)
-                rows = mix[:, :, None] % self._primes_LC[layer, heads]
-                out_LBTC[slot, :, :, heads] = rows + self._offsets_LC[layer, heads]
+            shifted = x[:, past - i : width - i]
+            terms.append(np.where(run[:, past:] >= i, shifted, self.filler))
+        return terms, alive[:, past:]
 
     def _plain_ids(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw ids, x, and where there is a live token, [B, N-1+T]."""

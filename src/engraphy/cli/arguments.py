@@ -26,12 +26,15 @@ SEEDS = typer.Option(3, help="Number of seeds: 0, 1, ... The first chooses the l
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """Layers of a text such as "1,14". Raises ConfigError if it is anything else."""
-    if text is None:
-        return None
+    return None if text is None else parse_numbers("layers", text)
+
+
+def parse_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Numbers of a text such as "2,3". Raises ConfigError, naming `name`, if it is another."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"layers: expected numbers divided by commas, found {text!r}") from None
+        raise ConfigError(f"{name}: expected numbers divided by commas, found {text!r}") from None
 
 
 def parse_rates(texts: list[str]) -> tuple[tuple[str, float], ...]:

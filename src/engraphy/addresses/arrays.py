@@ -1,0 +1,106 @@
+"""Arrays in one file, which is read as mapped memory: a safetensors file whose metadata has a
+format.
+
+Source: the safetensors format (8 bytes of header length, JSON that may end in spaces, data).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..system.files import publish_file
+from ..system.lfs import refuse_pointer
+
+_DTYPES = {"I64": np.dtype("<i8"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LINE = 64  # data begin with a cache line, and so do arrays of whole lines that come first
+_MOST_HEADER = 1 << 20
+
+
+def write_arrays(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes arrays of int64, int32 or uint32 to a file, which appears whole.
+
+    Args:
+        path: The file.
+        arrays: Name -> array; they are written in this order.
+        metadata: Name -> text; "format" says what the file is.
+
+    Raises:
+        WriteFailed: The system refuses.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, values in arrays.items():
+        begin = end
+        end = begin + values.nbytes
+        header[name] = {
+            "dtype": _NAMES[values.dtype.newbyteorder("<")],
+            "shape": list(values.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = len(text) + -(8 + len(text)) % _LINE
+    with publish_file(path) as file:
+        file.write(length.to_bytes(8, "little") + text.ljust(length))
+        for values in arrays.values():
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def read_arrays(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Maps what `write_arrays` wrote.
+
+    Args:
+        path: The file.
+        kind: The expected "format" of the metadata.
+
+    Returns:
+        Arrays that cannot be written, and the metadata.
+
+    Raises:
+        ConfigError: There is no such file, or it is damaged or of another kind.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MOST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        metadata = {str(name): str(text) for name, text in header.pop("__metadata__").items()}
+        if metadata["format"] != kind:
+            raise ValueError(f"format {metadata['format']!r}")
+        arrays = {
+            name: _mapped(path, 8 + length, entry["dtype"], entry["shape"], entry["data_offsets"])
+            for name, entry in header.items()
+        }
+        end = max([0, *(entry["data_offsets"][1] for entry in header.values())])
+        if size != 8 + length + end:
+            raise ValueError(f"{size} bytes in place of {8 + length + end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        refuse_pointer(path, ConfigError)
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: expected a file of {kind}, found {found}") from None
+    return arrays, metadata
+
+
+def _mapped(path: Path, base: int, kind: str, shape: list[int], ends: list[int]) -> np.ndarray:
+    dtype = _DTYPES[kind]
+    count = int(np.prod(shape, dtype=np.int64))
+    if min(shape, default=0) < 0 or ends[1] - ends[0] != count * dtype.itemsize or ends[0] < 0:
+        raise ValueError(f"shape {shape} in bytes {ends}")
+    if not count:
+        return np.empty(shape, dtype)
+    mapped = np.memmap(path, dtype, "r", base + ends[0], (count,))
+    return np.asarray(mapped).reshape(shape)  # a plain array, which pickles and prints as one
