@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from engraphy import _native
+from engraphy.addresses import HotIndex, Ngrams
 from engraphy.addresses.addresser import Addresser
 from engraphy.addresses.vocab import VocabMap
 from engraphy.errors import ConfigError, DigestMismatch, InputError
@@ -146,7 +147,46 @@ def addressers(draw) -> Addresser:
     vocab = VocabMap(table)
     filler = draw(st.sampled_from(np.flatnonzero(table >= 0).tolist()))
     make = draw(st.sampled_from([HashSpec.demo, HashSpec.deepseek_v41, HashSpec.qwen4]))
-    return Addresser(make(layers, orders, heads, rows, len(vocab), filler), vocab)
+    made = Addresser(make(layers, orders, heads, rows, len(vocab), filler), vocab)
+    return Addresser(made.spec, vocab, draw(indexes(made)))
+
+
+@st.composite
+def indexes(draw, made: Addresser) -> HotIndex | None:
+    """None, or an index of n-grams of a random text, with fillers, some of all orders."""
+    if draw(st.booleans()):
+        return None
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    ids = rng.integers(0, made.vocab.raw_size, size=(4, 40))
+    windows = made.windows(ids, live=rng.random(ids.shape) > 0.05)[0].reshape(-1, made.spec.order)
+    share = draw(st.sampled_from([0.1, 0.9]))
+    orders = draw(st.sets(st.sampled_from(made.spec.orders), min_size=1))
+    found = {}
+    for order in orders:
+        distinct = rng.permutation(np.unique(windows[:, -order:], axis=0))
+        found[order] = distinct[: max(1, int(share * len(distinct)))]
+    return HotIndex.build(Ngrams(found, made.vocab.digest))
+
+
+def with_hot(made: Addresser, layer: int, windows: list[list[int]], rows: list[list[int]]):
+    """The C row ids of each window: those of a dictionary of hot n-grams in place of the hashed."""
+    if made.hot is None:
+        return rows
+    heads = made.spec.heads
+    slot_of = {
+        tuple(gram): slot
+        for order in made.hot.orders
+        for gram, slot in zip(
+            made.hot.ngrams(order).tolist(), made.hot.slots(order).tolist(), strict=True
+        )
+    }
+    for window, row in zip(windows, rows, strict=True):
+        for number, order in enumerate(made.spec.orders):
+            slot = slot_of.get(tuple(window[:order][::-1]))
+            if slot is not None:
+                first = made.spec.row_count(layer) + slot * heads
+                row[number * heads : (number + 1) * heads] = range(first, first + heads)
+    return rows
 
 
 @st.composite
@@ -185,7 +225,13 @@ def test_rows_equal_a_walk_from_position_to_position(case):
             strict=True,
         )
     ]
-    expected = [[hashed(spec, layer, sequence) for sequence in windows] for layer in spec.layer_ids]
+    expected = [
+        [
+            with_hot(case.addresser, layer, sequence, hashed(spec, layer, sequence))
+            for sequence in windows
+        ]
+        for layer in spec.layer_ids
+    ]
     shape = (len(spec.layer_ids), *case.ids.shape, spec.columns)
     assert np.array_equal(case.rows(), np.array(expected, dtype=np.int64).reshape(shape))
 
@@ -274,7 +320,8 @@ def test_each_sequence_of_a_batch_is_addressed_alone(case):
 def test_dead_positions_have_the_rows_of_the_all_filler_ngram(case):
     spec, rows = case.addresser.spec, case.rows()
     for index, layer in enumerate(spec.layer_ids):
-        expected = hashed(spec, layer, [[case.addresser.filler] * spec.order])
+        window = [[case.addresser.filler] * spec.order]
+        expected = with_hot(case.addresser, layer, window, hashed(spec, layer, window))
         assert (rows[index][case.dead()] == expected[0]).all()
 
 
@@ -287,14 +334,16 @@ def test_dead_positions_may_hold_any_id(case, anything):
 
 @given(cases())
 @settings(max_examples=20, deadline=None)
-def test_every_row_lies_within_its_head_and_the_table(case):
-    rows = case.rows()
-    for index, layer in enumerate(case.addresser.spec.layer_ids):
-        first = np.array(case.addresser.spec.offsets(layer))
-        assert (rows[index] >= first).all() and (
-            rows[index] < first + case.addresser.spec.primes(layer)
-        ).all()
-        assert (rows[index] < case.addresser.spec.row_count(layer)).all()
+def test_every_row_lies_within_its_head_or_is_of_a_hot_slot(case):
+    made, rows = case.addresser, case.rows()
+    slots = 0 if made.hot is None else made.hot.spec.slots
+    for index, layer in enumerate(made.spec.layer_ids):
+        first = np.array(made.spec.offsets(layer))
+        last, count = first + made.spec.primes(layer), made.spec.row_count(layer)
+        inside = (rows[index] >= first) & (rows[index] < last)
+        own = (rows[index] - count) % made.spec.heads == np.arange(len(first)) % made.spec.heads
+        own &= (rows[index] >= count) & (rows[index] < count + slots * made.spec.heads)
+        assert (inside | own).all()
 
 
 @given(cases())
@@ -689,8 +738,12 @@ def test_threads_may_share_an_addresser():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
 @pytest.mark.parametrize("used", [False, True])
-def test_copies_give_the_same_rows(copied, used):
+@pytest.mark.parametrize("hot", [False, True])
+def test_copies_give_the_same_rows(copied, used, hot):
     made = addresser()
+    if hot:
+        index = HotIndex.build(Ngrams({2: np.array([[1, 2], [2, 2]])}, made.vocab.digest))
+        made = Addresser(made.spec, made.vocab, index)
     if used:
         made.rows([[1]], layer=1)
     again = copied(made)
@@ -814,9 +867,33 @@ def test_a_filler_without_a_token_is_refused(filler):
         )
 
 
-def test_the_hot_tier_is_not_silently_ignored():
-    with pytest.raises(ConfigError, match="hot"):
-        Addresser(addresser().spec, VocabMap.identity(50), hot={})  # type: ignore[arg-type]
+@pytest.mark.parametrize("hot", [{}, 7, "hot.index"])
+def test_a_hot_tier_that_is_no_index_is_refused(hot):
+    with pytest.raises(ConfigError, match="hot: expected a HotIndex"):
+        Addresser(addresser().spec, VocabMap.identity(50), hot=hot)
+
+
+def test_an_index_of_another_map_or_of_other_orders_is_refused():
+    made = addresser()
+    hot = HotIndex.build(Ngrams({2: np.array([[1, 2]])}, VocabMap.identity(51).digest))
+    with pytest.raises(DigestMismatch, match="hot: expected an index of vocabulary map"):
+        Addresser(made.spec, made.vocab, hot)
+    hot = HotIndex.build(Ngrams({4: np.array([[1, 2, 3, 4]])}, made.vocab.digest))
+    with pytest.raises(ConfigError, match=r"hot: .*orders \[2, 3\].*found \[4\]"):
+        Addresser(made.spec, made.vocab, hot)
+
+
+@given(cases())
+@settings(max_examples=20, deadline=None)
+def test_rows_of_ngrams_are_those_of_their_tokens(case):
+    made = case.addresser
+    windows, _ = made.windows(case.ids, case.history, case.live, case.starts)
+    rows = case.rows()
+    for index, layer in enumerate(made.spec.layer_ids):
+        for number, order in enumerate(made.spec.orders):
+            heads = slice(number * made.spec.heads, (number + 1) * made.spec.heads)
+            own = made.ngram_rows(windows[..., -order:].reshape(-1, order), layer)
+            assert np.array_equal(own, rows[index][..., heads].reshape(own.shape))
 
 
 def test_an_addresser_shows_its_sizes_and_its_identities():

@@ -6,6 +6,9 @@ numbers.
     mix_n(t) = XOR over i < n of x[t-i] * m[i]          (int64, no product overflows)
     row      = mix_n mod prime[n, k] + offset[n, k]     (paper, section 2.2)
 
+A hot n-gram of order n has rows of its own in place of these, row_count + slot * K + k for the K
+heads of its order (hot.py).
+
 x is the compressed id. At the first position that look-back may not reach, and at all positions
 before it, x is the filler. Look-back never reaches before the sequence, past a document start, past
 a dead position, or (in Qwen4-Exp) past EOS.
@@ -25,6 +28,7 @@ import numpy as np
 from .. import _native
 from ..errors import ConfigError, DigestMismatch, InputError
 from ..spec.hash import HashSpec
+from .hot import HotIndex
 from .vocab import VocabMap
 
 if TYPE_CHECKING:
@@ -40,20 +44,19 @@ class Addresser:
         spec: How ids are hashed.
         vocab: Raw ids -> compressed ids.
         filler: The compressed id of positions that look-back may not reach.
+        hot: The index of n-grams that have rows of their own, None if there are none.
         stop_id: The raw id that ends look-back, -1 if there is none.
 
     Raises:
-        DigestMismatch: The spec's vocab_size, on which the multipliers depend, is not len(vocab).
-        ConfigError: The filler has no token, or `hot`, which is reserved for the collision-free
-            tier, is not None.
+        DigestMismatch: The spec's vocab_size, on which the multipliers depend, is not len(vocab);
+            or the index was made with another map.
+        ConfigError: The filler has no token, or `hot` is no index or has an order that is not
+            hashed.
     """
 
-    def __init__(self, spec: HashSpec, vocab: VocabMap, hot: None = None):
+    def __init__(self, spec: HashSpec, vocab: VocabMap, hot: HotIndex | None = None):
         if hot is not None:
-            raise ConfigError(
-                "hot: expected None, since this version has no hot tier, "
-                f"found {type(hot).__name__}"
-            )
+            _check_hot(spec, vocab, hot)
         if spec.vocab_size != len(vocab):
             raise DigestMismatch(
                 f"vocab_size: expected {spec.vocab_size} compressed ids, as in the hash spec, "
@@ -67,6 +70,7 @@ class Addresser:
             )
         self.spec = spec
         self.vocab = vocab
+        self.hot = hot
         self.filler = filler
         self.stop_id = spec.filler_id if spec.rules.stops_at_filler else -1
         self._multipliers_LN = np.array(
@@ -79,15 +83,16 @@ class Addresser:
         self._plan: HashPlan | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Addresser, (self.spec, self.vocab)
+        return Addresser, (self.spec, self.vocab, self.hot)
 
     def __repr__(self) -> str:
         spec = self.spec
         layers = " ".join(str(layer) for layer in spec.layer_ids)
         rows = sum(spec.row_count(layer) for layer in spec.layer_ids)
+        hot = "" if self.hot is None else f", {self.hot!r}"
         return (
             f"Addresser({spec.dialect}, layers {layers}, {spec.columns} columns, {rows:.2g} rows, "
-            f"spec {spec.digest()[:8]}…, {self.vocab!r})"
+            f"spec {spec.digest()[:8]}…, {self.vocab!r}{hot})"
         )
 
     def rows(
@@ -157,6 +162,28 @@ class Addresser:
         terms, alive = self._plain_terms(self._check(ids_BT, history, live, starts))
         return np.stack(terms[::-1], axis=-1), alive
 
+    def ngram_rows(self, ids_Nn: np.ndarray, layer: int) -> np.ndarray:
+        """The rows of n-grams, wherever they stand.
+
+        Args:
+            ids_Nn: Compressed ids, integers [N, n], the oldest first. n is one of spec.orders.
+            layer: One of spec.layer_ids.
+
+        Returns:
+            int64 [N, K], flat row ids of the layer: those of the order's columns.
+
+        Raises:
+            ConfigError: The layer has no memory, or the order is not hashed.
+        """
+        index = self.spec.layer_index(layer)
+        order = ids_Nn.shape[1]
+        if order not in self.spec.orders:
+            raise ConfigError(
+                f"n-grams: expected an order of {list(self.spec.orders)}, found {order}"
+            )
+        terms = [ids_Nn[:, order - 1 - i].astype(np.int64) for i in range(order)]
+        return self._order_rows(terms, index, self.spec.orders.index(order), self._slots(terms))
+
     def chunk(
         self, ids_BT: Any, history: Any = None, live: Any = None, starts: Any = None
     ) -> Chunk:
@@ -188,7 +215,7 @@ class Addresser:
             out = np.empty(shape, dtype=np.int64)
         else:
             _check_out(out, shape)
-        if _native.core is None:
+        if _native.core is None or self.hot is not None:
             self._plain(chunk, layers, out)
         else:
             self._native(chunk, layers, out)
@@ -274,16 +301,38 @@ class Addresser:
         """The specification: this code alone defines an address."""
         spec = self.spec
         terms, _ = self._plain_terms(chunk)
-        for slot, layer in enumerate(range(layers.start, layers.stop)):
-            mix = np.zeros(chunk.ids_BT.shape, dtype=np.int64)
-            done = 0
-            for order_index, order in enumerate(spec.orders):
-                for i in range(done, order):
-                    mix = mix ^ terms[i] * self._multipliers_LN[layer, i]
-                done = order
-                heads = slice(order_index * spec.heads, (order_index + 1) * spec.heads)
-                rows = mix[:, :, None] % self._primes_LC[layer, heads]
-                out_LBTC[slot, :, :, heads] = rows + self._offsets_LC[layer, heads]
+        slots = [self._slots(terms[:order]) for order in spec.orders]
+        for place, index in enumerate(range(layers.start, layers.stop)):
+            for number, order in enumerate(spec.orders):
+                heads = slice(number * spec.heads, (number + 1) * spec.heads)
+                rows = self._order_rows(terms[:order], index, number, slots[number])
+                out_LBTC[place, :, :, heads] = rows
+
+    def _slots(self, terms: list[np.ndarray]) -> np.ndarray | None:
+        """Hot slots of the n-grams x[t], x[t-1], ...; -1 = not hot; None if no n-gram is hot."""
+        return None if self.hot is None else self.hot.slots_of(np.stack(terms[::-1], axis=-1))
+
+    def _order_rows(
+        self, terms: list[np.ndarray], layer: int, number: int, slots: np.ndarray | None
+    ) -> np.ndarray:
+        """Row ids [..., K] of n-grams x[t], x[t-1], ...
+
+        Args:
+            terms: The n ids.
+            layer, number: Places of the layer and of the order in the spec.
+            slots: What `_slots` gives for them.
+        """
+        spec = self.spec
+        mix = np.zeros(terms[0].shape, dtype=np.int64)
+        for i, term in enumerate(terms):
+            mix = mix ^ term * self._multipliers_LN[layer, i]
+        heads = slice(number * spec.heads, (number + 1) * spec.heads)
+        rows = mix[..., None] % self._primes_LC[layer, heads] + self._offsets_LC[layer, heads]
+        if slots is None:
+            return rows
+        first = spec.row_count(spec.layer_ids[layer])
+        own = first + slots[..., None] * spec.heads + np.arange(spec.heads)
+        return np.where(slots[..., None] >= 0, own, rows)
 
     def _plain_terms(self, chunk: Chunk) -> tuple[list[np.ndarray], np.ndarray]:
         """What is hashed, and where there is a live token.
@@ -346,6 +395,21 @@ class Chunk:
     live: np.ndarray | None
     starts: np.ndarray | None
     alive: np.ndarray | None = None
+
+
+def _check_hot(spec: HashSpec, vocab: VocabMap, hot: HotIndex) -> None:
+    if not isinstance(hot, HotIndex):
+        raise ConfigError(f"hot: expected a HotIndex, found {type(hot).__name__}")
+    if hot.vocab_digest != vocab.digest:
+        raise DigestMismatch(
+            f"hot: expected an index of vocabulary map {vocab.digest}, found {hot.vocab_digest}"
+        )
+    unknown = sorted(set(hot.orders) - set(spec.orders))
+    if unknown:
+        raise ConfigError(
+            f"hot: expected n-grams of orders {list(spec.orders)}, which are hashed, "
+            f"found {unknown}"
+        )
 
 
 def _array(name: str, values: Any) -> np.ndarray:

@@ -168,8 +168,9 @@ class _Packing:
         """bool [N]."""
         bits, value = chosen
         if not bits:
-            return np.ones(keys_WN.shape[1], dtype=bool)
-        return self.hashes(keys_WN) >> np.uint64(64 - bits) == np.uint64(value)
+            return np.ones(len(keys_WN[0]), dtype=bool)
+        leading_N = self.hashes(keys_WN) >> np.uint64(64 - bits)
+        return np.equal(leading_N, np.uint64(value))
 
 
 def _summed(keys_WN: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +185,8 @@ def _summed(keys_WN: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.n
     first_K = np.flatnonzero(is_new)
     before_N: np.ndarray = np.zeros(len(order_N) + 1, dtype=np.int64)
     np.cumsum(counts_N[order_N], out=before_N[1:])
-    counts_K = np.diff(before_N[np.append(first_K, len(order_N))])
+    sums_K = before_N[np.append(first_K, len(order_N))]
+    counts_K = sums_K[1:] - sums_K[:-1]
     return keys_WN[:, first_K], counts_K
 
 
@@ -213,7 +215,8 @@ class _Tally:
     def sum(self) -> bool:
         """Sums what waits. Returns whether there are more distinct keys than is good."""
         waiting = np.concatenate([np.zeros_like(self.keys_WK[:, :0]), *self._waiting], axis=1)
-        keys_WK, counts_K = _summed(waiting, np.ones(waiting.shape[1], dtype=np.int64))
+        once_N = np.ones(len(waiting[0]), dtype=np.int64)
+        keys_WK, counts_K = _summed(waiting, once_N)
         self._waiting = []
         self._size = 0
         self.keys_WK, self.counts_K = _summed(

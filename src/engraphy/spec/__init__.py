@@ -5,6 +5,7 @@
 
 from .config import EngramConfig
 from .hash import HashSpec
+from .hot import HotSpec
 from .layer import LayerSpec
 
-__all__ = ["EngramConfig", "HashSpec", "LayerSpec"]
+__all__ = ["EngramConfig", "HashSpec", "HotSpec", "LayerSpec"]
