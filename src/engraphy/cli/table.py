@@ -16,12 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from ..addresses.addresser import Addresser
+from ..addresses.ngrams import Ngrams
 from ..addresses.tokenizers import load_tokenizer
 from ..errors import ConfigError
 from ..released.checkpoint import Checkpoint
 from ..released.convert import convert as convert_checkpoint
 from ..released.rows import is_release, open_rows
 from ..released.sample import RELEASES, write_sample
+from ..store.extending import write_extended
+from ..store.group import StoreGroup
 from ..store.pool_file import is_pool_file, read_header, verify_pool
 from ..store.publish import publish_pool
 from ..table import inspection
@@ -103,6 +107,49 @@ def quantize(
             }
         )
         _differences(made.difference)
+
+
+@app.command()
+def hot(
+    table: Path = TABLE,
+    counts: Path = typer.Argument(help="N-grams that `engraphy data ngrams` counted."),
+    out: Path = typer.Argument(help="Folder of the new table."),
+    top: int | None = typer.Option(None, help="Only so many n-grams of each order."),
+    tokenizer: Path | None = typer.Option(None, help="The tokenizer.json of the model."),
+    vocab: Path | None = typer.Option(
+        None, help="A saved vocabulary map, instead of the tokenizer's."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Give frequent n-grams rows of their own, in a new table that reads as the old one does."""
+    with errors("what is left of the new table is not sealed: remove it"):
+        source = Table.open(table)
+        model_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
+        vocab_map = usage_module.find_vocab(source, vocab, model_tokenizer)
+        ngrams = Ngrams.load(counts)
+        addresser = Addresser(source.config.hash, vocab_map, source.hot)
+        with StoreGroup.of_table(source, source.layers) as stores, progress() as report:
+            write_extended(
+                stores,
+                source.config,
+                addresser,
+                ngrams if top is None else ngrams.top(top),
+                out,
+                progress=report,
+            )
+        made = Table.open(out)
+        hot_spec = made.config.hot
+        slots = 0 if hot_spec is None else hot_spec.slots
+        facts = {
+            "table": str(out),
+            "table_id": made.table_id,
+            "parent": str(made.parent),
+            "hot": f"{slots:,} n-grams, {made.config.hot_rows:,} rows in each layer",
+        }
+        if as_json:
+            typer.echo(json.dumps(facts, indent=2))
+            return
+        _facts({name: escape(text) for name, text in facts.items()})
 
 
 @app.command()

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..addresses.hot import HotIndex
 from ..addresses.vocab import VocabMap
 from ..errors import ConfigError, DigestMismatch
+from ..memory.hot import naming
 from ..memory.memory import EngramMemory
 from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
@@ -36,6 +38,7 @@ def attach(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     margin: int = 64,
+    hot: HotIndex | None = None,
 ) -> EngramMemory:
     """Give a transformers model a memory. The memory is registered as `model.engraphy`.
 
@@ -55,6 +58,7 @@ def attach(
         seed: Seed of the new rows.
         dtype: Dtype of the dense layers. Default: the model's.
         margin: How many tokens a cache can take back (`cache.crop`, assisted decoding).
+        hot: The index of n-grams that get rows of their own. An existing table has its own.
 
     Returns:
         The attached memory.
@@ -72,6 +76,8 @@ def attach(
     check_fits(backbone, config if isinstance(config, EngramConfig) else config.config)
     check_joins(model, backbone)
     if isinstance(config, EngramMemory):
+        if hot is not None:
+            raise ConfigError("hot: expected none beside a memory, which has its own, found one")
         if attachment_of(config) is not None:
             raise ConfigError(
                 "memory: expected one that is not attached, found it attached to a model; detach "
@@ -80,7 +86,7 @@ def attach(
         check_made_for(backbone, config)
         memory = config.train(model.training)
     else:
-        memory = _make(model, config, vocab, store, row_format, std, seed, dtype)
+        memory = _make(model, config, vocab, store, row_format, std, seed, dtype, hot)
     Attachment(memory, backbone, margin).install(unwrapped(model))
     return memory
 
@@ -155,15 +161,17 @@ def _make(
     std: float,
     seed: int,
     dtype: torch.dtype | None,
+    hot: HotIndex | None,
 ) -> EngramMemory:
     """A new memory for `model`, not yet attached."""
     if vocab is None:
         vocab = _identity(model, config.hash.vocab_size)
     if dtype is None:
         dtype = find_dtype(model)
+    config = naming(config, hot)
     fresh = isinstance(store, str) and store.startswith("ram:")
     check_cost(config, row_format or "f32", dtype, in_ram=fresh)
-    memory = EngramMemory(config, vocab, store, row_format)
+    memory = EngramMemory(config, vocab, store, row_format, hot=hot)
     memory.to(dtype)
     for layer in memory.layers:
         memory.blocks[str(layer)].zero_value()  # pyright: ignore[reportCallIssue]

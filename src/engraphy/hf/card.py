@@ -150,7 +150,7 @@ def _facts(memory: EngramMemory, table_id: str) -> dict[str, str]:
     config, spec, row_format = memory.config, memory.config.hash, memory.format
     table_bytes = config.table_bytes(row_format.row_bytes)
     dense = sum(parameter.numel() for parameter in memory.parameters())
-    rows = [f"{spec.row_count(layer):,} in layer {layer}" for layer in memory.layers]
+    rows = [f"{memory.config.row_count(layer):,} in layer {layer}" for layer in memory.layers]
     return {
         "table": f"{config.table_parameters():,} parameters, {table_bytes:,} bytes",
         "dense layers": f"{dense:,} parameters",

@@ -34,6 +34,8 @@ class Trace:
 
     Attributes:
         row_ids: layer -> int64 [B, T, C].
+        routes: order -> bool [B, T], True where the n-gram that ends there is hot: its rows are its
+            own. The same in all layers.
         gates: layer -> f32 [B, T, S], 0 at dead positions.
         states: True: record the tensors below too, which are as large as the hidden states.
         inputs: layer -> f32 [B, T, S, D], the hidden states that the memory of the layer was given.
@@ -42,6 +44,7 @@ class Trace:
     """
 
     row_ids: dict[int, np.ndarray] = field(default_factory=dict)
+    routes: dict[int, np.ndarray] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     states: bool = False
     inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -223,6 +226,7 @@ def lookup_chunk(
     if trace is not None:
         ids_LBTC = _row_ids(memory.addresser, chunk, order)
         trace.row_ids.update(zip(memory.layers, ids_LBTC, strict=True))
+        trace.routes.update(_routes(memory, ids_LBTC[0]))
     rows = {
         layer: partial(_wait_for_rows, memory, layer, row_ids, ticket, learn[layer])
         for layer, ticket in tickets.items()
@@ -335,6 +339,13 @@ def _row_ids(addresser: Addresser, chunk: Chunk, order: np.ndarray | None) -> np
     rows_LBTC = addresser.all_rows(ids_BT, chunk.history, live, starts)
     back = np.argsort(order, axis=1)[None, :, :, None]
     return np.take_along_axis(rows_LBTC, back, axis=2)
+
+
+def _routes(memory: EngramMemory, ids_BTC: np.ndarray) -> dict[int, np.ndarray]:
+    """`Trace.routes`, from the row ids of the first layer."""
+    spec = memory.config.hash
+    hot_BTO = ids_BTC[..., :: spec.heads] >= spec.row_count(memory.layers[0])
+    return {order: hot_BTO[..., number] for number, order in enumerate(spec.orders)}
 
 
 def _gap_order(present_BT: np.ndarray, first: bool) -> np.ndarray | None:

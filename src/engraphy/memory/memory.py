@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, overload
 from torch import Tensor, is_grad_enabled, nn
 
 from ..addresses.addresser import Addresser
+from ..addresses.hot import HotIndex
+from ..addresses.ngrams import Ngrams
 from ..addresses.vocab import VocabMap
 from ..errors import ConfigError, InputError, StoreError
 from ..fusion.layer import EngramLayer
@@ -28,6 +30,7 @@ from . import identity, saved, switch, tables
 from .batch_reader import BatchReader
 from .fusing import fuse_chunk, fuse_next, fuse_token
 from .grads import RowGrad, Waiting
+from .hot import index_of, naming
 from .lookup import Lookup, TokenLookup, Trace, check_chunk, lookup_chunk, lookup_nothing
 from .prefetch import Prefetcher
 from .state import SequenceState
@@ -72,6 +75,8 @@ class EngramMemory(nn.Module):
         vocab: VocabMap,
         store: str | os.PathLike[str] | Table | Mapping[int, RowStore] = "ram:",
         row_format: RowFormat | str | None = None,
+        *,
+        hot: HotIndex | None = None,
     ):
         """Opens the stores and makes fresh fusion layers.
 
@@ -83,17 +88,27 @@ class EngramMemory(nn.Module):
                 open Table (mode "w" to train it in place); or {layer: RowStore}. A Table or stores
                 that are passed in stay open when the memory is closed.
             row_format: needed if the stores do not know it.
+            hot: the index of n-grams that get rows of their own; the config then names it. None =
+                the index that the config names already, from the table's folder, if any.
 
         Raises:
-            ConfigError: sizes, layers or formats differ.
-            DigestMismatch: the table was made for other addresses.
+            ConfigError: sizes, layers or formats differ, or the index is not known.
+            DigestMismatch: the table was made for other addresses, or the config names another
+                index.
+            TableError: the table's index is missing or damaged.
         """
         super().__init__()
+        config = naming(config, hot)
         self.config = config
         self.vocab = vocab
-        self.addresser = Addresser(config.hash, vocab)
         self.address_digest = config.address_digest(vocab.digest)
         self.stores = StoreGroup.open(config, store, row_format, address_digest=self.address_digest)
+        try:
+            index = index_of(config, vocab, self.stores.info) if hot is None else hot
+            self.addresser = Addresser(config.hash, vocab, index)
+        except BaseException:
+            self.stores.close()
+            raise
         self.format = self.stores.format
         self._closed = False
         self.prefetcher = Prefetcher(self.stores)
@@ -134,6 +149,11 @@ class EngramMemory(nn.Module):
         self._identify_model = identify
 
     @property
+    def hot(self) -> HotIndex | None:
+        """The index of n-grams that have rows of their own; None = all are hashed."""
+        return self.addresser.hot
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The model's layers (0-based) that have a memory."""
         return self.config.hash.layer_ids
@@ -162,7 +182,7 @@ class EngramMemory(nn.Module):
         """
         if raw_size > self.vocab.raw_size:
             self.vocab = self.vocab.widened(raw_size)
-            self.addresser = Addresser(self.config.hash, self.vocab)
+            self.addresser = Addresser(self.config.hash, self.vocab, self.hot)
             self._tokens = TokenReader(self.addresser, self.stores, self.prefetcher)
             self.batches = BatchReader(self.addresser, self.stores)
 
@@ -382,6 +402,29 @@ class EngramMemory(nn.Module):
         """
         self._check_open()
         return tables.write_table(self, path, parent)
+
+    def extended(self, ngrams: Ngrams, path: str | os.PathLike[str]) -> EngramMemory:
+        """A memory in which these n-grams have rows of their own, over a new table.
+
+        It computes what this one computes: the new rows are copies of those that their n-grams read
+        here, and the dense weights are the same. Nothing of this memory changes.
+
+        Args:
+            ngrams: those that get rows; n-grams that have some are passed over.
+            path: the folder of the new table, whose parent is this memory's table.
+
+        Returns:
+            The memory, not attached to a model. Its rows are served from the sealed table.
+
+        Raises:
+            TableError: `path` is taken.
+            ConfigError: the memory's index keeps fingerprints, an order is not hashed, or there is
+                no n-gram.
+            DigestMismatch: the n-grams have ids of another vocabulary map.
+            WriteFailed: the system refuses.
+        """
+        self._check_open()
+        return tables.extended(self, ngrams, path)
 
     def read_table(self, path: str | os.PathLike[str], table_id: str | None = None) -> None:
         """Copies the rows of a table into the stores, which must be writable.

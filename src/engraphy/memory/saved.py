@@ -55,7 +55,10 @@ def check_choice(memory: EngramMemory, table: str) -> None:
 def bytes_of(memory: EngramMemory, table: str) -> int:
     """Bytes that `write` takes, without headers and descriptions."""
     dense = sum(tensor.nbytes for tensor in memory.blocks.state_dict().values())
-    return dense + memory.stores.bytes if table == "copy" else dense
+    if table != "copy":
+        return dense
+    index = 0 if memory.hot is None else memory.hot.bytes
+    return dense + memory.stores.bytes + index
 
 
 def write(memory: EngramMemory, path: Path, table: str) -> str:
@@ -108,7 +111,7 @@ def load(
         _check_table(memory, path, body["table_id"])
         if store == "ram:":
             with memory as served:
-                memory = kind(config, vocab, "ram:", served.format)
+                memory = kind(config, vocab, "ram:", served.format, hot=served.hot)
                 memory.read_table(path / str(body["table"]))
         add_row_names(memory, body["rows"])
         _check_shapes(memory, path, tensors)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..addresses.ngrams import Ngrams
 from ..errors import ConfigError, DigestMismatch
 from ..rows.init import normal_rows
+from ..store.extending import write_extended
 from ..store.group import StoreGroup
 from ..store.names import follow
 from ..table.table import Table
@@ -35,7 +38,9 @@ def init_rows(memory: EngramMemory, std: float, seed: int, chunk: int) -> None:
 
 def write_table(memory: EngramMemory, path: str | os.PathLike[str], parent: str | None) -> str:
     """`EngramMemory.write_table`."""
-    table = Table.create(path, memory.config, memory.format, memory.vocab, parent=parent)
+    table = Table.create(
+        path, memory.config, memory.format, memory.vocab, parent=parent, hot=memory.hot
+    )
     try:
         memory.stores.copy_to(table)
         table_id = table.seal()
@@ -43,6 +48,23 @@ def write_table(memory: EngramMemory, path: str | os.PathLike[str], parent: str 
         table.close()
     memory.stores.add_name(table_id)
     return table_id
+
+
+def extended(memory: EngramMemory, ngrams: Ngrams, path: str | os.PathLike[str]) -> EngramMemory:
+    """`EngramMemory.extended`."""
+    write_extended(memory.stores, memory.config, memory.addresser, ngrams, path)
+    table = Table.open(path)
+    config = table.config
+    table.close()
+    larger = type(memory)(config, memory.vocab, Path(path))
+    try:
+        larger.to(next(memory.blocks.parameters()))
+        larger.blocks.load_state_dict(memory.blocks.state_dict())
+    except BaseException:
+        larger.close()
+        raise
+    larger.made_for = memory.made_for
+    return larger.train(memory.training)
 
 
 def read_table(memory: EngramMemory, path: str | os.PathLike[str], table_id: str | None) -> None:

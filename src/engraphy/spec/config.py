@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..system.checks import as_int, as_ints, fields_of, known_fields
 from .hash import HashSpec, sha256_of
+from .hot import HotSpec
 from .layer import LayerSpec
 from .model_config import config_fields, first, need
 
@@ -21,6 +22,7 @@ class EngramConfig:
         hash: How token ids become row ids.
         layer: The layer that fuses rows.
         dim: d, values of a row.
+        hot: The index of n-grams that have rows of their own; None = all are hashed.
 
     Raises:
         ConfigError: The three do not fit: layer.width must be hash.columns * dim, and layer.order
@@ -30,6 +32,7 @@ class EngramConfig:
     hash: HashSpec
     layer: LayerSpec
     dim: int
+    hot: HotSpec | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dim", as_int("dim", self.dim, 1))
@@ -129,9 +132,16 @@ class EngramConfig:
         layer = spec.rules.layer(width=spec.columns * dim, order=spec.order, **sizes)
         return cls(spec, layer, dim)
 
-    def row_count(self) -> int:
-        """Rows of all layers together."""
-        return sum(self.hash.row_count(layer) for layer in self.hash.layer_ids)
+    @property
+    def hot_rows(self) -> int:
+        """Rows of hot n-grams in each layer: the last ones."""
+        return 0 if self.hot is None else self.hot.slots * self.hash.heads
+
+    def row_count(self, layer: int | None = None) -> int:
+        """Rows of a layer, of hot n-grams too; None = of all layers together."""
+        if layer is not None:
+            return self.hash.row_count(layer) + self.hot_rows
+        return sum(self.row_count(layer) for layer in self.hash.layer_ids)
 
     def table_parameters(self) -> int:
         """Values in the table: rows of all layers times d."""
@@ -153,22 +163,32 @@ class EngramConfig:
         return len(self.hash.layer_ids) * (projections + norms + conv)
 
     def address_digest(self, vocab_digest: str) -> str:
-        """Identity of the addresses: hash spec, vocabulary map and row width.
+        """Identity of the addresses: hash spec, vocabulary map, row width, and the hot index.
 
         Rows of two memories mean the same if, and only if, their digests are equal.
         """
-        return sha256_of({"hash": self.hash.to_json(), "vocab": vocab_digest, "dim": self.dim})
+        parts = {"hash": self.hash.to_json(), "vocab": vocab_digest, "dim": self.dim}
+        # Without an index, the digest is what it was before there were any.
+        hot = {} if self.hot is None else {"hot": self.hot.digest}
+        return sha256_of(parts | hot)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"hash": self.hash.to_json(), "layer": fields_of(self.layer), "dim": self.dim}
+        """Plain JSON values. Without a hot index there is no field "hot"."""
+        fields = {"hash": self.hash.to_json(), "layer": fields_of(self.layer), "dim": self.dim}
+        return fields if self.hot is None else fields | {"hot": fields_of(self.hot)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngramConfig:
         """Inverse of `to_json`. Raises ConfigError if fields are unknown or missing."""
-        known = known_fields(cls, data)
+        fields = data
+        if isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            fields = {"hot": None, **data}
+        known = known_fields(cls, fields)
         layer = LayerSpec(**known_fields(LayerSpec, known["layer"]))
-        return cls(HashSpec.from_json(known["hash"]), layer, known["dim"])
+        hot = None
+        if known["hot"] is not None:
+            hot = HotSpec(**known_fields(HotSpec, known["hot"]))
+        return cls(HashSpec.from_json(known["hash"]), layer, known["dim"], hot)
 
 
 def _filler_of(fields: Mapping[str, Any]) -> int:

@@ -163,7 +163,7 @@ class StoreGroup(Mapping[int, RowStore]):
         """
 
         def make(layer: int) -> RowStore:
-            rows = config.hash.row_count(layer)
+            rows = config.row_count(layer)
             store = open_store(url, rows=rows, row_bytes=row_format.row_bytes)
             follow(store, f"{rows} zeros")
             return store
@@ -262,7 +262,7 @@ class StoreGroup(Mapping[int, RowStore]):
 
     def _check_sizes(self, config: EngramConfig) -> None:
         for layer, store in self.items():
-            expected = (config.hash.row_count(layer), config.dim)
+            expected = (config.row_count(layer), config.dim)
             found = (store.info.rows, self.format.d)
             if found != expected:
                 raise ConfigError(f"layer {layer}: expected (rows, d) = {expected}, found {found}")

@@ -15,6 +15,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from ..addresses.hot import FILE_NAME as HOT_INDEX
 from ..errors import DigestMismatch, StoreError, TableError
 from ..system.files import publish_folder
 from ..table.manifest import FILE_NAME, Manifest
@@ -126,6 +127,10 @@ def _copy(source: Table, target: Path) -> None:
             _copy_data(fd, shard.size, target / shard.name)
         finally:
             os.close(fd)
+    hot = source.hot
+    if hot is not None:
+        hot.save(target / HOT_INDEX)
+        (target / HOT_INDEX).chmod(0o444)
     now = Manifest.read(source.path)
     if now.next_id is not None or now.table_id != source.table_id:
         raise TableError(

@@ -206,7 +206,7 @@ def _check_counts(table: Table, layer: int) -> tuple[int, ...]:
     lowest = np.repeat(spec.rows_per_head, spec.heads).tolist()
     pairs = zip(primes, lowest, strict=True)
     invalid = [prime for prime, low in pairs if prime < low or not is_prime(prime)]
-    expected = math.ceil(sum(primes) / spec.pad_to) * spec.pad_to
+    expected = math.ceil(sum(primes) / spec.pad_to) * spec.pad_to + table.config.hot_rows
     found = sum(read_header(shard.path)["rows"].rows for shard in table.shards(layer))
     if invalid or len(set(primes)) != len(primes) or found != expected:
         raise TableError(

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ..addresses.hot import HotIndex
 from ..errors import ConfigError, DigestMismatch, TableError
 from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
 from ..system.files import write_file
 from ..system.lfs import refuse_pointer
+from .hot import read_index
 from .shards import Shard, shards_of
 
 FILE_NAME = "engram.json"
@@ -83,7 +85,7 @@ class Manifest:
         Raises:
             ConfigError: The layer has no memory.
         """
-        rows = self.config.hash.row_count(layer)
+        rows = self.config.row_count(layer)
         return shards_of(self.directory, layer, rows, self.shard_rows, self.fmt.row_bytes)
 
     def all_shards(self) -> list[Shard]:
@@ -91,21 +93,30 @@ class Manifest:
         return [shard for layer in self.config.hash.layer_ids for shard in self.shards(layer)]
 
     def check_shards(self) -> None:
-        """Checks presence, size and header of every shard.
+        """Checks presence, size and header of every shard, and of the hot index.
 
         Raises:
-            TableError: A shard is missing, foreign, truncated or damaged.
+            TableError: A shard or the index is missing, foreign, truncated or damaged.
         """
         for shard in self.all_shards():
             shard.check(self.table_ids)
+        self.index()
+
+    def index(self) -> HotIndex | None:
+        """The table's hot index, mapped; None if it has none.
+
+        Raises:
+            TableError: It is missing, foreign, or damaged.
+        """
+        return read_index(self.directory, self.config, self.vocab_digest)
 
     def _check_count(self, path: Path, listed: int) -> None:
         """Checks the number of shards before a list of them is made.
 
         With an invalid shard_rows, such as 1, the list might not fit in memory.
         """
-        spec = self.config.hash
-        count = sum(-(-spec.row_count(layer) // self.shard_rows) for layer in spec.layer_ids)
+        rows = [self.config.row_count(layer) for layer in self.config.hash.layer_ids]
+        count = sum(-(-layer_rows // self.shard_rows) for layer_rows in rows)
         if count != listed:
             raise TableError(
                 f"{path}: layers: expected {count} shards of {self.shard_rows} rows, found {listed}"
@@ -126,12 +137,12 @@ class Manifest:
             "row_format": self.fmt.to_json(),
             "row_bytes": self.fmt.row_bytes,
             "shard_rows": self.shard_rows,
-            "hot_rows": 0,
+            "hot_rows": self.config.hot_rows,
             "layers": [self._layer_to_json(layer) for layer in self.config.hash.layer_ids],
         }
 
     def _layer_to_json(self, layer: int) -> dict[str, Any]:
-        rows = self.config.hash.row_count(layer)
+        rows = self.config.row_count(layer)
         shards = [self._shard_to_json(shard) for shard in self.shards(layer)]
         return {"layer": layer, "rows": rows, "shards": shards}
 

@@ -135,7 +135,9 @@ def quantize(
     total = source.config.row_count()
     try:
         check_folder(out, total * fmt.row_bytes, taken=TableError)
-        table = Table.create(out, source.config, fmt, _Vocab.of(source), parent=source.table_id)
+        table = Table.create(
+            out, source.config, fmt, _Vocab.of(source), parent=source.table_id, hot=source.hot
+        )
         try:
             differences = _write_rows(source, table, progress)
             if progress:

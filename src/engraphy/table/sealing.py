@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import ShardCorrupt, TableError, TableUnsealed
 from ..system.checks import as_int
+from .hot import verify_index
 from .manifest import Manifest
 from .shards import Shard
 
@@ -70,7 +71,7 @@ def _sealed(opened: Manifest, hashes: dict[str, str]) -> Manifest:
 
 
 def verify_table(path: Path, table_id: str, sample: int | None) -> Verified:
-    """Hashes the rows of shards of a sealed table; see `Table.verify`.
+    """Hashes the rows of shards of a sealed table, and its hot index; see `Table.verify`.
 
     Args:
         path: The table's directory.
@@ -90,6 +91,7 @@ def verify_table(path: Path, table_id: str, sample: int | None) -> Verified:
         count = as_int("sample", sample, 1, len(shards))
         chosen = random.sample(shards, count)
     _verify_shards(now, chosen)
+    verify_index(now.directory, now.config, now.vocab_digest)
     size = sum(shard.rows * shard.row_bytes for shard in chosen)
     return Verified(len(chosen), len(shards), size)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..addresses.hot import HotIndex
 from ..errors import ConfigError, DigestMismatch, RowOutOfRange, TableError, TableUnsealed
 from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
@@ -72,6 +73,7 @@ class Table:
         *,
         shard_rows: int | None = None,
         parent: str | None = None,
+        hot: HotIndex | None = None,
     ) -> Table:
         """Makes a new table of zero rows, open for writing.
 
@@ -84,14 +86,16 @@ class Table:
             vocab: The vocabulary map, of config.hash.vocab_size ids.
             shard_rows: Rows of a shard; by default as many as 1 GiB holds.
             parent: The table_id of the table that this one is made from; None = from no table.
+            hot: The hot index that the config names; it is written into the directory.
 
         Raises:
             TableError: `path` exists and is not an empty directory.
-            ConfigError: config, fmt and vocab do not fit each other, or shard_rows is invalid.
+            ConfigError: config, fmt, vocab and hot do not fit each other, or shard_rows is invalid.
+            DigestMismatch: `hot` is another index than the config names.
             WriteFailed: The system refuses.
         """
         directory = Path(os.path.abspath(path))
-        check_parts(config, fmt, vocab)
+        check_parts(config, fmt, vocab, hot)
         if shard_rows is None:
             shard_rows = (MAX_SHARD_BYTES - HEADER_BYTES) // fmt.row_bytes
         manifest = Manifest(
@@ -108,7 +112,7 @@ class Table:
         lock = None
         try:
             with publish_folder(directory, last=FILE_NAME, taken=TableError) as temporary:
-                lock = build(dataclasses.replace(manifest, directory=temporary))
+                lock = build(dataclasses.replace(manifest, directory=temporary), hot)
         except BaseException:
             if lock is not None:
                 lock.drop()
@@ -131,9 +135,9 @@ class Table:
         Raises:
             TableError: There is no table, engram.json is invalid, or there is another writer.
             TableUnsealed: The table is open, and mode is "r".
-            ShardMissing: A shard is not there.
-            ShardForeign: A shard belongs to another table.
-            ShardTruncated: A shard is too short or too long.
+            ShardMissing: A shard or the hot index is not there.
+            ShardForeign: A shard belongs to another table, or the hot index is another one.
+            ShardTruncated: A shard or the hot index is too short or too long.
             ShardCorrupt: The header of a shard is damaged.
             DigestMismatch: engram.json contradicts itself.
             ConfigError: `mode` is neither "r" nor "w".
@@ -218,13 +222,22 @@ class Table:
         """The table_id that this table was made from or had before."""
         return self._manifest.parent
 
+    @property
+    def hot(self) -> HotIndex | None:
+        """The index of the n-grams that have rows of their own, mapped; None if there are none.
+
+        Raises:
+            TableError: It is missing, another one, or damaged (see `open`).
+        """
+        return self._manifest.index()
+
     def rows(self, layer: int) -> int:
-        """Number of rows of a layer.
+        """Number of rows of a layer, of hot n-grams too.
 
         Raises:
             ConfigError: The table does not have the layer.
         """
-        return self._manifest.config.hash.row_count(layer)
+        return self._manifest.config.row_count(layer)
 
     def shards(self, layer: int) -> list[Shard]:
         """The files that hold the rows of a layer.
@@ -358,7 +371,8 @@ class Table:
             sample: Number of shards to hash, drawn at random; None = all.
 
         Raises:
-            ShardCorrupt: Rows differ from those that were sealed. Names the shard and both digests.
+            ShardCorrupt: Rows differ from those that were sealed, or the hot index does. Names the
+                file and both digests.
             TableUnsealed: The table is open for writing.
             TableError: The table was sealed again since it was opened, or a file is damaged (see
                 `open`).

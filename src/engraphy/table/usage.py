@@ -33,8 +33,8 @@ class HeadUsage:
         order: The n-gram order.
         head: The head, from 0.
         ngrams: Distinct n-grams in the text.
-        rows: Rows that the head has.
-        used: Rows that the text reads.
+        rows: Rows that the head has; those of hot n-grams are not among them.
+        used: Rows that the text reads, of hot n-grams too.
         sharing: Distinct n-grams that share their row with another n-gram.
     """
 
@@ -107,7 +107,7 @@ def usage(table: Table, vocab: VocabMap, ids_T: np.ndarray, hottest: int = 5) ->
     if ids_T.ndim != 1 or not len(ids_T):
         raise InputError(f"ids: expected integers [T], found {describe(ids_T)}")
     spec = table.config.hash
-    addresser = Addresser(spec, vocab)
+    addresser = Addresser(spec, vocab, table.hot)
     names_TO = _ngram_names(spec, vocab, ids_T)
     heads: dict[int, list[HeadUsage]] = {layer: [] for layer in spec.layer_ids}
     hot: dict[int, list[HotRow]] = {layer: [] for layer in spec.layer_ids}

@@ -250,7 +250,8 @@ class RowOptimizer:
     def _new_table(self, path: Path) -> Table:
         """A table of moments, open for writing."""
         config = self._moment_config()
-        return Table.create(path, config, self.moment_format, self.memory.vocab)
+        memory = self.memory
+        return Table.create(path, config, self.moment_format, memory.vocab, hot=memory.hot)
 
     def _moment_config(self) -> EngramConfig:
         """The memory's config with rows as wide as the moments."""
