@@ -41,7 +41,7 @@ def test_each_noun_has_its_verbs():
         "model": {"finetune", "generate", "inspect", "eval", "show"},
         "study": {"demo", "adapt", *COMPARISONS},
         "machine": {"doctor", "plan", "probe", "simulate"},
-        "data": {"books", "smollm2"},
+        "data": {"books", "smollm2", "ngrams"},
     }
     for noun, expected in verbs.items():
         assert set(COMMANDS[noun].commands) == expected
