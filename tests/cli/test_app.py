@@ -37,6 +37,7 @@ def test_each_noun_has_its_verbs():
             "publish",
             "serve",
             "ask",
+            "hot",
         },
         "model": {"finetune", "generate", "inspect", "eval", "show"},
         "study": {"demo", "adapt", *COMPARISONS},
