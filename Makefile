@@ -14,6 +14,8 @@
 #             what depends on the machine, under each instruction set and one and two threads
 # make test-studies
 #             every comparison of `engraphy study` in its smallest form, in some minutes
+# make test-rack
+#             servers of rows, restarted under a million requests; Redis; needs redis-server
 # make valgrind
 #             the native kernels under memcheck; needs valgrind, and says so
 # make guard  instructions, allocations, bytes and native calls beside the committed counts; so too
@@ -47,7 +49,7 @@ UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 .PHONY: demo test coverage quick docs bench test-transformers test-eval test-levels test-studies \
-	test-browser valgrind guard check clean
+	test-rack test-browser valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -79,6 +81,9 @@ test-levels: $(VENV)/installed-dev
 
 test-studies: $(VENV)/installed-dev
 	$(PY) -m tests.tools.studies
+
+test-rack: $(VENV)/installed-dev
+	$(PY) -m tests.tools.rack
 
 valgrind: $(VENV)/installed-dev
 	@command -v valgrind >/dev/null || { echo "make valgrind: expected the program valgrind, found \

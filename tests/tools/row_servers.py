@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engraphy.store import RowStore, open_store
+from engraphy.store import RowStore, base, open_store
+from engraphy.store.remote import RemoteStore
 from engraphy.store.server import Part, RowServer
 from engraphy.store.server_token import Tokens
 from engraphy.table import Table
@@ -43,6 +44,12 @@ def served(
     try:
         yield server
     finally:
+        # A stream that a failed test left open would keep this process from ending.
+        for store in list(base._ALL):
+            if isinstance(store, RemoteStore) and store._locations:
+                for name, location in store._locations.items():
+                    if name.endswith(f":{server.port}"):
+                        location.end_streams()
         server.stop(patience=0.05)
         for store in table.values():
             store.close()

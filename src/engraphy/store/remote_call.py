@@ -26,13 +26,13 @@ _PAUSE = 0.02  # seconds before all servers are tried again; doubles up to _LONG
 _LONGEST_PAUSE = 0.5
 _AGAIN = 0.1  # seconds after a second server failed
 _OPENING = 0.1  # seconds after which a call that opens a stream is late
-# Trying again helps against these; the others say that the same will happen again.
-_PASSING = (
-    flight.FlightUnavailableError,
-    flight.FlightTimedOutError,
-    flight.FlightCancelledError,
-    flight.FlightInternalError,
-    StopIteration,
+# What a server says on purpose: it will say so again. Anything else, such as a connection that
+# broke, may pass.
+_LASTING = (
+    EngraphyError,
+    flight.FlightServerError,
+    flight.FlightUnauthenticatedError,
+    flight.FlightUnauthorizedError,
 )
 
 
@@ -63,7 +63,7 @@ class RangeCall:
         self._position_n = position_n
         self._out_NR = out_NR
         self._deadline = deadline
-        self._lock = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
         self._stream: Stream | None = None
         self._begun = 0.0
         self._is_done = False
@@ -71,7 +71,9 @@ class RangeCall:
         self._error: EngraphyError | None = None
         self._lasting: set[Location] = set()  # servers that failed in a way that lasts
         self._tried: set[Location] = set()
-        self._hedge: _Hedge | None = None
+        self._attempts: list[_Attempt] = []
+        self._rows_nR: np.ndarray | None = None  # of the attempt that was first
+        self._has_hedged = False
         self.due = 0.0
         self.requests = 0
 
@@ -98,7 +100,7 @@ class RangeCall:
 
     def abandon(self) -> None:
         """Frees what the call still holds; after `end` nothing."""
-        with self._lock:
+        with self._changed:
             self._is_done = True
             stream = self._stream
             self._stream = None
@@ -108,35 +110,33 @@ class RangeCall:
 
     def fire(self) -> None:
         """The call is late: asks another server, or gives up. Called by the watch's thread."""
-        with self._lock:
+        with self._changed:
             if self._is_done:
                 self.due = float("inf")
             elif time.monotonic() >= self._deadline:
                 self.due = float("inf")
                 self._is_late = True
-                for stream in (self._stream, self._hedge and self._hedge.stream):
-                    if stream is not None:
-                        stream.cancel()
+                if self._stream is not None:
+                    self._stream.cancel()
             else:
                 self._ask_another()
 
-    def won(self, hedge: _Hedge, rows_nR: np.ndarray) -> None:
-        """Takes the rows of a second server, unless the first one was faster."""
-        with self._lock:
+    def ended(self, attempt: _Attempt, error: Exception | None) -> None:
+        """An attempt in another thread has ended, with its rows if there is no error."""
+        with self._changed:
             if self._is_done:
                 return
-            hedge.rows_nR = rows_nR
-            if self._stream is not None:
-                self._stream.cancel()  # wakes the caller
-
-    def lost(self, hedge: _Hedge, error: Exception) -> None:
-        """The second server failed: while the first one is silent, another one is asked soon."""
-        with self._lock:
-            if self._is_done or self._stream is None or self._hedge is not hedge:
-                return
-            self._hedge = None
-            self._note(hedge.location, error)
-            self.due = min(time.monotonic() + _AGAIN, self._deadline)
+            self._attempts.remove(attempt)
+            if error is None:
+                self._rows_nR = attempt.rows_nR
+                self.requests += attempt.requests
+                if self._stream is not None:
+                    self._stream.cancel()  # wakes the caller
+            else:
+                self._note(attempt.location, error)
+                # While the others are silent, another server is asked soon.
+                self.due = min(time.monotonic() + _AGAIN, self._deadline)
+            self._changed.notify()
         WATCH.add(self)
 
     # In the caller's thread.
@@ -147,10 +147,15 @@ class RangeCall:
         stream = location.take()
         now = time.monotonic()
         self._begun = now
+        if not stream.is_open:
+            # Opening cannot be cancelled, so the caller does not wait for it alone.
+            with self._changed:
+                self.due = min(now + _OPENING, self._deadline)
+                self._attempts.append(_Attempt(self, stream, self._ids_n, self._out_NR.shape[1]))
+            WATCH.add(self)
+            return
         after = self._store.pace.late_after(len(self._ids_n))
-        if not stream.used:
-            after = max(after, _OPENING)
-        with self._lock:
+        with self._changed:
             self._stream = stream
             self.due = min(now + after, self._deadline)
         WATCH.add(self)
@@ -160,7 +165,7 @@ class RangeCall:
             self._failed(error)
 
     def _finish(self) -> bool:
-        """Whether the rows are there: those of the stream, or those of the second server."""
+        """Whether the rows are there: those of the caller's stream, or of another attempt."""
         stream = self._stream
         if stream is not None:
             try:
@@ -170,55 +175,52 @@ class RangeCall:
             else:
                 self._succeeded(stream)
                 return True
-        hedge = self._hedge
-        if hedge is None:
-            return False
-        hedge.ended.wait(max(0.0, self._deadline - time.monotonic()))
-        with self._lock:
-            self._hedge = None
-            rows_nR = hedge.rows_nR
-            self._is_done = rows_nR is not None
-        if rows_nR is None:
-            self._note(hedge.location, hedge.error)
-            return False
+        with self._changed:
+            while self._rows_nR is None and self._attempts:
+                left = self._deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+            rows_nR = self._rows_nR
+            if rows_nR is None:
+                return False
+            self._is_done = True
+            beaten = [attempt.location for attempt in self._attempts]
+        for location in beaten:
+            location.late()
+        WATCH.discard(self)
         self._put(0, rows_nR)
-        self.requests += 1
         return True
 
     def _succeeded(self, stream: Stream) -> None:
-        with self._lock:
+        with self._changed:
             self._is_done = True
             self._stream = None
         WATCH.discard(self)
-        if self._hedge is None:
+        if not self._has_hedged:
             self._store.pace.note(len(self._ids_n), time.monotonic() - self._begun)
         stream.location.give(stream)
 
     def _failed(self, error: Exception) -> None:
-        """Lets go of the stream, which raised."""
-        with self._lock:
+        """Lets go of the caller's stream, which raised."""
+        with self._changed:
             stream = self._stream
             self._stream = None
-            hedge = self._hedge
-            is_beaten = self._is_late or (hedge is not None and hedge.rows_nR is not None)
+            is_beaten = self._is_late or self._rows_nR is not None
         assert stream is not None  # only the caller's thread takes it away
         location = stream.location
         location.drop(stream, is_failure=not is_beaten)
         if is_beaten:
             location.late()
             self._tried.add(location)
-        elif stream.used:
-            # The server may have started anew since: it is asked again, on a new stream.
-            self._tried.discard(location)
-        else:
-            self._note(location, error)
-
-    def _note(self, location: Location, error: Exception | None) -> None:
-        """Remembers why a server gave no rows."""
-        if error is None:
             return
+        # Its server may have started anew since: a new stream will tell.
         self._error = wire.from_flight(error, location.address)
-        if not isinstance(error, _PASSING):
+        self._tried.discard(location)
+
+    def _note(self, location: Location, error: Exception) -> None:
+        """Remembers why a server gave no rows."""
+        self._error = wire.from_flight(error, location.address)
+        if isinstance(error, _LASTING):
             self._lasting.add(location)
             self._tried.add(location)
 
@@ -259,37 +261,36 @@ class RangeCall:
 
     def _ask_another(self) -> None:
         """Asks a second server if there is one, and the budget allows it. The lock is held."""
-        busy = set(self._lasting)
+        busy = self._lasting | {attempt.location for attempt in self._attempts}
         if self._stream is not None:
             busy.add(self._stream.location)
-        another = None if self._hedge is not None else self._least_busy(busy)
+        another = self._least_busy(busy)
         far = self._begun + self._store.pace.far_after(len(self._ids_n))
-        if another is None:
+        if another is None or not (self._attempts or self._stream):
             self.due = self._deadline
         elif time.monotonic() < far and not self._store.pace.may_hedge():
             self.due = min(far, self._deadline)
         else:
             self.due = self._deadline
+            self._has_hedged = True
             if self._stream is not None:
                 self._stream.location.hedges += 1
-            self._hedge = _Hedge(self, another, self._ids_n.copy(), self._out_NR.shape[1])
+            stream = another.take()
+            self._attempts.append(_Attempt(self, stream, self._ids_n, self._out_NR.shape[1]))
 
 
-class _Hedge:
-    """The same rows from a second server, in a thread of its own."""
+class _Attempt:
+    """The same rows on another stream, in a thread of its own, into a buffer of its own."""
 
-    def __init__(
-        self, call: RangeCall, location: Location, ids_n: np.ndarray, row_bytes: int
-    ) -> None:
-        self.location = location
+    def __init__(self, call: RangeCall, stream: Stream, ids_n: np.ndarray, row_bytes: int) -> None:
+        self.location = stream.location
         self.rows_nR: np.ndarray | None = None
-        self.error: Exception | None = None
-        self.ended = threading.Event()
-        self.stream = location.take()
+        self.requests = 0
         self._call = call
-        self._ids_n = ids_n
+        self._stream = stream
+        self._ids_n = ids_n.copy()  # the caller may be gone before this server is asked
         self._row_bytes = row_bytes
-        threading.Thread(target=self._run, name="engraphy-hedge", daemon=True).start()
+        threading.Thread(target=self._run, name="engraphy-remote", daemon=True).start()
 
     def _run(self) -> None:
         rows_nR = np.empty((len(self._ids_n), self._row_bytes), np.uint8)
@@ -298,14 +299,12 @@ class _Hedge:
             rows_nR[first : first + len(part_nR)] = part_nR
 
         try:
-            self.stream.begin(self._ids_n)
-            self.stream.finish(put)
+            self._stream.begin(self._ids_n)
+            self.requests = self._stream.finish(put)
         except Exception as error:
-            self.error = error
-            self.location.drop(self.stream, is_failure=True)
-            self._call.lost(self, error)
+            self.location.drop(self._stream, is_failure=True)
+            self._call.ended(self, error)
         else:
-            self.location.give(self.stream)
-            self._call.won(self, rows_nR)
-        finally:
-            self.ended.set()
+            self.rows_nR = rows_nR
+            self.location.give(self._stream)
+            self._call.ended(self, None)

@@ -23,6 +23,7 @@ _WINDOW = 4  # requests in flight on one stream
 _NO_IDS = np.empty(0, np.int64)
 _OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # row servers are not on the other side of a web proxy
+    ("grpc.use_local_subchannel_pool", 1),  # a new client is a new connection
     ("grpc.min_reconnect_backoff_ms", int(_CONNECT * 1000)),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_receive_message_length", 4 * wire.MOST_BYTES),
@@ -44,6 +45,11 @@ class Stream:
         self._cancelled = False
         self._ids_N = _NO_IDS
         self._asked = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `begin` goes to a stream that was opened before."""
+        return self._reader is not None
 
     def open(self) -> None:
         """Opens the stream, and checks that it has the rows of `location.expected`."""
@@ -162,20 +168,24 @@ class Location:
     def drop(self, stream: Stream, is_failure: bool) -> None:
         """Closes a stream that did not answer.
 
-        A stream that had answered before may have ended with an earlier life of its server: that
-        alone is no failure, and the other idle streams end with it.
+        After a failure the next stream gets a channel of its own: nobody polls a channel between
+        two calls, so one that has to connect again might never notice that it could. A stream that
+        had answered before may have ended with an earlier life of its server: the other idle
+        streams end with it, and it is not held against the server.
         """
         with self._lock:
             self._taken.discard(stream)
             stale = [stream]
-            if stream.used:
-                stale += self._idle
-                self._idle = []
-            elif is_failure:
-                self.failures += 1
-                wait = _PENALTIES[min(self._in_a_row, len(_PENALTIES) - 1)]
-                self.penalty = time.monotonic() + wait
-                self._in_a_row += 1
+            if is_failure:
+                self._client = None
+                if stream.used:
+                    stale += self._idle
+                    self._idle = []
+                else:
+                    self.failures += 1
+                    wait = _PENALTIES[min(self._in_a_row, len(_PENALTIES) - 1)]
+                    self.penalty = time.monotonic() + wait
+                    self._in_a_row += 1
         for ended in stale:
             ended.close()
 
@@ -196,20 +206,25 @@ class Location:
         return client.do_exchange(wanted, call_options(self._options, None))
 
     def close(self) -> None:
-        """Ends all streams. Calls that wait for them raise."""
+        """Ends all streams and the channel. Calls that wait for them raise."""
+        self._closed = True
+        self.end_streams()
         with self._lock:
-            self._closed = True
+            client = self._client
+            self._client = None
+        if client is not None:
+            client.close()
+
+    def end_streams(self) -> None:
+        """Ends all streams; the next call opens one anew."""
+        with self._lock:
             idle = self._idle
             taken = list(self._taken)
             self._idle = []
-            client = self._client
-            self._client = None
         for stream in idle:
             stream.close()
         for stream in taken:
             stream.cancel()
-        if client is not None:
-            client.close()
 
     def _connect(self) -> Any:
         with self._lock:
