@@ -59,6 +59,12 @@ def test_a_table_that_is_not_there_is_refused(tmp_path):
     assert result.exit_code == 1 and "found no file" in result.output
 
 
+def test_a_pool_in_one_region_is_served_with_its_layers_named(tmp_path):
+    (tmp_path / "region").write_bytes(b"x")
+    result = run("serve", f"pool:{tmp_path / 'region'}", "--port", 0)
+    assert result.exit_code == 1 and "expected --layers" in result.output
+
+
 def test_parts_and_fleets_are_read():
     assert parse_part("1/1", None) == Part()
     assert parse_part("2/3", None) == Part(1, 3)

@@ -117,6 +117,20 @@ def test_only_the_caller_writes_into_its_buffer(rows):
         assert (out == 0xA5).all()
 
 
+def test_a_server_that_accepts_connections_and_says_nothing_holds_no_call(rows):
+    """Opening a stream cannot be cancelled, so nobody waits for it alone."""
+    with served({LAYER: Gated(rows)}) as second:
+        with served({LAYER: Gated(rows)}) as first:
+            url = f"remote:127.0.0.1:{first.port},127.0.0.1:{second.port}"
+            client = open_store(url, layer=LAYER)
+            warmed(client, rows, 10)
+        with socket.create_server(("127.0.0.1", first.port)):
+            begun = time.monotonic()
+            warmed(client, rows, 30)
+            assert time.monotonic() - begun < 1.5
+        client.close()
+
+
 def test_without_another_server_the_deadline_ends_the_call_and_names_the_server(rows):
     store = Gated(rows)
     with served({LAYER: store}) as server:

@@ -161,5 +161,9 @@ def _check_listening(host: str, has_tls: bool, has_token: bool, told_twice: bool
 
 def _layers_of(table: str) -> tuple[int, ...]:
     """The layers of the table at a path, or of a pool."""
-    path = table.removeprefix("pool:").partition("?")[0] if table.startswith("pool:") else table
+    if not table.startswith("pool:"):
+        return Table.open(table).layers
+    path = Path(table.removeprefix("pool:").partition("?")[0])
+    if not path.is_dir():
+        raise ConfigError(f"{table}: expected --layers with a pool that is no folder, found none")
     return Table.open(path).layers

@@ -136,8 +136,8 @@ class RangeCall:
                 self._note(attempt.location, error)
                 # While the others are silent, another server is asked soon.
                 self.due = min(time.monotonic() + _AGAIN, self._deadline)
+                WATCH.add(self)
             self._changed.notify()
-        WATCH.add(self)
 
     # In the caller's thread.
 

@@ -17,7 +17,11 @@ _FAR = 10.0
 
 
 class Late(Protocol):
-    """A call under way. due: when `fire` is called next (time.monotonic), in another thread."""
+    """A call under way.
+
+    Attributes:
+        due: when `fire` is called next (time.monotonic), in another thread; inf = never again.
+    """
 
     due: float
 
@@ -63,6 +67,8 @@ class Watch:
                 due = [call for call in self._calls if call.due <= now]
             for call in due:
                 call.fire()
+                if call.due == float("inf"):
+                    self.discard(call)
 
 
 class Pace:
