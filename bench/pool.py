@@ -1,6 +1,6 @@
 """What servers lose that share one pool, beside a copy for each.
 
-    python bench/pool.py [--rounds 5] [--gib 0.75] [--json FILE]
+    python bench/pool.py [--rounds 5] [--gib 0.5] [--json FILE]
 
 Needs root: a server is a network namespace on a bridge, with a process that is asked over TCP
 (tests/tools/rack_pool.py). Eight of them have a table in three ways:
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -103,12 +104,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gib", type=float, default=0.75, help="size of the table")
+    parser.add_argument("--gib", type=float, default=0.5, help="size of the table")
     parser.add_argument("--json", type=Path, help="writes what is claimed to this file")
     options = parser.parse_args()
     gaps = missing()
     if gaps:
         raise SystemExit(f"bench/pool.py: expected {'; '.join(gaps)}; found none")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
+    begun = time.monotonic()
     where = machine(Path(tempfile.gettempdir()))
     print(" | ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     rows_per_head = int(options.gib * 2**30 / len(LAYERS) / HEADS / FORMAT.row_bytes)
@@ -117,10 +120,12 @@ def main() -> None:
         disk = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         memory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         write_table(disk / "table", rows_per_head, 1)
+        print(f"a table after {time.monotonic() - begun:.0f} s", flush=True)
         opened["publish a pool, or a private copy"] = [
             _publish(disk / "table", memory / name)
             for name in ("pool", *(f"private-{number}" for number in range(SERVERS)))
         ]
+        print(f"9 copies after {time.monotonic() - begun:.0f} s", flush=True)
         places = stack.enter_context(namespaces(SERVERS))
         servers: list[Server] = []
         for number, place in enumerate(places):
@@ -136,6 +141,7 @@ def main() -> None:
                 server.connect()  # what it takes alone
         for server in servers[1:]:
             server.connect()
+        print(f"8 servers after {time.monotonic() - begun:.0f} s", flush=True)
         for who, some in (("one alone", servers[:1]), ("of 7 at once", servers[1:])):
             opened[f"attach the pool, all pages mapped, {who}"] = [
                 one.opened["pool"] for one in some

@@ -1,8 +1,8 @@
 """What a simulated rack waits for its rows, beside what servers of this machine wait.
 
-    python bench/simulate.py [--forwards 30] [--disk FOLDER] [--json FILE]
+    python bench/simulate.py [--forwards 12] [--disk FOLDER] [--json FILE]
 
-1, 2, 4 and 8 processes are the servers. Each runs forwards of 6 blocks, which sleep 10 ms, with a
+1, 2, 4 and 8 processes are the servers. Each runs forwards of 6 blocks, which sleep 20 ms, with a
 memory at blocks 0 and 3 that is read ahead by a Prefetcher: 64 sequences, 24 rows of 264 bytes of
 each in a layer. They share one of these tiers:
 
@@ -14,9 +14,9 @@ each in a layer. They share one of these tiers:
   request after the other.
 
 The clock is calibrated before: batches of an idle tier, by one process that sleeps between them as
-blocks do; for the disk by `engraphy machine probe`; and the rows a second of a row server that
-several ask at once. It holds if the median wait of a forward differs by at most 20 % of what is
-simulated or 0.3 ms, whichever is more. No number of this script is one of CXL.
+long as a forward; for the disk by `engraphy machine probe`; and the rows a second of a row server
+that several ask at once. It holds if the median wait of a forward differs by at most 20 % of what
+is simulated or 0.3 ms, whichever is more. No number of this script is one of CXL.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import math
 import multiprocessing
-import os
 import socket
 import statistics
 import struct
@@ -49,7 +48,7 @@ from engraphy.plan import Batch, Layout, Load, Shared, Tier, measure, simulate
 from engraphy.store import CacheStore, RowStore, StoreInfo, WrapperStore, publish_pool
 
 BLOCKS, LAYERS, BATCH = 6, (0, 3), 64
-BLOCK = 10e-3  # seconds
+BLOCK = 20e-3  # seconds
 FORMAT = RowFormat("fp8", 256)
 VOCAB = 4096
 HEADS, ORDERS = 8, (2, 3, 4)
@@ -274,11 +273,11 @@ def idle(name: str, how: str, store: RowStore, draw: Draw) -> Tier:
     rng = np.random.default_rng(7)
     batches = []
     with Prefetcher({1: (store, FORMAT)}) as reader:
-        for count in (64, 256, ROWS, 4 * ROWS):
+        for count in (ROWS // 4, ROWS):
             taken = []
-            for _ in range(25):
+            for _ in range(16):
                 ids = draw(rng, count).reshape(1, 1, count)
-                time.sleep(BLOCK)
+                time.sleep(BLOCKS * BLOCK)
                 begun = time.perf_counter()
                 reader.submit({1: ids}).wait()
                 taken.append(time.perf_counter() - begun)
@@ -383,7 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--forwards", type=int, default=30)
+    parser.add_argument("--forwards", type=int, default=12)
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--only", help="one tier")
     parser.add_argument("--json", type=Path, help="writes what is claimed to this file")
@@ -420,7 +419,8 @@ def main() -> None:
         for name in dict.fromkeys(row.shelf for row in rows)
     ]
     write(options.json, "simulate", where, claims)
-    os._exit(0)  # the row server is a daemon, and its threads wait for connections
+    for process in multiprocessing.active_children():
+        process.kill()  # the row server
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from engraphy.report.lines import Line, binary_size, share_by_size
+from engraphy.report.lines import Line, binary_size, share_by_number, share_by_size
 
 NAME = "{http://www.w3.org/2000/svg}"
 SIZES = (1, 16, 1024)
@@ -47,3 +47,12 @@ def test_the_axis_names_sizes_in_the_unit_that_suits_them():
     texts = {text.text for text in drawn(Line("a", SIZES, (0, 0, 0))).iter(f"{NAME}text")}
     assert {"1 MiB", "16 MiB", "256 MiB", "0 %", "100 %"} <= texts
     assert binary_size(2048) == "2 GiB"
+
+
+def test_numbers_are_drawn_up_to_the_largest_share():
+    lines = [Line("one", (8, 64, 1024), (0.0, 0.01, 0.2)), Line("two", (8, 1024), (0.0, 0.1))]
+    chart = ElementTree.fromstring(share_by_number("Losses", lines, "servers", "% lost"))
+    one, two = points(chart)
+    assert one[0][1] == two[0][1] and one[2][1] < two[1][1] < one[1][1] and one[2][1] == 28.0
+    labels = [text.text for text in chart.iter(f"{NAME}text")]
+    assert "20 %" in labels and "1024" in labels and "100 %" not in labels

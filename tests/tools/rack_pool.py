@@ -20,6 +20,7 @@ import os
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -275,6 +276,7 @@ def main() -> int:
     parser.add_argument("--servers", type=int, default=SERVERS)
     parser.add_argument("--command", help="what runs in each namespace, with {pool} and {address}")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
     gaps = missing()
     if gaps:
         print("rack_pool: expected " + "; ".join(gaps) + "; found none", file=sys.stderr)
