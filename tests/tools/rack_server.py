@@ -5,16 +5,16 @@
 It opens the stores of every URL, says over TCP what that took, and then does what a connection asks
 for, one JSON line each, until the connection ends:
 
-    {"run": NAME, "seconds": 1.0}   -> tokens and seconds of batches that it gathered and fused
-    {"rows": NAME, "seed": 0}       -> SHA-256 of rows of each layer that the seed draws
-    {"memory": PREFIX}              -> bytes of mappings of files below PREFIX: Rss and Pss
+    {"run": NAME, "seconds": 1.0, "seed": 0, "fuse": true}
+                                -> tokens and seconds of batches that it looked up, and fused
+    {"rows": NAME, "seed": 0}   -> SHA-256 of rows of each layer that the seed draws
+    {"memory": PREFIX}          -> bytes of mappings of files below PREFIX: Rss and Pss
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import sys
 import time
@@ -24,14 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, RowFormat, VocabMap
+from engraphy import (
+    EngramConfig,
+    EngramMemory,
+    HashSpec,
+    LayerSpec,
+    RowFormat,
+    VocabMap,
+    set_threads,
+)
 from engraphy.plan import TIERS, Tier
 from engraphy.store import RowStore, WrapperStore, open_store
 
 LAYERS = (1, 14)
 VOCAB = 4096
 FORMAT = RowFormat("fp8", 256)  # V4.1's rows: 264 bytes, 24 of them a token and layer
-HIDDEN = 1024  # V4.1 has 5120 and four streams: eight of those are too much for a small machine
+HIDDEN = 256  # V4.1 has 5120 and four streams: eight of those are too much for a small machine
 SEQUENCES, TOKENS = 8, 8  # 64 tokens, as a decoding step of 64 sequences reads: 3,072 rows
 MODELLED = "modelled"
 IN_FLIGHT = 16  # cache lines that one core has under way
@@ -83,8 +91,8 @@ class Ways:
                 memory.blocks = first.blocks  # the same weights, once
             self._memories[name] = memory
 
-    def run(self, name: str, seconds: float, seed: int) -> dict[str, float]:
-        """Gathers and fuses batches of 64 tokens until the time is over."""
+    def run(self, name: str, seconds: float, seed: int, fuse: bool) -> dict[str, float]:
+        """Looks up batches of 64 tokens, and runs the memory layers, until the time is over."""
         memory = self._memories[name]
         generator = torch.Generator().manual_seed(seed)
         x_BTSD = torch.randn(SEQUENCES, TOKENS, 1, HIDDEN)
@@ -95,7 +103,10 @@ class Ways:
                 ids_BT = torch.randint(1, VOCAB, (SEQUENCES, TOKENS), generator=generator)
                 lookup = memory.lookup(ids_BT)
                 for layer in LAYERS:
-                    memory.fuse(layer, x_BTSD, lookup)
+                    if fuse:
+                        memory.fuse(layer, x_BTSD, lookup)
+                    else:
+                        lookup.rows[layer]
                 tokens += ids_BT.numel()
         return {"tokens": tokens, "seconds": time.perf_counter() - begun}
 
@@ -126,25 +137,28 @@ def mapped(prefix: str) -> dict[str, int]:
 
 def answer(ways: Ways, asked: dict[str, Any]) -> Any:
     if "run" in asked:
-        return ways.run(asked["run"], asked["seconds"], asked["seed"])
+        return ways.run(asked["run"], asked["seconds"], asked["seed"], asked["fuse"])
     if "rows" in asked:
         return ways.rows(asked["rows"], asked["seed"])
     return mapped(asked["memory"])
 
 
-def main() -> None:
-    begun = time.perf_counter()
+def serve(address: str, port: int, rows_per_head: int, urls: dict[str, str]) -> None:
+    """Opens the stores, and answers one connection until it ends."""
     torch.set_num_threads(1)
-    address, port, rows_per_head, *pairs = sys.argv[1:]
-    ways = Ways(int(rows_per_head), dict(pair.split("=", 1) for pair in pairs))
-    opened = {"opened": ways.opened, "ready": time.perf_counter() - begun, "pid": os.getpid()}
-    with socket.create_server((address, int(port))) as listener:
-        print("ready", flush=True)
+    set_threads(1)
+    ways = Ways(rows_per_head, urls)
+    with socket.create_server((address, port)) as listener:
         connection, _ = listener.accept()
     with connection, connection.makefile("rw") as lines:
-        print(json.dumps(opened), file=lines, flush=True)
+        print(json.dumps({"opened": ways.opened}), file=lines, flush=True)
         for line in lines:
             print(json.dumps(answer(ways, json.loads(line))), file=lines, flush=True)
+
+
+def main() -> None:
+    address, port, rows_per_head, *pairs = sys.argv[1:]
+    serve(address, int(port), int(rows_per_head), dict(pair.split("=", 1) for pair in pairs))
 
 
 if __name__ == "__main__":
