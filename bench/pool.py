@@ -13,8 +13,8 @@ Needs root: a server is a network namespace on a bridge, with a process that is 
 A batch is that of V4.1's decoding with 64 sequences: 3,072 rows of 264 bytes in two layers, found
 by hashing random tokens, read ahead, dequantised and fused by the memory layers (256 wide, one
 thread a server); or it is only looked up. 1, 2, 4 and 8 servers run at once for 0.3 s in each way.
-Ways take turns in an order that is drawn each round; a loss is the median, over the rounds, of the ratio within a
-round. Memory is the sum of proportional set sizes of the pool's mappings.
+Ways take turns in an order that is drawn each round; a loss is the median, over the rounds, of the
+ratio within a round. Memory is the sum of proportional set sizes of the pool's mappings.
 """
 
 from __future__ import annotations
