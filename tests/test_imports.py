@@ -49,7 +49,7 @@ APART = {
 }
 EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers"}
 OPTIONAL = {  # package: the folders, or modules, that may import it
-    "transformers": {"hf", "recipes", "data"},
+    "transformers": {"hf", "recipes", "data", "engines/config"},
     "huggingface_hub": {"hf"},
     "peft": {"hf", "recipes"},
     "diffusers": {"vision"},

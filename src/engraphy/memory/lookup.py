@@ -197,6 +197,7 @@ def lookup_chunk(
     starts: Tensor | None,
     trace: Trace | None,
     present: Tensor | None,
+    history: np.ndarray | None = None,
 ) -> Lookup:
     """`EngramMemory.lookup`, for arguments that `check_chunk` has checked."""
     ids = ids_BT.numpy(force=True)
@@ -208,7 +209,8 @@ def lookup_chunk(
     if there is not None:
         alive = there if alive is None else alive & there
         begins = None if begins is None else begins & there
-    history = None if state is None else state.history
+    if state is not None:
+        history = state.history
     chunk = memory.addresser.chunk(ids, history, alive, begins)
     order = None
     if there is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, overload
 
+import numpy as np
 from torch import Tensor, is_grad_enabled, nn
 
 from ..addresses.addresser import Addresser
@@ -228,6 +229,7 @@ class EngramMemory(nn.Module):
         trace: Trace | None = None,
         *,
         present: Tensor | None = None,
+        history: np.ndarray | None = None,
     ) -> Lookup:
         """Starts to read the rows of every layer.
 
@@ -244,6 +246,8 @@ class EngramMemory(nn.Module):
             present: bool [B, T], False = the sequence has no token here (a hole in a mask). Later
                 tokens are looked up and fused as if the position did not exist; at the position
                 itself nothing is added.
+            history: raw ids before the chunk, int [B, N-1] as in `Addresser.all_rows`, for a caller
+                that keeps the past of its sequences itself. None = that of the state.
 
         Returns:
             The Lookup. Its rows are f32, or bf16 if the layer's dense weights are and the rows do
@@ -253,14 +257,15 @@ class EngramMemory(nn.Module):
             `rows[layer]` waits for the rows of a layer, and raises the error if reading failed.
 
         Raises:
-            InputError: ids, shapes or the state do not fit, or the call is traced, exported or
-                captured (tracing.py). The state is then unchanged.
+            InputError: ids, shapes or the state do not fit, history and state are both given, or
+                the call is traced, exported or captured (tracing.py). The state is then
+                unchanged.
             StoreError: the memory is closed.
         """
         if switch.is_disabled(self):
             return self._lookup_nothing(state, trace)
         refuse_tracing(ids_BT)
-        return self._lookup(ids_BT, state, live, starts, trace, present)
+        return self._lookup(ids_BT, state, live, starts, trace, present, history)
 
     def lookup_eagerly(
         self,
@@ -285,6 +290,7 @@ class EngramMemory(nn.Module):
         starts: Tensor | None,
         trace: Trace | None,
         present: Tensor | None,
+        history: np.ndarray | None = None,
     ) -> Lookup:
         plain = live is None and starts is None and trace is None and present is None
         plain = plain and type(ids_BT) is Tensor and ids_BT.shape[1:] == (1,)
@@ -295,7 +301,9 @@ class EngramMemory(nn.Module):
                 return found
         self._check_open()
         check_chunk(self, ids_BT, state)
-        return lookup_chunk(self, ids_BT, state, live, starts, trace, present)
+        if history is not None and state is not None:
+            raise InputError("lookup: expected a history or a state, found both")
+        return lookup_chunk(self, ids_BT, state, live, starts, trace, present, history)
 
     def _lookup_nothing(self, state: SequenceState | None, trace: Trace | None) -> Lookup:
         self._check_open()

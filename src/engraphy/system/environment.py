@@ -86,6 +86,12 @@ TRANSFORMERS = Variable(
     "nothing",
     "The value untested allows versions of transformers that Engraphy was not tested with.",
 )
+STORE = Variable(
+    "ENGRAPHY_STORE",
+    "the URL of a store",
+    "what the model's folder says, else its table",
+    "Sets where a serving engine reads the rows of a memory from.",
+)
 REQUIRE_NATIVE = Variable(
     "ENGRAPHY_REQUIRE_NATIVE",
     ("true", "false"),
@@ -103,6 +109,7 @@ VARIABLES = (
     FREE_MEMORY,
     CACHE,
     TRANSFORMERS,
+    STORE,
     REQUIRE_NATIVE,
 )
 """All environment variables of Engraphy."""

@@ -1,0 +1,151 @@
+"""A memory in the forward of an engine: the rows of all layers are read ahead, then fused.
+
+    step = served.begin(chunks)          # before the first block: ids, addresses, rows requested
+    x_ND = step.fuse(layer, x_ND)        # in front of each block with a memory
+
+Nothing of a request is kept between two forwards, except in the slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, StoreError
+from ..memory.lookup import Lookup
+from ..memory.memory import EngramMemory
+from .chunks import Batch, Chunks
+from .slots import Slots, slot_bytes
+
+
+class ServedMemory:
+    """A memory that an engine serves.
+
+    Attributes:
+        memory: The memory.
+        past: P, how many earlier tokens of a request it looks at.
+        layers: The layers (0-based) in front of which it adds something.
+    """
+
+    def __init__(self, memory: EngramMemory, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the dense layers.
+
+        Args:
+            memory: The memory, frozen, in eval mode.
+            device: Where the engine computes.
+            dtype: In which dtype it computes.
+        """
+        self.memory = memory.to(device=device, dtype=dtype)
+        self.layers = memory.layers
+        self._look_back = memory.config.hash.order - 1
+        self._window = memory.config.layer.window
+        self.past = max(self._look_back, self._window)
+        self._slots: Slots | None = None
+        logging.getLogger("engraphy").info(
+            "a memory in layers %s; beside the KV cache it takes %s bytes a token",
+            list(self.layers),
+            f"{slot_bytes(memory.config):,}",
+        )
+
+    def bind(self, values_KBW: Tensor) -> None:
+        """Takes the engine's tensor for the slots, as `Slots` does. Its values may be anything."""
+        self._slots = Slots(self.memory.config, values_KBW)
+        logging.getLogger("engraphy").info(
+            "%s bytes beside the KV cache for ids and conv inputs of %s tokens",
+            f"{values_KBW.nbytes:,}",
+            f"{values_KBW.shape[0] * values_KBW.shape[1]:,}",
+        )
+
+    def begin(self, chunks: Chunks) -> Step:
+        """Notes the ids of the chunks, and requests the rows of all layers.
+
+        Raises:
+            InputError: An id is out of range.
+            StoreError: The memory is closed, or no slots were bound.
+        """
+        slots = self._slots
+        if slots is None:
+            raise StoreError("slots: expected a tensor from the engine before the first forward")
+        ids_N = chunks.ids_N.to("cpu", torch.int64)
+        # First written, then read: a chunk's past may be among the chunks of this forward.
+        slots.write_ids(chunks.slots_N, chunks.ids_N)
+        history_RP = slots.read_ids(chunks.past_RP[:, self.past - self._look_back :])
+        reads = []
+        for batch in chunks.batches(ordered=self._window > 0):
+            ids_BT = ids_N[torch.from_numpy(batch.tokens_BT)]
+            lookup = self.memory.lookup(ids_BT, history=history_RP[batch.requests])
+            reads.append((batch, lookup))
+        return Step(self.memory, slots, chunks, reads)
+
+    def close(self) -> None:
+        """Closes the memory."""
+        self.memory.close()
+
+
+class Step:
+    """One forward: the rows that were requested for it, and how to fuse them."""
+
+    def __init__(
+        self,
+        memory: EngramMemory,
+        slots: Slots,
+        chunks: Chunks,
+        reads: list[tuple[Batch, Lookup]],
+    ) -> None:
+        self._memory = memory
+        self._slots = slots
+        self._chunks = chunks
+        self._reads = reads
+        self._windows_RW = chunks.past_RP[:, chunks.past_RP.shape[1] - memory.config.layer.window :]
+
+    def fuse(self, layer: int, x_ND: Tensor) -> Tensor:
+        """x plus what the memory of a layer adds. Waits for the rows of the layer.
+
+        Args:
+            layer: One of the memory's layers.
+            x_ND: The hidden states in front of the block, [N, D] or [N, S, D]. Lines behind the
+                last token, which some engines add, stay as they are.
+
+        Returns:
+            A new tensor of the shape of x.
+
+        Raises:
+            ConfigError: The layer has no memory.
+            EngraphyError: Whatever reading the rows raises.
+        """
+        if layer not in self._memory.layers:
+            raise ConfigError(
+                f"layer {layer!r} has no memory; expected one of {list(self._memory.layers)}"
+            )
+        for _, lookup in self._reads:
+            lookup.rows[layer]  # an error of reading is raised before anything is computed
+        out_ND = x_ND.clone()
+        for batch, lookup in self._reads:
+            places_BT = torch.from_numpy(batch.tokens_BT).to(x_ND.device)
+            out_ND[places_BT] = self._fuse_batch(layer, x_ND[places_BT], batch, lookup)
+        return out_ND
+
+    def _fuse_batch(self, layer: int, x_BTD: Tensor, batch: Batch, lookup: Lookup) -> Tensor:
+        block: Any = self._memory.blocks[str(layer)]
+        spec = self._memory.config.layer
+        x_BTSD = x_BTD.unflatten(2, (1, -1)) if x_BTD.ndim == 3 else x_BTD
+        live = lookup.live
+        window = None
+        if spec.window:
+            window = self._slots.read_inputs(layer, self._windows_RW[batch.requests])
+        out_BTSD, _, inputs_BTSD = block(
+            x_BTSD,
+            lookup.rows[layer].to(x_BTD.device),
+            window,
+            None if live is None else live.to(x_BTD.device),
+            conv_inputs=True,
+            residual=True,
+        )
+        if spec.window:
+            slots_BT: np.ndarray = self._chunks.slots_N[batch.tokens_BT]
+            self._slots.write_inputs(layer, slots_BT, inputs_BTSD)
+        return out_BTSD.view_as(x_BTD)

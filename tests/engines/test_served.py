@@ -1,0 +1,140 @@
+"""A memory in the forwards of an engine gives each request what one forward over it gives, whatever
+the engine's schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from engraphy import EngramConfig, EngramMemory
+from engraphy.addresses.vocab import VocabMap
+from engraphy.engines.chunks import Chunks, past_slots
+from engraphy.engines.served import ServedMemory, Step
+from engraphy.engines.slots import Slots, slot_bytes, slot_width
+from engraphy.errors import ConfigError, InputError, StoreError
+from tests.tools.paged_engine import PagedEngine
+from tests.tools.tiny_model import fill
+
+VOCAB = 50
+
+
+def make_memory(kernel: int = 4) -> EngramMemory:
+    model = dict(num_hidden_layers=4, hidden_size=16, vocab_size=VOCAB, pad_token_id=0)
+    config = EngramConfig.for_model(
+        model, layers=(1, 2), heads=2, rows_per_head=31, dim=8, kernel=kernel
+    )
+    memory = fill(EngramMemory(config, VocabMap.identity(VOCAB)))
+    return memory.eval().requires_grad_(False)
+
+
+def serve(memory: EngramMemory, lines: int) -> ServedMemory:
+    """Slots start with values that spoil every result that they reach."""
+    served = ServedMemory(memory, torch.device("cpu"), torch.float32)
+    served.bind(torch.full((lines // 4, 4, slot_width(memory.config)), 7e4))
+    return served
+
+
+def expected(memory: EngramMemory, ids: list[int], hidden_VD: torch.Tensor) -> torch.Tensor:
+    """What one forward over a request gives in each layer, [layers, T, D]."""
+    ids_1T = torch.tensor([ids])
+    lookup = memory.lookup(ids_1T)
+    outs = [memory.fuse(layer, hidden_VD[ids_1T] + layer, lookup)[0] for layer in memory.layers]
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("kernel", [4, 0], ids=["conv", "no-conv"])
+def test_any_schedule_gives_what_one_forward_gives(kernel):
+    memory = make_memory(kernel)
+    hidden_VD = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(1))
+    counts = Counter()
+    for seed in range(6):
+        engine = PagedEngine(seed, blocks=14, block_size=4, vocab=VOCAB, past=9 if kernel else 2)
+        served = serve(memory, 56)
+        wanted = [expected(memory, request.ids, hidden_VD) for request in engine.requests]
+        while engine.unfinished():
+            plan = engine.schedule()
+            out_LND = run(served.begin(plan.chunks), served, hidden_VD, plan.chunks)
+            outs = out_LND.split(plan.lengths, dim=1)
+            for out_LTD, (request, first, last) in zip(outs, plan.parts, strict=True):
+                torch.testing.assert_close(out_LTD, wanted[request][:, first:last])
+        counts.update(engine.counts)
+    assert len(counts) == 5 and min(counts.values()) > 0, counts
+
+
+def test_a_wrong_past_is_noticed():
+    memory = make_memory()
+    hidden_VD = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(1))
+    ids = [3, 4, 5, 6, 7, 8]
+    wanted_LTD = expected(memory, ids, hidden_VD)
+    for wrong in (False, True):
+        served = serve(memory, 8)
+        past_RP = np.full((1, served.past), -1)
+        first = Chunks(torch.tensor(ids[:3]), np.array([0, 3]), np.arange(3), past_RP)
+        run(served.begin(first), served, hidden_VD, first)
+        past_RP = past_slots(np.arange(2)[None], 4, np.array([3 - wrong]), served.past)
+        second = Chunks(torch.tensor(ids[3:]), np.array([0, 3]), np.arange(3, 6), past_RP)
+        out_LTD = run(served.begin(second), served, hidden_VD, second)
+        assert torch.allclose(out_LTD, wanted_LTD[:, 3:], atol=1e-5) is not wrong
+
+
+def run(step: Step, served: ServedMemory, hidden_VD: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+    outs = [step.fuse(layer, hidden_VD[chunks.ids_N] + layer) for layer in served.layers]
+    return torch.stack(outs)
+
+
+def test_lines_behind_the_last_token_stay():
+    memory = make_memory()
+    served = serve(memory, 8)
+    chunks = Chunks(torch.tensor([3]), np.array([0, 1]), np.array([0]), np.full((1, 9), -1))
+    x_ND = torch.randn(4, 16)
+    out_ND = served.begin(chunks).fuse(1, x_ND)
+    assert torch.equal(out_ND[1:], x_ND[1:])
+    assert not torch.equal(out_ND[0], x_ND[0])
+
+
+def test_a_request_waits_for_the_one_whose_slots_it_shares():
+    past_RP = np.array([[4, 5], [-1, -1], [2, 3]])
+    chunks = Chunks(torch.zeros(6), np.array([0, 2, 4, 6]), np.array([6, 7, 2, 3, 4, 5]), past_RP)
+    order = [batch.requests.tolist() for batch in chunks.batches(ordered=True)]
+    assert order == [[1], [2], [0]]
+    assert len(chunks.batches(ordered=False)) == 1
+
+
+def test_past_slots_follow_the_block_table():
+    blocks_RM = np.array([[5, 2], [9, 0]], dtype=np.int32)
+    slots_RP = past_slots(blocks_RM, 4, np.array([6, 1]), 3)
+    assert slots_RP.tolist() == [[23, 8, 9], [-1, -1, 36]]
+
+
+@pytest.mark.parametrize("bounds", [[0, 2], [1, 2, 3], [0, 3, 3], [0, 1, 2]], ids=str)
+def test_wrong_bounds_are_named(bounds):
+    with pytest.raises(InputError, match="chunks: expected"):
+        Chunks(torch.zeros(3), np.array(bounds), np.arange(3), np.full((2, 2), -1))
+
+
+def test_a_slot_takes_an_id_and_the_conv_inputs():
+    assert slot_bytes(make_memory().config) == 4 + 2 * 16 * 4
+    assert slot_bytes(make_memory(kernel=0).config) == 4
+
+
+def test_slots_of_another_width_are_named():
+    config = make_memory().config
+    with pytest.raises(InputError, match=r"float32 \[blocks, lines, 33\]"):
+        Slots(config, torch.zeros(2, 4, 32))
+
+
+def test_a_forward_before_the_slots_is_named():
+    served = ServedMemory(make_memory(), torch.device("cpu"), torch.float32)
+    chunks = Chunks(torch.tensor([3]), np.array([0, 1]), np.array([0]), np.full((1, 9), -1))
+    with pytest.raises(StoreError, match="before the first forward"):
+        served.begin(chunks)
+
+
+def test_another_layer_is_named():
+    served = serve(make_memory(), 8)
+    chunks = Chunks(torch.tensor([3]), np.array([0, 1]), np.array([0]), np.full((1, 9), -1))
+    with pytest.raises(ConfigError, match="layer 3 has no memory"):
+        served.begin(chunks).fuse(3, torch.zeros(1, 16))
