@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from engraphy import EngramConfig, EngramMemory
+from engraphy import EngramConfig, EngramMemory, _native
 from engraphy.addresses.vocab import VocabMap
 from engraphy.engines.chunks import Chunks, past_slots
 from engraphy.engines.served import ServedMemory, Step
 from engraphy.engines.slots import Slots, slot_bytes, slot_width
-from engraphy.errors import ConfigError, InputError, StoreError
+from engraphy.errors import ConfigError, DigestMismatch, InputError, StoreError
 from tests.tools.paged_engine import PagedEngine
 from tests.tools.tiny_model import fill
 
@@ -62,6 +62,25 @@ def test_any_schedule_gives_what_one_forward_gives(kernel):
                 torch.testing.assert_close(out_LTD, wanted[request][:, first:last])
         counts.update(engine.counts)
     assert len(counts) == 5 and min(counts.values()) > 0, counts
+
+
+@pytest.mark.skipif(_native.core is None, reason="torch's sums depend on the shape")
+def test_a_token_gives_the_same_bits_in_every_batch():
+    memory = make_memory()
+    hidden_VD = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, VOCAB, (24,), generator=torch.Generator().manual_seed(2))
+    whole = Chunks(ids, np.array([0, 24]), np.arange(24), np.full((1, 9), -1))
+    served = serve(memory, 24)
+    wanted_LTD = run(served.begin(whole), served, hidden_VD, whole)
+    for cuts in ([0, 1, 2, 3, 24], [0, 5, 20, 24], [0, 17, 18, 24]):
+        served = serve(memory, 24)
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            past_RP = past_slots(np.arange(6)[None], 4, np.array([first]), 9)
+            chunk = Chunks(
+                ids[first:last], np.array([0, last - first]), np.arange(first, last), past_RP
+            )
+            out_LTD = run(served.begin(chunk), served, hidden_VD, chunk)
+            assert torch.equal(out_LTD, wanted_LTD[:, first:last])
 
 
 def test_a_wrong_past_is_noticed():
@@ -138,3 +157,27 @@ def test_another_layer_is_named():
     chunks = Chunks(torch.tensor([3]), np.array([0, 1]), np.array([0]), np.full((1, 9), -1))
     with pytest.raises(ConfigError, match="layer 3 has no memory"):
         served.begin(chunks).fuse(3, torch.zeros(1, 16))
+
+
+def test_another_memory_is_served_from_the_next_forward_on():
+    served = serve(make_memory(), 8)
+    old, new = served.memory, make_memory()
+    fill(new, seed=9).eval()
+    served.replace(new)
+    hidden_VD = torch.randn(VOCAB, 16)
+    chunks = Chunks(torch.tensor([3, 4]), np.array([0, 2]), np.arange(2), np.full((1, 9), -1))
+    out_LTD = run(served.begin(chunks), served, hidden_VD, chunks)
+    torch.testing.assert_close(out_LTD, expected(new, [3, 4], hidden_VD))
+    with pytest.raises(StoreError, match="closed"):
+        old.lookup(torch.tensor([[3]]))
+
+
+def test_a_memory_of_other_addresses_is_refused_and_closed():
+    served = serve(make_memory(), 8)
+    other = make_memory(kernel=0)
+    with pytest.raises(DigestMismatch, match="and the same layers"):
+        served.replace(other)
+    with pytest.raises(StoreError, match="closed"):
+        other.lookup(torch.tensor([[3]]))
+    chunks = Chunks(torch.tensor([3]), np.array([0, 1]), np.array([0]), np.full((1, 9), -1))
+    served.begin(chunks).fuse(1, torch.zeros(1, 16))

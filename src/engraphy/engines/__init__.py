@@ -11,6 +11,8 @@ together with the keys and values, and modules hold no state of a request.
     slots     the values of earlier tokens, by KV slot
     chunks    the tokens of one forward: the next chunk of each request
     served    the memory: rows of a whole forward read ahead, and fused layer by layer
+    metrics   the counters of the stores over HTTP
+    vllm      the plugin for vLLM
 
 This package never imports `engraphy.hf`, whose versions of transformers the engines do not accept.
 """

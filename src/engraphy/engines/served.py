@@ -9,17 +9,21 @@ Nothing of a request is kept between two forwards, except in the slots.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError, DigestMismatch, StoreError
 from ..memory.lookup import Lookup
 from ..memory.memory import EngramMemory
 from .chunks import Batch, Chunks
 from .slots import Slots, slot_bytes
+
+# torch's matrix products on a CPU add in another order if there are fewer rows than this.
+_FEW = 16
 
 
 class ServedMemory:
@@ -39,7 +43,8 @@ class ServedMemory:
             device: Where the engine computes.
             dtype: In which dtype it computes.
         """
-        self.memory = memory.to(device=device, dtype=dtype)
+        self._place = (device, dtype)
+        self.memory = self._placed(memory)
         self.layers = memory.layers
         self._look_back = memory.config.hash.order - 1
         self._window = memory.config.layer.window
@@ -81,9 +86,37 @@ class ServedMemory:
             reads.append((batch, lookup))
         return Step(self.memory, slots, chunks, reads)
 
-    def close(self) -> None:
-        """Closes the memory."""
-        self.memory.close()
+    def replace(self, memory: EngramMemory) -> None:
+        """Serves another memory from the next forward on, and closes the old one.
+
+        What the slots hold, and all keys and values, came from the old one: the engine has to
+        forget its caches, and must not be in the middle of a request.
+
+        Args:
+            memory: Of the same config, frozen, in eval mode. Closed if it is refused.
+
+        Raises:
+            DigestMismatch: It has other addresses or sizes.
+        """
+        old = self.memory
+        if (memory.config, memory.address_digest) != (old.config, old.address_digest):
+            memory.close()
+            raise DigestMismatch(
+                f"reload: expected a memory with address digest {old.address_digest} and the same "
+                f"layers, found {memory.address_digest}"
+            )
+        self.memory = self._placed(memory)
+        logging.getLogger("engraphy").info(
+            "table %s instead of %s", memory.stores.table_id, old.stores.table_id
+        )
+        old.close()
+
+    def _placed(self, memory: EngramMemory) -> EngramMemory:
+        device, dtype = self._place
+        memory.to(device=device, dtype=dtype)
+        for block in memory.blocks.values():
+            _fold_conv_norm(block)
+        return memory
 
 
 class Step:
@@ -132,20 +165,58 @@ class Step:
     def _fuse_batch(self, layer: int, x_BTD: Tensor, batch: Batch, lookup: Lookup) -> Tensor:
         block: Any = self._memory.blocks[str(layer)]
         spec = self._memory.config.layer
+        batch_size, tokens = batch.tokens_BT.shape
+        size = _padded_size(batch_size, tokens)
         x_BTSD = x_BTD.unflatten(2, (1, -1)) if x_BTD.ndim == 3 else x_BTD
         live = lookup.live
         window = None
         if spec.window:
-            window = self._slots.read_inputs(layer, self._windows_RW[batch.requests])
+            window_BWSD = self._slots.read_inputs(layer, self._windows_RW[batch.requests])
+            window = _padded(window_BWSD, (size[0], spec.window))
         out_BTSD, _, inputs_BTSD = block(
-            x_BTSD,
-            lookup.rows[layer].to(x_BTD.device),
+            _padded(x_BTSD, size),
+            _padded(lookup.rows[layer].to(x_BTD.device), size),
             window,
-            None if live is None else live.to(x_BTD.device),
+            None if live is None else _padded(live.to(x_BTD.device), size),
             conv_inputs=True,
             residual=True,
         )
         if spec.window:
             slots_BT: np.ndarray = self._chunks.slots_N[batch.tokens_BT]
-            self._slots.write_inputs(layer, slots_BT, inputs_BTSD)
-        return out_BTSD.view_as(x_BTD)
+            self._slots.write_inputs(layer, slots_BT, inputs_BTSD[:batch_size, :tokens])
+        return out_BTSD[:batch_size, :tokens].reshape(x_BTD.shape)
+
+
+def _fold_conv_norm(block: Any) -> None:
+    """Multiplies the taps of the conv by its norm's factors, which become one.
+
+    conv(norm * v) is the same sum. So a conv input has the same bits whether it comes from the
+    chunk or from the slots.
+    """
+    if block.conv is None:
+        return
+    unit = 1.0 if block.spec.unit_offset else 0.0
+    norm_SD = block.conv_norm.float() + unit
+    block.conv = nn.Parameter(block.conv.float() * norm_SD[..., None], requires_grad=False)
+    block.conv_norm = nn.Parameter(torch.full_like(norm_SD, 1.0 - unit), requires_grad=False)
+
+
+def _padded_size(batch: int, tokens: int) -> tuple[int, int]:
+    """The smallest batch of sequences around this one whose tokens are a multiple of _FEW.
+
+    So a token's result is the same bits in every batch, and does not depend on what else the engine
+    computes with it.
+    """
+    longer = (batch, -(-tokens // _FEW) * _FEW)
+    step = _FEW // math.gcd(tokens, _FEW)
+    wider = (-(-batch // step) * step, tokens)
+    return min(longer, wider, key=math.prod)
+
+
+def _padded(values_BT: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, T, ...] with zeros behind: `size` sequences and tokens."""
+    if values_BT.shape[:2] == size:
+        return values_BT
+    padded = values_BT.new_zeros(*size, *values_BT.shape[2:])
+    padded[: values_BT.shape[0], : values_BT.shape[1]] = values_BT
+    return padded

@@ -92,6 +92,12 @@ STORE = Variable(
     "what the model's folder says, else its table",
     "Sets where a serving engine reads the rows of a memory from.",
 )
+METRICS = Variable(
+    "ENGRAPHY_METRICS",
+    "HOST:PORT",
+    "nothing is served",
+    "Sets where a serving engine answers GET /metrics with the counters of a memory's stores.",
+)
 REQUIRE_NATIVE = Variable(
     "ENGRAPHY_REQUIRE_NATIVE",
     ("true", "false"),
@@ -110,6 +116,7 @@ VARIABLES = (
     CACHE,
     TRANSFORMERS,
     STORE,
+    METRICS,
     REQUIRE_NATIVE,
 )
 """All environment variables of Engraphy."""
