@@ -191,6 +191,18 @@ def test_an_interrupt_saves_what_has_been_learned(config, monkeypatch, when, bas
     assert "interrupted, not measured" in (config.out / "README.md").read_text()
 
 
+def test_a_whole_model_is_saved_with_its_memory_and_tokenizer(config, base):
+    finetune(dataclasses.replace(config, tokens=256, whole=True), quiet())
+    whole = AutoModelForCausalLM.from_pretrained(config.out)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    engraphy.load(model, config.out / "engraphy")
+    ids_BT = AutoTokenizer.from_pretrained(config.out)(TEXTS[0], return_tensors="pt")["input_ids"]
+    assert torch.equal(whole(ids_BT).logits, model(ids_BT).logits)
+    assert "held-out text" in (config.out / "README.md").read_text()
+    with pytest.raises(ConfigError, match="expected a memory alone, found adapters"):
+        dataclasses.replace(config, out=config.out / "other", whole=True, lora=2)
+
+
 def test_rows_are_no_more_than_the_tokens_of_the_text(config):
     finetune(dataclasses.replace(config, rows_per_head=None, tokens=256), quiet())
     spec = engraphy.EngramMemory.load(config.out).config.hash

@@ -45,6 +45,9 @@ def finetune(
     lora: int | None = typer.Option(
         None, help="Rank of LoRA adapters to train with the memory; default: none."
     ),
+    whole: bool = typer.Option(
+        False, "--whole", help="Save the model with its memory, as vLLM and AutoModel load it."
+    ),
     dtype: str = DTYPE,
 ) -> None:
     """Train a memory for a model that exists, on text of your own; the model stays as it is."""
@@ -64,6 +67,7 @@ def finetune(
             seed=seed,
             lora=lora,
             dtype=dtype,
+            whole=whole,
         )
         recipe.finetune(config, Console())
 

@@ -26,8 +26,8 @@ from ..data.mix import require_books
 from ..data.packing import IGNORED, Batch, Batches
 from ..errors import ConfigError
 from ..eval.losses import heldout_losses, mean_with_error
-from ..hf import attach, cost, write_card
-from ..hf.hub import ADAPTER
+from ..hf import attach, cost, save_pretrained, write_card
+from ..hf.hub import ADAPTER, FOLDER
 from ..hf.pretrained import load_model, load_tokenizer, require_peft
 from ..lm.loop import StepReport
 from ..memory import saved
@@ -71,6 +71,8 @@ class FinetuneConfig:
             rate, and saved in `out`/adapter; None = the memory alone.
         dtype: Dtype of the frozen model, as `choose_dtype` takes it. The memory is float32 while it
             trains.
+        whole: Save the model and its tokenizer with the memory, as `hf.save_pretrained` does: a
+            folder that serving engines take. The memory is then in `out`/engraphy.
     """
 
     model: str
@@ -86,6 +88,7 @@ class FinetuneConfig:
     seed: int = 0
     lora: int | None = None
     dtype: str = AUTO
+    whole: bool = False
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -96,6 +99,11 @@ class FinetuneConfig:
             raise ConfigError(f"lr: expected a positive number, found {self.lr}")
         if self.lora is not None and self.lora < 1:
             raise ConfigError(f"lora: expected a rank of 1 or more, found {self.lora}")
+        if self.lora is not None and self.whole:
+            raise ConfigError(
+                "whole: expected a memory alone, found adapters beside it: merge them into the "
+                "model, and save both with hf.save_pretrained"
+            )
         check_folder(self.out)
 
 
@@ -168,7 +176,7 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
         )
     vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.get_text_config().vocab_size)
     memory_config = _memory_config(config, model, tokenizer, vocab, tokens)
-    _check_size(model, dtype, memory_config, config.out, console)
+    _check_size(model, dtype, memory_config, config, console)
     with console.status("Held-out loss without a memory"):
         before, owners = _losses(model, unseen)
     _say(console, f"held-out loss without a memory: {before.mean():.4f} nats a token")
@@ -183,13 +191,14 @@ def _finetune(config: FinetuneConfig, console: Console) -> Measured:
         with console.status("Held-out loss with the memory"):
             after, _ = _losses(model, unseen)
     except KeyboardInterrupt:
-        _save(model, memory, config, console, f"Trained on {name}; interrupted, not measured.")
+        note = f"Trained on {name}; interrupted, not measured."
+        _save(model, tokenizer, memory, config, console, note)
         raise
     measured = _compared(before, after, owners, config.lora is not None)
     _say(console, f"held-out loss: {measured}")
     note = f"Trained on {name} with the base model frozen. On held-out text of it: {measured}."
     with stopping() as stop:  # a signal waits until the trained memory is saved
-        _save(model, memory, config, console, note)
+        _save(model, tokenizer, memory, config, console, note)
     if stop:
         raise stop.error("all had been saved")
     return measured
@@ -243,19 +252,23 @@ def _memory_config(
 
 
 def _check_size(
-    model: Any, dtype: DtypeChoice, config: EngramConfig, out: Path, console: Console
+    model: Any,
+    dtype: DtypeChoice,
+    memory_config: EngramConfig,
+    config: FinetuneConfig,
+    console: Console,
 ) -> None:
     """Prints what the model is and what the memory takes.
 
-    Raises ConfigError if the memory does not fit into RAM while it trains, WriteFailed if it does
-    not fit on the disk of `out`.
+    Raises ConfigError if the memory does not fit into RAM while it trains, WriteFailed if what is
+    saved does not fit on the disk of `out`.
     """
-    size = cost(config)
-    moments = 2 * config.table_parameters() * torch.float32.itemsize
+    size = cost(memory_config)
+    moments = 2 * memory_config.table_parameters() * torch.float32.itemsize
     parameters = f"{model.num_parameters():,} parameters"
     _say(console, f"{type(model).__name__}: {parameters}, frozen, on {model.device}")
     _say(console, str(dtype))
-    layers = list(config.hash.layer_ids)
+    layers = list(memory_config.hash.layer_ids)
     more = f"{moments / 1e6:,.1f} MB more while it trains"
     _say(console, f"memory in layers {layers}: {size}; {more}")
     needed = size.table_bytes + moments
@@ -266,7 +279,10 @@ def _check_size(
             f"{free / 1e6:,.1f} MB are free: give fewer rows_per_head or layers; {VARIABLE} says "
             "otherwise"
         )
-    check_folder(out, size.table_bytes + size.dense_bytes)
+    saved_bytes = size.table_bytes + size.dense_bytes
+    if config.whole:
+        saved_bytes += sum(parameter.nbytes for parameter in model.parameters())
+    check_folder(config.out, saved_bytes)
 
 
 def _adapted(model: Any, config: FinetuneConfig, console: Console) -> Any:
@@ -346,15 +362,25 @@ def _token_losses(model: Any, batch: Batch) -> Tensor:
 
 
 def _save(
-    model: Any, memory: EngramMemory, config: FinetuneConfig, console: Console, note: str
+    model: Any,
+    tokenizer: Any,
+    memory: EngramMemory,
+    config: FinetuneConfig,
+    console: Console,
+    note: str,
 ) -> None:
-    with publish_folder(config.out, last="memory.json") as folder:
-        saved.write(memory, folder, "copy")
-        if config.lora is not None:  # neither is right without the other
-            model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+    if config.whole:
+        save_pretrained(model, config.out)
+        tokenizer.save_pretrained(config.out)
+    else:
+        with publish_folder(config.out, last="memory.json") as folder:
+            saved.write(memory, folder, "copy")
+            if config.lora is not None:  # neither is right without the other
+                model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     write_card(config.out, memory, config.model, note=note)
     _say(console, f"saved: {config.out}")
-    _say(console, f'try it: engraphy generate {config.model} {config.out} "..." --show-gates')
+    alone = config.out / FOLDER if config.whole else config.out
+    _say(console, f'try it: engraphy generate {config.model} {alone} "..." --show-gates')
 
 
 def _say(console: Console, line: str) -> None:
