@@ -3,8 +3,9 @@ transformers makes of their prompts.
 
     python -m tests.tools.engine_models build/engines/models
 
-Writes for each backbone NAME: the folder NAME with its memory, NAME-bare without it, and NAME.json
-with prompts and the tokens and log-probabilities that follow them, one prompt at a time in float32.
+Writes for each backbone NAME: the folder NAME with its memory, NAME-bare without it, NAME-other
+with another table, and NAME.json with prompts and the tokens and log-probabilities that follow in
+each, one prompt at a time in float32.
 Engines have other versions of transformers, so their tests read files.
 
 The text is one in which three tokens say what comes next, by a rule without any pattern. Only a
@@ -83,9 +84,12 @@ def make(target: Path, name: str) -> None:
     with model.engraphy.disabled():
         without = generate(model, prompts)
     loss, bare_loss = losses(model, text)
+    model.engraphy.init_rows(1.0, seed=1)
+    hf.save_pretrained(model, target / f"{name}-other")
+    other = generate(model, prompts)
     print(f"{name}: {loss:.3f} nats a token with the memory, {bare_loss:.3f} without")
     assert loss < bare_loss - 1, "the memory has to matter"
-    body = {"prompts": prompts, "with_memory": with_memory, "bare": without}
+    body = {"prompts": prompts, "with_memory": with_memory, "bare": without, "other": other}
     (target / f"{name}.json").write_text(json.dumps(body))
 
 
