@@ -31,7 +31,7 @@ _FENCE = re.compile(r"^( *)(```+)(\S*) *(.*)$")
 _REASON = re.compile(r"^\*\((.+)\)\*$")
 _FILE = re.compile(r'^title="(\w+\.py)"$')
 # Programs whose arguments are not looked at.
-_FREE = {"cat", "cd", "cp", "curl", "echo", "grep", "ls", "mkdir", "printf", "rm", "source", "torchrun"}
+_FREE = set("cat cd cp curl echo grep ls mkdir printf rm source torchrun".split())
 
 
 @dataclass(frozen=True)
