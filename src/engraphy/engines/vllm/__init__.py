@@ -5,6 +5,7 @@
 vLLM calls `register` in each of its processes (entry point vllm.general_plugins).
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,6 @@
 """Which settings of vLLM a memory was tried with; the others are refused by name."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging

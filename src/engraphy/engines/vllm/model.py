@@ -1,5 +1,6 @@
 """The classes that vLLM runs: its own models with a memory in front of some of their layers."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from functools import partial

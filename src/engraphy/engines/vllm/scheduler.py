@@ -1,6 +1,7 @@
 """vLLM's scheduler with a memory: requests whose rows could not be read fail, the others go on; and
 a pause waits for all requests that have begun."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from typing import Any

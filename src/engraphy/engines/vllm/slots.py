@@ -6,6 +6,7 @@ cache, and gives, frees, shares and preempts them with the keys and values of th
 For each forward it says where the chunks of the requests begin, and which blocks the requests have.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from dataclasses import dataclass

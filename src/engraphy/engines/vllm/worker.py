@@ -1,6 +1,7 @@
 """vLLM's worker with a memory: a store that fails does not end the engine, a table can be exchanged
 while it runs, and the counters of the stores are served over HTTP."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging
