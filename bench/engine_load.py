@@ -118,7 +118,7 @@ def servers(folder: Path, work: Path, ways: list[Way]) -> Iterator[list[Server]]
         for number, way in enumerate(ways):
             server = start(folder, work, way, PORT + 2 * number)
             alive.append(server)
-            wait_until_ready(server)
+            wait_until_ready(server, work)
             print(f"{way.name}: ready", file=sys.stderr, flush=True)
         yield alive
     finally:
@@ -144,7 +144,7 @@ def start(folder: Path, work: Path, way: Way, port: int) -> Server:
     arguments = ["--model", folder / way.model, "--tokenizer", folder / "bare"]
     arguments += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--kv-cache-memory-bytes", 256 << 20, "--max-model-len", 512]
-    arguments += ["--host", "127.0.0.1", "--port", port, "--disable-log-requests"]
+    arguments += ["--host", "127.0.0.1", "--port", port]
     script = Path(__file__).parent / "engine_server.py"
     log = (work / f"{port}.log").open("wb")
     process = subprocess.Popen(
@@ -156,14 +156,15 @@ def start(folder: Path, work: Path, way: Way, port: int) -> Server:
     return Server(way, process, port)
 
 
-def wait_until_ready(server: Server) -> None:
+def wait_until_ready(server: Server, work: Path) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and server.process.poll() is None:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=2)
             return
         time.sleep(0.5)
-    raise SystemExit(f"{server.way.name}: expected a server, found none after 240 s")
+    end = (work / f"{server.port}.log").read_text(errors="replace")[-2000:]
+    raise SystemExit(f"{server.way.name}: expected a server, found none:\n{end}")
 
 
 def metrics_of(server: Server) -> str:
