@@ -13,10 +13,11 @@ each in a layer. They share one of these tiers:
 - row server: another process, which gathers rows and sends them over TCP on the loopback, one
   request after the other.
 
-The clock is calibrated before: batches of an idle tier, by one process that sleeps between them as
-long as a forward; for the disk by `engraphy machine probe`; and the rows a second that a disk or a
-row server gives to three processes at once. It holds if the median wait of a forward differs by at
-most 20 % of what is simulated or 0.3 ms, whichever is more. No number of this script is one of CXL.
+The clock is calibrated right before each run, since a virtual machine's disk and CPU change by the
+minute: one server with a memory at block 0 alone gives the time of a batch; and three processes
+that ask at once give the rows a second of the disk, or of the row server. It holds if the median
+wait of a forward differs by at most 20 % of what is simulated or 0.3 ms, whichever is more. No
+number of this script is one of CXL.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from probe import machine
 
 from engraphy import EngramConfig, HashSpec, LayerSpec, RowFormat, Table, VocabMap, open_store
 from engraphy.memory import Prefetcher
-from engraphy.plan import Batch, Layout, Load, Shared, Tier, measure, simulate
+from engraphy.plan import Batch, Layout, Load, Shared, Tier, simulate
 from engraphy.store import CacheStore, RowStore, StoreInfo, WrapperStore, publish_pool
 
 BLOCKS, LAYERS, BATCH = 6, (0, 3), 64
@@ -70,17 +71,17 @@ Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Shelf:
-    """A tier: how a server opens a layer of it, which rows it asks for, and what the clock knows.
+    """A tier: how a server opens a layer of it, and which rows it asks for.
 
-    hits: whether the hit rate of the servers' caches is taken from the run.
+    near: the same without the pauses that stand for distance; None if there are none.
+    shared: whether the servers share what gives the rows.
     """
 
     name: str
     open: Open
     draw: Draw
-    tier: Tier
-    shared: Shared
-    hits: bool = False
+    near: Open | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,23 +167,31 @@ def serve_rows(listener: socket.socket, url: str) -> None:
 # --- servers --------------------------------------------------------------------------------------
 
 
-def server(shelf: Shelf, seed: int, forwards: int, begin: Any, answer: Any) -> None:
+def server(
+    open_one: Open,
+    draw: Draw,
+    layers: tuple[int, ...],
+    seed: int,
+    forwards: int,
+    begin: Any,
+    answer: Any,
+) -> None:
     """One server. Answers with the waits and the seconds of its blocks, and its hits and reads."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
-    stores = {layer: shelf.open(layer) for layer in LAYERS}
+    stores = {layer: open_one(layer) for layer in layers}
     sources = {layer: (store, FORMAT) for layer, store in stores.items()}
     for store in stores.values():
         if isinstance(store, CacheStore):
             for _ in range(60):  # fills the cache as the forwards will use it
-                store.gather(shelf.draw(rng, ROWS))
+                store.gather(draw(rng, ROWS))
     before = [store.stats for store in stores.values()]
     with Prefetcher(sources) as reader:
         begin.wait()
         time.sleep(rng.uniform(0, BLOCKS * BLOCK))
         waits, blocks = [], []
         for number in range(forwards + WARM):
-            ids = {layer: shelf.draw(rng, ROWS).reshape(BATCH, 1, COLUMNS) for layer in LAYERS}
+            ids = {layer: draw(rng, ROWS).reshape(BATCH, 1, COLUMNS) for layer in layers}
             waited, slept = forward(reader, ids)
             if number >= WARM:
                 waits.append(waited)
@@ -190,8 +199,8 @@ def server(shelf: Shelf, seed: int, forwards: int, begin: Any, answer: Any) -> N
     after = [store.stats for store in stores.values()]
     pairs = list(zip(before, after, strict=True))
     reads = sum(new.rows - old.rows for old, new in pairs)
-    misses = sum((new.misses or 0) - (old.misses or 0) for old, new in pairs)
-    answer.put((waits, blocks, reads - misses if shelf.hits else 0, reads))
+    hits = sum((new.hits or 0) - (old.hits or 0) for old, new in pairs)
+    answer.put((waits, blocks, hits, reads))
 
 
 def forward(reader: Prefetcher, ids: dict[int, np.ndarray]) -> tuple[float, float]:
@@ -209,12 +218,17 @@ def forward(reader: Prefetcher, ids: dict[int, np.ndarray]) -> tuple[float, floa
     return waited, slept
 
 
-def run(shelf: Shelf, servers: int, forwards: int) -> Row:
-    """Measures a number of servers, and simulates them."""
+Answer = tuple[list[float], list[float], int, int]
+
+
+def together(
+    open_one: Open, draw: Draw, layers: tuple[int, ...], servers: int, forwards: int
+) -> list[Answer]:
+    """What so many servers at once answer."""
     begin = _FORK.Barrier(servers)
     answer = _FORK.Queue()
     processes = [
-        _FORK.Process(target=server, args=(shelf, seed, forwards, begin, answer))
+        _FORK.Process(target=server, args=(open_one, draw, layers, seed, forwards, begin, answer))
         for seed in range(servers)
     ]
     for process in processes:
@@ -222,12 +236,35 @@ def run(shelf: Shelf, servers: int, forwards: int) -> Row:
     answers = [answer.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
+    return answers
+
+
+def alone(open_one: Open, draw: Draw, forwards: int) -> float:
+    """Seconds of a batch: what one server waits with a memory at block 0 alone."""
+    waits, _, _, _ = together(open_one, draw, (0,), 1, forwards)[0]
+    return statistics.median(waits)
+
+
+def calibrated(shelf: Shelf, forwards: int) -> tuple[Tier, Shared]:
+    """The tier as it is now."""
+    if shelf.near is not None:
+        software = alone(shelf.near, shelf.draw, forwards)
+        return Tier("far", "a pause", 0, FAR, FAR_IN_FLIGHT / FAR), Shared(request=software)
+    seconds = alone(shelf.open, shelf.draw, forwards)
+    tier = Tier.measured(shelf.name, "one server", (Batch(ROWS, seconds, seconds),), unit=0)
+    return tier, Shared(rate=rate_of(shelf.open, shelf.draw) if shelf.shared else math.inf)
+
+
+def run(shelf: Shelf, servers: int, forwards: int) -> Row:
+    """Calibrates the clock, measures a number of servers, and simulates them."""
+    tier, shared = calibrated(shelf, forwards)
+    answers = together(shelf.open, shelf.draw, LAYERS, servers, forwards)
     measured = statistics.median([wait for waits, _, _, _ in answers for wait in waits])
     block = statistics.mean([slept for _, blocks, _, _ in answers for slept in blocks]) / BLOCKS
     hits = sum(hit for _, _, hit, _ in answers) / sum(reads for *_, reads in answers)
     layout = Layout("servers", config_of(1000), BLOCKS, FORMAT, "bench/simulate.py")
     load = Load(servers, BATCH, 1, block, hits)
-    found = simulate(layout, shelf.tier, load, shelf.shared, forwards=100)
+    found = simulate(layout, tier, load, shared, forwards=100)
     return Row(shelf.name, servers, hits, found.median, measured, found.busy)
 
 
@@ -268,25 +305,7 @@ def with_favourites(rows: int, most: int) -> Draw:
     return draw
 
 
-def idle(name: str, how: str, store: RowStore, draw: Draw) -> Tier:
-    """A tier by the batches of one process that has it for itself, dequantised as a memory does."""
-    rng = np.random.default_rng(7)
-    batches = []
-    with Prefetcher({1: (store, FORMAT)}) as reader:
-        for count in (ROWS // 4, ROWS):
-            taken = []
-            for _ in range(16):
-                ids = draw(rng, count).reshape(1, 1, count)
-                time.sleep(BLOCKS * BLOCK)
-                begun = time.perf_counter()
-                reader.submit({1: ids}).wait()
-                taken.append(time.perf_counter() - begun)
-            p99 = float(np.quantile(taken, 0.99))
-            batches.append(Batch(count, statistics.median(taken), p99))
-    return Tier.measured(name, how, tuple(batches), unit=0)
-
-
-def rate_of(open_one: Open, draw: Draw, seconds: float = 1.0) -> float:
+def rate_of(open_one: Open, draw: Draw, seconds: float = 0.5) -> float:
     """Rows a second that a disk or a row server gives to several processes at once."""
 
     def ask(answer: Any, seed: int) -> None:
@@ -311,7 +330,7 @@ def rate_of(open_one: Open, draw: Draw, seconds: float = 1.0) -> float:
 
 @contextlib.contextmanager
 def shelves(disk: Path) -> Iterator[list[Shelf]]:
-    """All tiers, calibrated."""
+    """All tiers."""
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
         tempfile.TemporaryDirectory(dir=disk) as folder,
@@ -326,9 +345,7 @@ def shelves(disk: Path) -> Iterator[list[Shelf]]:
             return open_store(url, layer=layer)
 
         yield [
-            Shelf(
-                "pool", pool, draw, idle("pool", "a pool, idle", pool(LAYERS[0]), draw), Shared()
-            ),
+            Shelf("pool", pool, draw),
             _cached(pool, rows),
             _on_disk(Path(folder, "large")),
             _row_server(url, rows),
@@ -342,29 +359,21 @@ def _cached(pool: Open, rows: int) -> Shelf:
     def cached(layer: int) -> RowStore:
         return CacheStore(Far(pool(layer)), budget)
 
-    near = CacheStore(pool(LAYERS[0]), budget)
-    draw = with_favourites(rows, most)
-    rng = np.random.default_rng(8)
-    for _ in range(60):
-        near.gather(draw(rng, ROWS))
-    software = idle("near", "the cache over memory", near, draw).seconds(ROWS, FORMAT.row_bytes)
-    print(f"cache: {ROWS} rows in {software * 1e3:.3f} ms if the misses cost nothing")
-    far = Tier("far", "a pause", 0, FAR, FAR_IN_FLIGHT / FAR)
-    return Shelf("cache", cached, draw, far, Shared(request=software), hits=True)
+    def near(layer: int) -> RowStore:
+        return CacheStore(pool(layer), budget)
+
+    return Shelf("cache", cached, with_favourites(rows, most), near)
 
 
 def _on_disk(path: Path) -> Shelf:
     table = make_table(path, DISK_BYTES // FORMAT.row_bytes // COLUMNS)
     rows = min(table.rows(layer) for layer in LAYERS)
-    found = measure(path, size=DISK_BYTES // 2).tier
     url = f"file:{path}?direct=1"
-    draw = evenly(rows)
 
     def direct(layer: int) -> RowStore:
         return open_store(url, layer=layer)
 
-    shared = Shared(rate=rate_of(direct, draw) * found.units(FORMAT.row_bytes))
-    return Shelf("disk", direct, draw, found, shared)
+    return Shelf("disk", direct, evenly(rows), shared=True)
 
 
 def _row_server(url: str, rows: int) -> Shelf:
@@ -377,9 +386,7 @@ def _row_server(url: str, rows: int) -> Shelf:
     def connect(layer: int) -> RowStore:
         return FromServer(port, rows)
 
-    draw = evenly(rows)
-    tier = idle("row server", "TCP on the loopback, idle", connect(LAYERS[0]), draw)
-    return Shelf("row server", connect, draw, tier, Shared(rate=rate_of(connect, draw)))
+    return Shelf("row server", connect, evenly(rows), shared=True)
 
 
 def main() -> None:
@@ -399,14 +406,8 @@ def main() -> None:
         for shelf in found:
             if options.only not in (None, shelf.name):
                 continue
-            for batch in shelf.tier.batches:
-                print(f"{shelf.name}: {batch.reads} reads in {batch.seconds * 1e3:.3f} ms")
-            if shelf.shared.rate < math.inf:
-                print(f"{shelf.name}: {shelf.shared.rate:,.0f} reads a second in all")
             for servers in SERVERS:
-                # Of one or two servers there are few forwards.
-                forwards = options.forwards * (2 if servers <= 2 else 1)
-                rows.append(run(shelf, servers, forwards))
+                rows.append(run(shelf, servers, options.forwards))
     print("\n| tier | servers | hit rate | wait simulated, ms | measured | off by | holds | busy |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
