@@ -15,7 +15,7 @@ import importlib
 import sys
 import time
 
-PARTS = ("faults", "redis")
+PARTS = ("faults", "redis", "pool")
 
 
 def main() -> int:
