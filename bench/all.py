@@ -26,6 +26,7 @@ BENCHES = {
     "update": "Row updates",
     "rows": "Rows as numbers",
     "address": "Addresses",
+    "hot": "Hot index",
     "lookup": "Look-up of a batch",
     "decoded_token": "One decoded token",
     "fusion": "Fusion in training and prefill",

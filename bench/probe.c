@@ -414,3 +414,19 @@ double probe_widen(const uint8_t *table, const int64_t *ids, int64_t count, int6
 void probe_spin(double seconds) {
     for (const double end = now() + seconds; now() < end;) {}
 }
+
+// Chains of random loads: `levels` from a small table (for `more` of 256 items one more), then one
+// from a large table. Each load's address comes from the load before; items do not wait for each
+// other.
+double probe_chase(const uint32_t *small, int64_t small_size, const uint32_t *large,
+                   int64_t large_size, const uint32_t *starts, int64_t count, int levels, int more,
+                   uint32_t *out) {
+    const double begun = now();
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t x = starts[i];
+        const int loads = levels + ((int)(x & 255) < more);
+        for (int d = 0; d < loads; d++) x = small[(uint64_t)x * (uint64_t)small_size >> 32];
+        out[i] = large[(uint64_t)x * (uint64_t)large_size >> 32];
+    }
+    return now() - begun;
+}

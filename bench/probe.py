@@ -72,6 +72,9 @@ class Probe:
         self._library.probe_map.argtypes = [address, long, long, long]
         self._library.probe_map.restype = address
         self._library.probe_unmap.argtypes = [address, long]
+        chase = [address, long, address, long, address, long, ctypes.c_int, ctypes.c_int, address]
+        self._library.probe_chase.argtypes = chase
+        self._library.probe_chase.restype = ctypes.c_double
         self._library.probe_spin.argtypes = [ctypes.c_double]
         self._library.probe_spin.restype = None
         number = ctypes.c_float
@@ -82,6 +85,30 @@ class Probe:
         self._library.probe_sort.restype = self._library.probe_finite.restype = ctypes.c_double
         self._library.probe_gather.restype = self._library.probe_pread.restype = ctypes.c_double
         self._library.probe_resident.restype = long
+
+    def chase(
+        self,
+        small: np.ndarray,
+        large: np.ndarray,
+        starts: np.ndarray,
+        loads: float,
+        out: np.ndarray,
+    ) -> float:
+        """Chains of dependent random loads, uint32 each: on average `loads` from `small`, then one
+        from `large`."""
+        levels = int(loads)
+        more = round(256 * (loads - levels))
+        return self._library.probe_chase(
+            small.ctypes.data,
+            small.size,
+            large.ctypes.data,
+            large.size,
+            starts.ctypes.data,
+            starts.size,
+            levels,
+            more,
+            out.ctypes.data,
+        )
 
     def gather(
         self,

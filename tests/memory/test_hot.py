@@ -104,12 +104,16 @@ def test_rows_are_those_of_the_addresser_however_tokens_arrive(name, bits, nativ
             assert (own == hot[..., None]).all()
         assert 0.05 < hot.mean() < 0.95
     state = memory.state(3, 8)
+    memory.lookup(ids[:, :4], state)
+    at_once = memory._tokens.read(ids[:, 4:5].contiguous(), state)
+    assert (at_once is not None) == (native == "auto")
+    state = memory.state(3, 8)
     steps: list[dict] = []
     for t in range(30):
         if t % 10 == 4:  # tokens that are taken back
             memory.lookup(sample(tokens=5, seed=t), state)
             state.crop(5)
-        steps.append(dict(memory.lookup(ids[:, t : t + 1], state).rows))
+        steps.append(dict(memory.lookup(ids[:, t : t + 1].contiguous(), state).rows))
     for layer in LAYERS:
         assert torch.equal(whole.rows[layer], expected[layer])
         assert torch.equal(torch.cat([step[layer] for step in steps], 1), expected[layer])

@@ -239,6 +239,40 @@ class RowReader:
         number of the file and errno (0 if the file ended too early), and `out` is invalid.
         """
 
+def hot_levels(
+    ids: int, count: int, order: int, seed: int, room: int, of: int
+) -> tuple[list[int], bytearray, bytearray]:
+    """`PerfectHash.build` of int32 ids [count, order], for one seed.
+
+    room, of: a level has room / of bits for each key. Returns the lines of each level, all lines,
+    uint32 [B, 16], and the hashes of the keys that found no bit, uint64.
+    """
+
+class HotOrder:
+    """The hot n-grams of one order: `engraphy.addresses.hot.HotOrder`."""
+
+    def __init__(
+        self,
+        order: int,
+        seed: int,
+        sizes: Sequence[int],
+        lines: int,
+        records: int,
+        keys: int,
+        fingerprint_bits: int,
+        slots: int,
+        owner: object,
+    ) -> None:
+        """lines: uint32 [sum(sizes), 16]. records: uint32 [keys, 1 + order], or [keys, 2] with
+        fingerprint_bits, else 0. slots: the index's. owner: keeps both arrays alive.
+        """
+
+    def find(self, ids: int, count: int, slots: int) -> None:
+        """Writes slots: int64 [count], of int32 ids [count, order], the oldest first."""
+
+    def fill(self, ids: int, slots: int, records: int) -> None:
+        """Writes the records of all keys: int32 ids [keys, order], int64 slots [keys]."""
+
 class HashPlan:
     """The part of an addresser that is the same in all calls.
 
@@ -257,12 +291,15 @@ class HashPlan:
         multipliers: int,
         primes: int,
         offsets: int,
+        hot: Sequence[HotOrder | None] = ...,
+        hot_first: Sequence[int] = ...,
     ) -> None:
         """map: int32 [vocab], raw -> compressed id, negative = dead; 0 = identity. vocab: raw ids
         lie in [0, vocab). filler: compressed id. stop: raw id that ends the look-back of later
         ids, -1 = none. orders: 1 to 32 each, N the largest. multipliers: int64 [layers, N];
         their products with compressed ids stay in [0, 2**63). primes, offsets: int64 [layers, C],
-        C = len(orders) * heads, order-major.
+        C = len(orders) * heads, order-major. hot: hot n-grams of each order, None = there are
+        none; empty = no order has any. hot_first: of each layer the first of their rows.
         """
 
     def rows(

@@ -30,7 +30,7 @@ class BatchReader {
                 std::vector<int64_t> rows)
         : plan_(plan), first_layer_(first_layer), d_(d) {
         const HashPlan &sizes = plan.sizes();
-        const size_t layers = shards.size(), columns = size_t(sizes.order_count) * sizes.heads;
+        const size_t layers = shards.size();
         require(first_layer >= 0 && layers > 0 && first_layer + layers <= size_t(sizes.layers) &&
                     shard_rows.size() == layers && rows.size() == layers,
                 "shards, shard_rows and rows must be those of layers of the plan");
@@ -38,9 +38,8 @@ class BatchReader {
             require(shards[i] && shard_rows[i] > 0 && rows[i] > 0,
                     "sizes must be positive, shards present");
             // So no row id has to be checked.
-            for (size_t c = (first_layer + i) * columns; c < (first_layer + i + 1) * columns; c++)
-                require(sizes.offsets[c] + sizes.primes[c] <= uint64_t(rows[i]),
-                        "a layer must have the rows that its addresses name");
+            require(plan.rows_of(first_layer + int(i)) <= rows[i],
+                    "a layer must have the rows that its addresses name");
             tables_.push_back({kind_of(kind.c_str(), d), d, scale, false,
                                (const uint8_t *const *)shards[i], shard_rows[i], rows[i], nullptr,
                                nullptr, 0, 0});

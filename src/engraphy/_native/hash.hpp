@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "hot.hpp"
+
 namespace engraphy {
 
 constexpr int max_order = 32;        // the longest n-gram; bounds the kernel's stack
@@ -31,6 +33,8 @@ struct HashPlan {
     const uint64_t *offsets;     // [layers, C]
     const uint8_t
         *fast;  // [layers, order_count] all primes of the order lie within the two limits above
+    const HotTable *const *hot = nullptr;  // [order_count], null where no n-gram is hot; null = none
+    const int64_t *hot_first = nullptr;    // [layers] the first row of hot n-grams
 };
 
 struct HashCall {

@@ -13,9 +13,10 @@ void bind_hash(nb::module_ &m) {
     using nb::arg;
     nb::class_<Plan>(m, "HashPlan")
         .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, std::vector<int>, int, int, uintptr_t,
-                      uintptr_t, uintptr_t>(),
+                      uintptr_t, uintptr_t, nb::list, std::vector<int64_t>>(),
              arg("map"), arg("vocab"), arg("filler"), arg("stop"), arg("orders"), arg("heads"),
-             arg("layers"), arg("multipliers"), arg("primes"), arg("offsets"))
+             arg("layers"), arg("multipliers"), arg("primes"), arg("offsets"),
+             arg("hot") = nb::list(), arg("hot_first") = std::vector<int64_t>())
         .def("rows", &Plan::rows, nb::call_guard<nb::gil_scoped_release>(), arg("ids"),
              arg("batch"), arg("tokens"), arg("history"), arg("live"), arg("starts"), arg("out"),
              arg("layer") = -1, arg("alive") = 0)

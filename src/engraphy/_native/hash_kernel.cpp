@@ -29,6 +29,7 @@ namespace {
 static_assert(FLT_EVAL_METHOD == 0, "the remainder needs doubles that are rounded at each step");
 
 constexpr int tile = 64;  // tokens at a time: all that a tile needs stays in the first-level cache
+static_assert(tile == hot_tile);
 constexpr double magic = 6755399441055744.0;  // 2**52 + 2**51
 
 template <int W> struct Vec {
@@ -155,7 +156,17 @@ void plain_columns(const Tile &t, int count, int heads, const uint64_t *primes,
             out[j * stride + c] = (int64_t)(t.mix[j] % primes[c] + offsets[c]);
 }
 
-void write_layer(const HashPlan &plan, int layer, Tile &t, int count, int64_t *out) {
+// Rows of hot n-grams of one order, in place of those that were hashed.
+void write_hot(const int64_t *slots, int count, int heads, int64_t first, int64_t *out,
+               int64_t stride) {
+    for (int j = 0; j < count; j++) {
+        if (slots[j] < 0) continue;
+        for (int c = 0; c < heads; c++) out[j * stride + c] = first + slots[j] * heads + c;
+    }
+}
+
+void write_layer(const HashPlan &plan, int layer, Tile &t, int count, const int64_t *slots,
+                 int64_t *out) {
     const int64_t columns = (int64_t)plan.order_count * plan.heads;
     const int64_t *multipliers = plan.multipliers + (int64_t)layer * plan.longest;
     for (int i = 0; i < plan.longest; i++) {
@@ -168,6 +179,9 @@ void write_layer(const HashPlan &plan, int layer, Tile &t, int count, int64_t *o
             if (!plan.fast[layer * plan.order_count + o]) {
                 plain_columns(t, count, plan.heads, plan.primes + first, plan.offsets + first,
                               target, columns);
+                if (plan.hot && plan.hot[o])
+                    write_hot(slots + o * tile, count, plan.heads, plan.hot_first[layer], target,
+                              columns);
                 continue;
             }
             for (int j = 0; j < count; j++) {
@@ -177,6 +191,9 @@ void write_layer(const HashPlan &plan, int layer, Tile &t, int count, int64_t *o
             fast_columns<ENGRAPHY_LANES, 2>(t, count, plan.heads, plan.primes + first,
                                             plan.inverses + first, plan.offsets + first, target,
                                             columns);
+            if (plan.hot && plan.hot[o])
+                write_hot(slots + o * tile, count, plan.heads, plan.hot_first[layer], target,
+                          columns);
         }
     }
 }
@@ -204,6 +221,7 @@ void write_rows(const HashPlan &plan, const HashCall &call, int64_t first, int64
     const int64_t columns = (int64_t)plan.order_count * plan.heads, before = plan.longest - 1;
     Window window;
     Tile t;
+    int64_t slots[max_order * tile];
     int count;
     for (int64_t k = first; k < last; k += count) {
         const int64_t b = k / call.tokens, at = k % call.tokens;
@@ -213,8 +231,10 @@ void write_rows(const HashPlan &plan, const HashCall &call, int64_t first, int64
         resolve(plan, window, before, call.ids + k, call.live ? call.live + k : nullptr,
                 call.starts ? call.starts + k : nullptr, count);
         fill_terms(plan, window, count, t);
+        for (int o = 0; plan.hot && o < plan.order_count; o++)
+            if (plan.hot[o]) hot_find(*plan.hot[o], t.terms[0], tile, count, slots + o * tile);
         for (int l = 0; l < call.layer_count; l++)
-            write_layer(plan, call.first_layer + l, t, count,
+            write_layer(plan, call.first_layer + l, t, count, slots,
                         call.out + l * layer_size + (k - first) * columns);
     }
 }

@@ -12,6 +12,7 @@
 #include "chunk.hpp"
 #include "fuse.hpp"
 #include "hash.hpp"
+#include "hot.hpp"
 #include "rows.hpp"
 #include "update.hpp"
 
@@ -20,6 +21,8 @@ namespace engraphy {
 struct Kernels {
     HashFunction *hash;
     HashPartFunction *hash_part;
+    HotRanksFunction *hot_ranks;
+    HotFindFunction *hot_find;
     FirstBadFunction *first_bad;
     RowsFunction *rows;
     GatherFunction *gather;
@@ -39,6 +42,8 @@ struct Kernels {
     namespace level {                                                                   \
     HashFunction hash;                                                                  \
     HashPartFunction hash_part;                                                         \
+    HotRanksFunction hot_ranks;                                                         \
+    HotFindFunction hot_find;                                                           \
     FirstBadFunction first_bad;                                                         \
     RowsFunction read_rows;                                                             \
     GatherFunction gather_rows;                                                         \
@@ -51,7 +56,7 @@ struct Kernels {
     UpdateFunction update_rows;                                                         \
     ChunkFunction chunk_forward;                                                        \
     ChunkFunction chunk_backward;                                                       \
-    constexpr Kernels kernels = {hash, hash_part, first_bad, read_rows,                 \
+    constexpr Kernels kernels = {hash, hash_part, hot_ranks, hot_find, first_bad, read_rows, \
                                  gather_rows, fuse, cache_look, cache_keep,             \
                                  cache_hold, cache_write, survey, update_rows,           \
                                  chunk_forward, chunk_backward};                        \

@@ -2,8 +2,12 @@
 // and never changes.
 #pragma once
 
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
 #include <vector>
 
+#include "hot_table.hpp"
 #include "kernels.hpp"
 #include "require.hpp"
 
@@ -12,7 +16,8 @@ namespace engraphy {
 class Plan {
   public:
     Plan(uintptr_t map, int64_t vocab, int64_t filler, int64_t stop, std::vector<int> orders,
-         int heads, int layers, uintptr_t multipliers, uintptr_t primes, uintptr_t offsets)
+         int heads, int layers, uintptr_t multipliers, uintptr_t primes, uintptr_t offsets,
+         nanobind::list hot, std::vector<int64_t> hot_first)
         : orders_(std::move(orders)) {
         require(
             vocab > 0 && filler >= 0 && heads > 0 && layers > 0 && !orders_.empty(),
@@ -50,6 +55,13 @@ class Plan {
                  inverses_.data(),
                  offsets_.data(),
                  fast_.data()};
+        for (nanobind::handle part : hot) add_hot(part);
+        hot_first_ = std::move(hot_first);
+        if (hot_.empty()) return;
+        require(hot_.size() == orders_.size() && hot_first_.size() == size_t(layers),
+                "hot must have a part or None for each order, hot_first a row for each layer");
+        plan_.hot = hot_.data();
+        plan_.hot_first = hot_first_.data();
     }
     Plan(const Plan &) = delete;
 
@@ -73,13 +85,40 @@ class Plan {
 
     const HashPlan &sizes() const { return plan_; }
 
+    // Rows that the addresses of a layer reach.
+    int64_t rows_of(int layer) const {
+        uint64_t rows = 0;
+        const size_t columns = orders_.size() * plan_.heads;
+        for (size_t c = layer * columns; c < (layer + 1) * columns; c++)
+            rows = std::max(rows, offsets_[c] + primes_[c]);
+        for (const HotTable *table : hot_)
+            if (table)
+                rows = std::max(rows, uint64_t(hot_first_[layer] + table->slots * plan_.heads));
+        return int64_t(rows);
+    }
+
   private:
+    void add_hot(nanobind::handle part) {
+        kept_.push_back(nanobind::borrow(part));
+        if (part.is_none()) {
+            hot_.push_back(nullptr);
+            return;
+        }
+        const HotTable &table = nanobind::cast<const HotOrder &>(part).table();
+        require(hot_.size() < orders_.size() && table.order == orders_[hot_.size()],
+                "hot must have the plan's orders");
+        hot_.push_back(&table);
+    }
+
     std::vector<int> orders_;
     std::vector<int32_t> map_;
     std::vector<int64_t> multipliers_;
     std::vector<uint64_t> primes_, offsets_;
     std::vector<double> inverses_;
     std::vector<uint8_t> fast_;
+    std::vector<const HotTable *> hot_;
+    std::vector<int64_t> hot_first_;
+    std::vector<nanobind::object> kept_;  // what hot_ points into
     HashPlan plan_;
 };
 

@@ -33,6 +33,7 @@ from .vocab import VocabMap
 
 if TYPE_CHECKING:
     from .._native._core import HashPlan
+    from .._native._core import HotOrder as NativeOrder
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
@@ -215,7 +216,7 @@ class Addresser:
             out = np.empty(shape, dtype=np.int64)
         else:
             _check_out(out, shape)
-        if _native.core is None or self.hot is not None:
+        if _native.core is None:
             self._plain(chunk, layers, out)
         else:
             self._native(chunk, layers, out)
@@ -254,8 +255,21 @@ class Addresser:
                 multipliers=_address(self._multipliers_LN),
                 primes=_address(self._primes_LC),
                 offsets=_address(self._offsets_LC),
+                hot=self._native_hot(),
+                hot_first=[self.spec.row_count(layer) for layer in self.spec.layer_ids],
             )
         return plan
+
+    def _native_hot(self) -> list[NativeOrder | None]:
+        """Hot n-grams of each order; empty if there is no index."""
+        hot = self.hot
+        if hot is None:
+            return []
+        slots = hot.spec.slots
+        return [
+            hot.part(order).native(slots) if order in hot.orders else None
+            for order in self.spec.orders
+        ]
 
     def _native(
         self,

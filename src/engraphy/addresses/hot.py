@@ -7,6 +7,9 @@ bits of a hash in the n-gram's place: others with the same bits are taken for it
 Collision-Free Hot-Tier Extension for Engram-Style Conditional Memory", arXiv 2601.16531).
 """
 
+# pyright: reportPrivateUsage=false
+# `_native` is private to the package, not to a folder.
+
 from __future__ import annotations
 
 import hashlib
@@ -14,16 +17,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .. import _native
 from ..errors import ConfigError, DigestMismatch
 from ..spec.hot import HotSpec
 from ..system.checks import as_int
 from .arrays import read_arrays, write_arrays
 from .ngrams import Ngrams
 from .perfect_hash import MOST_LEVELS, WORDS, PerfectHash, key_hashes, level_hashes
+
+if TYPE_CHECKING:
+    from .._native._core import HotOrder as NativeOrder
 
 FILE_NAME = "hot.index"
 """Name of the file in a table's folder."""
@@ -53,21 +60,47 @@ class HotOrder:
         perfect: N-gram -> number.
         records_NR: uint32 [N, 1 + n]: at each number the slot, then the ids, the oldest first; in
             the fingerprint form [N, 2], the slot and the fingerprint.
+        fingerprint_bits: As in `HotIndex`.
     """
 
     order: int
     perfect: PerfectHash
     records_NR: np.ndarray
+    fingerprint_bits: int | None
 
-    def slots_of(self, ids_Nn: np.ndarray, fingerprint_bits: int | None) -> np.ndarray:
-        """int64 [N]: the slot of each n-gram, -1 if it is not hot."""
+    def native(self, slots: int) -> NativeOrder:
+        """The same for native code. slots: those of the whole index."""
+        core = _native.compiled()
+        return core.HotOrder(
+            self.order,
+            self.perfect.seed,
+            self.perfect.sizes,
+            core.address(self.perfect.blocks_BW),
+            core.address(self.records_NR),
+            len(self.records_NR),
+            self.fingerprint_bits or 0,
+            slots,
+            self,
+        )
+
+    def slots_of(self, ids_Nn: np.ndarray, slots: int) -> np.ndarray:
+        """int64 [N]: the slot of each n-gram, -1 if it is not hot. slots: of the whole index."""
+        if _native.core is not None and _are_ids(ids_Nn):
+            return self._native_slots(np.ascontiguousarray(ids_Nn, dtype=np.int32), slots)
         ranks_N = self.perfect.ranks(ids_Nn)
-        # Numbers beyond the records are those of a damaged file.
+        # Numbers beyond the records, and slots beyond the index, are those of a damaged file.
         found_N = (ranks_N >= 0) & (ranks_N < len(self.records_NR))
         records_NR = self.records_NR[np.where(found_N, ranks_N, 0)]
-        marks = _marks(ids_Nn, self.perfect.seed, fingerprint_bits)
-        found_N &= (records_NR[:, 1:] == marks).all(axis=1)
+        marks = _marks(ids_Nn, self.perfect.seed, self.fingerprint_bits)
+        found_N &= (records_NR[:, 1:] == marks).all(axis=1) & (records_NR[:, 0] < slots)
         return np.where(found_N, records_NR[:, 0].astype(np.int64), -1)
+
+    def _native_slots(self, ids_Nn: np.ndarray, slots: int) -> np.ndarray:
+        slots_N = np.empty(len(ids_Nn), dtype=np.int64)
+        if len(ids_Nn):
+            address = _native.compiled().address
+            self.native(slots).find(address(ids_Nn), len(ids_Nn), address(slots_N))
+        return slots_N
 
 
 class HotIndex:
@@ -199,7 +232,7 @@ class HotIndex:
         flat_Nn = ids.reshape(-1, order)
         if order not in self._parts:
             return np.full(ids.shape[:-1], -1, dtype=np.int64)
-        slots_N = self._parts[order].slots_of(flat_Nn, self.fingerprint_bits)
+        slots_N = self._parts[order].slots_of(flat_Nn, self.spec.slots)
         return slots_N.reshape(ids.shape[:-1])
 
     def false_hits(self, exact: HotIndex, ngrams: Ngrams) -> dict[int, FalseHits]:
@@ -300,14 +333,30 @@ def _marks(ids_Nn: np.ndarray, seed: int, fingerprint_bits: int | None) -> np.nd
     return (hashes_N >> np.uint64(64 - fingerprint_bits)).astype(np.uint32)[:, None]
 
 
+def _are_ids(ids_Nn: np.ndarray) -> bool:
+    """Whether all are of 31 bits, as the ids of hot n-grams are."""
+    return ids_Nn.dtype == np.int32 or (
+        bool(ids_Nn.size) and 0 <= int(ids_Nn.min()) and int(ids_Nn.max()) < 2**31
+    )
+
+
 def _order_of(ids_Nn: np.ndarray, slots_N: np.ndarray, fingerprint_bits: int | None) -> HotOrder:
     perfect = PerfectHash.build(ids_Nn)
-    marks = _marks(ids_Nn, perfect.seed, fingerprint_bits)
-    records_NR = np.empty((len(ids_Nn), 1 + marks.shape[1]), dtype=np.uint32)
+    count, order = ids_Nn.shape
+    width = 1 + (order if fingerprint_bits is None else 1)
+    records_NR = np.empty((count, width), dtype=np.uint32)
+    made = HotOrder(order, perfect, records_NR, fingerprint_bits)
+    if _native.core is not None:
+        ids_Nn = np.ascontiguousarray(ids_Nn, dtype=np.int32)
+        slots_N = np.ascontiguousarray(slots_N, dtype=np.int64)
+        address = _native.compiled().address
+        native = made.native(count)
+        native.fill(address(ids_Nn), address(slots_N), address(records_NR))
+        return made
     ranks_N = perfect.ranks(ids_Nn)
     records_NR[ranks_N, 0] = slots_N
-    records_NR[ranks_N, 1:] = marks
-    return HotOrder(ids_Nn.shape[1], perfect, records_NR)
+    records_NR[ranks_N, 1:] = _marks(ids_Nn, perfect.seed, fingerprint_bits)
+    return made
 
 
 def _stored_order(
@@ -320,6 +369,7 @@ def _stored_order(
     blocks_BW, records_NR = arrays[f"blocks_{order}"], arrays[f"records_{order}"]
     width = 1 + (order if fingerprint_bits is None else 1)
     found = (blocks_BW.shape, records_NR.shape)
-    if len(sizes) > MOST_LEVELS or found != ((sum(sizes), WORDS), (len(records_NR), width)):
+    fits = found == ((sum(sizes), WORDS), (len(records_NR), width)) and len(records_NR) > 0
+    if not fits or not 0 < len(sizes) <= MOST_LEVELS:
         raise ValueError(f"order {order}: levels {sizes} beside arrays of {found}")
-    return HotOrder(order, PerfectHash(seed, sizes, blocks_BW), records_NR)
+    return HotOrder(order, PerfectHash(seed, sizes, blocks_BW), records_NR, fingerprint_bits)

@@ -11,12 +11,16 @@ level costs a look-up one line.
 The numpy code below is the specification; the native kernel gives the same bits and numbers.
 """
 
+# pyright: reportPrivateUsage=false
+# `_native` is private to the package, not to a folder.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from .. import _native
 from ..errors import ConfigError
 
 WORDS = 16
@@ -75,10 +79,9 @@ class PerfectHash:
             ConfigError: Two keys are equal; it is named.
         """
         for seed in range(_MOST_SEEDS):
-            hashes_N = key_hashes(ids_Nn, seed)
-            levels, left = _levels(hashes_N)
+            sizes, blocks_BW, left = _built(ids_Nn, seed)
             if not len(left):
-                return cls(seed, tuple(len(level) for level in levels), _counted(levels))
+                return cls(seed, sizes, blocks_BW)
             _refuse_equal(ids_Nn[left])
         raise ConfigError(f"n-grams: expected distinct ones, found {len(ids_Nn)} that have no hash")
 
@@ -106,6 +109,23 @@ class PerfectHash:
         words_NW = lines_NW[:, 1:] & mask_NW.astype(np.uint32)
         counts_N = _BIT_COUNTS[words_NW.view(np.uint16)].sum(axis=1, dtype=np.int64)
         return lines_NW[:, 0] + counts_N
+
+
+def _built(ids_Nn: np.ndarray, seed: int) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """Blocks of each level, all blocks, and the places of keys that found no bit."""
+    core = _native.core
+    if core is None:
+        levels, left = _levels(key_hashes(ids_Nn, seed))
+        return tuple(len(level) for level in levels), _counted(levels), left
+    ids_Nn = np.ascontiguousarray(ids_Nn, dtype=np.int32)
+    sizes, blocks, hashes = core.hot_levels(
+        core.address(ids_Nn) if len(ids_Nn) else 0, *ids_Nn.shape, seed, *_ROOM
+    )
+    left = np.zeros(0, dtype=np.int64)
+    if hashes:
+        left_hashes = np.frombuffer(hashes, np.uint64)
+        left = np.flatnonzero(np.isin(key_hashes(ids_Nn, seed), left_hashes))
+    return tuple(sizes), np.frombuffer(blocks, np.uint32).reshape(-1, WORDS), left
 
 
 def _places(hashes_N: np.ndarray, level: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -73,7 +73,7 @@ class BatchReader:
             StoreError: A store is closed or cannot be read.
             ShardTruncated: A file of a store was truncated.
         """
-        if _native.core is None or self._addresser.hot is not None:
+        if _native.core is None:
             self._read_in_steps(batch)
             return
         try:

@@ -67,8 +67,6 @@ class TokenReader:
         """
         if not 0 < state.batch <= self._most or self._prefetcher.closed:
             return None
-        if self._addresser.hot is not None:
-            return None
         cursor = state.cursor()
         if cursor is None:
             return None

@@ -1,0 +1,102 @@
+// Slots of hot n-grams, compiled once per instruction set (kernels.hpp says what that forbids).
+//
+// Each n-gram needs a line a level and then its record, one after the other. The n-grams of a tile
+// do not wait for each other: all lines of a level are asked for before the first is looked at.
+#include <stdint.h>
+#include <string.h>
+
+#include "hot.hpp"
+#include "kernels.hpp"
+
+namespace engraphy::ENGRAPHY_LEVEL {
+namespace {
+
+// Bits that are set before `bit` of a line, in all lines before it too.
+inline int64_t before(const uint32_t *line, uint32_t bit) {
+    const uint32_t place = bit + 32;  // behind the count
+    uint64_t word;
+    memcpy(&word, line, sizeof(word));
+    int64_t count = (int64_t)(word & 0xffffffff);
+    word &= ~(uint64_t)0xffffffff;
+    for (uint32_t i = 0; i < place / 64; i++) {
+        count += __builtin_popcountll(word);
+        memcpy(&word, line + 2 * (i + 1), sizeof(word));
+    }
+    return count + __builtin_popcountll(word & (((uint64_t)1 << place % 64) - 1));
+}
+
+void hashes_of(const HotTable &table, const int64_t *terms, int64_t stride, int count,
+               uint64_t *hashes) {
+    for (int j = 0; j < count; j++) hashes[j] = hot_start(table.seed);
+    for (int i = table.order - 1; i >= 0; i--) {
+        const int64_t *ids = terms + i * stride;
+        for (int j = 0; j < count; j++) hashes[j] = hot_mixed(hashes[j], (uint64_t)ids[j]);
+    }
+}
+
+}  // namespace
+
+void hot_ranks(const HotTable &table, const int64_t *terms, int64_t stride, int count,
+               int64_t *ranks, uint32_t *marks) {
+    uint64_t hashes[hot_tile], z[hot_tile];
+    const uint32_t *lines[hot_tile];
+    uint32_t bits[hot_tile];
+    int left[hot_tile], left_count = count;
+    hashes_of(table, terms, stride, count, hashes);
+    if (table.fingerprint_bits)
+        for (int j = 0; j < count; j++)
+            marks[j] = (uint32_t)(hot_level(hashes[j], hot_levels) >> (64 - table.fingerprint_bits));
+    for (int j = 0; j < count; j++) z[j] = hot_level(hashes[j], 0);
+    const uint32_t *level_lines = table.lines;
+    for (int j = 0; j < count; j++) {
+        lines[j] = level_lines + hot_line(z[j], table.sizes[0]) * hot_words;
+        bits[j] = hot_bit(z[j]);
+        __builtin_prefetch(lines[j]);
+        left[j] = j;
+        ranks[j] = -1;
+    }
+    for (int level = 0; level < table.level_count && left_count; level++) {
+        level_lines += table.sizes[level] * hot_words;
+        const bool last = level + 1 == table.level_count;
+        int rest = 0;
+        for (int a = 0; a < left_count; a++) {
+            const int j = left[a];
+            const uint32_t bit = bits[j];
+            if (lines[j][1 + bit / 32] >> bit % 32 & 1) {
+                const int64_t rank = before(lines[j], bit);
+                if (rank >= table.keys) continue;  // of a damaged file
+                const uint32_t *record = table.records + rank * table.width;
+                __builtin_prefetch(record);
+                __builtin_prefetch(record + table.width - 1);
+                ranks[j] = rank;
+            } else if (!last) {
+                const uint64_t hash = hot_level(hashes[j], level + 1);
+                lines[j] = level_lines + hot_line(hash, table.sizes[level + 1]) * hot_words;
+                bits[j] = hot_bit(hash);
+                __builtin_prefetch(lines[j]);
+                left[rest++] = j;
+            }
+        }
+        left_count = rest;
+    }
+}
+
+void hot_find(const HotTable &table, const int64_t *terms, int64_t stride, int count,
+              int64_t *slots) {
+    uint32_t marks[hot_tile];
+    hot_ranks(table, terms, stride, count, slots, marks);
+    for (int j = 0; j < count; j++) {
+        if (slots[j] < 0) continue;
+        const uint32_t *record = table.records + slots[j] * table.width;
+        bool same = record[0] < table.slots;  // else the file is damaged
+        if (table.fingerprint_bits) {
+            same &= record[1] == marks[j];
+        } else {
+            for (int i = 0; i < table.order; i++)
+                same &= record[table.order - i] == (uint64_t)terms[i * stride + j];
+        }
+        slots[j] = same ? (int64_t)record[0] : -1;
+    }
+}
+
+}  // namespace engraphy::ENGRAPHY_LEVEL
