@@ -306,8 +306,8 @@ def test_what_a_foreign_client_sends_wrongly_is_named(exchange):
     assert len(exchange(wire.id_batch(np.arange(0)))) == 0
     empty = pa.record_batch({"id": pa.array([1, None], pa.int64())})
     cases = [
-        (wire.id_batch(np.array([3, 184])), (), "row id 184: expected 0 to 183"),
-        (wire.id_batch(np.array([-1])), (), "row id -1: expected 0 to 183"),
+        (wire.id_batch(np.array([3, 184])), (), "row id 184.*: expected 0 to 183"),
+        (wire.id_batch(np.array([-1])), (), "row id -1.*: expected 0 to 183"),
         (wire.id_batch(np.zeros(9000, np.int64)), (), "at most 8192 row ids, found 9000"),
         (pa.record_batch({"id": pa.array([1, 2], pa.int32())}), (), "expected row ids of int64"),
         (empty, (), "expected row ids of int64"),

@@ -28,6 +28,7 @@ MOST_IDS = 8192  # of one request: 64 KiB of ids, which fit into the window of a
 DRAINING = b"draining"  # metadata of the answers of a server that is about to stop
 _KEY = b"engraphy"
 
+_INT64 = pa.int64()
 IDS = pa.schema([pa.field("id", pa.int64(), nullable=False)])
 
 
@@ -122,9 +123,10 @@ def id_batch(ids_N: np.ndarray) -> Any:
 
 def ids_of(batch: Any) -> np.ndarray:
     """The row ids of a batch, int64 [N]. Raises StoreError if it has something else."""
-    if batch.schema.types != IDS.types or batch.column(0).null_count:
+    ids = batch.column(0) if batch.num_columns == 1 else None
+    if ids is None or ids.type != _INT64 or ids.null_count:
         raise StoreError(f"request: expected row ids of int64, found {batch.schema.types}")
-    return batch.column(0).to_numpy(zero_copy_only=True)
+    return ids.to_numpy(zero_copy_only=True)
 
 
 def row_batch(buffer: Any, count: int, schema: Any) -> Any:

@@ -270,7 +270,7 @@ class RowServer(flight.FlightServerBase):
         finally:
             with self._changed:
                 self._busy -= 1
-                if not self._busy:
+                if self._draining and not self._busy:
                     self._changed.notify_all()
 
 
@@ -283,11 +283,13 @@ def _next(reader: Any) -> Any:
 
 
 def _check_ids(ids_N: np.ndarray, first: int, last: int, served: Served) -> None:
+    """Raises unless there are not too many ids, all of the part. `gather` checks the whole."""
     if len(ids_N) > served.most_rows:
         raise InputError(
             f"request: expected at most {served.most_rows} row ids, found {len(ids_N)}"
         )
-    if len(ids_N) and not (first <= int(ids_N.min()) and int(ids_N.max()) < last):
+    is_whole = last - first == served.rows
+    if len(ids_N) and not is_whole and not (first <= int(ids_N.min()) and int(ids_N.max()) < last):
         wrong = ids_N[(ids_N < first) | (ids_N >= last)][0]
         raise RowOutOfRange(f"row id {wrong}: expected {first} to {last - 1}")
 
