@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DigestMismatch, StoreError
+from ..errors import ConfigError, DigestMismatch, InputError, StoreError
 from ..memory.lookup import Lookup
 from ..memory.memory import EngramMemory
 from .chunks import Batch, Chunks
@@ -32,6 +32,7 @@ class ServedMemory:
     Attributes:
         memory: The memory.
         past: P, how many earlier tokens of a request it looks at.
+        look_back: Of how many of them it needs the ids.
         layers: The layers (0-based) in front of which it adds something.
     """
 
@@ -46,9 +47,9 @@ class ServedMemory:
         self._place = (device, dtype)
         self.memory = self._placed(memory)
         self.layers = memory.layers
-        self._look_back = memory.config.hash.order - 1
+        self.look_back = memory.config.hash.order - 1
         self._window = memory.config.layer.window
-        self.past = max(self._look_back, self._window)
+        self.past = max(self.look_back, self._window)
         self._slots: Slots | None = None
         logging.getLogger("engraphy").info(
             "a memory in layers %s; beside the KV cache it takes %s bytes a token",
@@ -65,11 +66,16 @@ class ServedMemory:
             f"{values_KBW.shape[0] * values_KBW.shape[1]:,}",
         )
 
-    def begin(self, chunks: Chunks) -> Step:
+    def begin(self, chunks: Chunks, history_RP: np.ndarray | None = None) -> Step:
         """Notes the ids of the chunks, and requests the rows of all layers.
 
+        Args:
+            chunks: The tokens of the forward.
+            history_RP: int [R, look_back], the ids before each chunk as the engine knows them; -1 =
+                none. They have to be those in the slots. None = the engine does not say.
+
         Raises:
-            InputError: An id is out of range.
+            InputError: An id is out of range, or the slots hold the values of other tokens.
             StoreError: The memory is closed, or no slots were bound.
         """
         slots = self._slots
@@ -78,11 +84,17 @@ class ServedMemory:
         ids_N = chunks.ids_N.to("cpu", torch.int64)
         # First written, then read: a chunk's past may be among the chunks of this forward.
         slots.write_ids(chunks.slots_N, chunks.ids_N)
-        history_RP = slots.read_ids(chunks.past_RP[:, self.past - self._look_back :])
+        found_RP = slots.read_ids(chunks.past_RP[:, self.past - self.look_back :])
+        if history_RP is not None and not np.array_equal(history_RP, found_RP):
+            raise InputError(
+                "slots: expected the values of the tokens before each chunk, whose ids are "
+                f"{history_RP.tolist()}, found those of {found_RP.tolist()}; did something other "
+                "than a forward fill or move the KV cache?"
+            )
         reads = []
         for batch in chunks.batches(ordered=self._window > 0):
             ids_BT = ids_N[torch.from_numpy(batch.tokens_BT)]
-            lookup = self.memory.lookup(ids_BT, history=history_RP[batch.requests])
+            lookup = self.memory.lookup(ids_BT, history=found_RP[batch.requests])
             reads.append((batch, lookup))
         return Step(self.memory, slots, chunks, reads)
 
