@@ -53,6 +53,7 @@ OPTIONAL = {  # package: the folders, or modules, that may import it
     "vllm": {"engines/vllm"},
     "huggingface_hub": {"hf"},
     "peft": {"hf", "recipes"},
+    "sglang": {"engines/sglang"},
     "diffusers": {"vision"},
     "lm_eval": {"eval"},
     "matplotlib": {"report"},

@@ -13,6 +13,7 @@ together with the keys and values, and modules hold no state of a request.
     served    the memory: rows of a whole forward read ahead, and fused layer by layer
     metrics   the counters of the stores over HTTP
     vllm      the plugin for vLLM
+    sglang    the plugin for SGLang
 
 This package never imports `engraphy.hf`, whose versions of transformers the engines do not accept.
 """
