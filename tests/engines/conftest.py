@@ -1,5 +1,6 @@
-"""The tests in in_vllm run in vLLM's environment alone: `make test-engines`."""
+"""The tests in in_vllm and in_sglang run in the environment of that engine alone: `make
+test-engines`."""
 
 from importlib.util import find_spec
 
-collect_ignore_glob = [] if find_spec("vllm") else ["in_vllm/*"]
+collect_ignore_glob = [f"in_{engine}/*" for engine in ("vllm", "sglang") if not find_spec(engine)]
