@@ -62,8 +62,8 @@ class Way:
 
 WAYS = (
     Way("no memory", "bare"),
-    Way("RAM", store="ram:{table}"),
-    Way("RAM, in the block", store="ram:{table}", ahead=False),
+    Way("RAM", store="file:{table}?populate=1"),
+    Way("RAM, in the block", store="file:{table}?populate=1", ahead=False),
     Way("file", store="file:{table}"),
     Way("pool", store="pool:{pool}?from={table}"),
     Way("pool + 0.1 ms", store="pool:{pool}?from={table}", delay=0.1),

@@ -188,7 +188,7 @@ def test_blocks_are_read_with_their_kind_line_and_reason():
         ("python bench/rows.py --none 1", "no option --none"),
         ("make nothing", "no target nothing"),
         ('pip install ".[none]"', "no extra none"),
-        ("curl example", "do not use so far"),
+        ("wget example", "do not use so far"),
         ("cd x && make nothing", "no target nothing"),
     ],
 )

@@ -170,7 +170,7 @@ def publish(
             return
         _facts(
             {
-                "pool": escape(f"pool:{pool}"),
+                "pool": escape(str(pool)),
                 "epoch": str(header.epoch),
                 "table_id": header.table_id,
                 "layers": ", ".join(map(str, header.layers)),
