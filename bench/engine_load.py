@@ -104,7 +104,7 @@ def main() -> None:
         counted = [text.decode().count("engraphy_") for text in texts]
         print(f"counters over HTTP while it served: {min(counted)} lines or more of each server\n")
     print("\n".join(table(alive)))
-    write(options.json, "engine_load", machine(), claims(alive))
+    write(options.json, "engine_load", machine(options.folder), claims(alive))
 
 
 # --- servers --------------------------------------------------------------------------------------
