@@ -2,9 +2,9 @@
 
     python -m tests.tools.guard_counts     # JSON: step -> counter -> count
 
-The same model takes the same step with its memory and without; of torch's allocations the
-difference is counted, so that the model's own do not hide a change. Steps before it, which are not
-counted, make what is made once.
+The same model takes the same step with its memory and without. Of allocations the difference is
+counted, so that those of the model and of its text do not hide a change. Steps before it, which are
+not counted, make what is made once.
 """
 
 from __future__ import annotations
@@ -124,13 +124,15 @@ def counts_of(
     }
     with numpy_allocations() as arrays:
         step()
+    with numpy_allocations() as bare:
+        plain()
     with_memory, without = torch_allocations(step), torch_allocations(plain)
     return {
         **{f"native calls, {name}": count for name, count in calls.items()},
         **buffers,
         **moved,
         **{name: count - without[name] for name, count in with_memory.items()},
-        **{f"numpy allocations, {name}": count for name, count in arrays.items()},
+        **{f"numpy allocations, {name}": count - bare[name] for name, count in arrays.items()},
     }
 
 

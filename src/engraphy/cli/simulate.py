@@ -14,7 +14,7 @@ from rich.table import Table as Grid
 from ..errors import ConfigError
 from ..plan import LAYOUTS, TIERS, Load, Shared, Simulation, block_seconds, hit_rates, layout, tier
 from ..plan import simulate as run
-from .arguments import JSON
+from .arguments import JSON, parse_layers
 from .terminal import errors
 
 
@@ -84,7 +84,7 @@ def simulate(
                 None if standby is None else tier(standby),
                 hedge_ms / 1e3,
             ),
-            layers=None if layers is None else _layers(layers),
+            layers=parse_layers(layers),
             failed=failed,
         )
         if as_json:
@@ -99,13 +99,6 @@ def simulate(
         )
         console.print(_grid(result))
         console.print(_verdict(result), highlight=False)
-
-
-def _layers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--layers: expected numbers such as 1,14, found {text!r}") from None
 
 
 def _values(result: Simulation) -> dict[str, object]:

@@ -93,9 +93,9 @@ class ServedMemory:
             )
         reads = []
         for batch in chunks.batches(ordered=self._window > 0):
-            ids_BT = ids_N[torch.from_numpy(batch.tokens_BT)]
-            lookup = self.memory.lookup(ids_BT, history=found_RP[batch.requests])
-            reads.append((batch, lookup))
+            places_BT = torch.from_numpy(batch.tokens_BT)
+            lookup = self.memory.lookup(ids_N[places_BT], history=found_RP[batch.requests])
+            reads.append((batch, places_BT.to(self._place[0]), lookup))
         return Step(self.memory, slots, chunks, reads)
 
     def replace(self, memory: EngramMemory) -> None:
@@ -139,7 +139,7 @@ class Step:
         memory: EngramMemory,
         slots: Slots,
         chunks: Chunks,
-        reads: list[tuple[Batch, Lookup]],
+        reads: list[tuple[Batch, Tensor, Lookup]],
     ) -> None:
         self._memory = memory
         self._slots = slots
@@ -166,11 +166,10 @@ class Step:
             raise ConfigError(
                 f"layer {layer!r} has no memory; expected one of {list(self._memory.layers)}"
             )
-        for _, lookup in self._reads:
+        for *_, lookup in self._reads:
             lookup.rows[layer]  # an error of reading is raised before anything is computed
         out_ND = x_ND.clone()
-        for batch, lookup in self._reads:
-            places_BT = torch.from_numpy(batch.tokens_BT).to(x_ND.device)
+        for batch, places_BT, lookup in self._reads:
             out_ND[places_BT] = self._fuse_batch(layer, x_ND[places_BT], batch, lookup)
         return out_ND
 

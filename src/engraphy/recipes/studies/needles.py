@@ -203,7 +203,7 @@ def _longer(trained: Trained, texts: NeedleTexts, tokens: int) -> dict[str, Any]
 
 def _stretched(model: LM, tokens: int, yarn: YarnConfig | None) -> LM:
     """The same weights and memory, for texts of so many tokens."""
-    room = max(model.config.max_tokens, tokens + FACTOR * tokens)
+    room = max(model.config.max_tokens, 2 * tokens)  # question and answers
     config = dataclasses.replace(model.config, max_tokens=room, yarn=yarn)
     stretched = LM(config, model.memory)
     stretched.load_state_dict(model.state_dict())
