@@ -64,7 +64,7 @@ class Record:
             self.counts["preemptions"] += start < known
             self.counts["chunks"] += 0 < known == start and length > 1
             self.lengths[request] = start + length
-        for batch, lookup in reads:
+        for batch, _, lookup in reads:
             rows_BTC = np.concatenate(list(lookup.trace.row_ids.values()), axis=2)
             for index, rows_TC in zip(batch.requests, rows_BTC, strict=True):
                 self._add_rows(requests[index], starts[index], rows_TC)
