@@ -97,17 +97,13 @@ def fuse(
     wide = torch.promote_types(x_BTSD.dtype, torch.float32)
     h_BTSD = x_BTSD.to(wide)
     live = past.live
-    gate_BTS = gate(_match(h_BTSD, key_BTSD.to(wide), norms, formula))
+    gate_BTS = gate(match(h_BTSD, key_BTSD.to(wide), norms, formula))
     if live is not None:
         gate_BTS = torch.where(live[:, :, None], gate_BTS, 0.0)
     update_BTSD = gate_BTS[..., None] * value_BTD.to(wide)[:, :, None]
     inputs = None
     if norms.conv is not None and norms.conv_norm is not None:
-        inputs_BTSD = (
-            update_BTSD
-            * _rstd(update_BTSD, formula.conv_eps)[..., None]
-            * scale(norms.conv_norm, wide, formula)
-        )
+        inputs_BTSD = conv_inputs(update_BTSD, norms.conv_norm, formula)
         mixed_BTSD, window = convolve(
             norms.conv, formula.dilation, inputs_BTSD, past.window, past.starts
         )
@@ -124,8 +120,14 @@ def scale(norm: Tensor, dtype: torch.dtype, formula: Formula) -> Tensor:
     return norm.to(dtype) + 1.0 if formula.unit_offset else norm.to(dtype)
 
 
-def _match(h_BTSD: Tensor, key_BTSD: Tensor, norms: Norms, formula: Formula) -> Tensor:
-    """How well query and key match, [B, T, S]."""
+def conv_inputs(gated: Tensor, norm_SD: Tensor, formula: Formula) -> Tensor:
+    """The conv's norm of gated values [..., S, D]."""
+    rstd = _rstd(gated, formula.conv_eps)
+    return gated * rstd[..., None] * scale(norm_SD, gated.dtype, formula)
+
+
+def match(h_BTSD: Tensor, key_BTSD: Tensor, norms: Norms, formula: Formula) -> Tensor:
+    """How well query and key match: [..., S] of vectors [..., S, D]."""
     # A norm's factor is one number per vector, so it is applied after the dot product: this saves
     # passes over [B, T, S, D].
     wide = h_BTSD.dtype

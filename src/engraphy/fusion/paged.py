@@ -1,0 +1,134 @@
+"""The fusion layer for the tokens of many requests, whose conv inputs lie in a paged cache.
+
+A serving engine computes the next tokens of many requests at once, and keeps what it knows of each
+token in one line of a cache. Here the conv inputs of all tokens are written to their lines first.
+Then each token's conv reads its taps from the cache. So the tokens may come in any order, and in
+chunks of any length.
+
+`fuse_plainly` is the specification of the native pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from . import plain
+from .layer import EngramLayer
+from .plain import Formula, Norms
+from .projection import Projection
+
+# torch's matrix products on a CPU add in another order if there are fewer rows than this.
+_FEW = 16
+
+
+class Lines(NamedTuple):
+    """Where the conv inputs of a forward's tokens lie in the cache of a layer.
+
+    Attributes:
+        cache: f32 [values], contiguous; of any number of lines, S*D values each.
+        offsets_NK: int64, where each line that a token's taps read begins, oldest first; -1 = none
+            (zeros). The last one is the token's own line, which gets its conv inputs.
+    """
+
+    cache: Tensor
+    offsets_NK: Tensor
+
+
+class PagedFusion:
+    """The fusion layer of an engine. Its parameters must not change any more.
+
+    A token's result has the same bits whatever else the call computes.
+    """
+
+    def __init__(self, layer: EngramLayer) -> None:
+        """Joins the weights of the two projections. Those of the layer become views of them.
+
+        Raises:
+            ConfigError: A subclass or a hook changes what the layer computes.
+        """
+        parts = [type(part).__name__ for part in (layer.key, layer.value)]
+        if not layer.is_bare or parts != [Projection.__name__] * 2:
+            raise ConfigError(
+                "a served fusion layer: expected an EngramLayer with plain projections and without "
+                f"hooks, found {type(layer).__name__} with {' and '.join(parts)}"
+            )
+        spec = layer.spec
+        self.spec = spec
+        self._outputs = (spec.streams * spec.hidden_size, spec.hidden_size)
+        self.weight = torch.cat([layer.key.weight.detach(), layer.value.weight.detach()])
+        biases = [layer.key.bias, layer.value.bias]
+        self._bias = torch.cat([bias.detach() for bias in biases]) if spec.bias else None
+        for part, weight in zip(
+            (layer.key, layer.value), self.weight.split(self._outputs), strict=True
+        ):
+            part.weight = nn.Parameter(weight, requires_grad=False)
+        self._norms = Norms(layer.query_norm, layer.key_norm, layer.conv_norm, layer.conv)
+        eps = torch.finfo(torch.float32).eps if spec.eps is None else spec.eps
+        self._formula = Formula(spec.order, eps, spec.conv_eps, spec.unit_offset, True, True)
+
+    def __call__(
+        self, x_NSD: Tensor, rows_NE: Tensor, live_N: Tensor | None, lines: Lines | None
+    ) -> Tensor:
+        """x + the layer's update, as `EngramLayer.forward` computes it.
+
+        Args:
+            x_NSD: Hidden states, in the dtype of the weights: float32, bfloat16 or float16.
+            rows_NE: Rows, of any float dtype.
+            live_N: bool. False: update, gate and conv inputs are 0. None = all are live.
+            lines: Where the conv inputs lie. None if the layer has no conv.
+
+        Returns:
+            A new tensor of the shape of x.
+        """
+        key_ND, value_ND = self._project(rows_NE).split(self._outputs, dim=1)
+        key_NSD = key_ND.unflatten(1, x_NSD.shape[1:])
+        return fuse_plainly(x_NSD, key_NSD, value_ND, self._norms, live_N, lines, self._formula)
+
+    def _project(self, rows_NE: Tensor) -> Tensor:
+        """Keys and values side by side. The product has a multiple of _FEW rows."""
+        tokens = len(rows_NE)
+        rows_NE = rows_NE.to(self.weight.dtype)
+        missing = -tokens % _FEW
+        if missing:
+            rows_NE = F.pad(rows_NE, (0, 0, 0, missing))
+        return F.linear(rows_NE, self.weight, self._bias)[:tokens]
+
+
+def fuse_plainly(
+    x_NSD: Tensor,
+    key_NSD: Tensor,
+    value_ND: Tensor,
+    norms: Norms,
+    live_N: Tensor | None,
+    lines: Lines | None,
+    formula: Formula,
+) -> Tensor:
+    """From the projections of the rows on, in f32: x + update, of x's dtype.
+
+    Args:
+        x_NSD: Hidden states.
+        key_NSD, value_ND: Projections of the rows.
+        norms: Parameters.
+        live_N, lines: As for `PagedFusion`. Writes the conv inputs of all tokens to the cache.
+        formula: Numbers and variants.
+    """
+    gate_NS = plain.signed_sqrt(plain.match(x_NSD.float(), key_NSD.float(), norms, formula))
+    if live_N is not None:
+        gate_NS = torch.where(live_N[:, None], gate_NS, 0.0)
+    update_NSD = gate_NS[..., None] * value_ND.float()[:, None]
+    if lines is not None and norms.conv is not None and norms.conv_norm is not None:
+        inputs_NSD = plain.conv_inputs(update_NSD, norms.conv_norm, formula)
+        values_SD = torch.arange(inputs_NSD[0].numel(), device=x_NSD.device).view_as(inputs_NSD[0])
+        lines.cache[lines.offsets_NK[:, -1, None, None] + values_SD] = inputs_NSD
+        known_NK11 = (lines.offsets_NK >= 0)[:, :, None, None]
+        seen_NKSD = lines.cache[lines.offsets_NK.clamp_min(0)[:, :, None, None] + values_SD]
+        seen_NKSD = torch.where(known_NK11, seen_NKSD, 0.0)
+        update_NSD = update_NSD + F.silu((seen_NKSD * norms.conv.float().permute(2, 0, 1)).sum(1))
+        if live_N is not None:
+            update_NSD = torch.where(live_N[:, None, None], update_NSD, 0.0)
+    return x_NSD + update_NSD.to(x_NSD.dtype)
