@@ -114,12 +114,14 @@ def test_lines_behind_the_last_token_stay():
     assert not torch.equal(out_ND[0], x_ND[0])
 
 
-def test_a_request_waits_for_the_one_whose_slots_it_shares():
-    past_RP = np.array([[4, 5], [-1, -1], [2, 3]])
-    chunks = Chunks(torch.zeros(6), np.array([0, 2, 4, 6]), np.array([6, 7, 2, 3, 4, 5]), past_RP)
-    order = [batch.requests.tolist() for batch in chunks.batches(ordered=True)]
-    assert order == [[1], [2], [0]]
-    assert len(chunks.batches(ordered=False)) == 1
+def test_the_slots_before_each_token_are_those_of_its_request():
+    past_RP = np.array([[4, 5], [-1, -1], [-1, 3]])
+    chunks = Chunks(torch.zeros(6), np.array([0, 2, 3, 6]), np.array([6, 7, 2, 3, 4, 5]), past_RP)
+    assert chunks.before(np.array([2, 1, 0])).tolist() == [
+        *([4, 5, 6], [5, 6, 7]),
+        [-1, -1, 2],
+        *([-1, 3, 3], [3, 3, 4], [3, 4, 5]),
+    ]
 
 
 def test_past_slots_follow_the_block_table():

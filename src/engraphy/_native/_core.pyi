@@ -368,6 +368,55 @@ class BatchReader:
         the row ids, int64 [layers, batch, tokens, C], unless it is 0. waits: as for `read_rows`.
         """
 
+class PagedFusion:
+    """The fusion layer over a paged cache of conv inputs, from the projections on:
+    `paged.fuse_plainly`.
+
+    It keeps addresses: the caller keeps the arrays alive, and C-contiguous.
+    """
+
+    def __init__(
+        self,
+        *,
+        bf16: bool,
+        streams: int,
+        hidden: int,
+        taps: int,
+        eps: float,
+        conv_eps: float,
+        scale: int,
+        conv_norm: int,
+        conv: int,
+    ) -> None:
+        """N, S, D, K = tokens, streams, hidden, taps (at most 16).
+
+        bf16: hidden states and projections are bfloat16, else float32. scale: float32 [S, D], the
+        factors of query norm times those of key norm. conv_norm: float32 [S, D], factors. conv:
+        float32 [K, S, D].
+        """
+
+    def fuse(
+        self,
+        *,
+        tokens: int,
+        x: int,
+        key: int,
+        value: int,
+        stride: int,
+        live: int,
+        offsets: int,
+        cache: int,
+        cache_values: int,
+        out: int,
+        threads: int,
+    ) -> None:
+        """Writes x + update to out [N, S, D], and conv inputs to the cache.
+
+        x: [N, S, D]. key, value: [N, S, D] and [N, D], `stride` values from a token to the next.
+        live: bool [N]. offsets: int64 [N, K], where the line of each tap begins in the cache,
+        float32 [cache_values]; -1 = zeros; the last one of a token gets its conv inputs.
+        """
+
 class ChunkFusion:
     """The fusion layer for a chunk, from the projections on: `plain.fuse`, and its gradients.
 

@@ -28,6 +28,7 @@ void bind_gather(nanobind::module_ &m);
 void bind_guard(nanobind::module_ &m);
 void bind_hash(nanobind::module_ &m);
 void bind_hot(nanobind::module_ &m);
+void bind_paged(nanobind::module_ &m);
 void bind_pread(nanobind::module_ &m);
 void bind_rows(nanobind::module_ &m);
 void bind_tensor(nanobind::module_ &m);

@@ -65,20 +65,11 @@ template <class X, class P, class F>
 Numbers<F> numbers_of(const View<X, P, F> &v, int64_t b, int64_t t, int64_t s, F value_squares) {
     const Chunk &c = v.c;
     const int64_t n = v.stream(b, t, s);
-    const X *x = v.x(n);
-    const P *key = v.key(n);
-    const F *scale = v.scale(s);
-    Vector<F> dot = {}, x_squares = {}, key_squares = {};
-    along<F>(c.hidden, [&](int64_t i, auto part) {
-        const Vector<F> h = load(x + i, part), k = load(key + i, part);
-        dot += h * load(scale + i, part) * k;
-        x_squares += h * h;
-        key_squares += k * k;
-    });
+    const Match<F> match = match_of(v.x(n), v.key(n), v.scale(s), c.hidden, c.eps);
     Numbers<F> out;
-    out.query = rstd(total(x_squares), c.hidden, c.eps);
-    out.key = rstd(total(key_squares), c.hidden, c.eps);
-    out.u = total(dot) * out.query * out.key / root_of((F)c.hidden);
+    out.u = match.u;
+    out.query = match.query;
+    out.key = match.key;
     out.gate = gate_of(out.u);
     out.conv = c.taps ? rstd(out.gate * out.gate * value_squares, c.hidden, c.conv_eps) : 0;
     return out;

@@ -13,6 +13,7 @@
 #include "fuse.hpp"
 #include "hash.hpp"
 #include "hot.hpp"
+#include "paged.hpp"
 #include "rows.hpp"
 #include "update.hpp"
 
@@ -35,6 +36,8 @@ struct Kernels {
     UpdateFunction *update;
     ChunkFunction *chunk_forward;
     ChunkFunction *chunk_backward;
+    PagedFunction *paged_inputs;
+    PagedFunction *paged_outs;
 };
 
 // What the kernel files define, each once per level.
@@ -56,10 +59,13 @@ struct Kernels {
     UpdateFunction update_rows;                                                         \
     ChunkFunction chunk_forward;                                                        \
     ChunkFunction chunk_backward;                                                       \
+    PagedFunction paged_inputs;                                                         \
+    PagedFunction paged_outs;                                                           \
     constexpr Kernels kernels = {hash, hash_part, hot_ranks, hot_find, first_bad, read_rows, \
                                  gather_rows, fuse, cache_look, cache_keep,             \
                                  cache_hold, cache_write, survey, update_rows,           \
-                                 chunk_forward, chunk_backward};                        \
+                                 chunk_forward, chunk_backward, paged_inputs,           \
+                                 paged_outs};                                           \
     }
 ENGRAPHY_KERNELS(scalar)
 #if defined(__x86_64__)

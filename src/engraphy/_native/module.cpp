@@ -27,6 +27,7 @@ NB_MODULE(_core, m) {
     engraphy::bind_guard(m);
     engraphy::bind_hot(m);  // before the plan, which takes what it defines
     engraphy::bind_hash(m);
+    engraphy::bind_paged(m);
     engraphy::bind_pread(m);
     engraphy::bind_rows(m);
     engraphy::bind_tensor(m);

@@ -1,11 +1,8 @@
 """The tokens of one forward of an engine: the next chunk of each request, one after the other.
 
 Chunks have different lengths: one token of a request that decodes, hundreds of one whose prompt is
-read. Chunks of equal length are computed together as one batch [B, T], so nothing is padded.
-
-A request may begin with slots that another request fills in this same forward: engines share the
-beginning of a prompt as soon as it is scheduled. A conv therefore has to compute such a request
-after the other one. `batches` gives the order.
+read. A request may begin with slots that another request fills in this same forward: engines share
+the beginning of a prompt as soon as it is scheduled.
 """
 
 from __future__ import annotations
@@ -16,19 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Chunks of equal length of some requests.
-
-    Attributes:
-        requests: int64 [B], which requests of the forward.
-        tokens_BT: int64 [B, T], the places of their tokens among all tokens of the forward.
-    """
-
-    requests: np.ndarray
-    tokens_BT: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,41 +45,24 @@ class Chunks:
                 f"{len(self.slots_N)}"
             )
 
-    def batches(self, ordered: bool) -> list[Batch]:
-        """The chunks of each length together.
+    def before(self, distances_K: np.ndarray) -> np.ndarray:
+        """The slots of the tokens that stand so far before each token.
 
         Args:
-            ordered: True: a request whose earlier tokens are computed in this forward too comes
-                after the batch that computes them.
-        """
-        lengths = np.diff(self.bounds)
-        rounds = self._rounds() if ordered else np.zeros_like(lengths)
-        keys = np.stack([rounds, lengths], axis=1)
-        batches = []
-        for number, length in np.unique(keys, axis=0):
-            requests = np.flatnonzero((rounds == number) & (lengths == length))
-            tokens_BT = self.bounds[requests, None] + np.arange(length)
-            batches.append(Batch(requests, tokens_BT))
-        return batches
+            distances_K: int64, from 0 (the token itself) to P.
 
-    def _rounds(self) -> np.ndarray:
-        """int64 [R], how many other requests have to be computed before each one."""
-        rounds = np.zeros(len(self.past_RP), dtype=np.int64)
-        if not np.isin(self.past_RP, self.slots_N).any():
-            return rounds
-        owners = np.repeat(np.arange(len(rounds)), np.diff(self.bounds))
-        owner_of = dict(zip(self.slots_N.tolist(), owners.tolist(), strict=True))
-        needed = [
-            {owner_of[slot] for slot in past if slot in owner_of} for past in self.past_RP.tolist()
-        ]
-        for _ in range(len(rounds)):
-            before = rounds.copy()
-            for request, others in enumerate(needed):
-                for other in others:
-                    rounds[request] = max(rounds[request], rounds[other] + 1)
-            if (rounds == before).all():
-                return rounds
-        raise InputError("chunks: expected requests of which none waits for itself, found some")
+        Returns:
+            int64 [N, K]; -1 = before the first token of the request.
+        """
+        requests, past = self.past_RP.shape
+        places_N = np.arange(len(self.slots_N)) + past * np.repeat(
+            np.arange(1, requests + 1), np.diff(self.bounds)
+        )  # in a list of all slots, in which each request's past stands before its chunk
+        slots = np.empty(len(self.slots_N) + self.past_RP.size, dtype=np.int64)
+        slots[places_N] = self.slots_N
+        places_R = self.bounds[:-1] + past * np.arange(requests)
+        slots[places_R[:, None] + np.arange(past)] = self.past_RP
+        return slots[places_N[:, None] - distances_K]
 
 
 def past_slots(

@@ -9,21 +9,18 @@ Nothing of a request is kept between two forwards, except in the slots.
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, DigestMismatch, InputError, StoreError
+from ..fusion.paged import PagedFusion
 from ..memory.lookup import Lookup
 from ..memory.memory import EngramMemory
-from .chunks import Batch, Chunks
+from .chunks import Chunks
 from .slots import Slots, slot_bytes
-
-# torch's matrix products on a CPU add in another order if there are fewer rows than this.
-_FEW = 16
 
 
 class ServedMemory:
@@ -45,11 +42,14 @@ class ServedMemory:
             dtype: In which dtype it computes.
         """
         self._place = (device, dtype)
+        self._fusions: dict[int, PagedFusion] = {}
         self.memory = self._placed(memory)
         self.layers = memory.layers
         self.look_back = memory.config.hash.order - 1
-        self._window = memory.config.layer.window
-        self.past = max(self.look_back, self._window)
+        layer = memory.config.layer
+        self.past = max(self.look_back, layer.window)
+        taps = np.arange(layer.kernel or 1)[::-1] * layer.order
+        self._distances_K = np.concatenate([np.arange(self.look_back, 0, -1), taps])
         self._slots: Slots | None = None
         logging.getLogger("engraphy").info(
             "a memory in layers %s; beside the KV cache it takes %s bytes a token",
@@ -81,22 +81,21 @@ class ServedMemory:
         slots = self._slots
         if slots is None:
             raise StoreError("slots: expected a tensor from the engine before the first forward")
-        ids_N = chunks.ids_N.to("cpu", torch.int64)
+        offsets_NK = slots.offsets(chunks.before(self._distances_K))
         # First written, then read: a chunk's past may be among the chunks of this forward.
-        slots.write_ids(chunks.slots_N, chunks.ids_N)
-        found_RP = slots.read_ids(chunks.past_RP[:, self.past - self.look_back :])
-        if history_RP is not None and not np.array_equal(history_RP, found_RP):
+        slots.write_ids(offsets_NK[:, -1], chunks.ids_N)
+        history_NP = slots.read_ids(offsets_NK[:, : self.look_back])
+        first_R = chunks.bounds[:-1]
+        if history_RP is not None and not np.array_equal(history_RP, history_NP[first_R]):
             raise InputError(
                 "slots: expected the values of the tokens before each chunk, whose ids are "
-                f"{history_RP.tolist()}, found those of {found_RP.tolist()}; did something other "
-                "than a forward fill or move the KV cache?"
+                f"{history_RP.tolist()}, found those of {history_NP[first_R].tolist()}; did "
+                "something other than a forward fill or move the KV cache?"
             )
-        reads = []
-        for batch in chunks.batches(ordered=self._window > 0):
-            places_BT = torch.from_numpy(batch.tokens_BT)
-            lookup = self.memory.lookup(ids_N[places_BT], history=found_RP[batch.requests])
-            reads.append((batch, places_BT.to(self._place[0]), lookup))
-        return Step(self.memory, slots, chunks, reads)
+        ids_N1 = chunks.ids_N.to("cpu", torch.int64)[:, None]
+        lookup = self.memory.lookup(ids_N1, history=history_NP)
+        taps_NK = torch.from_numpy(offsets_NK[:, self.look_back :]).contiguous()
+        return Step(self._fusions, slots, lookup, taps_NK.to(self._place[0]))
 
     def replace(self, memory: EngramMemory) -> None:
         """Serves another memory from the next forward on, and closes the old one.
@@ -126,8 +125,8 @@ class ServedMemory:
     def _placed(self, memory: EngramMemory) -> EngramMemory:
         device, dtype = self._place
         memory.to(device=device, dtype=dtype)
-        for block in memory.blocks.values():
-            _fold_conv_norm(block)
+        blocks: Any = memory.blocks
+        self._fusions = {layer: PagedFusion(blocks[str(layer)]) for layer in memory.layers}
         return memory
 
 
@@ -135,17 +134,16 @@ class Step:
     """One forward: the rows that were requested for it, and how to fuse them."""
 
     def __init__(
-        self,
-        memory: EngramMemory,
-        slots: Slots,
-        chunks: Chunks,
-        reads: list[tuple[Batch, Tensor, Lookup]],
+        self, fusions: dict[int, PagedFusion], slots: Slots, lookup: Lookup, taps_NK: Tensor
     ) -> None:
-        self._memory = memory
+        """taps_NK: as `Lines.offsets_NK`."""
+        self._fusions = fusions
         self._slots = slots
-        self._chunks = chunks
-        self._reads = reads
-        self._windows_RW = chunks.past_RP[:, chunks.past_RP.shape[1] - memory.config.layer.window :]
+        self._lookup = lookup
+        self._taps_NK = taps_NK
+        self._live_N = None
+        if lookup.live is not None:
+            self._live_N = lookup.live[:, 0].to(taps_NK.device)
 
     def fuse(self, layer: int, x_ND: Tensor) -> Tensor:
         """x plus what the memory of a layer adds. Waits for the rows of the layer.
@@ -162,72 +160,15 @@ class Step:
             ConfigError: The layer has no memory.
             EngraphyError: Whatever reading the rows raises.
         """
-        if layer not in self._memory.layers:
+        fusion = self._fusions.get(layer)
+        if fusion is None:
             raise ConfigError(
-                f"layer {layer!r} has no memory; expected one of {list(self._memory.layers)}"
+                f"layer {layer!r} has no memory; expected one of {list(self._fusions)}"
             )
-        for *_, lookup in self._reads:
-            lookup.rows[layer]  # an error of reading is raised before anything is computed
-        out_ND = x_ND.clone()
-        for batch, places_BT, lookup in self._reads:
-            out_ND[places_BT] = self._fuse_batch(layer, x_ND[places_BT], batch, lookup)
-        return out_ND
-
-    def _fuse_batch(self, layer: int, x_BTD: Tensor, batch: Batch, lookup: Lookup) -> Tensor:
-        block: Any = self._memory.blocks[str(layer)]
-        spec = self._memory.config.layer
-        batch_size, tokens = batch.tokens_BT.shape
-        size = _padded_size(batch_size, tokens)
-        x_BTSD = x_BTD.unflatten(2, (1, -1)) if x_BTD.ndim == 3 else x_BTD
-        live = lookup.live
-        window = None
-        if spec.window:
-            window_BWSD = self._slots.read_inputs(layer, self._windows_RW[batch.requests])
-            window = _padded(window_BWSD, (size[0], spec.window))
-        out_BTSD, _, inputs_BTSD = block(
-            _padded(x_BTSD, size),
-            _padded(lookup.rows[layer].to(x_BTD.device), size),
-            window,
-            None if live is None else _padded(live.to(x_BTD.device), size),
-            conv_inputs=True,
-            residual=True,
-        )
-        if spec.window:
-            slots_BT: np.ndarray = self._chunks.slots_N[batch.tokens_BT]
-            self._slots.write_inputs(layer, slots_BT, inputs_BTSD[:batch_size, :tokens])
-        return out_BTSD[:batch_size, :tokens].reshape(x_BTD.shape)
-
-
-def _fold_conv_norm(block: Any) -> None:
-    """Multiplies the taps of the conv by its norm's factors, which become one.
-
-    conv(norm * v) is the same sum. So a conv input has the same bits whether it comes from the
-    chunk or from the slots.
-    """
-    if block.conv is None:
-        return
-    unit = 1.0 if block.spec.unit_offset else 0.0
-    norm_SD = block.conv_norm.float() + unit
-    block.conv = nn.Parameter(block.conv.float() * norm_SD[..., None], requires_grad=False)
-    block.conv_norm = nn.Parameter(torch.full_like(norm_SD, 1.0 - unit), requires_grad=False)
-
-
-def _padded_size(batch: int, tokens: int) -> tuple[int, int]:
-    """The smallest batch of sequences around this one whose tokens are a multiple of _FEW.
-
-    So a token's result is the same bits in every batch, and does not depend on what else the engine
-    computes with it.
-    """
-    longer = (batch, -(-tokens // _FEW) * _FEW)
-    step = _FEW // math.gcd(tokens, _FEW)
-    wider = (-(-batch // step) * step, tokens)
-    return min(longer, wider, key=math.prod)
-
-
-def _padded(values_BT: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, T, ...] with zeros behind: `size` sequences and tokens."""
-    if values_BT.shape[:2] == size:
-        return values_BT
-    padded = values_BT.new_zeros(*size, *values_BT.shape[2:])
-    padded[: values_BT.shape[0], : values_BT.shape[1]] = values_BT
-    return padded
+        rows_NE = self._lookup.rows[layer][:, 0]
+        tokens = len(rows_NE)
+        lines = self._slots.lines(layer, self._taps_NK) if fusion.spec.window else None
+        x_NSD = x_ND[:tokens].view(tokens, fusion.spec.streams, -1)
+        out_NSD = fusion(x_NSD, rows_NE.to(x_ND.device), self._live_N, lines)
+        out_ND = out_NSD.view(tokens, *x_ND.shape[1:])
+        return out_ND if tokens == len(x_ND) else torch.cat([out_ND, x_ND[tokens:]])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..fusion.paged import Lines
 from ..spec.config import EngramConfig
 
 _ITEM = 4  # bytes of a value: float32, or the bits of an int32
@@ -49,38 +50,37 @@ class Slots:
             raise InputError(
                 f"slots: expected {expected}, found {values_KBW.dtype} {list(values_KBW.shape)}"
             )
-        self._size = values_KBW.shape[1]
-        self._ids_KB = values_KBW[:, :, :1].view(torch.int32)[:, :, 0]
-        self._inputs: dict[int, Tensor] = {}
+        blocks, self._size, _ = values_KBW.shape
+        self._block, self._line, _ = values_KBW.stride()
+        extent = (blocks - 1) * self._block + (self._size - 1) * self._line + width
+        values = values_KBW.as_strided((extent,), (1,))
+        self._ids = values.view(torch.int32)
         layer = config.layer
+        self._inputs: dict[int, Tensor] = {}
         if layer.window:
-            inputs_KBLSD = values_KBW[:, :, 1:].unflatten(
-                2, (len(config.hash.layer_ids), layer.streams, layer.hidden_size)
-            )
-            self._inputs = dict(zip(config.hash.layer_ids, inputs_KBLSD.unbind(2), strict=True))
+            inputs = layer.streams * layer.hidden_size
+            places = enumerate(config.hash.layer_ids)
+            self._inputs = {layer_id: values[1 + place * inputs :] for place, layer_id in places}
 
-    def write_ids(self, slots_N: np.ndarray, ids_N: Tensor) -> None:
+    def offsets(self, slots: np.ndarray) -> np.ndarray:
+        """int64 of the same shape: where each slot begins among the values; -1 for slot -1."""
+        if self._block == self._size * self._line:
+            offsets = slots * self._line
+        else:
+            blocks, lines = np.divmod(slots, self._size)
+            offsets = blocks * self._block + lines * self._line
+        return np.where(slots >= 0, offsets, -1)
+
+    def write_ids(self, offsets_N: np.ndarray, ids_N: Tensor) -> None:
         """Notes the ids of tokens."""
-        self._ids_KB[self._places(slots_N)] = ids_N.to(self._ids_KB)
+        self._ids[torch.from_numpy(offsets_N).to(self._ids.device)] = ids_N.to(self._ids)
 
-    def read_ids(self, slots_RP: np.ndarray) -> np.ndarray:
-        """int64 [R, P], the ids in these slots; -1 where the slot is -1."""
-        ids_RP = self._ids_KB[self._places(slots_RP)].numpy(force=True).astype(np.int64)
-        return np.where(slots_RP >= 0, ids_RP, -1)
+    def read_ids(self, offsets_NP: np.ndarray) -> np.ndarray:
+        """int64 [N, P], the ids in these slots; -1 where the offset is -1."""
+        known_NP = torch.from_numpy(np.maximum(offsets_NP, 0)).to(self._ids.device)
+        ids_NP = self._ids[known_NP].numpy(force=True).astype(np.int64)
+        return np.where(offsets_NP >= 0, ids_NP, -1)
 
-    def write_inputs(self, layer: int, slots_BT: np.ndarray, inputs_BTSD: Tensor) -> None:
-        """Notes conv inputs of tokens."""
-        self._inputs[layer][self._places(slots_BT)] = inputs_BTSD.to(torch.float32)
-
-    def read_inputs(self, layer: int, slots_BW: np.ndarray) -> Tensor:
-        """f32 [B, W, S, D], the conv inputs in these slots; zeros where the slot is -1."""
-        inputs_BWSD = self._inputs[layer][self._places(slots_BW)]
-        if (slots_BW < 0).any():
-            absent_BW = torch.from_numpy(slots_BW < 0).to(inputs_BWSD.device)
-            inputs_BWSD = inputs_BWSD.masked_fill(absent_BW[:, :, None, None], 0.0)
-        return inputs_BWSD
-
-    def _places(self, slots: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Blocks and lines of slots, on the tensor's device. A slot -1 counts as 0."""
-        known = torch.from_numpy(np.maximum(slots, 0)).to(self._ids_KB.device)
-        return known // self._size, known % self._size
+    def lines(self, layer: int, offsets_NK: Tensor) -> Lines:
+        """The conv inputs of a layer, and those which the taps of each token read."""
+        return Lines(self._inputs[layer], offsets_NK)

@@ -10,17 +10,21 @@ chunks of any length.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _native
 from ..errors import ConfigError
-from . import plain
+from . import chunk, plain
 from .layer import EngramLayer
 from .plain import Formula, Norms
 from .projection import Projection
+
+if TYPE_CHECKING:
+    from .._native._core import PagedFusion as NativeFusion
 
 # torch's matrix products on a CPU add in another order if there are fewer rows than this.
 _FEW = 16
@@ -70,6 +74,7 @@ class PagedFusion:
         self._norms = Norms(layer.query_norm, layer.key_norm, layer.conv_norm, layer.conv)
         eps = torch.finfo(torch.float32).eps if spec.eps is None else spec.eps
         self._formula = Formula(spec.order, eps, spec.conv_eps, spec.unit_offset, True, True)
+        self._native = self._native_plan()
 
     def __call__(
         self, x_NSD: Tensor, rows_NE: Tensor, live_N: Tensor | None, lines: Lines | None
@@ -85,9 +90,67 @@ class PagedFusion:
         Returns:
             A new tensor of the shape of x.
         """
-        key_ND, value_ND = self._project(rows_NE).split(self._outputs, dim=1)
+        projected_N = self._project(rows_NE)
+        if self._native is not None and _native.core is not None:
+            return self._fuse_natively(self._native.plan, x_NSD, projected_N, live_N, lines)
+        key_ND, value_ND = projected_N.split(self._outputs, dim=1)
         key_NSD = key_ND.unflatten(1, x_NSD.shape[1:])
         return fuse_plainly(x_NSD, key_NSD, value_ND, self._norms, live_N, lines, self._formula)
+
+    def _fuse_natively(
+        self,
+        plan: NativeFusion,
+        x_NSD: Tensor,
+        projected_N: Tensor,
+        live_N: Tensor | None,
+        lines: Lines | None,
+    ) -> Tensor:
+        x_NSD = x_NSD.contiguous()
+        out_NSD = torch.empty_like(x_NSD)
+        key = projected_N.data_ptr()
+        plan.fuse(
+            tokens=len(x_NSD),
+            x=x_NSD.data_ptr(),
+            key=key,
+            value=key + self._outputs[0] * projected_N.element_size(),
+            stride=projected_N.stride(0),
+            live=0 if live_N is None else live_N.data_ptr(),
+            offsets=0 if lines is None else lines.offsets_NK.data_ptr(),
+            cache=0 if lines is None else lines.cache.data_ptr(),
+            cache_values=0 if lines is None else lines.cache.numel(),
+            out=out_NSD.data_ptr(),
+            threads=min(torch.get_num_threads(), _native.threads()),
+        )
+        return out_NSD
+
+    def _native_plan(self) -> _Plan | None:
+        """None if the native pass does not take these weights."""
+        spec, norms = self.spec, self._norms
+        weight = self.weight
+        takes = weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16)
+        if _native.core is None or not takes or spec.kernel > chunk.MOST_TAPS:
+            return None
+
+        def factors(norm_SD: Tensor) -> Tensor:
+            return plain.scale(norm_SD.detach(), torch.float32, self._formula).contiguous()
+
+        weights = [factors(norms.query_norm) * factors(norms.key_norm)]
+        if norms.conv is not None and norms.conv_norm is not None:
+            conv_KSD = norms.conv.detach().float().permute(2, 0, 1).contiguous()
+            weights += [factors(norms.conv_norm), conv_KSD]
+        scale, conv_norm, conv = [*(part.data_ptr() for part in weights), 0, 0][:3]
+        plan = _native.compiled().PagedFusion(
+            bf16=weight.dtype is torch.bfloat16,
+            streams=spec.streams,
+            hidden=spec.hidden_size,
+            taps=spec.kernel,
+            eps=self._formula.eps,
+            conv_eps=spec.conv_eps,
+            scale=scale,
+            conv_norm=conv_norm,
+            conv=conv,
+        )
+        return _Plan(plan, weights)
 
     def _project(self, rows_NE: Tensor) -> Tensor:
         """Keys and values side by side. The product has a multiple of _FEW rows."""
@@ -97,6 +160,13 @@ class PagedFusion:
         if missing:
             rows_NE = F.pad(rows_NE, (0, 0, 0, missing))
         return F.linear(rows_NE, self.weight, self._bias)[:tokens]
+
+
+class _Plan(NamedTuple):
+    """The native pass of a layer, and the weights that it reads."""
+
+    plan: NativeFusion
+    weights: list[Tensor]
 
 
 def fuse_plainly(
