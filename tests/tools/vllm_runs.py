@@ -53,7 +53,7 @@ class Record:
     counts: Counter[str] = field(default_factory=Counter)
     lengths: dict[str, int] = field(default_factory=dict)  # tokens of each request seen so far
 
-    def add(self, requests: list[str], starts: list[int], chunks: Chunks, reads: Any) -> None:
+    def add(self, requests: list[str], starts: list[int], chunks: Chunks, lookup: Any) -> None:
         """Notes one forward. starts: tokens of each request before its chunk."""
         lengths = np.diff(chunks.bounds)
         self.counts["forwards"] += 1
@@ -64,10 +64,10 @@ class Record:
             self.counts["preemptions"] += start < known
             self.counts["chunks"] += 0 < known == start and length > 1
             self.lengths[request] = start + length
-        for batch, _, lookup in reads:
-            rows_BTC = np.concatenate(list(lookup.trace.row_ids.values()), axis=2)
-            for index, rows_TC in zip(batch.requests, rows_BTC, strict=True):
-                self._add_rows(requests[index], starts[index], rows_TC)
+        rows_NC = np.concatenate(list(lookup.trace.row_ids.values()), axis=2)[:, 0]
+        parts = np.split(rows_NC, chunks.bounds[1:-1])
+        for request, start, rows_TC in zip(requests, starts, parts, strict=True):
+            self._add_rows(request, start, rows_TC)
 
     def _add_rows(self, request: str, start: int, rows_TC: np.ndarray) -> None:
         known = self.rows[request]
@@ -140,7 +140,7 @@ def recorded(llm: LLM) -> Iterator[Record]:
         batch = runner.input_batch
         count = len(chunks.bounds) - 1
         requests = [request.split("-")[0] for request in batch.req_ids[:count]]
-        record.add(requests, batch.num_computed_tokens_cpu[:count].tolist(), chunks, step._reads)
+        record.add(requests, batch.num_computed_tokens_cpu[:count].tolist(), chunks, step._lookup)
         return step
 
     with mock.patch.object(served, "begin", noted):

@@ -8,7 +8,7 @@ import pytest
 
 from engraphy.engines.vllm import slots
 from tests.engines.in_vllm.conftest import asked
-from tests.tools.vllm_runs import SCHEDULES, ask, engine, greedy, recorded, runner_of
+from tests.tools.vllm_runs import SCHEDULES, ask, engine, greedy, recorded, runner_of, served_of
 
 
 def test_a_wrong_past_gives_other_tokens(run, models):
@@ -56,4 +56,18 @@ def test_requests_that_are_given_up_leave_nothing(run, models, given_up):
         with recorded(llm) as record:
             answers, cached = ask(llm, prompts, 100, record)
         assert cached > 0
+        assert [answer.tokens for answer in answers] == expected
+
+
+def test_a_closed_store_fails_its_requests_until_another_one_is_served(run, models, caplog):
+    prompts = asked("llama")["prompts"][:2]
+    expected = [answer.tokens for answer in run("llama", "alone").answers[:2]]
+    with engine(models / "llama", **SCHEDULES["chunks"]) as llm:
+        served_of(llm).memory.close()
+        failed = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy(100))
+        assert [output.outputs[0].finish_reason for output in failed] == ["error", "error"]
+        assert "failed: StoreError: the memory is closed" in caplog.text
+        llm.collective_rpc("engraphy_reload", args=(str(models / "llama"),))
+        with recorded(llm) as record:
+            answers, _ = ask(llm, prompts, 100, record)
         assert [answer.tokens for answer in answers] == expected
