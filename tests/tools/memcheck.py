@@ -226,6 +226,45 @@ def chunks(level: str, rng: np.random.Generator) -> None:
             np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-3 * np.abs(one).max())
 
 
+def paged(level: str, rng: np.random.Generator) -> None:
+    """Tokens with their lines in a cache of just these lines; the values are compared in the
+    tests."""
+    streams, hidden, taps = 2, 37, 3
+    for tokens in (1, 40):  # 40: more than one piece of the work
+        stride = (streams + 1) * hidden
+        weights = {
+            "scale": rng.standard_normal((streams, hidden)).astype(np.float32),
+            "conv_norm": rng.standard_normal((streams, hidden)).astype(np.float32),
+            "conv": rng.standard_normal((taps, streams, hidden)).astype(np.float32),
+        }
+        x = rng.standard_normal((tokens, streams, hidden)).astype(np.float32)
+        projected = rng.standard_normal((tokens, stride)).astype(np.float32)
+        places = np.arange(tokens)[:, None] - np.arange(taps)[::-1]
+        offsets = np.where(places >= 0, places * streams * hidden, -1)
+        arrays = {
+            "x": x,
+            "key": projected,
+            "live": rng.random(tokens) < 0.8,
+            "offsets": offsets,
+            "cache": np.empty(x.size, np.float32),
+            "out": np.empty_like(x),
+        }
+        sizes = {"tokens": tokens, "stride": stride, "cache_values": x.size, "threads": 1}
+        value = _at(projected) + streams * hidden * projected.itemsize
+        with _native.forced(level):
+            fusion = _native.core.PagedFusion(
+                bf16=False,
+                streams=streams,
+                hidden=hidden,
+                taps=taps,
+                eps=1e-6,
+                conv_eps=1e-6,
+                **_all_at(weights),
+            )
+            fusion.fuse(value=value, **sizes, **_all_at(arrays))
+        assert np.isfinite(arrays["out"]).all() and np.isfinite(arrays["cache"]).all()
+
+
 def updates(level: str, rng: np.random.Generator) -> None:
     """A step of RowAdam on rows and moments in bf16; its values are compared in the tests."""
     rows, dim, key = 31, 21, 12345
@@ -263,7 +302,7 @@ def _all_at(arrays: dict[str, np.ndarray]) -> dict[str, int]:
 def kernels() -> None:
     """Run by valgrind."""
     for level in _native.core.levels():
-        for number, run in enumerate((hashes, stores, batches, fusion, chunks, updates)):
+        for number, run in enumerate((hashes, stores, batches, fusion, chunks, paged, updates)):
             run(level, np.random.default_rng(number))
             print(f"{level}: {run.__name__}", flush=True)
 
