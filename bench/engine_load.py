@@ -93,13 +93,13 @@ def main() -> None:
     ways = [WAYS[0], *(way for way in WAYS[1:] if way.name in (options.ways or [way.name]))]
     with tempfile.TemporaryDirectory() as work, servers(options.folder, Path(work), ways) as alive:
         order = random.Random(0)
-        for round_ in range(options.rounds + 1):  # the first one warms up
+        for server in alive:  # warms up
+            measured(options.folder, server, measurements()[-1][1], Path(work))
+        for round_ in range(options.rounds):
             for server in order.sample(alive, len(alive)):
                 for name, settings in measurements():
-                    figures = measured(options.folder, server, settings, Path(work))
-                    if round_:
-                        note(server, name, figures)
-                print(f"round {round_}: {server.way.name}", file=sys.stderr, flush=True)
+                    note(server, name, measured(options.folder, server, settings, Path(work)))
+                print(f"round {round_ + 1}: {server.way.name}", file=sys.stderr, flush=True)
         texts = [urllib.request.urlopen(metrics_of(server)).read() for server in alive[1:]]
         counted = [text.decode().count("engraphy_") for text in texts]
         print(f"counters over HTTP while it served: {min(counted)} lines or more of each server\n")

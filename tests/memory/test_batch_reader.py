@@ -13,6 +13,7 @@ from engraphy.memory.batch_reader import Batch, BatchReader
 from engraphy.memory.lookup import Trace
 from engraphy.rows import RowFormat, read
 from engraphy.store import RamStore
+from engraphy.table.table import Table
 
 LAYERS, VOCAB, DEAD, EOS = (1, 4, 9), 60, 7, 5
 SPECS = {
@@ -220,6 +221,31 @@ def test_no_rows_of_a_file_that_was_cut_are_handed_out(tmp_path):
 
 
 @pytest.mark.skipif(_native.core is None, reason=_native.reason)
+@pytest.mark.skipif(_native.core is None, reason="without native code rows are read in steps")
+def test_few_rows_of_a_mapped_file_are_read_at_once_if_they_are_in_memory(tmp_path):
+    fmt = FORMATS["f32"]
+    memory = make_memory(SPECS["demo"])
+    table = Table.create(tmp_path / "table", memory.config, fmt, memory.vocab)
+    mapped = make_memory(SPECS["demo"], store=table)
+    few, many = torch.arange(10, 26)[:, None], torch.arange(700)[:, None] % 40
+
+    def tickets(ids_BT: torch.Tensor) -> tuple[int, int]:
+        """Tickets of a lookup, and how many were read at once."""
+        before, rows = mapped.prefetcher.stats, mapped.lookup(ids_BT).rows
+        for layer, wanted in memory.lookup(ids_BT).rows.items():
+            assert torch.equal(rows[layer], wanted if is_written else torch.zeros_like(wanted))
+        after = mapped.prefetcher.stats
+        return after.tickets - before.tickets, after.inline - before.inline
+
+    is_written = False  # what a file does not hold is not in memory
+    assert tickets(few) == (3, 0)
+    assert [store.stats.rows for store in mapped.stores.values()] == [few.numel() * 4] * 3
+    mapped.init_rows(std=1.0, seed=0)
+    is_written = True
+    assert tickets(few) == (1, 1)
+    assert tickets(many) == (3, 0)
+
+
 def test_a_table_with_fewer_rows_than_its_addresses_is_refused():
     memory = make_memory(SPECS["demo"])
     rows = memory.config.hash.row_count(LAYERS[0])

@@ -368,6 +368,21 @@ class BatchReader:
         the row ids, int64 [layers, batch, tokens, C], unless it is 0. waits: as for `read_rows`.
         """
 
+    def resident(
+        self,
+        ids: int,
+        batch: int,
+        tokens: int,
+        history: int,
+        live: int,
+        starts: int,
+        row_bytes: int,
+    ) -> bool:
+        """Whether the rows that `read` would read are in memory, as far as the system tells.
+
+        It asks for each row, and keeps the GIL: for few tokens.
+        """
+
 class PagedFusion:
     """The fusion layer over a paged cache of conv inputs, from the projections on:
     `paged.fuse_plainly`.

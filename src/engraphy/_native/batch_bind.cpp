@@ -13,6 +13,7 @@
 
 #include "kind.hpp"
 #include "plan.hpp"
+#include "resident.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -75,6 +76,25 @@ class BatchReader {
         });
     }
 
+    // Whether all rows of these tokens are in memory, as far as the system tells.
+    bool resident(uintptr_t ids, int64_t batch, int64_t tokens, uintptr_t history, uintptr_t live,
+                  uintptr_t starts, int64_t row_bytes) const {
+        const int64_t count = batch * tokens;
+        require(batch >= 0 && tokens >= 0 && row_bytes > 0, "sizes must be positive");
+        require(!count || ids, "ids must be present");
+        const int layers = int(tables_.size());
+        std::vector<int64_t> row_ids(layers * count * columns());
+        const HashCall hash = {(const int64_t *)ids, batch, tokens, (const int64_t *)history,
+                               (const uint8_t *)live, (const uint8_t *)starts, first_layer_, layers,
+                               row_ids.data()};
+        kernels().hash_part(plan_.sizes(), hash, 0, count);
+        for (size_t i = 0; i < row_ids.size(); i++) {
+            const RowsCall &table = tables_[i / (count * columns())];
+            if (!is_resident(row_of(table, row_ids[i], row_bytes), row_bytes)) return false;
+        }
+        return true;
+    }
+
   private:
     struct Call {
         HashCall hash;
@@ -121,7 +141,9 @@ void bind_batch(nb::module_ &m) {
              nb::keep_alive<1, 2>(), arg("plan"), arg("first_layer"), arg("kind"), arg("d"),
              arg("scale"), arg("shards"), arg("shard_rows"), arg("rows"))
         .def("read", &BatchReader::read, arg("ids"), arg("batch"), arg("tokens"), arg("history"),
-             arg("live"), arg("starts"), arg("outs"), arg("to_bf16"), arg("row_ids"), arg("waits"));
+             arg("live"), arg("starts"), arg("outs"), arg("to_bf16"), arg("row_ids"), arg("waits"))
+        .def("resident", &BatchReader::resident, arg("ids"), arg("batch"), arg("tokens"),
+             arg("history"), arg("live"), arg("starts"), arg("row_bytes"));
 }
 
 }  // namespace engraphy

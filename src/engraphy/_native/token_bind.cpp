@@ -4,9 +4,6 @@
 // The plain versions of its three steps are addresses/addresser.py, rows/read.py, memory/past.py.
 #include "bind.hpp"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -18,23 +15,13 @@
 #include "guard.hpp"
 #include "kind.hpp"
 #include "plan.hpp"
+#include "resident.hpp"
 #include "tensor.hpp"
 
 namespace nb = nanobind;
 
 namespace engraphy {
 namespace {
-
-// Whether these bytes of a mapped file are in memory, as far as the system tells.
-bool resident(const uint8_t *bytes, int64_t size) {
-    static const uintptr_t page = sysconf(_SC_PAGESIZE);
-    const uintptr_t end = (uintptr_t)bytes + size;
-    for (uintptr_t at = (uintptr_t)bytes & ~(page - 1); at < end; at += page) {
-        unsigned char there;
-        if (mincore((void *)at, page, &there) || !(there & 1)) return false;
-    }
-    return true;
-}
 
 class TokenReader {
   public:
@@ -166,9 +153,8 @@ class TokenReader {
         if (kernels().first_bad(row_ids, count, table.rows) != -1) return false;
         for (int64_t i = 0; i < count; i++) {
             const int64_t shard = row_ids[i] / table.shard_rows;
-            const uint8_t *const row =
-                table.shards[shard] + row_ids[i] % table.shard_rows * row_bytes_;
-            if (on_disk_[layer] && !resident(row, row_bytes_)) return false;
+            const uint8_t *const row = row_of(table, row_ids[i], row_bytes_);
+            if (on_disk_[layer] && !is_resident(row, row_bytes_)) return false;
             for (int64_t at = 0; at < row_bytes_; at += 64) __builtin_prefetch(row + at);
             if (!ends_[layer].empty()) __builtin_prefetch((void *)ends_[layer][shard]);
         }

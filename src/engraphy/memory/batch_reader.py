@@ -33,12 +33,14 @@ class Batch(NamedTuple):
         layers: Layers that follow each other in the memory.
         outs_BTE: An array a layer: float32, or uint16 for bf16 bits; all of one dtype.
         row_ids_LBTC: int64, gets the row ids; None = they are not wanted.
+        resident: True: the rows are read only if all of them are in memory now.
     """
 
     chunk: Chunk
     layers: tuple[int, ...]
     outs_BTE: Sequence[np.ndarray]
     row_ids_LBTC: np.ndarray | None
+    resident: bool = False
 
 
 class BatchReader:
@@ -57,6 +59,13 @@ class BatchReader:
         return all([store.in_memory for store in self._stores.values()])
 
     @property
+    def tells_residency(self) -> bool:
+        """Whether it is known of all rows if they are in memory now."""
+        return _native.core is not None and all(
+            [store.in_memory or store.tells_residency for store in self._stores.values()]
+        )
+
+    @property
     def columns(self) -> int:
         """C."""
         return self._addresser.spec.columns
@@ -72,6 +81,8 @@ class BatchReader:
         Raises:
             StoreError: A store is closed or cannot be read.
             ShardTruncated: A file of a store was truncated.
+            NotResident: Rows that were to be read only from memory are not there; they are neither
+                read nor counted.
         """
         if _native.core is None:
             self._read_in_steps(batch)
@@ -86,6 +97,14 @@ class BatchReader:
         chunk = batch.chunk
         sequences, tokens = chunk.ids_BT.shape
         address = _native.compiled().address
+        ids = (
+            address(chunk.ids_BT),
+            sequences,
+            tokens,
+            _address(chunk.history),
+            _address(chunk.live),
+            _address(chunk.starts),
+        )
         stores = [self._stores[layer] for layer in batch.layers]
         with ReadingAll(stores, chunk.ids_BT.size * self.columns) as shards:
             mapped = [shard for shard in shards if shard]
@@ -94,17 +113,15 @@ class BatchReader:
             places = [
                 addresses(shard, store.info) for shard, store in zip(mapped, stores, strict=True)
             ]
-            self._reader_of(batch.layers, places).read(
-                ids=address(chunk.ids_BT),
-                batch=sequences,
-                tokens=tokens,
-                history=_address(chunk.history),
-                live=_address(chunk.live),
-                starts=_address(chunk.starts),
+            reader = self._reader_of(batch.layers, places)
+            if batch.resident and not reader.resident(*ids, self._format.row_bytes):
+                raise NotResident
+            reader.read(
+                *ids,
                 outs=[address(out_BTE) for out_BTE in batch.outs_BTE],
                 to_bf16=batch.outs_BTE[0].dtype == np.uint16,
                 row_ids=_address(batch.row_ids_LBTC),
-                waits=not self.in_memory,
+                waits=not (batch.resident or self.in_memory),
             )
 
     def _reader_of(self, layers: tuple[int, ...], places: list[Addresses]) -> NativeReader:
@@ -145,6 +162,7 @@ class BatchRequest(NamedTuple):
         chunk, layers: As in `Batch`.
         dtype: float32 or bfloat16.
         row_ids: Gets the row ids by layer, int64 [B, T, C]; None = they are not wanted.
+        resident: As in `Batch`.
     """
 
     reader: BatchReader
@@ -152,6 +170,7 @@ class BatchRequest(NamedTuple):
     layers: tuple[int, ...]
     dtype: torch.dtype
     row_ids: dict[int, np.ndarray] | None
+    resident: bool = False
 
     @property
     def rows(self) -> int:
@@ -172,11 +191,15 @@ class BatchRequest(NamedTuple):
         row_ids_LBTC = None
         if self.row_ids is not None:
             row_ids_LBTC = np.empty((len(self.layers), *shape, columns), np.int64)
-        self.reader.read(Batch(self.chunk, self.layers, outs_BTE, row_ids_LBTC))
+        self.reader.read(Batch(self.chunk, self.layers, outs_BTE, row_ids_LBTC, self.resident))
         if self.row_ids is not None and row_ids_LBTC is not None:
             self.row_ids.update(zip(self.layers, row_ids_LBTC, strict=True))
         rows = [torch.from_numpy(out_BTE).view(self.dtype) for out_BTE in outs_BTE]
         return dict(zip(self.layers, rows, strict=True))
+
+
+class NotResident(Exception):
+    """Raised to leave the scope of a read of rows that are not in memory."""
 
 
 class _StepByStep(Exception):

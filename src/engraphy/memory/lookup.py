@@ -19,7 +19,7 @@ from ..addresses.addresser import Addresser, Chunk
 from ..errors import InputError
 from .batch_reader import BatchRequest
 from .grads import RowGrad
-from .prefetch import Ticket
+from .prefetch import FEW_ROWS, Ticket
 from .state import SequenceState
 from .tracing import uncompiled
 
@@ -243,23 +243,30 @@ def _read_chunk(
     """Tickets by layer, and a dict that gets the row ids by layer, if any rows learn.
 
     If reading does not have to wait, and the model computes on the CPU, one call reads all layers
-    now: it takes all cores, so nothing is gained by computing meanwhile.
+    now: it takes all cores, so nothing is gained by computing meanwhile. Of a few rows of a mapped
+    file the system is asked: handing them to another thread would take longer.
     """
     devices = {layer: _device(memory, layer) for layer in memory.layers}
-    now = memory.batches.in_memory and all(device.type == "cpu" for device in devices.values())
+    batches = memory.batches
+    rows = chunk.ids_BT.size * batches.columns * len(memory.layers)
+    asks = not batches.in_memory and rows <= FEW_ROWS and batches.tells_residency
+    now = batches.in_memory or asks
+    now = now and all(device.type == "cpu" for device in devices.values())
     row_ids: dict[int, np.ndarray] = {}
 
-    def read(layers: tuple[int, ...]) -> Ticket:
+    def read(layers: tuple[int, ...], now: bool, resident: bool = False) -> Ticket:
         wanted = row_ids if any(learn[layer] for layer in layers) else None
-        request = BatchRequest(memory.batches, chunk, layers, _dtype(memory, layers, learn), wanted)
+        dtype = _dtype(memory, layers, learn)
+        request = BatchRequest(batches, chunk, layers, dtype, wanted, resident)
         return memory.prefetcher.read(request, device=devices[layers[0]], now=now)
 
     if now:
-        ticket = read(memory.layers)
+        ticket = read(memory.layers, True, resident=asks)
         if ticket.state != "failed":
             return dict.fromkeys(memory.layers, ticket), row_ids
     # One by one too if they failed together: an error is raised where its own rows are used.
-    return {layer: read((layer,)) for layer in memory.layers}, row_ids
+    now = now and not asks
+    return {layer: read((layer,), now) for layer in memory.layers}, row_ids
 
 
 def _dtype(memory: EngramMemory, layers: tuple[int, ...], learn: dict[int, bool]) -> torch.dtype:

@@ -80,10 +80,11 @@ class ReadQueue:
     def at_once(self, requests: Sequence[Request], rows: int, transfer: Transfer) -> Ticket:
         """Reads rows in the caller's thread. Returns a ticket that is done, or has failed."""
         self._check_open()
-        self.count_inline(rows)
         ticket = Ticket(self, requests, transfer)
         ticket.counted = True
         ticket.read_inline()
+        if ticket.state == "done":
+            self.count_inline(rows)
         return ticket
 
     @property
