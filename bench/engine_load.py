@@ -1,12 +1,12 @@
 """Open-loop load on vLLM's OpenAI server, with a memory and without one.
 
     python bench/engine_model.py DIR                                     # in the usual environment
-    build/engines/vllm/bin/python bench/engine_load.py DIR [--rounds 3] [--ways NAME ...]
+    build/engines/vllm/bin/python bench/engine_load.py DIR [--rounds 4] [--ways NAME ...]
 
-One server for each way to hold the rows, all alive at once, and each measured in turn, in an order
-that is drawn each round. The client is vLLM's own benchmark: requests of 48 tokens arrive at random
-(Poisson), so many a second, and ask for 32 tokens each; then 16 users ask as fast as they get
-answers. Rows are requested before the forward, or, "in the block", when their block needs them.
+One server for each way to hold the rows, each measured in turn while the others are stopped, in an
+order that is drawn each round. The client is vLLM's own benchmark: requests of 48 tokens arrive at
+random (Poisson), so many a second, and ask for 32 tokens each; then 16 users ask as fast as they
+get answers. Rows are requested before the forward, or, "in the block", when their block needs them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import io
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 RATES = (1, 4, 16)
 """Requests a second."""
 USERS = 16
-SECONDS = 8
+SECONDS = 6
 """Of each measurement."""
 NEW_TOKENS = 32
 PORT = 8200
@@ -86,7 +87,7 @@ class Server:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--ways", nargs="*", help="names of ways beside no memory; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -94,14 +95,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work, servers(options.folder, Path(work), ways) as alive:
         order = random.Random(0)
         for server in alive:  # warms up
-            measured(options.folder, server, measurements()[-1][1], Path(work))
+            with awake(server):
+                measured(options.folder, server, measurements()[-1][1], Path(work))
         for round_ in range(options.rounds):
             for server in order.sample(alive, len(alive)):
-                for name, settings in measurements():
-                    note(server, name, measured(options.folder, server, settings, Path(work)))
+                with awake(server):
+                    for name, settings in measurements():
+                        note(server, name, measured(options.folder, server, settings, Path(work)))
                 print(f"round {round_ + 1}: {server.way.name}", file=sys.stderr, flush=True)
-        texts = [urllib.request.urlopen(metrics_of(server)).read() for server in alive[1:]]
-        counted = [text.decode().count("engraphy_") for text in texts]
+        counted = [counters(server) for server in alive[1:]]
         print(f"counters over HTTP while it served: {min(counted)} lines or more of each server\n")
     print("\n".join(table(alive)))
     write(options.json, "engine_load", machine(options.folder), claims(alive))
@@ -119,13 +121,29 @@ def servers(folder: Path, work: Path, ways: list[Way]) -> Iterator[list[Server]]
             server = start(folder, work, way, PORT + 2 * number)
             alive.append(server)
             wait_until_ready(server, work)
+            os.killpg(process_group(server), signal.SIGSTOP)
             print(f"{way.name}: ready", file=sys.stderr, flush=True)
         yield alive
     finally:
         for server in alive:
+            os.killpg(process_group(server), signal.SIGCONT)
             server.process.terminate()
         for server in alive:
             server.process.wait(60)
+
+
+@contextlib.contextmanager
+def awake(server: Server) -> Iterator[None]:
+    """Lets a server run: an idle vLLM takes a share of the cores, so all others are stopped."""
+    os.killpg(process_group(server), signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.killpg(process_group(server), signal.SIGSTOP)
+
+
+def process_group(server: Server) -> int:
+    return server.process.pid  # it began a session
 
 
 def start(folder: Path, work: Path, way: Way, port: int) -> Server:
@@ -152,6 +170,7 @@ def start(folder: Path, work: Path, way: Way, port: int) -> Server:
         env={**os.environ, **settings},
         stdout=log,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     return Server(way, process, port)
 
@@ -167,8 +186,13 @@ def wait_until_ready(server: Server, work: Path) -> None:
     raise SystemExit(f"{server.way.name}: expected a server, found none:\n{end}")
 
 
-def metrics_of(server: Server) -> str:
-    return f"http://127.0.0.1:{server.port + 1}/metrics"
+def counters(server: Server) -> int:
+    """Lines of the memory's counters that a server gives."""
+    with (
+        awake(server),
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port + 1}/metrics") as text,
+    ):
+        return text.read().decode().count("engraphy_")
 
 
 # --- load -----------------------------------------------------------------------------------------

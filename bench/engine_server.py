@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ IN_BLOCK = bool(os.environ.get("BENCH_IN_BLOCK"))
 class Later:
     """A ticket whose rows are requested when they are waited for."""
 
-    def __init__(self, request: Any) -> None:
+    state = "waiting"
+
+    def __init__(self, request: Callable[[], Any]) -> None:
         self._request = request
         self._ticket: Any = None
 
@@ -44,11 +47,11 @@ class Later:
 
 
 def change_library() -> None:
-    open_store, submit = group.open_store, Prefetcher.submit
+    open_store, read = group.open_store, Prefetcher.read
     if SECONDS:
         group.open_store = lambda *args, **options: Delayed(open_store(*args, **options), SECONDS)
     if IN_BLOCK:
-        Prefetcher.submit = lambda *args, **options: Later(partial(submit, *args, **options))
+        Prefetcher.read = lambda *args, **options: Later(partial(read, *args, **options))
 
 
 change_library()
