@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from engraphy.cli import app
-from engraphy.cli.serving import parse_part
+from engraphy.cli.serving import layers_of, parse_part
 from engraphy.errors import ConfigError
-from engraphy.store import open_store
+from engraphy.store import open_store, publish_pool
 from engraphy.store.server import Part
 from tests.tools.row_servers import SECRET, TLS, ServerProcess, free_port, served
 from tests.tools.store_builders import LAYER, sealed
@@ -59,10 +59,28 @@ def test_a_table_that_is_not_there_is_refused(tmp_path):
     assert result.exit_code == 1 and "found no file" in result.output
 
 
-def test_a_pool_in_one_region_is_served_with_its_layers_named(tmp_path):
+def test_a_pool_is_served_with_all_its_layers(table, tmp_path):
+    publish_pool(table[0], tmp_path / "pool")
+    with ServerProcess(f"pool:{tmp_path / 'pool'}") as server:
+        assert server.said[0].endswith("layers [1, 3]\n")
+        store = open_store(f"remote:{server.address}", layer=LAYER)
+        np.testing.assert_array_equal(store.gather(np.arange(9)), table[1][:9])
+        store.close()
+
+
+def test_a_folder_that_is_a_pool_has_the_layers_of_its_table(table, tmp_path):
+    url = f"pool:{tmp_path / 'folder'}?populate=0&from={table[0]}"
+    assert layers_of(url) == (1, 3)  # it is not there yet
+    open_store(url, layer=LAYER).close()
+    assert layers_of(url) == layers_of(f"pool:{tmp_path / 'folder'}") == (1, 3)
+
+
+def test_what_is_no_pool_is_refused(tmp_path):
     (tmp_path / "region").write_bytes(b"x")
     result = run("serve", f"pool:{tmp_path / 'region'}", "--port", 0)
-    assert result.exit_code == 1 and "expected --layers" in result.output
+    assert result.exit_code == 1 and "expected a pool, which begins" in result.output
+    result = run("serve", f"pool:{tmp_path / 'nothing'}", "--port", 0)
+    assert result.exit_code == 1 and "found no file" in result.output
 
 
 def test_parts_and_fleets_are_read():

@@ -62,7 +62,7 @@ class ServerProcess:
         port: where it listens, also after a restart.
     """
 
-    def __init__(self, table: Path, *options: str, port: int = 0) -> None:
+    def __init__(self, table: Path | str, *options: str, port: int = 0) -> None:
         self._command = [sys.executable, "-c", _MAIN, "table", "serve", str(table)]
         self._options = options
         self.port = port

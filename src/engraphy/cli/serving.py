@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..errors import ConfigError
 from ..store.opening import open_store
+from ..store.pool_file import is_pool_file, read_header
 from ..store.remote_options import RemoteOptions, is_loopback, read_bytes, split_address
 from ..system.signals import stopping
 from ..table.table import Table
@@ -76,7 +77,7 @@ def serve(
         url = table if table.startswith("pool:") else Path(table)
         stores = {
             layer: open_store(url, layer=layer)
-            for layer in parse_layers(layers) or _layers_of(table)
+            for layer in parse_layers(layers) or layers_of(table)
         }
         server = RowServer(
             stores, host, port, parse_part(part, fleet), streams, tokens, certificate
@@ -147,6 +148,18 @@ def parse_part(text: str, fleet: str | None) -> Part:
     return Part(int(number) - 1, int(count), parts)
 
 
+def layers_of(table: str) -> tuple[int, ...]:
+    """The layers of the table at a path, or of a pool."""
+    if not table.startswith("pool:"):
+        return Table.open(table).layers
+    path, _, options = table.removeprefix("pool:").partition("?")
+    if is_pool_file(path):
+        return tuple(read_header(path).layers)
+    if not os.path.exists(path):  # a folder that is filled when its first layer is opened
+        path = dict(pair.partition("=")[::2] for pair in options.split("&")).get("from", path)
+    return Table.open(path).layers
+
+
 def _check_listening(host: str, has_tls: bool, has_token: bool, told_twice: bool) -> None:
     """Raises ConfigError if other machines could read without TLS and a token, unless told so."""
     if is_loopback(host) or (has_tls and has_token) or told_twice:
@@ -157,13 +170,3 @@ def _check_listening(host: str, has_tls: bool, has_token: bool, told_twice: bool
         f"this machine, found no {' and no '.join(missing)}; in a network "
         "that you trust give both --insecure and --trust-network"
     )
-
-
-def _layers_of(table: str) -> tuple[int, ...]:
-    """The layers of the table at a path, or of a pool."""
-    if not table.startswith("pool:"):
-        return Table.open(table).layers
-    path = Path(table.removeprefix("pool:").partition("?")[0])
-    if not path.is_dir():
-        raise ConfigError(f"{table}: expected --layers with a pool that is no folder, found none")
-    return Table.open(path).layers
