@@ -18,7 +18,9 @@
 # make test-studies
 #             every comparison of `engraphy study` in its smallest form, in some minutes
 # make test-rack
-#             servers of rows, restarted under a million requests; Redis; needs redis-server
+#             servers of rows, restarted under a million requests; Redis; eight servers on one pool,
+#             two of them vLLM: needs redis-server, root, and what make test-engines makes;
+#             PARTS="faults redis pool" runs without vLLM
 # make valgrind
 #             the native kernels under memcheck; needs valgrind, and says so
 # make guard  instructions, allocations, bytes and native calls beside the committed counts; so too
@@ -130,7 +132,7 @@ test-studies: $(VENV)/installed-dev
 	$(PY) -m tests.tools.studies
 
 test-rack: $(VENV)/installed-dev
-	$(PY) -m tests.tools.rack
+	$(PY) -m tests.tools.rack $(if $(PARTS),--only $(PARTS))
 
 valgrind: $(VENV)/installed-dev
 	@command -v valgrind >/dev/null || { echo "make valgrind: expected the program valgrind, found \

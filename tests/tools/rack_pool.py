@@ -1,14 +1,11 @@
 """Eight servers on one machine that share a pool; a part of make test-rack.
 
-    python -m tests.tools.rack_pool [--servers 8] [--command "COMMAND {pool} {address}"]
+    python -m tests.tools.rack_pool [--servers 8]
 
 A server is a network namespace with an address of its own on a bridge, and a limit of its
 bandwidth; a process in it (rack_server.py) attaches the pool and is asked over that network. Needs
 root, `ip` and `tc`. Delays on the network are not made: this kernel may lack netem, so what is slow
 is slow in the reader.
-
---command runs in each namespace after the checks, and has to end with 0: an engine that serves from
-the pool, say. {pool} is the pool's URL, {address} the namespace's address.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import json
 import multiprocessing
 import os
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -48,6 +44,7 @@ ROWS_PER_HEAD = 10_000  # of the checks: 127 MB in all
 NET = "10.213.77"
 PORT = 7300
 BANDWIDTH = "10gbit"
+PUBLISH = "import sys; from engraphy.store import publish_pool; publish_pool(*sys.argv[1:])"
 _WAIT = 60.0  # seconds until a server is ready
 _NEWNET = 0x40000000  # CLONE_NEWNET
 
@@ -126,10 +123,10 @@ class Server:
         opened: Way -> seconds that opening its stores took.
     """
 
-    def __init__(self, place: Place, rows_per_head: int, urls: dict[str, str]) -> None:
+    def __init__(self, place: Place, source: int | Path, urls: dict[str, str]) -> None:
         self._place = place
         self._process = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(place, rows_per_head, urls), daemon=True
+            target=_serve, args=(place, source, urls), daemon=True
         )
         self._process.start()
 
@@ -165,12 +162,12 @@ def _connect(place: Place, is_alive: Callable[[], bool]) -> socket.socket:
             time.sleep(0.02)
 
 
-def _serve(place: Place, rows_per_head: int, urls: dict[str, str]) -> None:
+def _serve(place: Place, source: int | Path, urls: dict[str, str]) -> None:
     """A server's process: enters the namespace's network, and serves."""
     with open(f"/run/netns/{place.name}") as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _NEWNET):
             raise OSError(ctypes.get_errno(), f"{place.name}: it cannot be entered")
-    rack_server.serve(place.address, PORT, rows_per_head, urls)
+    rack_server.serve(place.address, PORT, source, urls)
 
 
 def start_seconds(place: Place, rows_per_head: int, urls: dict[str, str]) -> float:
@@ -208,10 +205,10 @@ def write_table(path: Path, rows_per_head: int, seed: int) -> None:
     table.close()
 
 
-def expected_rows(url: str, seed: int) -> dict[str, str]:
+def expected_rows(url: str, seed: int, layers: Sequence[int] = LAYERS) -> dict[str, str]:
     """What a server answers that reads the right rows."""
     found: dict[str, str] = {}
-    for layer in LAYERS:
+    for layer in layers:
         store = open_store(url, layer=layer)
         rows = store.gather(drawn(store.info.rows, seed))
         found[str(layer)] = hashlib.sha256(rows).hexdigest()
@@ -219,7 +216,7 @@ def expected_rows(url: str, seed: int) -> dict[str, str]:
     return found
 
 
-def run(count: int = SERVERS, command: str | None = None) -> dict[str, Any]:
+def run(count: int = SERVERS) -> dict[str, Any]:
     """Runs the checks.
 
     Returns:
@@ -234,9 +231,8 @@ def run(count: int = SERVERS, command: str | None = None) -> dict[str, Any]:
         pool = memory / "pool"
         for seed in (1, 2):
             write_table(disk / f"table-{seed}", ROWS_PER_HEAD, seed)
-        code = "import sys; from engraphy.store import publish_pool; publish_pool(*sys.argv[1:])"
-        publisher = [sys.executable, "-c", code, str(disk / "table-1"), str(pool)]
-        subprocess.run(publisher, check=True)  # and it is gone
+        publish = [sys.executable, "-c", PUBLISH, str(disk / "table-1"), str(pool)]
+        subprocess.run(publish, check=True)  # and it is gone
         places = stack.enter_context(namespaces(count))
         begun = time.monotonic()
         servers = [Server(place, ROWS_PER_HEAD, {"pool": f"pool:{pool}"}) for place in places]
@@ -265,9 +261,6 @@ def run(count: int = SERVERS, command: str | None = None) -> dict[str, Any]:
             raise AssertionError("expected no pool after it was removed")
         except StoreError:
             pass
-        if command is not None:
-            publish_pool(disk / "table-2", pool)
-            _run_commands(places, command, f"pool:{pool}")
     return {
         "servers": count,
         "copies in memory": round(copies, 3),
@@ -287,29 +280,17 @@ def _check_reads(servers: Sequence[Server], table: Path) -> int:
     return sum(one["tokens"] for one in runs)
 
 
-def _run_commands(places: Sequence[Place], command: str, url: str) -> None:
-    processes = [
-        subprocess.Popen(
-            place.command(*shlex.split(command.format(pool=url, address=place.address)))
-        )
-        for place in places
-    ]
-    codes = [process.wait() for process in processes]
-    assert not any(codes), f"expected that {command} ends with 0 on each server, found {codes}"
-
-
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--servers", type=int, default=SERVERS)
-    parser.add_argument("--command", help="what runs in each namespace, with {pool} and {address}")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
     gaps = missing()
     if gaps:
         print("rack_pool: expected " + "; ".join(gaps) + "; found none", file=sys.stderr)
         return 2
-    for what, value in run(options.servers, options.command).items():
+    for what, value in run(options.servers).items():
         print(f"{what}: {value}")
     return 0
 

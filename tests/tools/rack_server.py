@@ -1,4 +1,5 @@
-"""One server of a rack, for rack_pool.py and bench/pool.py: reads rows, runs the memory layers.
+"""One server of a rack, for rack_pool.py, rack_engines.py and bench/pool.py: reads rows, runs the
+memory layers.
 
     python -m tests.tools.rack_server ADDRESS PORT ROWS_PER_HEAD NAME=URL...
 
@@ -68,41 +69,47 @@ class Modelled(WrapperStore):
 class Ways:
     """The stores of each URL, and a memory over each.
 
+    Args:
+        source: rows per head of a memory like V4.1's, or the folder of a saved one.
+        urls: NAME -> URL.
+
     Attributes:
         opened: NAME -> seconds that opening its stores took, all pages mapped.
     """
 
-    def __init__(self, rows_per_head: int, urls: dict[str, str]) -> None:
-        config = config_of(rows_per_head)
+    def __init__(self, source: int | Path, urls: dict[str, str]) -> None:
         self.opened: dict[str, float] = {}
-        self._stores: dict[str, dict[int, RowStore]] = {}
         self._memories: dict[str, EngramMemory] = {}
         for name, url in urls.items():
-            begun = time.perf_counter()
-            stores = {layer: open_store(url, layer=layer) for layer in LAYERS}
-            self.opened[name] = time.perf_counter() - begun
-            self._stores[name] = stores
-            if name == MODELLED:
-                tier = TIERS["cxl"].limited(IN_FLIGHT)
-                stores = {layer: Modelled(store, tier) for layer, store in stores.items()}
             torch.manual_seed(0)
-            memory = EngramMemory(config, VocabMap.identity(VOCAB), stores).eval()
+            begun = time.perf_counter()
+            if isinstance(source, Path):
+                memory = EngramMemory.load(source, url)
+            else:
+                config = config_of(source)
+                stores = {layer: open_store(url, layer=layer) for layer in LAYERS}
+                self.opened[name] = time.perf_counter() - begun
+                if name == MODELLED:
+                    tier = TIERS["cxl"].limited(IN_FLIGHT)
+                    stores = {layer: Modelled(store, tier) for layer, store in stores.items()}
+                memory = EngramMemory(config, VocabMap.identity(VOCAB), stores)
             for first in self._memories.values():
                 memory.blocks = first.blocks  # the same weights, once
-            self._memories[name] = memory
+            self._memories[name] = memory.eval()
 
     def run(self, name: str, seconds: float, seed: int, fuse: bool) -> dict[str, float]:
         """Looks up batches of 64 tokens, and runs the memory layers, until the time is over."""
         memory = self._memories[name]
         generator = torch.Generator().manual_seed(seed)
-        x_BTSD = torch.randn(SEQUENCES, TOKENS, 1, HIDDEN)
+        vocab_size = memory.vocab.raw_size
+        x_BTSD = torch.randn(SEQUENCES, TOKENS, 1, memory.config.layer.hidden_size)
         tokens = 0
         begun = time.perf_counter()
         with torch.no_grad():
             while time.perf_counter() - begun < seconds:
-                ids_BT = torch.randint(1, VOCAB, (SEQUENCES, TOKENS), generator=generator)
+                ids_BT = torch.randint(1, vocab_size, (SEQUENCES, TOKENS), generator=generator)
                 lookup = memory.lookup(ids_BT)
-                for layer in LAYERS:
+                for layer in memory.layers:
                     if fuse:
                         memory.fuse(layer, x_BTSD, lookup)
                     else:
@@ -114,7 +121,7 @@ class Ways:
         """SHA-256 of the rows of each layer that a seed draws."""
         return {
             str(layer): hashlib.sha256(store.gather(drawn(store.info.rows, seed))).hexdigest()
-            for layer, store in self._stores[name].items()
+            for layer, store in self._memories[name].stores.items()
         }
 
 
@@ -123,11 +130,11 @@ def drawn(rows: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, rows, 10_000)
 
 
-def mapped(prefix: str) -> dict[str, int]:
-    """Bytes of the mappings of files below a path, as the system counts them for this process."""
+def mapped(prefix: str, process: str = "self") -> dict[str, int]:
+    """Bytes of a process's mappings of files below a path, as the system counts them for it."""
     sizes = {"Rss": 0, "Pss": 0}
     ours = False
-    for words in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
+    for words in map(str.split, Path(f"/proc/{process}/smaps").read_text().splitlines()):
         if "-" in words[0] and ":" not in words[0]:
             ours = words[-1].startswith(prefix)
         elif ours and words[0][:-1] in sizes:
@@ -143,11 +150,11 @@ def answer(ways: Ways, asked: dict[str, Any]) -> Any:
     return mapped(asked["memory"])
 
 
-def serve(address: str, port: int, rows_per_head: int, urls: dict[str, str]) -> None:
+def serve(address: str, port: int, source: int | Path, urls: dict[str, str]) -> None:
     """Opens the stores, and answers one connection until it ends."""
     torch.set_num_threads(1)
     set_threads(1)
-    ways = Ways(rows_per_head, urls)
+    ways = Ways(source, urls)
     with socket.create_server((address, port)) as listener:
         connection, _ = listener.accept()
     with connection, connection.makefile("rw") as lines:

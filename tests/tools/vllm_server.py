@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ START_SECONDS = 200
 class Server:
     """One that answers. url: of the server. metrics_url: of the memory's counters."""
 
-    def __init__(self, port: int, metrics_port: int, log: Path) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+    def __init__(self, host: str, port: int, metrics_port: int, log: Path) -> None:
+        self.url = f"http://{host}:{port}"
+        self.metrics_url = f"http://{host}:{metrics_port}/metrics"
         self.log = log
 
     def post(self, path: str, body: Any = None, timeout: float = 120) -> Any:
@@ -86,23 +86,39 @@ def get(url: str) -> str:
 
 
 @contextmanager
-def serving(model: Path, log: Path) -> Iterator[Server]:
-    """A server of a model. log: gets what it says."""
+def serving(
+    model: Path,
+    log: Path,
+    host: str = "127.0.0.1",
+    python: Sequence[str] = (sys.executable,),
+    store: str = "",
+) -> Iterator[Server]:
+    """A server of a model.
+
+    Args:
+        model: Folder of the model.
+        log: Gets what it says.
+        host: Where it listens.
+        python: Words that run Python where `host` is an address of the machine.
+        store: URL to read the rows from; "" = the table in the folder.
+    """
     port, metrics_port = free_port(), free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
+    command = [*python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += [*OPTIONS, "--host", host, "--port", str(port)]
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_SERVER_DEV_MODE": "1",
-        "ENGRAPHY_METRICS": f"127.0.0.1:{metrics_port}",
+        "VLLM_HOST_IP": host,
+        "ENGRAPHY_METRICS": f"{host}:{metrics_port}",
+        "ENGRAPHY_STORE": store,
     }
     with log.open("w") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    server = Server(port, metrics_port, log)
+    server = Server(host, port, metrics_port, log)
     try:
         end = time.monotonic() + START_SECONDS
         while not server.healthy():

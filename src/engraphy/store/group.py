@@ -382,8 +382,9 @@ def wrapped(store: RowStore | None) -> Iterator[RowStore]:
 
 
 def kind_of(store: RowStore) -> str:
-    """What logs and metrics call a store: the name of its class without "Store", in lower case."""
-    return type(store).__name__.removesuffix("Store").lower()
+    """What logs and metrics call a store: its `kind`, or the name of its class without "Store"."""
+    kind = getattr(store, "kind", None)
+    return kind if isinstance(kind, str) else type(store).__name__.removesuffix("Store").lower()
 
 
 def _of_layers(stores: Mapping[int, RowStore], layers: Iterable[int]) -> dict[int, RowStore]:
