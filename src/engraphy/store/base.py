@@ -96,9 +96,10 @@ class RowStore(ABC):
         self._counters.begin()
         try:
             self._gather(ids_N, out)
-        finally:
+        except BaseException:
             self._counters.end()
-        self._count_read(len(ids_N), begun)
+            raise
+        self._counters.end(len(ids_N), begun)
         return out
 
     def scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:

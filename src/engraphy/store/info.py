@@ -160,20 +160,25 @@ class Counters:
         with self._lock:
             self._under_way += 1
 
-    def end(self) -> None:
-        """Counts a call of `gather` that has returned or raised."""
+    def end(self, rows: int | None = None, begun: int = 0) -> None:
+        """Counts a call of `gather` that has returned `rows` rows, or (None) has raised."""
+        taken = time.perf_counter_ns() - begun
         with self._lock:
             self._under_way -= 1
+            if rows is not None:
+                self._add(rows, taken)
 
     def add_call(self, rows: int, begun: int) -> None:
         """Counts a call that began at `begun` (perf_counter_ns) and read `rows` rows."""
         taken = time.perf_counter_ns() - begun
-        bucket = bucket_of(taken)
         with self._lock:
-            self._gathers += 1
-            self._rows += rows
-            self._nanoseconds += taken
-            self._buckets[bucket] += 1
+            self._add(rows, taken)
+
+    def _add(self, rows: int, taken: int) -> None:
+        self._gathers += 1
+        self._rows += rows
+        self._nanoseconds += taken
+        self._buckets[bucket_of(taken)] += 1
 
     def add_token(self, rows: int, taken: int) -> None:
         """Counts a call that read `rows` rows in `taken` nanoseconds."""
@@ -187,10 +192,7 @@ class Counters:
         tokens = self._tokens[:]
         del self._tokens[: len(tokens)]
         for rows, taken in tokens:
-            self._gathers += 1
-            self._rows += rows
-            self._nanoseconds += taken
-            self._buckets[bucket_of(taken)] += 1
+            self._add(rows, taken)
 
     def add_reads(self, reads: int, read_bytes: int) -> None:
         """Counts read calls to the system."""

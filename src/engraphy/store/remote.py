@@ -153,18 +153,19 @@ class RemoteStore(RowStore):
         ids_N = np.ascontiguousarray(ids_N)
         deadline = time.monotonic() + self._options.deadline
         calls = self._calls(ids_N, out_NR, deadline)
+        requests = 0
         try:
             for call in calls:
                 call.begin()  # all servers work at the same time
             for call in calls:
                 call.end()
+                requests += call.requests
         except EngraphyError:
             self._check_open()
             raise
         finally:
             for call in calls:
                 call.abandon()
-        requests = sum(call.requests for call in calls)
         self._counters.add_reads(requests, out_NR.nbytes)
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:

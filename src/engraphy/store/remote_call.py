@@ -63,19 +63,22 @@ class RangeCall:
         self._position_n = position_n
         self._out_NR = out_NR
         self._deadline = deadline
-        self._changed = threading.Condition(threading.Lock())
-        self._stream: Stream | None = None
-        self._begun = 0.0
-        self._is_done = False
-        self._is_late = False  # the deadline is over
-        self._error: EngraphyError | None = None
-        self._lasting: set[Location] = set()  # servers that failed in a way that lasts
-        self._tried: set[Location] = set()
-        self._attempts: list[_Attempt] = []
-        self._rows_nR: np.ndarray | None = None  # of the attempt that was first
-        self._has_hedged = False
-        self.due = 0.0
-        self.requests = 0
+        self._lock = threading.Lock()
+
+    # What most calls never change stands here: a small call is made in microseconds.
+    due = 0.0
+    requests = 0
+    _stream: Stream | None = None
+    _begun = 0.0
+    _is_done = False
+    _is_late = False  # the deadline is over
+    _has_hedged = False
+    _error: EngraphyError | None = None
+    _rows_nR: np.ndarray | None = None  # of the attempt that was first
+    _lasting: frozenset[Location] = frozenset()  # servers that failed in a way that lasts
+    _tried: frozenset[Location] = frozenset()
+    _attempts: tuple[_Attempt, ...] = ()
+    _ended: threading.Condition | None = None  # an attempt has; over `_lock`, made with the first
 
     def begin(self) -> None:
         """Chooses a server and asks it. Errors are seen to by `end`."""
@@ -94,13 +97,16 @@ class RangeCall:
                 self._store.look_again()
                 time.sleep(max(0.0, min(pause, self._deadline - time.monotonic())))
                 pause = min(2 * pause, _LONGEST_PAUSE)
-                self._tried = set(self._lasting)
+                with self._lock:
+                    self._tried = self._lasting
                 continue
             self._ask(location)
 
     def abandon(self) -> None:
         """Frees what the call still holds; after `end` nothing."""
-        with self._changed:
+        if self._is_done:
+            return  # by the caller's thread, which is this one
+        with self._lock:
             self._is_done = True
             stream = self._stream
             self._stream = None
@@ -110,7 +116,7 @@ class RangeCall:
 
     def fire(self) -> None:
         """The call is late: asks another server, or gives up. Called by the watch's thread."""
-        with self._changed:
+        with self._lock:
             if self._is_done:
                 self.due = float("inf")
             elif time.monotonic() >= self._deadline:
@@ -123,10 +129,10 @@ class RangeCall:
 
     def ended(self, attempt: _Attempt, error: Exception | None) -> None:
         """An attempt in another thread has ended, with its rows if there is no error."""
-        with self._changed:
+        with self._lock:
             if self._is_done:
                 return
-            self._attempts.remove(attempt)
+            self._attempts = tuple(one for one in self._attempts if one is not attempt)
             if error is None:
                 self._rows_nR = attempt.rows_nR
                 self.requests += attempt.requests
@@ -137,7 +143,8 @@ class RangeCall:
                 # While the others are silent, another server is asked soon.
                 self.due = min(time.monotonic() + _AGAIN, self._deadline)
                 WATCH.add(self)
-            self._changed.notify()
+            if self._ended is not None:
+                self._ended.notify()
 
     # In the caller's thread.
 
@@ -149,13 +156,13 @@ class RangeCall:
         self._begun = now
         if not stream.is_open:
             # Opening cannot be cancelled, so the caller does not wait for it alone.
-            with self._changed:
+            with self._lock:
                 self.due = min(now + _OPENING, self._deadline)
-                self._attempts.append(_Attempt(self, stream, self._ids_n, self._out_NR.shape[1]))
+                self._attempt(stream)
             WATCH.add(self)
             return
         after = self._store.pace.late_after(len(self._ids_n))
-        with self._changed:
+        with self._lock:
             self._stream = stream
             self.due = min(now + after, self._deadline)
         WATCH.add(self)
@@ -175,10 +182,10 @@ class RangeCall:
             else:
                 self._succeeded(stream)
                 return True
-        with self._changed:
-            while self._rows_nR is None and self._attempts:
+        with self._lock:
+            while self._rows_nR is None and self._attempts and self._ended is not None:
                 left = self._deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+                if left <= 0 or not self._ended.wait(left):
                     break
             rows_nR = self._rows_nR
             if rows_nR is None:
@@ -192,7 +199,7 @@ class RangeCall:
         return True
 
     def _succeeded(self, stream: Stream) -> None:
-        with self._changed:
+        with self._lock:
             self._is_done = True
             self._stream = None
         WATCH.discard(self)
@@ -202,7 +209,7 @@ class RangeCall:
 
     def _failed(self, error: Exception) -> None:
         """Lets go of the caller's stream, which raised."""
-        with self._changed:
+        with self._lock:
             stream = self._stream
             self._stream = None
             is_beaten = self._is_late or self._rows_nR is not None
@@ -211,27 +218,30 @@ class RangeCall:
         location.drop(stream, is_failure=not is_beaten)
         if is_beaten:
             location.late()
-            self._tried.add(location)
-            return
-        # Its server may have started anew since: a new stream will tell.
-        self._error = wire.from_flight(error, location.address)
-        self._tried.discard(location)
+        with self._lock:
+            if is_beaten:
+                self._tried |= {location}
+                return
+            # Its server may have started anew since: a new stream will tell.
+            self._error = wire.from_flight(error, location.address)
+            self._tried -= {location}
 
     def _note(self, location: Location, error: Exception) -> None:
         """Remembers why a server gave no rows."""
         self._error = wire.from_flight(error, location.address)
         if isinstance(error, _LASTING):
-            self._lasting.add(location)
-            self._tried.add(location)
+            self._lasting |= {location}
+            self._tried |= {location}
 
     def _choose(self) -> Location | None:
         """The server to ask next, out of those that were not tried yet."""
-        chosen = self._least_busy(self._tried)
-        if chosen is not None:
-            self._tried.add(chosen)
+        with self._lock:
+            chosen = self._least_busy(self._tried)
+            if chosen is not None:
+                self._tried |= {chosen}
         return chosen
 
-    def _least_busy(self, but: set[Location]) -> Location | None:
+    def _least_busy(self, but: frozenset[Location]) -> Location | None:
         if len(self._locations) == 1:
             only = self._locations[0]
             return None if only in but else only
@@ -263,7 +273,7 @@ class RangeCall:
         """Asks a second server if there is one, and the budget allows it. The lock is held."""
         busy = self._lasting | {attempt.location for attempt in self._attempts}
         if self._stream is not None:
-            busy.add(self._stream.location)
+            busy |= {self._stream.location}
         another = self._least_busy(busy)
         far = self._begun + self._store.pace.far_after(len(self._ids_n))
         if another is None or not (self._attempts or self._stream):
@@ -275,8 +285,13 @@ class RangeCall:
             self._has_hedged = True
             if self._stream is not None:
                 self._stream.location.hedges += 1
-            stream = another.take()
-            self._attempts.append(_Attempt(self, stream, self._ids_n, self._out_NR.shape[1]))
+            self._attempt(another.take())
+
+    def _attempt(self, stream: Stream) -> None:
+        """Asks for the same rows in another thread. The lock is held."""
+        if self._ended is None:
+            self._ended = threading.Condition(self._lock)
+        self._attempts += (_Attempt(self, stream, self._ids_n, self._out_NR.shape[1]),)
 
 
 class _Attempt:

@@ -84,6 +84,7 @@ class Pace:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds: dict[int, deque[float]] = {}
+        self._noted: dict[int, int] = {}
         self._p95: dict[int, float] = {}
         self._budget = _BURST
 
@@ -95,10 +96,11 @@ class Pace:
             kept = self._seconds.get(size)
             if kept is None:
                 kept = self._seconds[size] = deque(maxlen=_KEPT)
+                self._p95[size] = _AT_FIRST
             kept.append(seconds)
-            is_time = len(kept) >= _LEARNT and len(kept) % _LEARNT == 0
-            if is_time or size not in self._p95:
-                self._p95[size] = self._quantile(kept)
+            noted = self._noted[size] = self._noted.get(size, 0) + 1
+            if noted % _LEARNT == 0:
+                self._p95[size] = max(_LEAST, sorted(kept)[int(0.95 * (len(kept) - 1))])
 
     def late_after(self, rows: int) -> float:
         """Seconds after which a call of so many rows is late: the 95th percentile."""
@@ -115,12 +117,6 @@ class Pace:
                 return False
             self._budget -= 1
             return True
-
-    @staticmethod
-    def _quantile(kept: deque[float]) -> float:
-        if len(kept) < _LEARNT:
-            return _AT_FIRST
-        return max(_LEAST, sorted(kept)[int(0.95 * (len(kept) - 1))])
 
 
 WATCH = Watch()

@@ -117,7 +117,7 @@ def range_of(endpoint: Any, rows: int, where: str) -> tuple[int, int]:
 
 def id_batch(ids_N: np.ndarray) -> Any:
     """A batch of row ids (contiguous int64) over the same memory."""
-    ids = pa.Array.from_buffers(IDS.field(0).type, len(ids_N), [None, pa.py_buffer(ids_N)])
+    ids = pa.Array.from_buffers(_INT64, len(ids_N), [None, pa.py_buffer(ids_N)])
     return pa.RecordBatch.from_arrays([ids], schema=IDS)
 
 

@@ -129,19 +129,17 @@ class RowServer(flight.FlightServerBase):
             schema = self._schemas[served.layer]
             first, last = self._part.rows(served.rows)
             writer.begin(schema)
+            store = self.stores[served.layer]
             while (batch := _next(reader)) is not None:
-                with self._request():
+                self._begin_request()
+                try:
                     ids_N = wire.ids_of(batch)
                     _check_ids(ids_N, first, last, served)
-                    rows = self._read(served, ids_N)
-                    answer = wire.row_batch(rows, len(ids_N), schema)
-                    try:
-                        if self._draining:
-                            writer.write_with_metadata(answer, wire.DRAINING)
-                        else:
-                            writer.write_batch(answer)
-                    except _GONE:
+                    answer = _rows(store, ids_N, schema)
+                    if not _write(writer, answer, wire.DRAINING if self._draining else None):
                         return
+                finally:
+                    self._end_request()
 
     def do_action(self, context: Any, action: Any) -> Iterator[bytes]:
         """ping, health (JSON), metrics (Prometheus' text format), drain."""
@@ -236,14 +234,6 @@ class RowServer(flight.FlightServerBase):
             raise DigestMismatch(f"expected table {table_id}, found table {served.table_id}")
         return served
 
-    def _read(self, served: Served, ids_N: np.ndarray) -> Any:
-        # Memory of pyarrow's pool: gRPC may hold it after the write has returned, and the pool
-        # has pages that were used before.
-        buffer = pa.allocate_buffer(len(ids_N) * served.row_bytes)
-        rows_NR = np.frombuffer(buffer, np.uint8).reshape(len(ids_N), served.row_bytes)
-        self.stores[served.layer].gather(ids_N, out=rows_NR)
-        return buffer
-
     @contextmanager
     def _stream(self) -> Generator[None, None, None]:
         with self._changed:
@@ -261,17 +251,37 @@ class RowServer(flight.FlightServerBase):
             with self._changed:
                 self._streams -= 1
 
-    @contextmanager
-    def _request(self) -> Generator[None, None, None]:
+    def _begin_request(self) -> None:
         with self._changed:
             self._busy += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy -= 1
-                if self._draining and not self._busy:
-                    self._changed.notify_all()
+
+    def _end_request(self) -> None:
+        with self._changed:
+            self._busy -= 1
+            if self._draining and not self._busy:
+                self._changed.notify_all()
+
+
+def _rows(store: RowStore, ids_N: np.ndarray, schema: Any) -> Any:
+    """A batch of a store's rows."""
+    # Memory of pyarrow's pool: gRPC may hold it after the write has returned, and the pool
+    # has pages that were used before.
+    shape = len(ids_N), store.info.row_bytes
+    buffer = pa.allocate_buffer(shape[0] * shape[1])
+    store.gather(ids_N, out=np.frombuffer(buffer, np.uint8).reshape(shape))
+    return wire.row_batch(buffer, len(ids_N), schema)
+
+
+def _write(writer: Any, answer: Any, metadata: bytes | None) -> bool:
+    """Sends an answer. Returns whether the client is still there."""
+    try:
+        if metadata is None:
+            writer.write_batch(answer)
+        else:
+            writer.write_with_metadata(answer, metadata)
+    except _GONE:
+        return False
+    return True
 
 
 def _next(reader: Any) -> Any:
