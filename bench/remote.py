@@ -3,9 +3,11 @@
     python bench/remote.py [--rounds 40] [--json FILE]
 
 One table of a million rows of 264 bytes (fp8), one server process for each way, random ids, one
-call under way. All ways take turns, in an order of their own each round. A raw socket is the limit:
-a blocking loop that receives ids, gathers with numpy and sends the bytes, without names, checks,
-identities or a second server. Claims are ratios of minima, since a busy machine adds to every call;
+call under way. All ways take turns, in an order of their own each round. A raw socket is what they
+are compared with: a blocking loop that receives ids, gathers with numpy and sends the bytes,
+without names, checks, identities or a second server. Bare Flight is the same loop over a DoExchange
+stream of pyarrow, so what a client and a server of Engraphy cannot be faster than: the limit of
+each claim. Claims are ratios of minima, since a busy machine adds to every call;
 medians and 99th percentiles stand beside them. Redis (if redis-server is installed) is the example
 examples/other_servers/redis_rows.py.
 """
@@ -31,6 +33,9 @@ from turns import Variant, seconds_by_round
 
 from engraphy import EngramConfig, HashSpec, LayerSpec, RowFormat, Table, VocabMap
 from engraphy.store import RowStore, open_store
+from engraphy.store import remote_wire as wire
+from engraphy.store.remote_arrow import flight
+from engraphy.store.remote_location import CHANNEL
 
 ROOT = Path(__file__).parents[1]
 TLS = ROOT / "tests" / "data" / "tls"
@@ -40,6 +45,7 @@ FORMAT = RowFormat("fp8", 256)
 GOALS = {48: 4.0, 1000: 3.0, 20_000: 1.6}  # rows a call: times a raw socket
 TIMES = {48: 20, 1000: 8, 20_000: 1}  # rounds of a size, times --rounds
 RAW = "raw socket"
+BARE = "bare Flight"
 PLAIN = "Flight"
 SAFE = "Flight, TLS and a token"
 REDIS = "Redis, GETRANGE"
@@ -60,6 +66,28 @@ while head := sock.recv(8, socket.MSG_WAITALL):
         view = view[sock.recv_into(view):]
     sock.sendall(rows[ids])
 """
+BARE_SERVER = """
+import sys
+import numpy as np
+from engraphy.store.remote_arrow import flight, pa
+width = int(sys.argv[2])
+rows = np.memmap(sys.argv[1], np.uint8, "r", int(sys.argv[3])).reshape(-1, width)
+schema = pa.schema([("row", pa.binary(width))])
+kind = schema.field(0).type
+class Server(flight.FlightServerBase):
+    def do_exchange(self, context, descriptor, reader, writer):
+        writer.begin(schema)
+        for chunk in reader:
+            ids = chunk.data.column(0).to_numpy()
+            buffer = pa.allocate_buffer(len(ids) * width)
+            out = np.frombuffer(buffer, np.uint8).reshape(-1, width)
+            np.take(rows, ids, 0, out, "clip")
+            array = pa.FixedSizeBinaryArray.from_buffers(kind, len(ids), [None, buffer])
+            writer.write_batch(pa.RecordBatch.from_arrays([array], schema=schema))
+server = Server("grpc://127.0.0.1:0")
+print("listening on", server.port, flush=True)
+server.serve()
+"""
 SERVE = "from engraphy.cli import app; app()"
 
 
@@ -75,6 +103,24 @@ class RawClient:
         view = memoryview(out).cast("B")
         while len(view):
             view = view[self._socket.recv_into(view) :]
+
+
+class BareClient:
+    """The other end of BARE_SERVER; its requests are as large as those of Engraphy's client."""
+
+    def __init__(self, port: int) -> None:
+        client = flight.FlightClient(f"grpc://127.0.0.1:{port}", generic_options=CHANNEL)
+        self._writer, self._reader = client.do_exchange(flight.FlightDescriptor.for_path("rows"))
+        self._writer.begin(wire.IDS)
+
+    def gather(self, ids_N: np.ndarray, out: np.ndarray) -> None:
+        step = min(wire.MOST_IDS, wire.MOST_BYTES // FORMAT.row_bytes)
+        firsts = range(0, len(ids_N), step)
+        for first in firsts:
+            self._writer.write_batch(wire.id_batch(ids_N[first : first + step]))
+        for first in firsts:
+            part = out[first : first + step]
+            part[:] = wire.rows_of(self._reader.read_chunk().data, len(part), FORMAT.row_bytes)
 
 
 @contextlib.contextmanager
@@ -142,17 +188,19 @@ def ways(folder: Path) -> Iterator[dict[str, Gather]]:
     serve = [sys.executable, "-c", SERVE, "table", "serve", str(folder / "table"), "--port", "0"]
     safely = ["--cert", TLS / "server.pem", "--key", TLS / "server.key", "--token-file", token]
     raw = [sys.executable, "-c", RAW_SERVER, shard, FORMAT.row_bytes, HEADER_BYTES]
+    bare = [sys.executable, "-c", BARE_SERVER, *raw[3:]]
     with contextlib.ExitStack() as stack:
         local = open_store(f"file:{folder / 'table'}?read=mmap", layer=LAYER)
         ports = [
             stack.enter_context(process(*map(str, command)))
-            for command in (raw, serve, [*serve, *safely])
+            for command in (raw, serve, [*serve, *safely], bare)
         ]
         plain = open_store(f"remote:127.0.0.1:{ports[1]}", layer=LAYER)
         options = f"?tls=1&ca={TLS / 'ca.pem'}&token_file={token}"
         safe = open_store(f"remote:127.0.0.1:{ports[2]}{options}", layer=LAYER)
         found: dict[str, Gather] = {
             RAW: RawClient(ports[0]).gather,
+            BARE: BareClient(ports[3]).gather,
             PLAIN: plain.gather,
             SAFE: safe.gather,
             LOCAL: local.gather,
@@ -160,7 +208,7 @@ def ways(folder: Path) -> Iterator[dict[str, Gather]]:
         if shutil.which("redis-server"):
             found[REDIS] = stack.enter_context(redis(local)).gather
         everything = np.arange(local.info.rows)
-        for gather in (found[RAW], found[PLAIN], found[SAFE]):
+        for gather in (found[RAW], found[BARE], found[PLAIN], found[SAFE]):
             for first in range(0, len(everything), 100_000):  # all pages are in memory now
                 ids = everything[first : first + 100_000]
                 gather(ids, np.empty((len(ids), FORMAT.row_bytes), np.uint8))
@@ -209,8 +257,8 @@ def report(rows: int, seconds: dict[str, np.ndarray]) -> list[Claim]:
             f"{values.min() / least:.2f} | {median / middle:.2f} |"
         )
     what = f"Flight beside a raw socket, {rows:,} rows of {FORMAT.row_bytes} B, minima"
-    found = float(seconds[PLAIN].min() / least)
-    return [Claim(what, found, "x", GOALS[rows], "at most")]
+    found, limit = (float(seconds[name].min() / least) for name in (PLAIN, BARE))
+    return [Claim(what, found, "x", GOALS[rows], "at most", limit)]
 
 
 def main() -> None:
@@ -227,7 +275,8 @@ def main() -> None:
                 check(found, rows)
                 made += report(rows, measure(found, rows, arguments.rounds))
     for claim in made:
-        print(f"{claim.what}: {claim.found:.2f}, goal at most {claim.goal:g}")
+        bare = f"bare Flight {claim.limit:.2f}"
+        print(f"{claim.what}: {claim.found:.2f}, {bare}, goal at most {claim.goal:g}")
     claims.write(arguments.json, "remote", facts, made)
 
 

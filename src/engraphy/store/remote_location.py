@@ -21,7 +21,7 @@ _MOST_IDLE = 4  # streams that are kept open for the next calls
 _PENALTIES = (0.1, 0.5, 1.0, 2.0)  # seconds without calls after so many failures in a row
 _WINDOW = 4  # requests in flight on one stream
 _NO_IDS = np.empty(0, np.int64)
-_OPTIONS = [
+CHANNEL = [
     ("grpc.enable_http_proxy", 0),  # row servers are not on the other side of a web proxy
     ("grpc.use_local_subchannel_pool", 1),  # a new client is a new connection
     ("grpc.min_reconnect_backoff_ms", int(_CONNECT * 1000)),
@@ -238,7 +238,7 @@ class Location:
 def connect(uri: str, options: RemoteOptions) -> Any:
     """A Flight client, which connects when it is first used."""
     check_process()
-    arguments: dict[str, Any] = {"generic_options": _OPTIONS}
+    arguments: dict[str, Any] = {"generic_options": CHANNEL}
     if options.tls and options.ca is not None:
         arguments["tls_root_certs"] = options.certificates()
     return flight.FlightClient(uri, **arguments)
