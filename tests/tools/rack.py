@@ -15,7 +15,7 @@ import importlib
 import sys
 import time
 
-PARTS = ("redis", "pool", "engines", "faults")
+PARTS = ("redis", "guide", "pool", "engines", "faults")
 
 
 def main() -> int:
