@@ -18,9 +18,9 @@
 # make test-studies
 #             every comparison of `engraphy study` in its smallest form, in some minutes
 # make test-rack
-#             servers of rows, restarted under a million requests; Redis; eight servers on one pool,
-#             two of them vLLM: needs redis-server, root, and what make test-engines makes;
-#             PARTS="faults redis pool" runs without vLLM
+#             servers of rows, restarted under a million requests; Redis; the guide on three
+#             machines; eight servers on one pool, two of them vLLM: needs redis-server, root and
+#             what make test-vllm makes; PARTS="faults redis guide pool" runs without vLLM
 # make valgrind
 #             the native kernels under memcheck; needs valgrind, and says so
 # make guard  instructions, allocations, bytes and native calls beside the committed counts; so too

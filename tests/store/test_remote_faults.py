@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from engraphy.errors import DigestMismatch, StoreError
-from engraphy.store import RamStore, open_store
+from engraphy.store import RamStore, open_store, publish_pool
 from engraphy.store import remote_location as location_module
 from engraphy.store import remote_wire as wire
 from engraphy.store.remote_arrow import flight
@@ -219,6 +219,34 @@ def test_a_client_that_goes_away_in_the_middle_leaves_nothing_at_the_server(rows
         other.close()
 
 
+def test_a_client_that_does_not_read_holds_back_its_own_stream_alone(rows):
+    store = Gated(rows)
+    ids = some_ids(ROWS, wire.MOST_IDS)
+    with served({LAYER: store}) as server:
+        client = flight.FlightClient(f"grpc://127.0.0.1:{server.port}")
+        writer, reader = client.do_exchange(wire.descriptor(None, LAYER))
+        writer.begin(wire.IDS)
+
+        def send():
+            with pytest.raises(Exception, match="[Cc]ancel"):
+                for _ in range(400):  # 200 MB of answers
+                    writer.write_batch(wire.id_batch(ids))
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        answered = -1
+        while answered < store.stats.gathers:
+            answered = store.stats.gathers
+            time.sleep(0.3)
+        assert 0 < answered < 40 and server.health()["streams"] == 1
+        other = open_store(f"remote:127.0.0.1:{server.port}", layer=LAYER)
+        warmed(other, rows, 5)
+        other.close()
+        reader.cancel()
+        sender.join(10)
+        client.close()
+
+
 # Many.
 
 
@@ -299,6 +327,22 @@ def test_a_replica_with_another_table_is_passed_over(tmp_path):
         with pytest.raises(DigestMismatch, match="expected table"):
             client.gather(np.arange(5))
     client.close()
+
+
+def test_an_older_epoch_of_a_pool_is_not_read_beside_the_new_one(tmp_path):
+    pool, stores, expected = tmp_path / "pool", [], []
+    for name in ("old", "new"):
+        expected.append(sealed(tmp_path / name))
+        publish_pool(tmp_path / name, pool)
+        stores.append({LAYER: open_store(f"pool:{pool}", layer=LAYER)})
+    with served(stores[0]) as old, served(stores[1]) as new:
+        for ports in ((old.port, new.port), (new.port, old.port)):
+            with pytest.raises(DigestMismatch, match="expected the table of the other servers"):
+                open_store("remote:" + ",".join(f"127.0.0.1:{p}" for p in ports), layer=LAYER)
+        for server, rows in zip((old, new), expected, strict=True):
+            client = open_store(f"remote:127.0.0.1:{server.port}", layer=LAYER)
+            warmed(client, rows, 2)
+            client.close()
 
 
 def test_a_server_that_was_away_when_the_store_was_opened_is_used_later(rows):

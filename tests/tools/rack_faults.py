@@ -1,5 +1,6 @@
-"""Part of `make test-rack`: a million requests while servers of rows are restarted, killed and
-stalled; idle connections and large requests; what it costs in memory.
+"""Part of `make test-rack`: each fault by itself, as `make test` has it; then a million requests
+while servers of rows are restarted, killed and stalled; idle connections and large requests; what
+it costs in memory.
 
     python -m tests.tools.rack_faults [--requests N]
 
@@ -54,14 +55,24 @@ def missing() -> list[str]:
 
 def run(requests: int = REQUESTS) -> dict[str, object]:
     """Returns what was counted. Raises AssertionError if a row was wrong or a request lost."""
+    counted: dict[str, object] = {"each fault by itself": small()}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         table = Path(folder) / "table"
         sealed(table, rows=5000)
         parts = ("1/2", "1/2", "2/2", "2/2")
         servers = [stack.enter_context(ServerProcess(table, "--part", part)) for part in parts]
-        counted = under_restarts(table, servers, requests)
+        counted |= under_restarts(table, servers, requests)
         counted |= limits(table, servers[0])
     return counted
+
+
+def small() -> str:
+    """Runs the tests of faults, and returns pytest's last line."""
+    files = ["tests/store/test_remote.py", "tests/store/test_remote_faults.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
 
 
 def under_restarts(table: Path, servers: list[ServerProcess], requests: int) -> dict[str, object]:

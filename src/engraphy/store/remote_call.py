@@ -48,6 +48,21 @@ class RangeCall:
         deadline: time.monotonic at which the call gives up.
     """
 
+    # Most calls change few of these. They stand here, since a small call takes microseconds.
+    due = 0.0
+    requests = 0
+    _stream: Stream | None = None
+    _begun = 0.0
+    _is_done = False
+    _is_late = False  # the deadline is over
+    _has_hedged = False
+    _error: EngraphyError | None = None
+    _rows_nR: np.ndarray | None = None  # of the attempt that was first
+    _lasting: frozenset[Location] = frozenset()  # servers that failed in a way that lasts
+    _tried: frozenset[Location] = frozenset()
+    _attempts: tuple[_Attempt, ...] = ()
+    _ended: threading.Condition | None = None  # an attempt has; over `_lock`, made with the first
+
     def __init__(
         self,
         store: RemoteStore,
@@ -64,21 +79,6 @@ class RangeCall:
         self._out_NR = out_NR
         self._deadline = deadline
         self._lock = threading.Lock()
-
-    # What most calls never change stands here: a small call is made in microseconds.
-    due = 0.0
-    requests = 0
-    _stream: Stream | None = None
-    _begun = 0.0
-    _is_done = False
-    _is_late = False  # the deadline is over
-    _has_hedged = False
-    _error: EngraphyError | None = None
-    _rows_nR: np.ndarray | None = None  # of the attempt that was first
-    _lasting: frozenset[Location] = frozenset()  # servers that failed in a way that lasts
-    _tried: frozenset[Location] = frozenset()
-    _attempts: tuple[_Attempt, ...] = ()
-    _ended: threading.Condition | None = None  # an attempt has; over `_lock`, made with the first
 
     def begin(self) -> None:
         """Chooses a server and asks it. Errors are seen to by `end`."""
