@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from engraphy.addresses.vocab import VocabMap
+from engraphy.addresses import Addresser, Ngrams, VocabMap
 from engraphy.cli import terminal
 from engraphy.cli.app import app
 from engraphy.released import Checkpoint
 from engraphy.released.sample import RELEASES
 from engraphy.table import Table, inspection
+from engraphy.table.sharing import shared_rows
 from engraphy.table.usage import usage
+from tests.tools.hot import some_ngrams
 from tests.tools.releases import WORDS, tokenizer, write_qwen, write_v41
 
 
@@ -214,6 +216,44 @@ def test_stat_reads_text_through_the_tokenizer(deepseek, tmp_path):
 def test_stat_takes_raw_ids_where_a_table_hashes_them(qwen, tmp_path):
     (tmp_path / "ids").write_text("1 2 3")
     assert told("stat", qwen, "--ids", tmp_path / "ids")["usage"][0]["tokens"] == 3
+
+
+def test_stat_tells_which_frequent_ngrams_share_rows(deepseek, tmp_path):
+    tokenizer().save(str(tmp_path / "tok.json"))
+    vocab = VocabMap.from_tokenizer(tokenizer())
+    addresser = Addresser(Table.open(deepseek).config.hash, vocab)
+    some_ngrams(addresser, 90).save(tmp_path / "counts")
+    given = ("--ngrams", tmp_path / "counts", "--top", "80")
+    model = ("--tokenizer", tmp_path / "tok.json")
+    expected = shared_rows(addresser, Ngrams.load(tmp_path / "counts").top(80))
+    of_table = told("stat", deepseek, *given, *model)
+    assert of_table == json.loads(
+        json.dumps({"sharing": [dataclasses.asdict(part) for part in expected]})
+    )
+    # The layout is all it needs: of a checkpoint, or of its config.json alone.
+    assert told("stat", tmp_path / "c", *given) == of_table
+    config = tmp_path / "alone" / "config.json"
+    config.parent.mkdir()
+    config.write_bytes((tmp_path / "c" / "config.json").read_bytes())
+    assert told("stat", config, *given, *model) == of_table
+    vocab.save(tmp_path / "vocab.json")
+    saved = said("stat", config, *given, "--vocab", tmp_path / "vocab.json")
+    first = expected[0].examples[0].ngrams[0]
+    assert f"{' '.join(map(str, first.ids))} ({first.count:,})" in saved
+    words = " ".join(WORDS[int(np.argmax(vocab.table == i))] for i in first.ids)
+    assert f"'{words}' ({first.count:,})" in said("stat", deepseek, *given, *model)
+    said("convert", write_qwen(tmp_path / "qc"), tmp_path / "qt")
+    raw = Addresser(Table.open(tmp_path / "qt").config.hash, VocabMap.identity(60))
+    some_ngrams(raw, 50).save(tmp_path / "raw")
+    assert told("stat", tmp_path / "qt", "--ngrams", tmp_path / "raw")["sharing"][0]["ngrams"] == 50
+    for arguments, name in (
+        ((config,), "ConfigError: .*config.json: expected --ngrams"),
+        ((config, *given), "ConfigError: .*config.json: expected --tokenizer or --vocab"),
+        ((deepseek, *given, *model, "--text", tmp_path / "c"), "ConfigError: expected --ngrams"),
+        ((deepseek, "--ngrams", tmp_path / "none", *model), "ConfigError: .*none"),
+        ((deepseek, "--ngrams", tmp_path / "raw", *model), "DigestMismatch: n-grams"),
+    ):
+        assert re.match(name, refused("stat", *arguments))
 
 
 def test_errors_are_one_line_that_names_them(deepseek, tmp_path):

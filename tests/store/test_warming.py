@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
-from engraphy.errors import ConfigError, RowOutOfRange
+from engraphy import _native
+from engraphy.addresses import Addresser, Ngrams, VocabMap, frequent_rows
+from engraphy.addresses.counting import count_ngrams
+from engraphy.addresses.counts import Counts
+from engraphy.errors import ConfigError, DigestMismatch, RowOutOfRange
+from engraphy.spec import HashSpec
 from engraphy.store import RamStore, warming
 from engraphy.store.cache import CacheStore
 from engraphy.store.reload import ReloadableStore
+from engraphy.store.sets import WAYS, place
 from engraphy.store.warming import warm
 
 ROWS, WIDTH = 5000, 4
@@ -17,6 +25,12 @@ ROWS, WIDTH = 5000, 4
 @pytest.fixture
 def ram():
     return RamStore(ROWS, WIDTH)
+
+
+@pytest.fixture(params=["off"] if _native.core is None else ["off", "scalar"])
+def native(request):
+    with _native.forced(request.param):
+        yield
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0, 0), (0.5, 2500), (1.0, ROWS), (1, ROWS)])
@@ -63,6 +77,95 @@ def test_a_new_cache_warmed_with_what_another_kept_keeps_the_same(ram):
     new = CacheStore(ram, 30_000)
     assert warm(new, old.kept()).ready
     assert set(new.kept().tolist()) == set(old.kept().tolist())
+
+
+def test_pinned_rows_stay_and_no_others_come(ram, native):
+    cache = CacheStore(ram, 20_000)
+    rng = np.random.default_rng(4)
+    cache.gather(rng.integers(0, ROWS, 300))
+    wanted = rng.permutation(ROWS)[: 3 * cache.capacity]
+    told = []
+    done = warm(ReloadableStore(cache), wanted, lambda *now: told.append(now), pin=True)
+    assert cache.pinned and "pinned" in repr(cache) and told == [(done.kept, done.kept)]
+    # Of the rows of each set the first 16, so nearly all places are taken, and none for nothing.
+    sets = place(wanted, cache.capacity // WAYS).set_N
+    first = [row for at, row in enumerate(wanted) if (sets[:at] == sets[at]).sum() < WAYS]
+    assert sorted(cache.kept()) == sorted(first) and done.kept == len(first) == done.rows
+    assert done.ready and done.kept > 0.99 * cache.capacity
+    before = cache.stats.misses
+    for _ in range(30):
+        cache.gather(rng.integers(0, ROWS, 400))
+    assert sorted(cache.kept()) == sorted(first)
+    missed = cache.stats.misses - before
+    cache.gather(np.array(first))
+    assert cache.stats.misses == before + missed > before
+
+
+def test_pinned_rows_are_exact_and_are_written_with_their_store(ram, native):
+    ram.scatter(np.arange(ROWS), np.random.default_rng(5).integers(0, 256, (ROWS, WIDTH), np.uint8))
+    cache = CacheStore(ram, 20_000)
+    warm(cache, np.array([7, 7, 9, 4000, 9]), pin=True)
+    assert sorted(cache.kept()) == [7, 9, 4000]
+    cache.scatter(np.array([9, 10]), np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.uint8))
+    every = np.arange(ROWS)
+    np.testing.assert_array_equal(cache.gather(every), ram.gather(every))
+    assert cache.gather(np.array([9, 10])).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert sorted(cache.kept()) == [7, 9, 4000]
+
+
+def test_a_row_that_is_written_while_rows_are_pinned_is_never_seen_old(ram):
+    """The writer waits, since what is being read to be pinned would be old."""
+    cache = CacheStore(ram, 20_000)
+    reading, go_on = threading.Event(), threading.Event()
+    gather = ram.gather
+
+    def slow(ids, out=None):
+        rows = gather(ids, out)
+        reading.set()
+        assert go_on.wait(20)
+        return rows
+
+    ram.gather = slow
+    pinning = threading.Thread(target=lambda: cache.pin(np.arange(30)))
+    pinning.start()
+    assert reading.wait(20)
+    new = np.full((1, WIDTH), 8, np.uint8)
+    writing = threading.Thread(target=lambda: cache.scatter(np.array([3]), new))
+    writing.start()
+    go_on.set()
+    pinning.join()
+    writing.join()
+    assert 3 in cache.kept() and (cache.gather(np.array([3])) == 8).all()
+
+
+@pytest.mark.parametrize("what", [0.5, [1, 2]])
+def test_what_cannot_be_pinned_is_refused(ram, what):
+    with pytest.raises(ConfigError, match="expected row ids and a cache"):
+        warm(CacheStore(ram, 20_000), what, pin=True)
+    with pytest.raises(ConfigError, match="expected row ids and a cache"):
+        warm(ram, np.arange(3), pin=True)
+    cache = CacheStore(ram, 20_000)
+    cache.gather(np.arange(5))
+    with pytest.raises(RowOutOfRange):
+        warm(cache, np.array([1, ROWS]), pin=True)
+    assert not cache.pinned and sorted(cache.kept()) == [0, 1, 2, 3, 4]
+
+
+def test_the_rows_of_frequent_ngrams_are_those_that_a_text_reads_most():
+    vocab = VocabMap.identity(40)
+    spec = HashSpec.demo((1, 3), (2, 3), 2, (50, 300), 40, 0)
+    addresser = Addresser(spec, vocab)
+    ids_T = np.random.default_rng(6).zipf(1.4, 900) % 40
+    ngrams = count_ngrams(addresser, ids_T, 10**6)
+    for layer in spec.layer_ids:
+        reads = Counts(addresser.rows(ids_T[None], layer))
+        assert np.array_equal(frequent_rows(addresser, ngrams, layer), reads.by_count())
+        few = frequent_rows(addresser, ngrams, layer, most=30)
+        assert np.array_equal(few, reads.by_count()[:30])
+    with pytest.raises(ConfigError, match="counts of order 2"):
+        frequent_rows(addresser, Ngrams(ngrams.ids, vocab.digest), 1)
+    with pytest.raises(DigestMismatch, match="vocabulary map"):
+        frequent_rows(addresser, Ngrams(ngrams.ids, "ab" * 32, ngrams.counts), 1)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "all", None, True])

@@ -14,7 +14,6 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Grid
 
 from ..addresses.addresser import Addresser
 from ..addresses.ngrams import Ngrams
@@ -36,7 +35,8 @@ from ..table.quantize import quantize as quantize_table
 from ..table.table import Table
 from .arguments import JSON
 from .serving import ask, serve
-from .terminal import errors, progress
+from .sharing import find_sharing, is_config, print_sharing
+from .terminal import errors, grid, progress
 
 app = typer.Typer(
     no_args_is_help=True, help="Tables on disk: make, check, quantise, compare and look into them."
@@ -221,13 +221,17 @@ def compare(
 
 @app.command()
 def stat(
-    table: Path = typer.Argument(help=EITHER),
+    table: Path = typer.Argument(help=f"{EITHER} With --ngrams also a model's config.json."),
     sample: int = typer.Option(100_000, help="Rows of each layer to look at; 0 = all."),
     seed: int = typer.Option(0, help="Seed of the sample."),
     ids: Path | None = typer.Option(
         None, help="Token ids to try on the table: .npy, or numbers in a text file."
     ),
     text: Path | None = typer.Option(None, help="A text to try on the table; needs --tokenizer."),
+    ngrams: Path | None = typer.Option(
+        None, help="Frequent n-grams, from `engraphy data ngrams`: which of them share rows?"
+    ),
+    top: int | None = typer.Option(None, help="Only so many of these n-grams of each order."),
     tokenizer: Path | None = typer.Option(None, help="The tokenizer.json of the model."),
     vocab: Path | None = typer.Option(
         None, help="A saved vocabulary map, instead of the tokenizer's."
@@ -236,9 +240,24 @@ def stat(
 ) -> None:
     """Show what is in a table, and with --ids or --text which rows a text uses and shares.
 
+    With --ngrams it shows which frequent n-grams share rows. That needs the layout alone, which a
+    checkpoint, a GGUF file or a config.json describes too.
+
     Of a checkpoint or a GGUF file it shows which tensors are its table, and what was assumed.
     """
     with errors("nothing was changed"):
+        if ngrams is not None:
+            if ids is not None or text is not None:
+                raise ConfigError("expected --ngrams, or --ids or --text, found both")
+            found, wording = find_sharing(table, ngrams, top, vocab, tokenizer)
+            if as_json:
+                parts = [dataclasses.asdict(part) for part in found]
+                typer.echo(json.dumps({"sharing": parts}, indent=2))
+            else:
+                print_sharing(found, wording)
+            return
+        if is_config(table):
+            raise ConfigError(f"{table}: expected --ngrams with a config.json, which has no rows")
         if is_release(table):
             if ids is not None or text is not None:
                 raise ConfigError(f"{table}: expected a table with --ids or --text: convert it")
@@ -334,7 +353,7 @@ def _print_comparison(result: Comparison) -> None:
     }
     firsts = [pair[0] for pair in pairs.values()]
     seconds = [pair[1] for pair in pairs.values()]
-    _grid({"": list(pairs), "first": firsts, "second": seconds})
+    grid({"": list(pairs), "first": firsts, "second": seconds})
     if result.difference is None:
         Console().print(
             "not compared: the addresses differ, so a row number means other n-grams in each"
@@ -364,7 +383,7 @@ def _print_usage(layer: usage_module.LayerUsage) -> None:
         f"\nlayer {layer.layer}: "
         f"{layer.tokens:,} tokens touch {layer.used:,} of {layer.rows:,} rows"
     )
-    _grid(
+    grid(
         {
             "order": [head.order for head in heads],
             "head": [head.head for head in heads],
@@ -374,7 +393,7 @@ def _print_usage(layer: usage_module.LayerUsage) -> None:
             "share a row": [f"{head.sharing / head.ngrams:.2%}" for head in heads],
         }
     )
-    _grid(
+    grid(
         {
             "hottest row": [row.row for row in hot],
             "order": [row.order for row in hot],
@@ -445,18 +464,7 @@ def _by_layer(facts: dict[str, dict[str, Any]]) -> None:
     columns: dict[str, list[Any]] = {"": list(names)}
     for layer, values in facts.items():
         columns[layer] = [values.get(name, "-") for name in names]
-    _grid(columns)
-
-
-def _grid(columns: dict[str, list[Any]]) -> None:
-    grid = Grid(box=None, pad_edge=False)
-    for name in columns:
-        grid.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in zip(*columns.values(), strict=True):
-        grid.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
-    # A grid wider than the terminal breaks its lines; nothing is cut off.
-    needed = Console(width=10_000).measure(grid).maximum
-    Console(width=max(Console().width, needed)).print(grid)
+    grid(columns)
 
 
 def _size(count: float) -> str:

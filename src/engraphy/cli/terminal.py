@@ -1,10 +1,12 @@
-"""What the commands share at a terminal: errors as one line, progress of long work on stderr."""
+"""What the commands share at a terminal: errors as one line, progress of long work on stderr, columns
+of figures."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -18,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table as Grid
 
 from ..errors import EngraphyError
 from ..system.signals import Terminated, exit_code, terminable
@@ -81,3 +84,15 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
     with bars:
         yield step
+
+
+def grid(columns: Mapping[str, Sequence[Any]]) -> None:
+    """Prints columns of equal lengths below their names."""
+    made = Grid(box=None, pad_edge=False)
+    for name in columns:
+        made.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        made.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+    # A grid wider than the terminal breaks its lines; nothing is cut off.
+    needed = Console(width=10_000).measure(made).maximum
+    Console(width=max(Console().width, needed)).print(made)

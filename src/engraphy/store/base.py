@@ -89,7 +89,7 @@ class RowStore(ABC):
         begun = time.perf_counter_ns()
         self._check_open()
         info = self.info
-        _check_flat_ids(ids_N, info.rows)
+        check_flat_ids(ids_N, info.rows)
         if out is None:
             out = np.empty((len(ids_N), info.row_bytes), np.uint8)
         check_out(out, (len(ids_N), info.row_bytes), (np.uint8,))
@@ -265,7 +265,7 @@ class RowStore(ABC):
         if not info.writable:
             raise StoreError(f"{info.name}: expected a store open for writing, found it read-only")
         if ids_N is not None:
-            _check_flat_ids(ids_N, info.rows)
+            check_flat_ids(ids_N, info.rows)
         return info
 
     def _count_read(self, rows: int, begun: int) -> None:
@@ -325,6 +325,6 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _check_flat_ids(ids_N: np.ndarray, rows: int) -> None:
+def check_flat_ids(ids_N: np.ndarray, rows: int) -> None:
     check_array("row ids", ids_N, (None,), (np.int64,))
     check_ids(ids_N, rows)

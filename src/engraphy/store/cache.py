@@ -1,21 +1,25 @@
 """A bounded cache of rows in front of any store.
 
-It is exact, and rows that are read once do not push out rows that are read often.
+It is exact, and rows that are read once do not push out rows that are read often. `pin` makes it a
+fixed set of rows.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .. import _native  # pyright: ignore[reportPrivateUsage]
 from ..errors import ConfigError
-from .base import RowStore
+from .base import RowStore, check_flat_ids
 from .reload import ReloadableStore
-from .sets import MOST_ROWS, WAYS, NativeSets, Sets, set_bytes
+from .sets import MOST_ROWS, WAYS, NativeSets, Sets, place, set_bytes
 from .wrapper import WrapperStore
+
+_STEP = 65_536  # rows that are pinned at a time
 
 
 class CacheStore(WrapperStore):
@@ -55,12 +59,15 @@ class CacheStore(WrapperStore):
         self._make()
 
     def _make(self) -> None:
-        """Starts with an empty cache."""
+        """Starts with an empty cache, which adapts."""
+        self._pinned = False
+        self._sets = self._empty()
+
+    def _empty(self) -> Sets:
         row_bytes = self.info.row_bytes
         if _native.core is None:
-            self._sets = Sets(self._count, row_bytes)
-        else:
-            self._sets = NativeSets(_native.core, self._count, row_bytes)
+            return Sets(self._count, row_bytes)
+        return NativeSets(_native.core, self._count, row_bytes)
 
     @property
     def capacity(self) -> int:
@@ -78,12 +85,53 @@ class CacheStore(WrapperStore):
         """
         return self._opened().kept()
 
+    @property
+    def pinned(self) -> bool:
+        """Whether the cache has the rows that `pin` gave it, and takes no others."""
+        return self._pinned
+
+    def pin(self, ids_N: np.ndarray, progress: Callable[[int, int], None] | None = None) -> int:
+        """Keeps these rows from now on, and no others, whatever is read.
+
+        A set has 16 places: of the rows of a set the first 16 are kept. Give more rows than the
+        cache has places for, and nearly all places are taken. Until the rows are read, calls find
+        what the cache had before, and writes wait.
+
+        Args:
+            ids_N: int64 [N], row ids, those that matter most first.
+            progress: called with the rows that were read so far, and the rows to read.
+
+        Returns:
+            How many rows are kept.
+
+        Raises:
+            RowOutOfRange, InputError, StoreError: as `gather` does. The cache is as it was.
+        """
+        check_flat_ids(ids_N, self.info.rows)
+        distinct_n = ids_N[np.sort(np.unique(ids_N, return_index=True)[1])]
+        chosen_n = distinct_n[_first_of_sets(distinct_n, self._count)]
+        with self._writer:
+            self._opened()
+            sets = self._empty()
+            for first in range(0, len(chosen_n), _STEP):
+                part_n = chosen_n[first : first + _STEP]
+                rows_nR = self.wrapped.gather(part_n)
+                # All are missing, and their sets have places: each is kept.
+                _, version_n = sets.look(part_n, np.empty_like(rows_nR))
+                sets.keep(part_n, version_n, np.ones(len(part_n), np.int64), rows_nR)
+                if progress is not None:
+                    progress(min(first + _STEP, len(chosen_n)), len(chosen_n))
+            self._check_open()
+            self._pinned = True
+            self._sets = sets
+        return len(chosen_n)
+
     def close(self) -> None:
         super().close()
         self._sets = None  # the memory lives as long as a call that uses it
 
     def _title(self) -> str:
-        return f"cache of {self.capacity} rows"
+        return f"{'pinned ' if self._pinned else ''}cache of {self.capacity} rows"
 
     def _opened(self) -> Sets:
         sets = self._sets
@@ -120,7 +168,8 @@ class CacheStore(WrapperStore):
         )
         rows_nR = self.wrapped.gather(ids_n)
         out_NR[missing_M] = rows_nR[back_M]
-        sets.keep(ids_n, version_M[first_n], reads_n, rows_nR)
+        if not self._pinned:
+            sets.keep(ids_n, version_M[first_n], reads_n, rows_nR)
         return len(ids_n)
 
     def _scatter(self, ids_N: np.ndarray, rows_NR: np.ndarray) -> None:
@@ -145,6 +194,15 @@ def _sets_within(budget: Any, row_bytes: int) -> int:
             f"and their bookkeeping, found {budget!r}"
         )
     return int(budget) // least
+
+
+def _first_of_sets(ids_N: np.ndarray, sets: int) -> np.ndarray:
+    """Positions of the first 16 rows of each set, ascending."""
+    set_N = place(ids_N, sets).set_N
+    order_N = np.argsort(set_N, kind="stable")
+    ordered_N = set_N[order_N]
+    turn_N = np.arange(len(ids_N)) - np.searchsorted(ordered_N, ordered_N)
+    return np.sort(order_N[turn_N < WAYS])
 
 
 def _is_integer(value: object) -> bool:

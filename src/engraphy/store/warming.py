@@ -1,4 +1,8 @@
-"""Reads rows before a request needs them: caches and page tables are full when the first comes."""
+"""Reads rows before a request needs them: caches and page tables are full when the first comes.
+
+A cache can be told to keep them: the rows of the most frequent n-grams, say
+(`addresses.frequent_rows`).
+"""
 
 from __future__ import annotations
 
@@ -39,20 +43,28 @@ class Warmed:
 
 
 def warm(
-    store: RowStore, what: np.ndarray | float, progress: Callable[[int, int], None] | None = None
+    store: RowStore,
+    what: np.ndarray | float,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    pin: bool = False,
 ) -> Warmed:
-    """Reads rows and drops them.
+    """Reads rows and drops them; what a cache keeps of them is there from then on.
 
     Args:
         store: the store to read, or a wrapper around a cache.
         what: int64 [N], row ids, those that matter most first (`CacheStore.kept` of an earlier
             run, say); or a share of all rows, from the first on.
         progress: called with the rows that were read so far, and the rows to read.
+        pin: the cache keeps rows of these from now on, and no others (`CacheStore.pin`): needs
+            row ids. Give it more than it has places for.
 
     Raises:
-        ConfigError: if the share is not within 0..1.
+        ConfigError: if the share is not within 0..1; with `pin`, if there is no cache, or a share.
         RowOutOfRange, InputError, StoreError: as `gather` does.
     """
+    if pin:
+        return _pinned(store, what, progress)
     row_bytes = store.info.row_bytes
     total = len(what) if isinstance(what, np.ndarray) else _rows_of(store, what)
     begun = time.monotonic()
@@ -74,6 +86,22 @@ def warm(
     kept = int(np.isin(cache.kept(), distinct, assume_unique=True).sum())
     wanted = min(len(distinct), cache.capacity)
     return Warmed(total, total * row_bytes, seconds, kept, kept >= _KEPT * wanted)
+
+
+def _pinned(
+    store: RowStore, what: np.ndarray | float, progress: Callable[[int, int], None] | None
+) -> Warmed:
+    cache = _cache_of(store)
+    if cache is None or not isinstance(what, np.ndarray):
+        raise ConfigError(
+            f"warm: expected row ids and a cache to pin them in, found {type(what).__name__} and "
+            f"{store!r}"
+        )
+    begun = time.monotonic()
+    kept = cache.pin(what, progress)
+    seconds = time.monotonic() - begun
+    wanted = min(len(what), cache.capacity)
+    return Warmed(kept, kept * store.info.row_bytes, seconds, kept, kept >= _KEPT * wanted)
 
 
 def _rows_of(store: RowStore, share: Any) -> int:
