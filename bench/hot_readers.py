@@ -178,8 +178,7 @@ def main() -> None:
     claims: list[Claim] = []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         url = a_pool(Path(folder))
-        with open_store(url, layer=0) as store:
-            hot = np.random.default_rng(1).choice(store.info.rows, HOT, replace=False)
+        hot = np.random.default_rng(1).choice(open_store(url, layer=0).info.rows, HOT, False)
         for rows in CALLS:
             claims += measure(url, hot, probe, rows, options.rounds)
     write(options.json, "hot_readers", where, claims)
