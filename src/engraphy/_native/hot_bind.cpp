@@ -3,7 +3,7 @@
 #include "bind.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <memory>
 #include <vector>
 
 #include <nanobind/stl/vector.h>
@@ -51,6 +51,8 @@ void find(const HotOrder &order, uintptr_t ids, int64_t count, uintptr_t slots) 
 void fill(const HotOrder &order, uintptr_t ids, uintptr_t slots, uintptr_t records) {
     const HotTable &table = order.table();
     require(ids && slots && records, "ids, slots and records must be present");
+    const bool has_marks = table.fingerprint_bits;
+    const int kept = has_marks ? 0 : table.order, width = table.width;
     nb::gil_scoped_release released;
     each_tile(table.keys, [&](int64_t first, int n) {
         int64_t terms[max_order * hot_tile], ranks[hot_tile];
@@ -59,14 +61,10 @@ void fill(const HotOrder &order, uintptr_t ids, uintptr_t slots, uintptr_t recor
         kernels().hot_ranks(table, terms, hot_tile, n, ranks, marks);
         for (int j = 0; j < n; j++) {
             if (ranks[j] < 0) continue;
-            uint32_t *record = (uint32_t *)records + ranks[j] * table.width;
+            uint32_t *record = (uint32_t *)records + ranks[j] * width;
             record[0] = (uint32_t)((const int64_t *)slots)[first + j];
-            if (table.fingerprint_bits) {
-                record[1] = marks[j];
-                continue;
-            }
-            for (int i = 0; i < table.order; i++)
-                record[table.order - i] = (uint32_t)terms[i * hot_tile + j];
+            if (has_marks) record[1] = marks[j];
+            for (int i = 0; i < kept; i++) record[kept - i] = (uint32_t)terms[i * hot_tile + j];
         }
     });
 }
@@ -76,7 +74,7 @@ void fill(const HotOrder &order, uintptr_t ids, uintptr_t slots, uintptr_t recor
 class Levels {
   public:
     Levels(const int32_t *ids, int64_t count, int64_t order, uint64_t seed)
-        : hashes_(count), parts_(count < few ? 1 : threads()), ends_(parts_ + 1), left_(count) {
+        : count_(count), hashes_(new uint64_t[count]), parts_(count < few ? 1 : threads()), ends_(parts_ + 1), left_(count) {
         for (int64_t p = 0; p <= parts_; p++) ends_[p] = begin(p);
         computing().each(parts_, threads(), [&](int64_t part) {
             for (int64_t k = begin(part); k < begin(part + 1); k++) {
@@ -116,7 +114,7 @@ class Levels {
     std::vector<uint64_t> left_hashes() const {
         std::vector<uint64_t> hashes;
         for (int64_t p = 0; p < parts_; p++)
-            hashes.insert(hashes.end(), hashes_.begin() + begin(p), hashes_.begin() + ends_[p]);
+            hashes.insert(hashes.end(), &hashes_[begin(p)], &hashes_[ends_[p]]);
         return hashes;
     }
 
@@ -124,55 +122,58 @@ class Levels {
     std::vector<uint32_t> lines;
 
   private:
-    int64_t begin(int64_t part) const { return int64_t(hashes_.size()) * part / parts_; }
+    int64_t begin(int64_t part) const { return count_ * part / parts_; }
+
+    // Where the keys of a tile fall in a level: words of words_, and bits of their lower halves.
+    struct Places {
+        Places(uint64_t *words, const uint64_t *hashes, int64_t left, int level, int64_t size)
+            : count(int(std::min<int64_t>(hot_tile, left))) {
+            for (int j = 0; j < count; j++) {
+                const uint64_t z = hot_level(hashes[j], level);
+                const uint32_t bit = hot_bit(z);
+                word[j] = words + hot_line(z, size) * (hot_words - 1) + bit / 32;
+                once[j] = uint64_t{1} << bit % 32;
+                __builtin_prefetch(word[j], 1);
+            }
+        }
+
+        const int count;
+        uint64_t *word[hot_tile];
+        uint64_t once[hot_tile];
+    };
 
     // A word is 32 bits that some key falls on, and above them those that several do. Which key
-    // came first makes no difference.
+    // came first makes no difference, nor is there a branch on it.
     void mark(int64_t part, int level, int64_t size) {
-        uint64_t *places[hot_tile];
-        uint32_t bits[hot_tile];
         for (int64_t k = begin(part); k < ends_[part]; k += hot_tile) {
-            const int n = int(std::min<int64_t>(hot_tile, ends_[part] - k));
-            for (int j = 0; j < n; j++) {
-                const uint64_t z = hot_level(hashes_[k + j], level);
-                const uint32_t bit = hot_bit(z);
-                places[j] = words_.data() + hot_line(z, size) * (hot_words - 1) + bit / 32;
-                bits[j] = bit % 32;
-                __builtin_prefetch(places[j], 1);
-            }
-            for (int j = 0; j < n; j++) {
-                const uint64_t once = uint64_t{1} << bits[j];
+            const Places to(words_.data(), &hashes_[k], ends_[part] - k, level, size);
+            for (int j = 0; j < to.count; j++) {
+                const uint64_t once = to.once[j];
                 if (parts_ == 1) {
-                    *places[j] |= *places[j] & once ? once << 32 : once;
-                } else if (__atomic_fetch_or(places[j], once, __ATOMIC_RELAXED) & once) {
-                    __atomic_fetch_or(places[j], once << 32, __ATOMIC_RELAXED);
+                    const uint64_t before = *to.word[j];
+                    *to.word[j] = before | once | (before & once) << 32;
+                } else if (__atomic_fetch_or(to.word[j], once, __ATOMIC_RELAXED) & once) {
+                    __atomic_fetch_or(to.word[j], once << 32, __ATOMIC_RELAXED);
                 }
             }
         }
     }
 
     void compact(int64_t part, int level, int64_t size) {
-        const uint64_t *places[hot_tile];
-        uint32_t bits[hot_tile];
         int64_t kept = begin(part);
         for (int64_t k = begin(part); k < ends_[part]; k += hot_tile) {
-            const int n = int(std::min<int64_t>(hot_tile, ends_[part] - k));
-            for (int j = 0; j < n; j++) {
-                const uint64_t z = hot_level(hashes_[k + j], level);
-                const uint32_t bit = hot_bit(z);
-                places[j] = words_.data() + hot_line(z, size) * (hot_words - 1) + bit / 32;
-                bits[j] = bit % 32 + 32;
-                __builtin_prefetch(places[j]);
-            }
-            for (int j = 0; j < n; j++) {
+            const Places to(words_.data(), &hashes_[k], ends_[part] - k, level, size);
+            for (int j = 0; j < to.count; j++) {
                 hashes_[kept] = hashes_[k + j];
-                kept += *places[j] >> bits[j] & 1;
+                kept += (*to.word[j] >> 32 & to.once[j]) != 0;
             }
         }
         ends_[part] = kept;
     }
 
-    std::vector<uint64_t> hashes_, words_;
+    const int64_t count_;
+    const std::unique_ptr<uint64_t[]> hashes_;  // written before they are read: no vector
+    std::vector<uint64_t> words_;
     const int64_t parts_;
     std::vector<int64_t> ends_;
     int64_t left_;

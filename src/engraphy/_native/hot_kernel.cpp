@@ -1,7 +1,8 @@
 // Slots of hot n-grams, compiled once per instruction set (kernels.hpp says what that forbids).
 //
 // Each n-gram needs a line a level and then its record, one after the other. The n-grams of a tile
-// do not wait for each other: all lines of a level are asked for before the first is looked at.
+// do not wait for each other: all lines of a level are asked for before the first is looked at. Which
+// of them have their bit is chance, so no branch depends on it.
 #include <stdint.h>
 #include <string.h>
 
@@ -11,18 +12,19 @@
 namespace engraphy::ENGRAPHY_LEVEL {
 namespace {
 
-// Bits that are set before `bit` of a line, in all lines before it too.
+// Bits that are set before `bit` of a line, in all lines before it too. All words are counted:
+// to stop where the bit is would be a branch that nobody can predict.
 inline int64_t before(const uint32_t *line, uint32_t bit) {
-    const uint32_t place = bit + 32;  // behind the count
-    uint64_t word;
-    memcpy(&word, line, sizeof(word));
-    int64_t count = (int64_t)(word & 0xffffffff);
-    word &= ~(uint64_t)0xffffffff;
-    for (uint32_t i = 0; i < place / 64; i++) {
-        count += __builtin_popcountll(word);
-        memcpy(&word, line + 2 * (i + 1), sizeof(word));
-    }
-    return count + __builtin_popcountll(word & (((uint64_t)1 << place % 64) - 1));
+    const uint32_t place = bit + 32, last = place / 64;  // behind the count
+    uint64_t words[hot_words / 2], word;
+    memcpy(words, line, sizeof(words));
+    memcpy(&word, line + 2 * last, sizeof(word));
+    word &= ((uint64_t)1 << place % 64) - 1;
+    const uint64_t count = words[0] & 0xffffffff;
+    int64_t bits = __builtin_popcountll(word);
+    for (uint32_t i = 0; i < hot_words / 2 - 1; i++)
+        bits += __builtin_popcountll(words[i] & -(uint64_t)(i < last));
+    return (int64_t)count + bits - __builtin_popcountll(count);
 }
 
 void hashes_of(const HotTable &table, const int64_t *terms, int64_t stride, int count,
@@ -41,7 +43,7 @@ void hot_ranks(const HotTable &table, const int64_t *terms, int64_t stride, int 
     uint64_t hashes[hot_tile], z[hot_tile];
     const uint32_t *lines[hot_tile];
     uint32_t bits[hot_tile];
-    int left[hot_tile], left_count = count;
+    int left[hot_tile], hits[hot_tile], left_count = count;
     hashes_of(table, terms, stride, count, hashes);
     if (table.fingerprint_bits)
         for (int j = 0; j < count; j++)
@@ -57,27 +59,32 @@ void hot_ranks(const HotTable &table, const int64_t *terms, int64_t stride, int 
     }
     for (int level = 0; level < table.level_count && left_count; level++) {
         level_lines += table.sizes[level] * hot_words;
-        const bool last = level + 1 == table.level_count;
-        int rest = 0;
+        int hit_count = 0, rest = 0;
         for (int a = 0; a < left_count; a++) {
             const int j = left[a];
-            const uint32_t bit = bits[j];
-            if (lines[j][1 + bit / 32] >> bit % 32 & 1) {
-                const int64_t rank = before(lines[j], bit);
-                if (rank >= table.keys) continue;  // of a damaged file
-                const uint32_t *record = table.records + rank * table.width;
-                __builtin_prefetch(record);
-                __builtin_prefetch(record + table.width - 1);
-                ranks[j] = rank;
-            } else if (!last) {
-                const uint64_t hash = hot_level(hashes[j], level + 1);
-                lines[j] = level_lines + hot_line(hash, table.sizes[level + 1]) * hot_words;
-                bits[j] = hot_bit(hash);
-                __builtin_prefetch(lines[j]);
-                left[rest++] = j;
-            }
+            const int hit = lines[j][1 + bits[j] / 32] >> bits[j] % 32 & 1;
+            hits[hit_count] = left[rest] = j;
+            hit_count += hit;
+            rest += 1 - hit;
         }
-        left_count = rest;
+        left_count = level + 1 < table.level_count ? rest : 0;
+        const int64_t size = left_count ? table.sizes[level + 1] : 0;
+        for (int a = 0; a < left_count; a++) {
+            const int j = left[a];
+            const uint64_t hash = hot_level(hashes[j], level + 1);
+            lines[j] = level_lines + hot_line(hash, size) * hot_words;
+            bits[j] = hot_bit(hash);
+            __builtin_prefetch(lines[j]);
+        }
+        for (int a = 0; a < hit_count; a++) {
+            const int j = hits[a];
+            const int64_t rank = before(lines[j], bits[j]);
+            if (rank >= table.keys) continue;  // of a damaged file
+            const uint32_t *record = table.records + rank * table.width;
+            __builtin_prefetch(record);
+            __builtin_prefetch(record + table.width - 1);
+            ranks[j] = rank;
+        }
     }
 }
 
