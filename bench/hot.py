@@ -41,7 +41,7 @@ def some_ngrams(count: int, order: int, seed: int) -> np.ndarray:
     """int32 [count, order], distinct, in random order."""
     rng = np.random.default_rng(seed)
     if order == 2:
-        # A product with an odd number leaves all numbers below 2**33 distinct, and those are bigrams.
+        # A product with an odd number leaves numbers below 2**33 distinct; all of them are bigrams.
         numbers = np.arange(count, dtype=np.uint64) + np.uint64(seed)
         mixed = numbers * np.uint64(0x9E3779B97F4A7C15) % np.uint64(2**33)
         mixed ^= mixed >> np.uint64(17)
@@ -138,9 +138,7 @@ def measure(count: int, order: int, rounds: int, probe: Probe, sorts: Sorts) -> 
     return [*claims, Claim(f"{what}: look-ups beside as many loads in C", found, goal=0.5)]
 
 
-def look_ups(
-    index: HotIndex, ids: np.ndarray, rounds: int, probe: Probe
-) -> dict[str, list[float]]:
+def look_ups(index: HotIndex, ids: np.ndarray, rounds: int, probe: Probe) -> dict[str, list[float]]:
     """Seconds of look-ups, and of as many loads."""
     order = ids.shape[1]
     rng = np.random.default_rng(1)

@@ -155,6 +155,23 @@ def test_a_cache_by_url_is_warmed_with_the_rows_of_a_file(tmp_path, source):
         opened(pool, f"?warm={tmp_path / 'hot.npz'}")
 
 
+def test_rows_are_pinned_in_the_cache_before_a_pool(tmp_path, source):
+    publish_pool(source[0], tmp_path / "pool")
+    wanted = np.random.default_rng(0).permutation(len(source[1]))
+    np.savez(tmp_path / "hot.npz", **{str(LAYER): wanted})
+    store = opened(tmp_path / "pool", f"?cache=32KiB&pin={tmp_path / 'hot.npz'}")
+    kept = set(store.kept().tolist())
+    assert store.pinned and 0.9 * store.capacity < len(kept) <= store.capacity < len(wanted)
+    np.testing.assert_array_equal(store.gather(all_ids(source[1])), source[1])
+    assert set(store.kept().tolist()) == kept
+    with pytest.raises(ConfigError, match="expected cache= with pin="):
+        opened(tmp_path / "pool", f"?pin={tmp_path / 'hot.npz'}")
+    with pytest.raises(ConfigError, match="expected warm= or pin=, found both"):
+        opened(tmp_path / "pool", f"?cache=32KiB&warm=a&pin={tmp_path / 'hot.npz'}")
+    with pytest.raises(ConfigError, match="pin: expected the row ids"):
+        opened(tmp_path / "pool", "?cache=32KiB&pin=none")
+
+
 def test_closing_gives_everything_back(tmp_path, source):
     publish_pool(source[0], tmp_path / "pool")
     before = open_fds()

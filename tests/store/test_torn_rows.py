@@ -1,4 +1,4 @@
-"""No reader sees a torn row, or rows of two tables in one call, while tables are exchanged under it.
+"""No reader sees a torn row, or rows of two tables in one call, while tables are exchanged.
 
 The bytes of a row follow from its id and the table's epoch, and end in a checksum of both.
 """
@@ -18,7 +18,6 @@ import pytest
 
 from engraphy.store import ReloadableStore, RowStore, open_store, publish_pool
 from engraphy.store.testing.tools import in_children
-from engraphy.table import Table
 from tests.tools.store_builders import LAYER, create, fmt_of
 
 FMT = fmt_of("f32", 64)  # 256 bytes

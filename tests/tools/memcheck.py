@@ -19,7 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from engraphy import HashSpec, VocabMap, _native
+from engraphy.addresses import HotIndex, Ngrams
 from engraphy.addresses.addresser import Addresser
+from engraphy.addresses.hot import HotOrder
+from engraphy.addresses.perfect_hash import PerfectHash
 from engraphy.rows import RowFormat, read
 from engraphy.store import CacheStore, RamStore
 from tests.tools.guard_kernels import TokenIds
@@ -291,6 +294,37 @@ def updates(level: str, rng: np.random.Generator) -> None:
             assert core.update_rows("adam", factors, runs, *given) == -1
 
 
+def hot_indexes(level: str, rng: np.random.Generator) -> None:
+    """Indexes are built and looked up; then with bits of them changed, as a damaged file has."""
+    for order in (1, 2, 5):
+        for count in (1, 7, 65, 5000):
+            numbers = rng.permutation(4 * count)
+            tried = np.empty((len(numbers), order), np.int32)
+            tried[:, 0] = numbers
+            tried[:, 1:] = rng.integers(0, 9, (len(tried), order - 1))
+            ngrams = Ngrams({order: tried[:count]}, "0" * 64)
+            for bits in (None, 9):
+                expected = plainly(lambda ngrams=ngrams, bits=bits: HotIndex.build(ngrams, bits))
+                slots = plainly(lambda expected=expected, tried=tried: expected.slots_of(tried))
+                with _native.forced(level):
+                    found = HotIndex.build(ngrams, bits)
+                    assert found.digest == expected.digest
+                    np.testing.assert_array_equal(found.slots_of(tried), slots)
+                    for _ in range(3):
+                        changed = _damaged(found.part(order), rng)
+                        assert changed.slots_of(tried, count).max() < count
+
+
+def _damaged(part: HotOrder, rng: np.random.Generator) -> HotOrder:
+    """The same with some bits changed, in arrays of its own that end where they end."""
+    blocks_BW, records_NR = part.perfect.blocks_BW.copy(), part.records_NR.copy()
+    for array in (blocks_BW, records_NR):
+        places = rng.integers(0, array.size, 1 + array.size // 50)
+        array.reshape(-1)[places] ^= rng.integers(0, 2**32, len(places), np.uint32)
+    perfect = PerfectHash(part.perfect.seed, part.perfect.sizes, blocks_BW)
+    return HotOrder(part.order, perfect, records_NR, part.fingerprint_bits)
+
+
 def _at(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
@@ -299,10 +333,13 @@ def _all_at(arrays: dict[str, np.ndarray]) -> dict[str, int]:
     return {name: _at(array) for name, array in arrays.items()}
 
 
+RUNS = (hashes, stores, batches, fusion, chunks, paged, updates, hot_indexes)
+
+
 def kernels() -> None:
     """Run by valgrind."""
     for level in _native.core.levels():
-        for number, run in enumerate((hashes, stores, batches, fusion, chunks, paged, updates)):
+        for number, run in enumerate(RUNS):
             run(level, np.random.default_rng(number))
             print(f"{level}: {run.__name__}", flush=True)
 

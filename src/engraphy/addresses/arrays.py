@@ -7,6 +7,8 @@ Source: the safetensors format (8 bytes of header length, JSON that may end in s
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ _DTYPES = {"I64": np.dtype("<i8"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4"
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LINE = 64  # data begin with a cache line, and so do arrays of whole lines that come first
 _MOST_HEADER = 1 << 20
+_NO_HEADER = (TypeError, AttributeError, RecursionError)  # of JSON that is something else
 
 
 def write_arrays(
@@ -75,7 +78,7 @@ def read_arrays(
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > _MOST_HEADER:
+            if length > _MOST_HEADER or (8 + length) % _LINE:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         metadata = {str(name): str(text) for name, text in header.pop("__metadata__").items()}
@@ -88,7 +91,7 @@ def read_arrays(
         end = max([0, *(entry["data_offsets"][1] for entry in header.values())])
         if size != 8 + length + end:
             raise ValueError(f"{size} bytes in place of {8 + length + end}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ArithmeticError, LookupError, ValueError, *_NO_HEADER) as error:
         refuse_pointer(path, ConfigError)
         found = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: expected a file of {kind}, found {found}") from None
@@ -97,10 +100,12 @@ def read_arrays(
 
 def _mapped(path: Path, base: int, kind: str, shape: list[int], ends: list[int]) -> np.ndarray:
     dtype = _DTYPES[kind]
-    count = int(np.prod(shape, dtype=np.int64))
-    if min(shape, default=0) < 0 or ends[1] - ends[0] != count * dtype.itemsize or ends[0] < 0:
+    count = math.prod(map(operator.index, shape))  # no product of Python's overflows
+    begin, end = map(operator.index, ends)
+    size = count * dtype.itemsize
+    if min(shape, default=0) < 0 or end - begin != size or begin < 0 or begin % dtype.itemsize:
         raise ValueError(f"shape {shape} in bytes {ends}")
     if not count:
         return np.empty(shape, dtype)
-    mapped = np.memmap(path, dtype, "r", base + ends[0], (count,))
+    mapped = np.memmap(path, dtype, "r", base + begin, (count,))
     return np.asarray(mapped).reshape(shape)  # a plain array, which pickles and prints as one

@@ -26,8 +26,15 @@ from ..errors import ConfigError, DigestMismatch
 from ..spec.hot import HotSpec
 from ..system.checks import as_int
 from .arrays import read_arrays, write_arrays
-from .ngrams import Ngrams
-from .perfect_hash import MOST_LEVELS, WORDS, PerfectHash, key_hashes, level_hashes
+from .ngrams import MOST_ORDER, Ngrams
+from .perfect_hash import (
+    MOST_LEVELS,
+    MOST_SEEDS,
+    WORDS,
+    PerfectHash,
+    key_hashes,
+    level_hashes,
+)
 
 if TYPE_CHECKING:
     from .._native._core import HotOrder as NativeOrder
@@ -281,7 +288,7 @@ class HotIndex:
                 int(part["order"]): _stored_order(part, arrays, bits) for part in about["parts"]
             }
             return cls(parts, str(about["vocab_digest"]), bits, about["digest"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             found = f"{type(error).__name__}: {error}"
             raise ConfigError(f"{path}: expected a hot index, found {found}") from None
 
@@ -363,13 +370,14 @@ def _stored_order(
     about: dict[str, Any], arrays: dict[str, np.ndarray], fingerprint_bits: int | None
 ) -> HotOrder:
     """A part as `save` wrote it. Raises ValueError if its sizes do not fit each other."""
-    order = as_int("order", about["order"], 1)
-    seed = as_int("seed", about["seed"], 0)
+    order = as_int("order", about["order"], 1, MOST_ORDER)
+    seed = as_int("seed", about["seed"], 0, MOST_SEEDS - 1)
     sizes = tuple(as_int("levels", size, 1) for size in about["levels"])
     blocks_BW, records_NR = arrays[f"blocks_{order}"], arrays[f"records_{order}"]
     width = 1 + (order if fingerprint_bits is None else 1)
     found = (blocks_BW.shape, records_NR.shape)
     fits = found == ((sum(sizes), WORDS), (len(records_NR), width)) and len(records_NR) > 0
-    if not fits or not 0 < len(sizes) <= MOST_LEVELS:
-        raise ValueError(f"order {order}: levels {sizes} beside arrays of {found}")
+    words = {str(blocks_BW.dtype), str(records_NR.dtype)}
+    if not fits or not 0 < len(sizes) <= MOST_LEVELS or words != {"uint32"}:
+        raise ValueError(f"order {order}: levels {sizes} beside arrays of {found}, {words}")
     return HotOrder(order, PerfectHash(seed, sizes, blocks_BW), records_NR, fingerprint_bits)

@@ -15,6 +15,9 @@ from ..errors import ConfigError
 from ..system.checks import as_int, describe
 from .arrays import read_arrays, write_arrays
 
+MOST_ORDER = 32
+"""The longest n-gram: the limit of hash specs, and of the native kernels."""
+
 _FORMAT = "engraphy-ngrams-1"
 
 
@@ -30,7 +33,8 @@ class Ngrams:
             known.
 
     Raises:
-        ConfigError: An array has another shape or dtype, or negative ids.
+        ConfigError: An array has another shape or dtype, or negative ids; or an order is not within
+            1..32.
     """
 
     ids: Mapping[int, np.ndarray]
@@ -43,10 +47,11 @@ class Ngrams:
         for order in sorted(self.ids):
             values = np.asarray(self.ids[order])
             fits = values.ndim == 2 and values.shape[1] == order and values.dtype.kind in "iu"
+            fits &= 1 <= order <= MOST_ORDER
             if not fits or (values.size and not 0 <= values.min() <= values.max() < 2**31):
                 raise ConfigError(
-                    f"n-grams of order {order}: expected ids from 0 on, int32 [N, {order}], "
-                    f"found {describe(values)}"
+                    f"n-grams of order {order}: expected an order from 1 to {MOST_ORDER} and ids "
+                    f"from 0 on, int32 [N, {order}], found {describe(values)}"
                 )
             ids[order] = np.ascontiguousarray(values, dtype=np.int32)
         for order, counts in self.counts.items():

@@ -27,9 +27,9 @@ WORDS = 16
 """32-bit words of a block: a count, then bits, the lowest of each word first."""
 BITS = 32 * (WORDS - 1)
 MOST_LEVELS = 48
+MOST_SEEDS = 8
 
 _ROOM = (7, 4)  # bits of a level for each key that comes to it
-_MOST_SEEDS = 8
 _KEY = np.uint64(0xD6E8FEB86659FD93)
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -78,7 +78,7 @@ class PerfectHash:
         Raises:
             ConfigError: Two keys are equal; it is named.
         """
-        for seed in range(_MOST_SEEDS):
+        for seed in range(MOST_SEEDS):
             sizes, blocks_BW, left = _built(ids_Nn, seed)
             if not len(left):
                 return cls(seed, sizes, blocks_BW)

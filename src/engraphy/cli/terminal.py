@@ -1,5 +1,5 @@
-"""What the commands share at a terminal: errors as one line, progress of long work on stderr, columns
-of figures."""
+"""What the commands share at a terminal: errors as one line, progress of long work on stderr, and
+columns of figures."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .ram import RamStore
 from .remote_options import RemoteOptions
 from .warming import warm
 
-_CACHE = ("cache", "warm")  # options of every scheme with a cache
+_CACHE = ("cache", "warm", "pin")  # options of every scheme with a cache
 
 
 def open_store(
@@ -41,7 +41,9 @@ def open_store(
       the store closes the table. Options: read=mmap|pread|auto, threads=128 and direct=0|1 (for
       pread), populate=0|1 (for mmap). See `FileOptions`; its `choose` documents "auto", and
       `info.reads` says what was chosen. cache=2GiB keeps the rows that are requested often in
-      memory, at most 2 GiB for this layer (KiB, MiB, GiB, or bytes without a unit).
+      memory, at most 2 GiB for this layer (KiB, MiB, GiB, or bytes without a unit). warm=FILE reads
+      rows into it first, those that matter most first (`numpy.savez`, by layer); pin=FILE keeps
+      rows of these and no others (`CacheStore.pin`).
     - "checkpoint:DIR" serves `layer` of a released checkpoint from its own shards, read-only.
       "checkpoint:FILE.gguf" does so with a GGUF file, or with the first file of a split model.
       vocab=FILE: a saved vocabulary map; by default the map of the checkpoint's tokenizer, or of
@@ -49,11 +51,11 @@ def open_store(
     - "pool:PATH" serves `layer` of a table that all processes of this host share at PATH,
       read-only: a file, memfd or device that `publish_pool` wrote, or a folder. from=DIR: the pool
       has to hold the table at DIR; if there is none yet, a folder is filled with that table.
-      populate=0|1: see `open_pool`. cache= and warm= as for "file:".
+      populate=0|1: see `open_pool`. cache=, warm= and pin= as for "file:".
     - "remote:HOST:PORT,HOST:PORT" serves `layer` of a table that `engraphy table serve` serves on
       other hosts, read-only; needs the extra `remote`. Options: tls=0|1, ca=FILE (PEM, of those who
       vouch for the servers), token_file=FILE (the bearer token), deadline=10 (seconds of a call),
-      cache= and warm= as for "file:".
+      cache=, warm= and pin= as for "file:".
 
     Args:
         url: the URL, or a path (`pathlib.Path`), which is "file:DIR" without options.
@@ -143,38 +145,43 @@ def _open_table(wanted: _Wanted, path: str, options: FileOptions, cache: _Cache 
 
 @dataclass(frozen=True)
 class _Cache:
-    """A cache that a URL asks for: its bytes, and the rows that it is warmed with."""
+    """A cache that a URL asks for: its bytes, the rows that it is warmed with, and whether it keeps
+    them."""
 
     budget: int
     warm_N: np.ndarray | None
+    pin: bool
 
     def around(self, store: RowStore) -> CacheStore:
         cache = CacheStore(store, self.budget)
         if self.warm_N is not None:
-            warm(cache, self.warm_N[: cache.capacity])
+            warm(cache, self.warm_N if self.pin else self.warm_N[: cache.capacity], pin=self.pin)
         return cache
 
 
 def _cache(wanted: _Wanted, values: dict[str, str]) -> _Cache | None:
     """Takes the options of a cache out of those of a URL; None if there are none."""
     size = values.pop("cache", None)
-    hot = values.pop("warm", None)
+    files = {name: values.pop(name) for name in ("warm", "pin") if name in values}
+    if len(files) > 1:
+        raise ConfigError(f"store {wanted.url!r}: expected warm= or pin=, found both")
+    name, path = next(iter(files.items()), ("", None))
     if size is None:
-        if hot is not None:
-            raise ConfigError(f"store {wanted.url!r}: expected cache= with warm=, found none")
+        if files:
+            raise ConfigError(f"store {wanted.url!r}: expected cache= with {name}=, found none")
         return None
-    ids_N = None if hot is None else _hot_rows(wanted, hot)
-    return _Cache(parse_size(wanted.url, size), ids_N)
+    ids_N = None if path is None else _hot_rows(wanted, name, path)
+    return _Cache(parse_size(wanted.url, size), ids_N, name == "pin")
 
 
-def _hot_rows(wanted: _Wanted, path: str) -> np.ndarray:
+def _hot_rows(wanted: _Wanted, name: str, path: str) -> np.ndarray:
     """int64 [N], the rows of the layer in a file of `numpy.savez`."""
     try:
         with np.load(path, allow_pickle=False) as layers:
             return layers[str(wanted.layer)].reshape(-1).astype(np.int64, casting="safe")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f"store {wanted.url!r}, warm: expected the row ids of layer {wanted.layer} in {path}, "
+            f"store {wanted.url!r}, {name}: expected the row ids of layer {wanted.layer} in {path}, "
             f"as numpy.savez writes them, found {type(error).__name__}: {error}"
         ) from None
 

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .options import flag, split_options
 
 DEADLINE = 10.0
-NAMES = ("tls", "ca", "token_file", "deadline", "cache", "warm")
+NAMES = ("tls", "ca", "token_file", "deadline", "cache", "warm", "pin")
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
 
@@ -67,7 +67,7 @@ class RemoteOptions:
                         f"store {url!r}: expected tls=1 with token_file=, since {address} is "
                         "another host, found neither; a token is never sent in the clear"
                     )
-        return options, {name: values[name] for name in ("cache", "warm") if name in values}
+        return options, {name: values[name] for name in ("cache", "warm", "pin") if name in values}
 
     @property
     def scheme(self) -> str:
