@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import numpy as np
@@ -251,6 +252,61 @@ def test_a_changed_file_is_refused_or_found_by_verify_and_never_reads_beyond_its
             except DigestMismatch:
                 found += 1
     assert found > 60
+
+
+def rewritten(path, change) -> None:
+    """Changes the header of a file, and what it says of the index."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["about"])
+    change(header, about)
+    if header["__metadata__"].get("about") is not None:
+        header["__metadata__"]["about"] = json.dumps(about)
+    text = json.dumps(header).encode()
+    text = text.ljust(len(text) + -(8 + len(text)) % 64)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+
+
+DAMAGES = {
+    "a shape beyond all numbers": lambda h, _: h["blocks_2"].update(shape=[2**70, 16]),
+    "a shape whose product is small modulo 2**64": lambda h, _: h["blocks_2"].update(
+        shape=[2**62, 4]
+    ),
+    "a negative shape": lambda h, _: h["records_2"].update(shape=[-1, -3]),
+    "a shape of no integers": lambda h, _: h["records_2"].update(shape=[100.0, 3]),
+    "offsets of no integers": lambda h, _: h["records_2"].update(data_offsets=[0.5, 1.5]),
+    "offsets of words": lambda h, _: h["records_2"].update(data_offsets="ab"),
+    "numbers with a sign": lambda h, _: h["records_2"].update(dtype="I32"),
+    "an order beyond the kernel's": lambda _, about: about["parts"][0].update(order=33),
+    "an order that it has no arrays of": lambda _, about: about["parts"][0].update(order=5),
+    "a seed beyond all": lambda _, about: about["parts"][0].update(seed=2**64),
+    "levels beyond its blocks": lambda _, about: about["parts"][0].update(levels=[2**40]),
+    "no levels": lambda _, about: about["parts"][0].update(levels=[]),
+    "fingerprints that it has not": lambda _, about: about.update(fingerprint_bits=12),
+    "a digest that is none": lambda _, about: about.update(digest="x"),
+    "parts of nothing": lambda _, about: about.update(parts=None),
+    "nothing about it": lambda h, _: h["__metadata__"].update(about=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_header_that_cannot_be_meant_is_refused_by_name(saved, damage):
+    _, path = saved
+    rewritten(path, DAMAGES[damage])
+    with pytest.raises(ConfigError, match=r"hot\.|levels|hot index"):
+        HotIndex.load(path)
+
+
+def test_arrays_that_begin_between_words_are_refused(saved):
+    """Words are read as words: all of them have to be where words are."""
+    _, path = saved
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    moved = (length + 2).to_bytes(8, "little") + whole[8 : 8 + length] + b"  " + whole[8 + length :]
+    path.write_bytes(moved)
+    with pytest.raises(ConfigError, match="a header of"):
+        HotIndex.load(path)
 
 
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path):

@@ -146,6 +146,12 @@ def test_what_is_no_list_of_bigrams_is_refused(ids):
         Ngrams({2: np.array(ids)}, "0" * 64)
 
 
+@pytest.mark.parametrize("order", [0, 33])
+def test_ngrams_of_no_hashed_length_are_refused(order):
+    with pytest.raises(ConfigError, match="an order from 1 to 32"):
+        Ngrams({order: np.zeros((1, order), np.int32)}, "0" * 64)
+
+
 def test_wrong_arguments_are_refused_by_name():
     made, ids = addresser(), np.array([1, 2, 3])
     for told, kind, arguments in [

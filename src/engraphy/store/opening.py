@@ -181,8 +181,8 @@ def _hot_rows(wanted: _Wanted, name: str, path: str) -> np.ndarray:
             return layers[str(wanted.layer)].reshape(-1).astype(np.int64, casting="safe")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f"store {wanted.url!r}, {name}: expected the row ids of layer {wanted.layer} in {path}, "
-            f"as numpy.savez writes them, found {type(error).__name__}: {error}"
+            f"store {wanted.url!r}, {name}: expected the row ids of layer {wanted.layer} in "
+            f"{path}, as numpy.savez writes them, found {type(error).__name__}: {error}"
         ) from None
 
 
