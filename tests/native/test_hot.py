@@ -66,6 +66,13 @@ def test_keys_that_are_left_over_get_another_seed_or_are_named(monkeypatch):
     assert made.seed == 1 and sorted(made.ranks(keys)) == list(range(len(keys)))
 
 
+def test_a_block_is_a_cache_line_where_it_is_built_and_where_it_is_mapped(tmp_path):
+    index = HotIndex.build(Ngrams({2: distinct(3000, 2, 99)}, "0" * 64))
+    index.save(tmp_path / "index")
+    for one in (index, HotIndex.load(tmp_path / "index")):
+        assert one.part(2).perfect.blocks_BW.ctypes.data % 64 == 0
+
+
 def test_sizes_that_cannot_be_meant_are_refused():
     assert _native.core is not None
     index = HotIndex.build(Ngrams({2: distinct(50, 2, 30)}, "0" * 64))

@@ -17,8 +17,9 @@ class HotOrder {
              uintptr_t records, int64_t keys, int fingerprint_bits, int64_t slots,
              nanobind::object owner)
         : sizes_(std::move(sizes)), owner_(std::move(owner)) {
-        require(order >= 1 && order <= max_order && !sizes_.empty() && lines && records &&
-                    keys > 0 && slots > 0 && fingerprint_bits >= 0 && fingerprint_bits <= 32,
+        require(order >= 1 && order <= max_order && !sizes_.empty() &&
+                    int(sizes_.size()) <= hot_levels && lines && records && keys > 0 && slots > 0 &&
+                    fingerprint_bits >= 0 && fingerprint_bits <= 32,
                 "order, levels, keys and slots must be positive, arrays present");
         for (int64_t size : sizes_) require(size > 0, "levels must have lines");
         table_ = {order,

@@ -125,7 +125,17 @@ def _built(ids_Nn: np.ndarray, seed: int) -> tuple[tuple[int, ...], np.ndarray, 
     if hashes:
         left_hashes = np.frombuffer(hashes, np.uint64)
         left = np.flatnonzero(np.isin(key_hashes(ids_Nn, seed), left_hashes))
-    return tuple(sizes), np.frombuffer(blocks, np.uint32).reshape(-1, WORDS), left
+    return tuple(sizes), _in_lines(np.frombuffer(blocks, np.uint32)), left
+
+
+def _in_lines(words: np.ndarray) -> np.ndarray:
+    """A copy, uint32 [B, 16], whose blocks are cache lines: elsewhere each would lie in two."""
+    line = 4 * WORDS
+    memory = np.empty(words.nbytes + line, np.uint8)
+    begin = -memory.ctypes.data % line
+    blocks_BW = memory[begin : begin + words.nbytes].view(np.uint32).reshape(-1, WORDS)
+    blocks_BW[...] = words.reshape(-1, WORDS)
+    return blocks_BW
 
 
 def _places(hashes_N: np.ndarray, level: int, size: int) -> tuple[np.ndarray, np.ndarray]:
