@@ -62,7 +62,7 @@ class Made(RowStore):
 
     def __init__(self, rows: int, row_bytes: int, probe: Probe) -> None:
         super().__init__()
-        self._info = StoreInfo("made", rows, row_bytes)
+        self._info = StoreInfo("made", rows, row_bytes, writable=False)
         self._probe = probe
         self.microseconds = 0.0
 

@@ -77,6 +77,7 @@ def print_sharing(found: list[OrderSharing], wording: Wording) -> None:
             f"\nlayer {part.layer}, order {part.order}: {part.ngrams:,} n-grams, "
             f"{1 - part.in_heads[0] / count:.2%} share a row in a head or more, "
             f"{part.in_heads[-1] / count:.2%} in all {len(part.heads)}",
+            soft_wrap=True,
             highlight=False,
         )
         grid(
