@@ -9,7 +9,15 @@ import pytest
 
 from engraphy import EngramMemory, VocabMap
 from engraphy.errors import ConfigError
-from engraphy.lm import LM, LMConfig, count_parameters, demo_config, three_arms
+from engraphy.lm import (
+    LM,
+    LMConfig,
+    MemorySizes,
+    count_parameters,
+    demo_config,
+    memory_arm,
+    three_arms,
+)
 
 SMALL = LMConfig(
     64,
@@ -78,3 +86,43 @@ def test_activated_parameters_leave_out_idle_experts_unread_rows_and_the_copied_
 def test_arms_that_cannot_be_made_equal_are_refused(moe, options, named):
     with pytest.raises(ConfigError, match=named):
         three_arms(moe, 40, pad_id=1, **options)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.5])
+def test_rows_that_move_to_hot_ngrams_leave_each_order_of_the_table_as_large(share):
+    sizes = MemorySizes(heads=2)
+    plain = memory_arm(demo_config(), 0.75, sizes, 1500, 1)
+    divided = memory_arm(demo_config(), 0.75, dataclasses.replace(sizes, hot=share), 1500, 1)
+    assert plain.memory and divided.memory and not plain.hot
+    assert divided.parameters == plain.parameters
+    whole, rest = plain.memory.hash.primes(1), divided.memory.hash.primes(1)
+    for number, slots in enumerate(divided.hot.values()):
+        own = slice(2 * number, 2 * number + 2)
+        assert sum(rest[own]) + 2 * slots == sum(whole[own])
+        assert slots == pytest.approx(share * whole[own][0], rel=0.05, abs=20)
+
+
+@pytest.mark.parametrize("cold", [0.4, 1.0, 2.0])
+def test_a_share_of_cold_rows_changes_the_hashed_rows_alone(cold):
+    sizes = MemorySizes(heads=2, hot=0.2)
+    equal = memory_arm(demo_config(), 0.75, sizes, 1500, 1)
+    other = memory_arm(demo_config(), 0.75, dataclasses.replace(sizes, cold=cold), 1500, 1)
+    assert equal.memory and other.memory
+    assert other.hot == equal.hot and other.model == equal.model
+    hashed = other.memory.hash.row_count(1) / equal.memory.hash.row_count(1)
+    assert hashed == pytest.approx(cold / 0.8, rel=0.01)
+
+
+def test_heads_whose_rows_do_not_divide_into_hot_ngrams_are_refused():
+    refused = 0
+    for share in (0.2, 0.5):
+        sizes = MemorySizes(heads=3, dim=16, hot=share)
+        try:
+            arm = memory_arm(demo_config(), 0.75, sizes, 1500, 1)
+        except ConfigError as error:
+            assert "rows for whole n-grams of order" in str(error)
+            refused += 1
+        else:
+            plain = memory_arm(demo_config(), 0.75, dataclasses.replace(sizes, hot=0), 1500, 1)
+            assert arm.parameters == plain.parameters
+    assert refused

@@ -5,10 +5,18 @@ import pytest
 import torch
 
 from engraphy import VocabMap
+from engraphy.addresses import HotIndex, Ngrams
 from engraphy.data.packing import Batches
 from engraphy.errors import ConfigError, InputError
 from engraphy.lm import LM, LMConfig, MemorySizes, count_parameters, memory_arm
-from engraphy.lm.controls import CONTROLS, add_adapters, add_convs, hashed, make_memory
+from engraphy.lm.controls import (
+    CONTROLS,
+    add_adapters,
+    add_convs,
+    fixed_gate,
+    hashed,
+    make_memory,
+)
 from engraphy.lm.loop import Run, TrainConfig
 from engraphy.lm.model import _document_mask
 from engraphy.memory import Trace
@@ -30,11 +38,11 @@ SIZES = MemorySizes(heads=2, dim=2)
 VOCAB = VocabMap(np.arange(V) // 2)
 
 
-def made(control=""):
+def made(control="", hot=None):
     vocab = hashed(VOCAB, control)
     arm = memory_arm(MOE, 0.5, SIZES, len(vocab), 1)
     torch.manual_seed(0)
-    memory = make_memory(arm.memory, vocab, 0.02, 0, control)
+    memory = make_memory(arm.memory, vocab, 0.02, 0, control, hot)
     return LM(arm.model, memory), arm
 
 
@@ -126,6 +134,69 @@ def test_raw_ids_are_hashed_without_compression():
 def test_an_unknown_control_is_an_error():
     with pytest.raises(ConfigError, match="expected one of one-row, .*found 'no-rows'"):
         hashed(VOCAB, "no-rows")
+
+
+# --- rows that are changed in training ------------------------------------------------------------
+
+
+def hot_bigrams():
+    """The bigrams of every second token of the batch."""
+    ids_BT, _ = batch()
+    compressed_BT = VOCAB.table[ids_BT.numpy()]
+    pairs = np.stack([compressed_BT[0, :-1:2], compressed_BT[0, 1::2]], axis=-1)
+    return HotIndex.build(Ngrams({2: np.unique(pairs, axis=0)}, VOCAB.digest))
+
+
+def read(control, training=True, noise=0.5):
+    model, _ = made(control, hot_bigrams())
+    memory = model.memory.train(training)
+    memory.noise = noise
+    trace = Trace()
+    lookup = memory.lookup(*batch()[:1], trace=trace)
+    return memory, lookup.rows[1], trace
+
+
+def test_noise_is_added_to_the_rows_of_hot_ngrams_and_only_in_training():
+    _, plain_BTE, trace = read("")
+    assert torch.equal(read("noise", training=False)[1], plain_BTE)
+    memory, noisy_BTE, _ = read("noise")
+    plain_BTE = plain_BTE.detach()
+    assert torch.equal(read("noise")[1], noisy_BTE)  # the draw follows from the ids
+    changed_BTC = (noisy_BTE != plain_BTE).view(*noisy_BTE.shape[:2], 4, -1).any(-1)
+    hot_BTC = torch.from_numpy(np.stack([trace.routes[2]] * 2 + [trace.routes[3]] * 2, -1))
+    assert hot_BTC.any() and torch.equal(changed_BTC, hot_BTC)
+    noise = (noisy_BTE.detach() - plain_BTE).view(*changed_BTC.shape, -1)[hot_BTC]
+    rows = plain_BTE.view(*changed_BTC.shape, -1)[hot_BTC]
+    assert float(noise.std() / rows.square().mean().sqrt()) == pytest.approx(0.5, rel=0.3)
+    noisy_BTE.sum().backward()
+    assert len(memory.drain_row_grads()) == 1  # and the rows learn
+
+
+def test_dropout_drops_whole_rows_and_scales_the_others():
+    _, plain_BTE, _ = read("")
+    memory, rows_BTE, _ = read("dropout")
+    ratio_BTCd = (rows_BTE / plain_BTE).view(*rows_BTE.shape[:2], 4, -1)
+    dropped_BTC = (ratio_BTCd == 0).all(-1)
+    assert 0 < int(dropped_BTC.sum()) < dropped_BTC.numel() / 3
+    kept = ratio_BTCd[~dropped_BTC]
+    assert torch.allclose(kept, torch.full_like(kept, 1 / (1 - memory.dropout)))
+    assert torch.equal(read("dropout", training=False)[1], plain_BTE)
+
+
+def test_a_fixed_gate_lets_nothing_or_everything_in_and_is_gone_afterwards():
+    model, _ = made()
+    model.eval()
+    ids_BT, starts_BT = batch()
+    own = model(ids_BT, starts_BT)
+    with model.memory.disabled():
+        bare = model(ids_BT, starts_BT)
+    with fixed_gate(model.memory, 0.0):
+        assert torch.allclose(model(ids_BT, starts_BT), bare, atol=1e-6)
+    trace = Trace()
+    with fixed_gate(model.memory, 1.0):
+        opened = model(ids_BT, starts_BT, trace=trace)
+    assert (trace.gates[1] == 1).all() and not torch.equal(opened, own)
+    assert torch.equal(model(ids_BT, starts_BT), own)
 
 
 # --- the conv alone -------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from engraphy import EngramConfig, EngramMemory, HashSpec, LayerSpec, VocabMap
 from engraphy.data.packing import Batches
 from engraphy.errors import ConfigError, DigestMismatch
 from engraphy.lm import LM, LMConfig
-from engraphy.lm.loop import Run, TrainConfig, checkpoints, heldout_loss, train
+from engraphy.lm.loop import Run, TrainConfig, Watch, checkpoints, heldout_loss, train
+from engraphy.recipes.progress import watched
 from engraphy.system.signals import Terminated
 
 VOCAB = 32
@@ -162,6 +163,25 @@ def test_runs_stop_by_tokens_and_metrics_tell_every_step(tmp_path):
     assert told[-1].heldout == pytest.approx(heldout_loss(run.model, heldout))
     assert told[-1].max_load is not None and told[-1].max_load >= 1
     assert run.done
+
+
+def test_what_is_watched_is_measured_in_eval_mode_and_resumes_with_the_run(tmp_path):
+    def measure(model):
+        assert not model.training
+        return {"steps": len(seen)}
+
+    def crash(told):
+        seen.append(told.step)
+        if told.step == 5:
+            raise RuntimeError("power cut")
+
+    seen = []
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(make_run(checkpoint_every=3), tmp_path, report=crash, watch=Watch(2, measure))
+    run = make_run(checkpoint_every=3)
+    train(run, tmp_path, resume=True, report=seen.append, watch=Watch(4, measure))
+    assert [step for step, _ in watched(tmp_path)] == [2, 4, 8, 10]
+    assert watched(tmp_path)[1] == (4, {"steps": 5})  # step 4 was done again
 
 
 def test_a_run_stops_at_a_held_out_loss_and_stays_there(tmp_path):

@@ -9,13 +9,14 @@ share that the experts keep).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import ConfigError
 from ..spec.config import EngramConfig
 from ..spec.hash import HashSpec
+from ..spec.hot import HotSpec
 from ..spec.layer import LayerSpec
 from .config import LMConfig
 from .model import LM
@@ -23,6 +24,8 @@ from .moe import MoE
 from .sizes import EMBEDDING, TABLE, parts, total
 
 TOLERANCE = 0.01
+UNNAMED = "0" * 64
+"""In the place of an index's digest, while only its size is known."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,17 @@ class Arm(NamedTuple):
     Attributes:
         name: Name of the arm.
         model: Sizes of the model.
-        memory: Sizes of the memory; None = the arm has no memory.
+        memory: Sizes of the memory; None = the arm has no memory. With hot n-grams, its index is
+            UNNAMED: which n-grams are hot is known from a text.
         parameters: Parameter counts of the arm.
+        hot: Hot n-grams of each order.
     """
 
     name: str
     model: LMConfig
     memory: EngramConfig | None
     parameters: Parameters
+    hot: Mapping[int, int] = {}
 
 
 class Arms(NamedTuple):
@@ -109,6 +115,9 @@ class MemorySizes:
         kernel: Taps of the conv; 0 = no conv.
         rows_per_head: Rows of a head; None = as many as the experts that it replaces pay for.
         seed: Of the hash.
+        hot: Share of a head's rows that go to hot n-grams, in each order; 0 = there are none.
+        cold: Rows of a head that are hashed, as a share of all; None = those that `hot` leaves, so
+            that the table is as large as without hot n-grams.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -118,6 +127,8 @@ class MemorySizes:
     kernel: int = 4
     rows_per_head: int | None = None
     seed: int = 0
+    hot: float = 0.0
+    cold: float | None = None
 
     def config(
         self, model: LMConfig, hash_vocab: int, pad_id: int, rows_per_head: int
@@ -129,6 +140,43 @@ class MemorySizes:
         width = spec.columns * self.dim
         layer = LayerSpec(model.hidden_size, width, model.streams, spec.order, self.kernel)
         return EngramConfig(spec, layer, self.dim)
+
+    def divided(
+        self, model: LMConfig, whole: EngramConfig, pad_id: int, rows_per_head: int
+    ) -> tuple[EngramConfig, dict[int, int]]:
+        """The memory whose rows are divided between hot n-grams and the hash.
+
+        Args:
+            model: The model.
+            whole: Its memory if all rows are hashed.
+            pad_id: Raw id of the filler.
+            rows_per_head: Rows of a head of `whole`.
+
+        Returns:
+            The config, and the hot n-grams of each order. Unless `cold` is given, the table has
+            exactly as many rows as that of `whole`, order by order.
+
+        Raises:
+            ConfigError: Tables of this many heads cannot be equal.
+        """
+        vocab_size = whole.hash.vocab_size
+        moved = max(1, round(self.hot * rows_per_head)) if self.hot else 0
+        rest = self.config(model, vocab_size, pad_id, rows_per_head - moved)
+        slots: dict[int, int] = {}
+        if moved:
+            slots = _slots(whole.hash, rest.hash)
+        cold = rest
+        if self.cold is not None:
+            cold = self.config(model, vocab_size, pad_id, round(self.cold * rows_per_head))
+        if not slots:
+            return cold, slots
+        config = dataclasses.replace(cold, hot=HotSpec(UNNAMED, sum(slots.values())))
+        if self.cold is None and config.table_parameters() != whole.table_parameters():
+            raise ConfigError(
+                f"hot: expected a table of {whole.table_parameters()} parameters, as without hot "
+                f"n-grams, found {config.table_parameters()}"
+            )
+        return config, slots
 
 
 def three_arms(
@@ -218,12 +266,35 @@ def memory_arm(moe: LMConfig, rho: float, sizes: MemorySizes, hash_vocab: int, p
     if rows is None:
         free = goal.total - _count_config(fewer, least).total + least.table_parameters()
         rows = solve_rows(memory_config, free)
-    memory = memory_config(rows)
-    arm = Arm("memory", fewer, memory, _count_config(fewer, memory))
+    memory, hot = sizes.divided(moe, memory_config(rows), pad_id, rows)
+    arm = Arm("memory", fewer, memory, _count_config(fewer, memory), hot)
     _check_activated(arm, goal)
-    if sizes.rows_per_head is None:
+    if sizes.rows_per_head is None and sizes.cold is None:
         _check_total(arm, goal, rho)
     return arm
+
+
+def _slots(whole: HashSpec, rest: HashSpec) -> dict[int, int]:
+    """Hot n-grams of each order: their rows are those that `whole` has and `rest` has not.
+
+    Raises ConfigError if these rows are not a whole number for each n-gram, in all layers alike.
+    """
+    slots: dict[int, int] = {}
+    heads = whole.heads
+    for number, order in enumerate(whole.orders):
+        own = slice(number * heads, (number + 1) * heads)
+        rows = sum(
+            sum(whole.primes(layer)[own]) - sum(rest.primes(layer)[own])
+            for layer in whole.layer_ids
+        )
+        count, over = divmod(rows, heads * len(whole.layer_ids))
+        if over or count < 1:
+            raise ConfigError(
+                f"hot: expected rows for whole n-grams of order {order}, {heads} each in "
+                f"{len(whole.layer_ids)} layers, found {rows} rows; 2 heads in one layer always fit"
+            )
+        slots[order] = count
+    return slots
 
 
 def _solve_width(

@@ -6,7 +6,8 @@ Each is the memory of an arm with one change; everything else is as it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..addresses.hot import HotIndex
 from ..addresses.vocab import VocabMap
 from ..errors import ConfigError, InputError
 from ..fusion.conv import convolve
@@ -29,10 +31,16 @@ from .norm import RMSNorm
 
 
 class ConstantGate(EngramLayer):
-    """Lets half of the memory in, whatever the hidden state. Its key projection has no effect."""
+    """Lets half of the memory in, whatever the hidden state. Its key projection has no effect.
+
+    Attributes:
+        alpha: Share of the memory that is let in.
+    """
+
+    alpha = 0.5
 
     def gate(self, u_BTS: Tensor) -> Tensor:
-        return torch.full_like(u_BTS, 0.5)
+        return torch.full_like(u_BTS, self.alpha)
 
 
 class PlainGate(EngramLayer):
@@ -72,6 +80,81 @@ class ShuffledMemory(EngramMemory):
         return dataclasses.replace(lookup, starts=starts)
 
 
+class ChangedRows(EngramMemory):
+    """In training the rows that were read are changed before they are used, not in the table."""
+
+    def lookup(
+        self,
+        ids_BT: Tensor,
+        state: SequenceState | None = None,
+        live: Tensor | None = None,
+        starts: Tensor | None = None,
+        trace: Trace | None = None,
+        **options: Any,
+    ) -> Lookup:
+        """As `EngramMemory.lookup`."""
+        if not self.training:
+            return super().lookup(ids_BT, state, live, starts, trace, **options)
+        seen = Trace() if trace is None else trace
+        lookup = super().lookup(ids_BT, state, live, starts, seen, **options)
+        shape = (*ids_BT.shape, self.config.hash.columns, self.config.dim)
+        heads = self.config.hash.heads
+        hot_BTO = np.stack([seen.routes[order] for order in self.config.hash.orders], axis=-1)
+        hot_BTC = torch.from_numpy(hot_BTO.repeat(heads, axis=-1))
+        # Draws depend on the ids alone, so a run that is continued draws what it would have drawn.
+        places = torch.arange(1, ids_BT.numel() + 1)
+        generator = torch.Generator().manual_seed(int((ids_BT.flatten() * places).sum()))
+        rows: dict[int, Tensor] = {}
+        for layer in self.layers:
+            read = lookup.rows[layer]
+            rows[layer] = self.changed(read.view(shape), hot_BTC, generator).view_as(read)
+        return dataclasses.replace(lookup, rows=rows, trace=trace)
+
+    def changed(self, rows_BTCd: Tensor, hot_BTC: Tensor, generator: torch.Generator) -> Tensor:
+        """The rows to use.
+
+        Args:
+            rows_BTCd: Rows as read.
+            hot_BTC: bool, which of them are those of hot n-grams.
+            generator: For what is random.
+        """
+        raise NotImplementedError
+
+
+class NoisyRows(ChangedRows):
+    """Rows of hot n-grams with normal noise, as a collision would add it.
+
+    Attributes:
+        noise: Standard deviation, as a share of the root mean square of the batch's hot rows.
+    """
+
+    noise = 0.0
+
+    def changed(self, rows_BTCd: Tensor, hot_BTC: Tensor, generator: torch.Generator) -> Tensor:
+        """As `ChangedRows.changed`."""
+        hot_Nd = rows_BTCd.detach()[hot_BTC]
+        if not hot_Nd.numel():
+            return rows_BTCd
+        std = self.noise * hot_Nd.square().mean().sqrt()
+        noise_BTCd = torch.randn(rows_BTCd.shape, generator=generator)
+        return rows_BTCd + noise_BTCd * std * hot_BTC[..., None]
+
+
+class DroppedRows(ChangedRows):
+    """Dropout of whole rows, hot or not.
+
+    Attributes:
+        dropout: Share of the rows that are not used; the others are scaled up.
+    """
+
+    dropout = 0.1
+
+    def changed(self, rows_BTCd: Tensor, hot_BTC: Tensor, generator: torch.Generator) -> Tensor:
+        """As `ChangedRows.changed`."""
+        kept_BTC = torch.rand(hot_BTC.shape, generator=generator) >= self.dropout
+        return rows_BTCd * (kept_BTC[..., None] / (1 - self.dropout))
+
+
 def one_row(vocab: VocabMap) -> VocabMap:
     """A map that gives every token the same address: each head reads one row."""
     return VocabMap(np.zeros(vocab.raw_size, dtype=np.int64))
@@ -83,6 +166,7 @@ def make_memory(
     std: float,
     seed: int,
     control: str = "",
+    hot: HotIndex | None = None,
 ) -> EngramMemory:
     """A memory with rows in RAM, drawn from a seed.
 
@@ -92,13 +176,13 @@ def make_memory(
         std: Standard deviation of the rows.
         seed: Seed of the rows.
         control: "" for the memory itself, or one of CONTROLS.
+        hot: The index of n-grams that have rows of their own.
 
     Raises:
         ConfigError: The control is unknown.
     """
     _check(control)
-    kind = ShuffledMemory if control == "shuffled" else EngramMemory
-    memory = kind(config, vocab)
+    memory = _MEMORIES.get(control, EngramMemory)(config, vocab, hot=hot)
     layer = _LAYERS.get(control)
     if layer is not None:
         for name, block in list(memory.blocks.items()):
@@ -120,6 +204,26 @@ def hashed(vocab: VocabMap, control: str = "") -> VocabMap:
     if control == "uncompressed":
         return VocabMap.identity(vocab.raw_size)
     return vocab
+
+
+@contextmanager
+def fixed_gate(memory: EngramMemory, alpha: float) -> Iterator[None]:
+    """Runs a memory with one gate for all tokens, whatever it has learned.
+
+    Args:
+        memory: Whose layers have a learned gate.
+        alpha: Share of the memory that is let in, 0 to 1.
+    """
+    own = dict(memory.blocks.items())
+    try:
+        for name, block in own.items():
+            fixed = ConstantGate(memory.config.layer)
+            fixed.alpha = alpha
+            fixed.load_state_dict(block.state_dict())
+            memory.blocks[name] = fixed
+        yield
+    finally:
+        memory.blocks.update(own)
 
 
 class AdaptedBlock(nn.Module):
@@ -244,7 +348,12 @@ _LAYERS: dict[str, Callable[..., EngramLayer]] = {
     "plain-gate": PlainGate,
     "one-gate": OneGate,
 }
-CONTROLS = ("one-row", "frozen", "shuffled", "uncompressed", *_LAYERS)
+_MEMORIES: dict[str, type[EngramMemory]] = {
+    "shuffled": ShuffledMemory,
+    "noise": NoisyRows,
+    "dropout": DroppedRows,
+}
+CONTROLS = ("one-row", "frozen", "uncompressed", *_MEMORIES, *_LAYERS)
 
 
 def _check(control: str) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,6 +116,18 @@ class TrainConfig:
                 raise ConfigError(f"{name}: expected 0 or more, found {value}")
 
 
+class Watch(NamedTuple):
+    """What is measured while a model trains, beside the held-out loss.
+
+    Attributes:
+        every: Steps between two times; the last step is one, too.
+        measure: The model, in eval mode -> JSON values.
+    """
+
+    every: int
+    measure: Callable[[LM], Any]
+
+
 @dataclass(frozen=True)
 class StepReport:
     """The report of a step.
@@ -129,6 +141,7 @@ class StepReport:
         tokens_per_second: Tokens per second of this step.
         heldout: Mean nats a token of held-out text, if it was measured after this step.
         max_load: Load of the busiest expert over the mean load; None without experts.
+        watched: What a Watch has measured after this step, if it was due.
     """
 
     step: int
@@ -139,6 +152,7 @@ class StepReport:
     tokens_per_second: float
     heldout: float | None = None
     max_load: float | None = None
+    watched: Any = None
 
 
 class Run:
@@ -273,6 +287,7 @@ def train(
     heldout: Batches | None = None,
     report: Callable[[StepReport], None] = lambda _: None,
     until: float | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Trains until the run's tokens are used up, or a held-out loss is reached.
 
@@ -287,6 +302,7 @@ def train(
         heldout: Held-out text.
         report: Takes the report of each step.
         until: Stops after the first step whose held-out loss is at most this; None = never.
+        watch: What else to measure now and then. The step's line in metrics.jsonl has it.
 
     Raises:
         ConfigError: `folder` holds a checkpoint, and resume is False.
@@ -309,7 +325,7 @@ def train(
         file = metrics.open("ab", buffering=0)  # unbuffered: no later flush can fail
     with file, stopping() as stop:
         while not (run.done or stop or reached):
-            step = _step(run, heldout)
+            step = _step(run, heldout, watch)
             values = {**dataclasses.asdict(step), "time": time.time()}
             line = (json.dumps(values) + "\n").encode()
             with write_errors(metrics, "the checkpoints are whole"):
@@ -327,8 +343,8 @@ def train(
             )
 
 
-def _step(run: Run, heldout: Batches | None) -> StepReport:
-    """One step, and the held-out loss if it is due."""
+def _step(run: Run, heldout: Batches | None, watch: Watch | None) -> StepReport:
+    """One step, and the held-out loss and what is watched if they are due."""
     began = time.perf_counter()
     loss, norm = run.step()
     speed = run.batches.tokens_per_step / (time.perf_counter() - began)
@@ -337,6 +353,9 @@ def _step(run: Run, heldout: Batches | None) -> StepReport:
     measured = None
     if heldout is not None and due:
         measured = heldout_loss(run.model, heldout, run.config.dtype)
+    watched = None
+    if watch is not None and (run.done or run.step_index % watch.every == 0):
+        watched = watch.measure(run.model.eval())
     return StepReport(
         run.step_index,
         run.steps,
@@ -346,6 +365,7 @@ def _step(run: Run, heldout: Batches | None) -> StepReport:
         speed,
         measured,
         run.model.max_load(),
+        watched,
     )
 
 

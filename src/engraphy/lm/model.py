@@ -111,12 +111,17 @@ class LM(nn.Module):
         return mean_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT))
 
     def token_losses(
-        self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        starts_BT: Tensor | None = None,
+        *,
+        trace: Trace | None = None,
     ) -> Tensor:
         """Cross entropy of each target in nats, f32 [B, T], without a gradient; 0 where the target
-        is IGNORED (-100). Raises InputError as `loss` does."""
+        is IGNORED (-100). trace: as in `forward`. Raises InputError as `loss` does."""
         with torch.no_grad():
-            losses_N = token_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT))
+            losses_N = token_cross_entropy(*self._head_inputs(ids_BT, targets_BT, starts_BT, trace))
         return losses_N.view_as(targets_BT)
 
     @torch.no_grad()
@@ -226,7 +231,11 @@ class LM(nn.Module):
         return self.norm(x if self.config.streams == 1 else x.mean(2))
 
     def _head_inputs(
-        self, ids_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        starts_BT: Tensor | None,
+        trace: Trace | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D], head [V, D] in the dtype to compute in, targets [N]."""
         if targets_BT.dtype != torch.int64 or targets_BT.shape != ids_BT.shape:
@@ -241,7 +250,7 @@ class LM(nn.Module):
             raise InputError(
                 f"targets: expected 0 to {size - 1} or {IGNORED}, found {int(invalid[0])}"
             )
-        x_BTD = self._hidden(ids_BT, starts_BT, None)
+        x_BTD = self._hidden(ids_BT, starts_BT, trace)
         dtype = compute_dtype(x_BTD)
         return x_BTD.flatten(0, 1).to(dtype), self._head_weight.to(dtype), targets_BT.flatten()
 

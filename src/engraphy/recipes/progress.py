@@ -110,8 +110,7 @@ def curves(folder: Path) -> dict[str, Any]:
         seconds: Time in steps, without held-out losses and checkpoints.
         tokens_per_second: Median of whole steps, optimiser included.
     """
-    with open(folder / "metrics.jsonl") as file:
-        steps = [json.loads(line) for line in file]
+    steps = _steps(folder)
     loads = [step["max_load"] for step in steps[len(steps) // 2 :] if step["max_load"] is not None]
     evaluated = [step for step in steps if step["heldout"] is not None]
     speeds = [step["tokens_per_second"] for step in steps]
@@ -123,3 +122,15 @@ def curves(folder: Path) -> dict[str, Any]:
         "seconds": sum(map(truediv, step_tokens, speeds)),
         "tokens_per_second": statistics.median(speeds),
     }
+
+
+def watched(folder: Path) -> list[tuple[int, Any]]:
+    """The steps of a run after which something was watched (`lm.loop.Watch`), and what was
+    measured."""
+    steps = _steps(folder)
+    return [(step["step"], step["watched"]) for step in steps if step["watched"] is not None]
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    with open(folder / "metrics.jsonl") as file:
+        return [json.loads(line) for line in file]

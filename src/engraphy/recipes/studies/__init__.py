@@ -88,6 +88,7 @@ STUDIES: Mapping[str, StudyEntry] = {
             where="Where a memory gains: by source, count and token, switched off, with less text.",
             depth="Whether a memory makes a model deeper: LogitLens and CKA of pairs.",
             needles="Whether a memory finds needles, or its conv; also in texts 4 times as long.",
+            hot="Frequent n-grams with rows of their own, beside hashing: by route, over training.",
         ),
     )
 }

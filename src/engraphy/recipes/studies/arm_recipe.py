@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ...addresses.hot import HotIndex
+from ...addresses.ngrams import Ngrams
 from ...addresses.vocab import VocabMap
 from ...errors import ConfigError
 from ...lm import LM, Arm, MemorySizes, Parameters, count_parameters, dense_arm, memory_arm, moe_arm
@@ -15,6 +18,8 @@ from .backbones import Backbone
 
 ROW_STD = 0.02
 """Standard deviation of a table's first values."""
+Frequent = Callable[[Mapping[int, int]], Ngrams]
+"""Takes a number of n-grams for each order, returns the most frequent ones of the training text."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class ArmRecipe:
         text: Share of the training tokens that the arm sees.
         needles: Share of the training rows that are needle texts.
         until: Name of another arm: training stops once the held-out loss is as low as its last one.
+        fingerprint_bits: Of the index of hot n-grams, if `memory.hot` gives them rows; None: it is
+            exact.
 
     Raises:
         ConfigError: The kind is unknown.
@@ -50,11 +57,17 @@ class ArmRecipe:
     text: float = 1.0
     needles: float = 0.0
     until: str = ""
+    fingerprint_bits: int | None = None
 
     def __post_init__(self) -> None:
         kinds = ("dense", "moe", "memory", "adapter", "conv")
         if self.kind not in kinds:
             raise ConfigError(f"kind: expected one of {', '.join(kinds)}, found {self.kind!r}")
+
+    @property
+    def has_hot(self) -> bool:
+        """Whether n-grams have rows of their own."""
+        return self.memory is not None and self.memory.hot > 0
 
     def changed(self, label: str, **fields: object) -> ArmRecipe:
         """The same arm under another label, with other fields."""
@@ -77,11 +90,16 @@ class ArmRecipe:
 
 
 def build(
-    recipe: ArmRecipe, backbone: Backbone, vocab: VocabMap, pad_id: int, seed: int
+    recipe: ArmRecipe,
+    backbone: Backbone,
+    vocab: VocabMap,
+    pad_id: int,
+    seed: int,
+    frequent: Frequent | None = None,
 ) -> tuple[LM, Parameters]:
     """A fresh model of an arm, and its parameter counts as built.
 
-    Weights depend on the recipe and the seed alone.
+    Weights depend on the recipe, the seed, and which n-grams are hot.
 
     Args:
         recipe: The arm.
@@ -89,16 +107,19 @@ def build(
         vocab: Of the tokenizer.
         pad_id: Raw id of the filler.
         seed: Seed of weights and rows.
+        frequent: The training text's n-grams, for an arm with hot ones.
 
     Raises:
-        ConfigError: The counts cannot be made equal.
+        ConfigError: The counts cannot be made equal, or the text has too few n-grams.
     """
     arm = recipe.arm(backbone, vocab, pad_id)
+    hot = _index(arm, recipe, frequent)
     torch.manual_seed(seed)
     memory = None
     if recipe.kind == "memory" and arm.memory is not None:
+        sizes = dataclasses.replace(arm.memory, hot=None)  # which names no index so far
         memory = make_memory(
-            arm.memory, hashed(vocab, recipe.control), ROW_STD, seed, recipe.control
+            sizes, hashed(vocab, recipe.control), ROW_STD, seed, recipe.control, hot
         )
     model = LM(arm.model, memory)
     if recipe.kind == "adapter" and arm.memory is not None:
@@ -107,3 +128,19 @@ def build(
         sizes = backbone.memory
         add_convs(model, sizes.layers, sizes.kernel, max(sizes.orders))
     return model, count_parameters(model)
+
+
+def _index(arm: Arm, recipe: ArmRecipe, frequent: Frequent | None) -> HotIndex | None:
+    """The index of an arm's hot n-grams. Raises ConfigError if there are too few."""
+    if not arm.hot:
+        return None
+    if frequent is None:
+        raise ConfigError(f"{recipe.label}: expected the n-grams of a text, found none")
+    ngrams = frequent(arm.hot)
+    for order, slots in arm.hot.items():
+        if len(ngrams.ids[order]) != slots:
+            raise ConfigError(
+                f"{recipe.label}: expected a text of {slots} or more n-grams of order {order}, "
+                f"found {len(ngrams.ids[order])}"
+            )
+    return HotIndex.build(ngrams, recipe.fingerprint_bits)

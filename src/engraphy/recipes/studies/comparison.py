@@ -22,9 +22,9 @@ from ...errors import ConfigError
 from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
 from ...lm import LM, Parameters
-from ...lm.loop import Run, TrainConfig, TrainingBatches, checkpoints, train
+from ...lm.loop import Run, TrainConfig, TrainingBatches, Watch, checkpoints, train
 from ..progress import curves
-from .arm_recipe import ArmRecipe, build
+from .arm_recipe import ArmRecipe, Frequent, build
 from .backbones import Backbone, backbone
 from .comparison_tables import (
     arm_table,
@@ -35,6 +35,7 @@ from .comparison_tables import (
     validation_loss,
 )
 from .costs import cost_of
+from .frequent import count_frequent, frequent_ngrams
 from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch, Runs
@@ -123,9 +124,11 @@ class Trained(NamedTuple):
 
     Attributes:
         model: The model, in eval mode.
+        run: Its training, which has ended.
         corpus: The text that it was trained on.
+        frequent: The most frequent n-grams of that text.
         losses: On all held-out tokens.
-        partner: The name of another arm -> its trained model, of the same seed and rate.
+        partner: The name of another arm -> its training, of the same seed and rate, at its end.
         config: Of the study.
         job: The run.
         recipe: The arm.
@@ -133,9 +136,11 @@ class Trained(NamedTuple):
     """
 
     model: LM
+    run: Run
     corpus: Corpus
+    frequent: Frequent
     losses: Losses
-    partner: Callable[[str], LM]
+    partner: Callable[[str], Run]
     config: Any
     job: Job
     recipe: ArmRecipe
@@ -148,6 +153,16 @@ def _measure_nothing(trained: Trained) -> Result:
 
 def _corpus_alone(corpus: Corpus, recipe: ArmRecipe, config: Any, seed: int) -> Batches:
     return corpus.batches()
+
+
+def _begin_nothing(
+    model: LM, recipe: ArmRecipe, frequent: Frequent, partner: Callable[[str], Run]
+) -> None:
+    pass
+
+
+def _watch_nothing(corpus: Corpus, config: Any, frequent: Frequent) -> Watch | None:
+    return None
 
 
 def _no_tables(config: Any, runs: Runs) -> list[Iterator[str]]:
@@ -167,6 +182,9 @@ class Comparison:
         after: An arm -> the arm that has to be done before, since it is needed as a partner, or for
             `ArmRecipe.until`. Both then run at one rate.
         text: (corpus, arm, config, seed) -> what an arm trains on.
+        like: An arm that searches no rate -> the arm whose best rate it runs at.
+        begin: (model, arm, frequent n-grams, partner) -> None. Changes a fresh model of an arm.
+        watch: (corpus, config, its frequent n-grams) -> what is measured while an arm trains.
         asked: (config, results so far) -> how many seeds of which arms they ask for, the arms in
             the order of `arms`; None = all of all.
         config: Class of the settings.
@@ -180,6 +198,9 @@ class Comparison:
     after: Mapping[str, str] = field(default_factory=dict)
     text: Callable[[Corpus, ArmRecipe, Any, int], TrainingBatches] = _corpus_alone
     asked: Callable[[Any, ResultsByJob], Mapping[str, int]] | None = None
+    like: Mapping[str, str] = field(default_factory=dict)
+    begin: Callable[[LM, ArmRecipe, Frequent, Callable[[str], Run]], None] = _begin_nothing
+    watch: Callable[[Corpus, Any, Frequent], Watch | None] = _watch_nothing
     config: type[ComparisonConfig] = ComparisonConfig
 
     @cached_property
@@ -192,7 +213,7 @@ class Comparison:
             self._run,
             _line,
             self._table,
-            _prepare,
+            self._prepare,
             DTYPE,
             self._cost,
         )
@@ -203,8 +224,9 @@ class Comparison:
 
     def search(self, config: ComparisonConfig) -> RateSearch:
         """The runs over rates and seeds."""
-        rates = {arm: _rates(config.rates) for arm in self.recipes(config)}
-        return RateSearch(rates, config.seeds, config.job, validation_loss)
+        arms = [arm for arm in self.recipes(config) if arm not in self.like]
+        rates = {arm: _rates(config.rates) for arm in arms}
+        return RateSearch(rates, config.seeds, config.job, validation_loss, self.like)
 
     def _cost(self, config: ComparisonConfig, results: ResultsByJob) -> str:
         """What is missing, and how long it takes here."""
@@ -212,21 +234,26 @@ class Comparison:
         jobs = self._jobs(config, results)
         done = Counter(job.arm for job in jobs if job in results)
         seeds = self._seeds(config, results)
-        missing = {
-            name: max(0, len(config.rates) + seeds.get(name, 0) - 1 - done[name]) for name in arms
-        }
+        tried = {name: 1 if name in self.like else len(config.rates) for name in arms}
+        missing = {name: max(0, tried[name] + seeds.get(name, 0) - 1 - done[name]) for name in arms}
         return str(cost_of(arms, missing, config.base, config.tokens))
 
     def _jobs(self, config: ComparisonConfig, results: ResultsByJob) -> list[Job]:
-        """Seed by seed: what stops early has whole comparisons."""
-        if self.after and len(config.rates) > 1:
+        """Seed by seed, so that what stops early has whole comparisons; arms that search no rate
+        come last."""
+        if self.after.keys() - self.like.keys() and len(config.rates) > 1:
             raise ConfigError(f"{self.name}: expected one rate for all arms, found {config.rates}")
         jobs = sorted(
-            self.search(config).jobs(results), key=lambda job: config.seeds.index(job.seed)
+            self.search(config).jobs(results),
+            key=lambda job: (job.arm in self.like, config.seeds.index(job.seed)),
         )
         seeds = self._seeds(config, results)
         jobs = [job for job in jobs if job.seed in config.seeds[: seeds.get(job.arm, 0)]]
-        return [job for job in jobs if self._may_run(job, results)]
+        before = {job: self._before(job) for job in jobs}
+        # At another arm's rate, what has to come before may not have been asked for.
+        needed = dict.fromkeys(other for job, other in before.items() if job.arm in self.like)
+        jobs += [other for other in needed if other is not None and other not in jobs]
+        return [job for job in jobs if before.get(job) is None or before[job] in results]
 
     def _seeds(self, config: ComparisonConfig, results: ResultsByJob) -> Mapping[str, int]:
         """How many seeds of which arms are asked for."""
@@ -234,18 +261,20 @@ class Comparison:
             return self.asked(config, results)
         return dict.fromkeys(self.recipes(config), len(config.seeds))
 
-    def _may_run(self, job: Job, results: ResultsByJob) -> bool:
-        """Whether the arm that has to come before has run."""
-        before = self.after.get(job.arm)
-        return before is None or dataclasses.replace(job, arm=before) in results
+    def _before(self, job: Job) -> Job | None:
+        """The run that has to come before."""
+        arm = self.after.get(job.arm)
+        return None if arm is None else dataclasses.replace(job, arm=arm)
 
     def _run(self, job: Job, config: ComparisonConfig, work: Path) -> Result:
         """Trains an arm, then measures it on the held-out documents."""
         corpus = Corpus.load(_corpus_folder(work, config, job.seed))
-        run, parameters = self._begun(job, config, corpus)
+        run, parameters = self._begun(job, config, corpus, work)
+        frequent = _frequent(corpus, config, work, job.seed)
         folder = self._folder(job, work)
         until = self._until(job, config, work)
-        train(run, folder, resume=True, heldout=corpus.heldout_batches(), until=until)
+        watch = self.watch(corpus, config, frequent)
+        train(run, folder, True, corpus.heldout_batches(), until=until, watch=watch)
         model = run.model.eval()
         metrics = curves(folder)
         counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
@@ -260,7 +289,9 @@ class Comparison:
             **self.measure(
                 Trained(
                     model,
+                    run,
                     corpus,
+                    frequent,
                     losses,
                     partial(self._partner, job, config, corpus, work),
                     config,
@@ -271,6 +302,16 @@ class Comparison:
             ),
         }
 
+    def _prepare(self, config: ComparisonConfig, jobs: Sequence[Job], work: Path) -> None:
+        """Makes the corpora of the jobs' seeds, and counts their n-grams for arms with hot ones.
+        Raises ConfigError if one that exists is of other settings."""
+        for seed in dict.fromkeys(job.seed for job in jobs):
+            folder = _corpus_folder(work, config, seed)
+            if not (folder / "corpus.json").exists():
+                prepare(config.corpus(seed)).save(folder)
+            corpus = Corpus.load(folder, expected=config.corpus(seed))
+            count_frequent(corpus, folder, self.recipes(config).values(), config.base)
+
     def _until(self, job: Job, config: ComparisonConfig, work: Path) -> float | None:
         """The held-out loss at which a run stops early; None = it does not."""
         other = self.recipes(config)[job.arm].until
@@ -280,10 +321,17 @@ class Comparison:
             1
         ]
 
-    def _begun(self, job: Job, config: ComparisonConfig, corpus: Corpus) -> tuple[Run, Parameters]:
+    def _begun(
+        self, job: Job, config: ComparisonConfig, corpus: Corpus, work: Path
+    ) -> tuple[Run, Parameters]:
         """A run before its first step, and the parameter counts of its model."""
         recipe = self.recipes(config)[job.arm]
-        model, parameters = build(recipe, config.base, corpus.vocab, corpus.end_id, job.seed)
+        frequent = _frequent(corpus, config, work, job.seed)
+        model, parameters = build(
+            recipe, config.base, corpus.vocab, corpus.end_id, job.seed, frequent
+        )
+        partner = partial(self._partner, job, config, corpus, work)
+        self.begin(model, recipe, frequent, partner)
         batches = self.text(corpus, recipe, config, job.seed)
         return Run(model, batches, settings(recipe, job), origin(job)), parameters
 
@@ -293,10 +341,10 @@ class Comparison:
 
     def _partner(
         self, job: Job, config: ComparisonConfig, corpus: Corpus, work: Path, arm: str
-    ) -> LM:
-        """The trained model of another arm. Raises ConfigError if its checkpoint is gone."""
+    ) -> Run:
+        """The training of another arm at its end. Raises ConfigError if its checkpoint is gone."""
         other = dataclasses.replace(job, arm=arm)
-        run, _ = self._begun(other, config, corpus)
+        run, _ = self._begun(other, config, corpus, work)
         saved = checkpoints(self._folder(other, work))
         if not saved:
             raise ConfigError(
@@ -304,7 +352,8 @@ class Comparison:
                 f"result {other.name} to run it again"
             )
         run.resume(saved[-1])
-        return run.model.eval()
+        run.model.eval()
+        return run
 
     def _table(
         self, config: ComparisonConfig, jobs: Sequence[Job], results: dict, out: Path
@@ -317,7 +366,7 @@ class Comparison:
         labels = {name: recipe.label for name, recipe in self.recipes(config).items()}
         parts = [sizes_table(config.base.rows())]
         if len(config.rates) > 1:
-            losses = {arm: search.losses(arm, results) for arm in labels}
+            losses = {arm: search.losses(arm, results) for arm in search.rates}
             title = f"validation loss, seed {config.seeds[0]}"
             tried = sorted({lr for by_rate in losses.values() for lr in by_rate})
             parts += [rate_table(title, labels, losses, tried), choice(labels, search, chosen)]
@@ -356,18 +405,13 @@ def _rates(rates: Sequence[float]) -> Rates:
     return Rates(tuple(sorted({*SCALE, *rates})), tuple(rates))
 
 
-def _prepare(config: ComparisonConfig, jobs: Sequence[Job], work: Path) -> None:
-    """Makes the corpora of the jobs' seeds. Raises ConfigError if one that exists is of other
-    settings."""
-    for seed in dict.fromkeys(job.seed for job in jobs):
-        folder = _corpus_folder(work, config, seed)
-        if not (folder / "corpus.json").exists():
-            prepare(config.corpus(seed)).save(folder)
-        Corpus.load(folder, expected=config.corpus(seed))
-
-
 def _corpus_folder(work: Path, config: ComparisonConfig, seed: int) -> Path:
     return work / f"corpus-{_key(config)}-{config.base.length}-{seed}"
+
+
+def _frequent(corpus: Corpus, config: ComparisonConfig, work: Path, seed: int) -> Frequent:
+    """The most frequent n-grams of a seed's training text."""
+    return partial(frequent_ngrams, corpus, _corpus_folder(work, config, seed))
 
 
 def _key(settings: Job | ComparisonConfig) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...addresses.ngrams import Ngrams
 from ...addresses.vocab import VocabMap
 from ...data.packing import Batches
 from ...lm.loop import Run, TrainConfig
@@ -66,10 +67,10 @@ def cost_of(
 
 def _speeds(arms: Mapping[str, ArmRecipe], backbone: Backbone) -> dict[str, float]:
     """Tokens a second of each arm. Arms of one kind have the speed of the first of them."""
-    by_kind: dict[tuple[str, str], float] = {}
+    by_kind: dict[tuple[str, str, bool], float] = {}
     speeds = {}
     for name, recipe in arms.items():
-        kind = recipe.kind, recipe.optimizer
+        kind = recipe.kind, recipe.optimizer, recipe.has_hot
         if kind not in by_kind:
             by_kind[kind] = speed_of(recipe, backbone)
         speeds[name] = by_kind[kind]
@@ -82,7 +83,8 @@ def speed_of(recipe: ArmRecipe, backbone: Backbone) -> float:
     tokens = (STEPS + 2) * backbone.batch * backbone.length
     ids = np.random.default_rng(0).integers(1, vocab_size, tokens).astype(np.int32)
     batches = Batches([ids], 0, batch=backbone.batch, tokens=backbone.length, seed=0)
-    model, _ = build(recipe, backbone, VocabMap.identity(vocab_size), 0, 0)
+    vocab = VocabMap.identity(vocab_size)
+    model, _ = build(recipe, backbone, vocab, 0, 0, lambda slots: _any_ngrams(slots, vocab))
     run = Run(model, batches, TrainConfig(tokens, optimizer=recipe.optimizer, rows=recipe.rows))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -94,3 +96,12 @@ def speed_of(recipe: ArmRecipe, backbone: Backbone) -> float:
         return STEPS * batches.tokens_per_step / (time.perf_counter() - begun)
     finally:
         torch.set_num_threads(threads)
+
+
+def _any_ngrams(slots: Mapping[int, int], vocab: VocabMap) -> Ngrams:
+    """The first so many n-grams of each order, in the order of their ids."""
+    ids = {
+        order: np.stack(np.unravel_index(np.arange(count), (len(vocab),) * order), axis=-1)
+        for order, count in slots.items()
+    }
+    return Ngrams(ids, vocab.digest)

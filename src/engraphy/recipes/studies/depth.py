@@ -44,7 +44,7 @@ def _measure(trained: Trained) -> Result:
     result: Result = {"kl_by_layer": kl_by_layer(trained.model, batches)}
     memory = trained.model.memory
     if memory is not None:
-        other = trained.partner("moe")
+        other = trained.partner("moe").model
         depth = len(other.blocks)
         cka, itself = MinibatchCKA(depth, depth), MinibatchCKA(depth, depth)
         for batch in _parts(batches):

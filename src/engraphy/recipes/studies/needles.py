@@ -361,6 +361,6 @@ NEEDLES = Comparison(
     _after(),
     _text,
     _asked,
-    NeedlesConfig,
+    config=NeedlesConfig,
 ).study
 """Needles, with and without a memory."""

@@ -8,7 +8,7 @@ function of the results that are there, so a search that was stopped goes on whe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .queue import Result, ResultsByJob
@@ -84,16 +84,18 @@ class RateSearch:
     """The runs of arms over learning rates and seeds.
 
     Attributes:
-        rates: Rates of each arm, in the order of the arms.
+        rates: Rates of each arm that searches, in the order of the arms.
         seeds: The first one chooses the rates.
         job: Makes a run of an arm, a seed and a rate.
         loss: Takes a result, returns the value that should be low.
+        like: An arm that does not search -> the arm whose best rate it runs at.
     """
 
     rates: Mapping[str, Rates]
     seeds: tuple[int, ...]
     job: Callable[[str, int, float], Any]
     loss: Callable[[Result], float]
+    like: Mapping[str, str] = field(default_factory=dict)
 
     def losses(self, arm: str, results: ResultsByJob) -> dict[float, float]:
         """Loss on the first seed by rate, of the rates that have run."""
@@ -101,8 +103,9 @@ class RateSearch:
         return {lr: self.loss(results[job]) for lr, job in jobs.items() if job in results}
 
     def chosen(self, results: ResultsByJob) -> dict[str, float]:
-        """The best rate of each arm whose search is over."""
+        """The best rate of each arm whose search is over, and of those that run at it as well."""
         best = {arm: rates.best(self.losses(arm, results)) for arm, rates in self.rates.items()}
+        best |= {arm: best[other] for arm, other in self.like.items()}
         return {arm: lr for arm, lr in best.items() if lr is not None}
 
     def jobs(self, results: ResultsByJob) -> list[Any]:
@@ -114,6 +117,9 @@ class RateSearch:
             jobs += [self.job(arm, self.seeds[0], lr) for lr in tried]
             if arm in chosen:
                 jobs += [self.job(arm, seed, chosen[arm]) for seed in self.seeds[1:]]
+        for arm in self.like:
+            if arm in chosen:
+                jobs += [self.job(arm, seed, chosen[arm]) for seed in self.seeds]
         return jobs
 
     def runs(self, results: ResultsByJob) -> Runs:
