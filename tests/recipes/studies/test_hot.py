@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,8 @@ from engraphy.recipes.studies.hot import HOT, MAIN, HotConfig, _arms
 from engraphy.recipes.studies.hot_collisions import collisions
 from engraphy.recipes.studies.hot_paper import _verdict
 from engraphy.recipes.studies.hot_values import differences, flips, over_training
+from engraphy.recipes.studies.study import study_table
+from tests.recipes.studies.test_comparison import RESULTS
 from tests.tools import hot_page
 
 CONFIG = HotConfig((0, 1, 2), 1_000_000, "mix", "wide", (3e-3, 4e-3, 6e-3))
@@ -134,6 +139,23 @@ def test_a_verdict_needs_two_standard_errors_and_two_seeds():
     assert _verdict([0.01, -0.01, 0.0], *words) == "same"
     assert _verdict([0.01, 0.011, 0.009], *words) == "above"
     assert _verdict([-0.01, -0.011, -0.009], *words) == "below"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("none-seed0",), ("hot-seed0",), ("hash-seed0", "noise-seed0"), ("none-seed0", "hot-seed1")],
+)
+def test_the_tables_of_some_runs_show_these_and_say_what_is_missing(names, tmp_path):
+    for name in names:
+        shutil.copy(RESULTS / "hot" / f"{name}-lr0.003.json", tmp_path)
+    table = study_table(HOT, HotConfig.smallest(), tmp_path)
+    (missing,) = [line for line in table.splitlines() if line.startswith("Missing: ")]
+    assert ("hot-seed0" in missing) is ("hot-seed0" not in names)
+    shown = {name.rpartition("-")[0] for name in names}
+    for arm, recipe in _arms(HotConfig.smallest().base).items():
+        sizes = rf"^\| {re.escape(recipe.label)} \| [\d,]+ \| 43,\d+ \|"
+        assert bool(re.search(sizes, table, re.MULTILINE)) is (arm in shown)
+    assert "| figure | paper | here | verdict |" in table
 
 
 # --- collisions -----------------------------------------------------------------------------------

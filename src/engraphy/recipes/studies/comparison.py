@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-from ...data.corpus import Corpus, CorpusConfig, prepare
-from ...data.mix import require_books
+from ...data.corpus import Corpus, prepare
 from ...data.packing import Batches
 from ...errors import ConfigError
 from ...eval.bands import NgramCounts
@@ -25,7 +24,8 @@ from ...lm import LM, Parameters
 from ...lm.loop import Run, TrainConfig, TrainingBatches, Watch, checkpoints, train
 from ..progress import curves
 from .arm_recipe import ArmRecipe, Frequent, build
-from .backbones import Backbone, backbone
+from .backbones import Backbone
+from .comparison_config import ComparisonConfig, Job
 from .comparison_tables import (
     arm_table,
     choice,
@@ -36,10 +36,9 @@ from .comparison_tables import (
 )
 from .costs import cost_of
 from .frequent import count_frequent, frequent_ngrams
-from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch, Runs
-from .study import Study, check_seeds
+from .study import Study
 from .tables import made_with, markdown, rate_table
 
 DTYPE = "float32"
@@ -47,76 +46,6 @@ SCALE = (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-
 """Rates that a search may go on to."""
 SAVED = 200
 """Steps between checkpoints: a run that is stopped loses minutes at most."""
-
-
-@dataclass(frozen=True)
-class Job(StudyJob):
-    """One run.
-
-    Attributes:
-        tokens: Training tokens.
-        data: As `load_documents` takes it.
-        backbone: Name of the backbone.
-    """
-
-    tokens: int
-    data: str
-    backbone: str
-
-
-@dataclass(frozen=True)
-class ComparisonConfig:
-    """Settings of a comparison.
-
-    Attributes:
-        seeds: The first one chooses the learning rates, if there are several.
-        tokens: Training tokens of each run.
-        data: As `load_documents` takes it.
-        backbone: Name of the backbone, in BACKBONES.
-        rates: Learning rates that each arm tries; one = no search.
-
-    Raises:
-        ConfigError: A setting is invalid.
-    """
-
-    seeds: tuple[int, ...] = (0, 1, 2)
-    tokens: int = 4_000_000
-    data: str = "mix"
-    backbone: str = "base"
-    rates: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
-
-    def __post_init__(self) -> None:
-        check_seeds(self.seeds)
-        backbone(self.backbone)
-        if self.tokens < 1:
-            raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
-        require_books(self.data, self.tokens)
-        if not self.rates or min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
-            raise ConfigError(f"rates: expected ascending rates above 0, found {self.rates}")
-
-    @classmethod
-    def smallest(cls) -> Self:
-        """Runs in seconds. It shows that a study works, and nothing else."""
-        return cls((0, 1), 2_048, "mix", "smallest", (3e-3,))
-
-    @property
-    def base(self) -> Backbone:
-        """The backbone."""
-        return backbone(self.backbone)
-
-    def job(self, arm: str, seed: int, lr: float) -> Job:
-        return Job(arm, seed, lr, self.tokens, self.data, self.backbone)
-
-    def corpus(self, seed: int) -> CorpusConfig:
-        """The text of a seed."""
-        base = self.base
-        return CorpusConfig(
-            self.data,
-            vocab_size=base.moe.vocab_size,
-            batch=base.batch,
-            length=base.length,
-            seed=seed,
-        )
 
 
 class Trained(NamedTuple):

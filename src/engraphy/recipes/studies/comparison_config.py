@@ -1,0 +1,83 @@
+"""The settings of a comparison, and its runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from ...data.corpus import CorpusConfig
+from ...data.mix import require_books
+from ...errors import ConfigError
+from .backbones import Backbone, backbone
+from .queue import Job as StudyJob
+from .study import check_seeds
+
+
+@dataclass(frozen=True)
+class Job(StudyJob):
+    """One run.
+
+    Attributes:
+        tokens: Training tokens.
+        data: As `load_documents` takes it.
+        backbone: Name of the backbone.
+    """
+
+    tokens: int
+    data: str
+    backbone: str
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """Settings of a comparison.
+
+    Attributes:
+        seeds: The first one chooses the learning rates, if there are several.
+        tokens: Training tokens of each run.
+        data: As `load_documents` takes it.
+        backbone: Name of the backbone, in BACKBONES.
+        rates: Learning rates that each arm tries; one = no search.
+
+    Raises:
+        ConfigError: A setting is invalid.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens: int = 4_000_000
+    data: str = "mix"
+    backbone: str = "base"
+    rates: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds)
+        backbone(self.backbone)
+        if self.tokens < 1:
+            raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
+        require_books(self.data, self.tokens)
+        if not self.rates or min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
+            raise ConfigError(f"rates: expected ascending rates above 0, found {self.rates}")
+
+    @classmethod
+    def smallest(cls) -> Self:
+        """Runs in seconds. It shows that a study works, and nothing else."""
+        return cls((0, 1), 2_048, "mix", "smallest", (3e-3,))
+
+    @property
+    def base(self) -> Backbone:
+        """The backbone."""
+        return backbone(self.backbone)
+
+    def job(self, arm: str, seed: int, lr: float) -> Job:
+        return Job(arm, seed, lr, self.tokens, self.data, self.backbone)
+
+    def corpus(self, seed: int) -> CorpusConfig:
+        """The text of a seed."""
+        base = self.base
+        return CorpusConfig(
+            self.data,
+            vocab_size=base.moe.vocab_size,
+            batch=base.batch,
+            length=base.length,
+            seed=seed,
+        )
