@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from engraphy import _native
+from tests.tools.forks import Forks
 from tests.tools.poison import poisoned
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,3 +39,11 @@ def threads():
     before = _native.threads()
     yield _native.set_threads
     _native.set_threads(before)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Runs code in processes of their own, which never imported engraphy."""
+    made = Forks(tmp_path_factory.mktemp("forks"))
+    yield made
+    made.close()

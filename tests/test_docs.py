@@ -3,10 +3,7 @@ lead somewhere, and the reference says what the code says."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ RUNNING = [
     for name, path in PAGES.items()
     if any(block.runs for block in pages.blocks_of(path.read_text()))
 ]
+RUN = "from tests.tools.run_page import main; raise SystemExit(main())"
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +44,11 @@ def own(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNING)
-def test_the_blocks_of_a_page_run(name, tmp_path, request):
+def test_the_blocks_of_a_page_run(name, forks, tmp_path, request):
     if name in OWN:
         for thing in request.getfixturevalue("own").iterdir():
             (tmp_path / thing.name).symlink_to(thing)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.tools.run_page", PAGES[name]],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = forks.run(RUN, PAGES[name], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from tests.tools.paths import ROOT
@@ -18,6 +15,12 @@ PROMISES = {
     "decode.py": "largest difference: ",
     "train_and_serve.py": "equal bit for bit: True",
 }
+RUN = """
+import runpy, sys, warnings
+warnings.filterwarnings("error", category=UserWarning, module="engraphy")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_every_example_is_run():
@@ -25,14 +28,8 @@ def test_every_example_is_run():
 
 
 @pytest.mark.parametrize("name", PROMISES)
-def test_the_example_runs(name):
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:engraphy", FOLDER / name],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def test_the_example_runs(name, forks, tmp_path):
+    done = forks.run(RUN, FOLDER / name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert PROMISES[name] in done.stdout
     if name == "decode.py":

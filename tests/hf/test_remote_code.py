@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,25 +15,6 @@ from tests.tools.hf_saved import IDS_BT, logits
 @pytest.fixture(scope="module")
 def model(whole):
     return whole
-
-
-@pytest.fixture
-def python(tmp_path):
-    """Runs code in a process of its own, which has transformers' caches to itself and cannot ask
-    anybody."""
-
-    def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
-        own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env=os.environ | own,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            cwd=tmp_path,
-        )
-
-    return run
 
 
 LOADED = """
@@ -57,9 +35,9 @@ model.save_pretrained(out + "-again")
 
 @pytest.mark.slow
 def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_its_code(
-    saved, model, python, tmp_path
+    saved, model, forks, tmp_path
 ):
-    ran = python(LOADED, saved, tmp_path / "logits")
+    ran = forks.run(LOADED, saved, tmp_path / "logits", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert torch.equal(torch.load(tmp_path / "logits"), logits(model, IDS_BT))
     again = tmp_path / "logits-again"  # no file of the package is copied into what it saves
@@ -73,22 +51,26 @@ def test_a_process_that_never_imported_engraphy_loads_the_model_where_it_trusts_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trust", [None, False])
-def test_without_trust_transformers_names_the_way_out_and_so_does_the_card(saved, python, trust):
-    ran = python(
+def test_without_trust_transformers_names_the_way_out_and_so_does_the_card(
+    saved, forks, tmp_path, trust
+):
+    ran = forks.run(
         "import sys, transformers as t; "
         f"t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust})",
         saved,
+        cwd=tmp_path,
     )
     assert ran.returncode and "trust_remote_code=True" in ran.stderr
     assert "trust_remote_code=True" in (saved / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_without_the_package_the_error_says_what_to_install(saved, python):
-    ran = python(
+def test_without_the_package_the_error_says_what_to_install(saved, forks, tmp_path):
+    ran = forks.run(
         "import sys; sys.modules['engraphy'] = None; import transformers as t; "
         "t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)",
         saved,
+        cwd=tmp_path,
     )
     assert (
         ran.returncode
