@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -188,6 +189,13 @@ def test_a_table_left_by_an_earlier_training_is_replaced(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["engram"]
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Arms are forks of this process: new ones, as the demo starts them, import torch again."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
 def killed_or_busy(name: str, *rest) -> None:
     """Stands for an arm's process: "moe" is killed, the others go on for half a minute."""
     if name == "moe":
@@ -211,8 +219,7 @@ def killed_or_busy(name: str, *rest) -> None:
     rest[-1].put((name, "done", None))
 
 
-@pytest.mark.slow
-def test_a_killed_arm_is_named_while_the_others_go_on(tmp_path, monkeypatch):
+def test_a_killed_arm_is_named_while_the_others_go_on(tmp_path, monkeypatch, forked):
     monkeypatch.setattr(arms, "_work", killed_or_busy)
     steps = []
     with pytest.raises(EngraphyError, match="arm moe: its process ended with exit code -9"):
@@ -232,10 +239,9 @@ def tell_threads(name, *rest):
     told.put((name, "failed", f"{threads} threads"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given, used", [(None, max(1, len(os.sched_getaffinity(0)) // 2)), (5, 5)])
 def test_each_arm_has_the_threads_that_are_given_or_its_share_of_the_cpus(
-    given, used, tmp_path, monkeypatch
+    given, used, tmp_path, monkeypatch, forked
 ):
     monkeypatch.setattr(arms, "_work", tell_threads)
     with pytest.raises(EngraphyError, match=f"{used} threads"):
