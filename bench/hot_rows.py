@@ -43,7 +43,7 @@ from engraphy.data.books import Books, read_books
 from engraphy.data.tokens import encode
 from engraphy.store import CacheStore, RowStore, StoreInfo, warm
 
-SIZES = (16, 64, 256, 1024)  # MiB for both layers
+SIZES = (64, 256, 1024)  # MiB for both layers
 TIMED = 1024
 LAYERS = 2
 STREAMS = (1, 8)
@@ -263,7 +263,7 @@ def main() -> None:
     choices = ["books", "python", "python, books counted"]
     parser.add_argument("--books", type=Path, required=True, help="folder of the books")
     parser.add_argument("--text", nargs="+", default=choices, choices=choices)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="that are counted, at most")
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="that are counted, at most")
     parser.add_argument("--parts", nargs="+", default=["rates", "speeds"], help="one or both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
