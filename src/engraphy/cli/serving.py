@@ -156,7 +156,8 @@ def layers_of(table: str) -> tuple[int, ...]:
     if is_pool_file(path):
         return tuple(read_header(path).layers)
     if not os.path.exists(path):  # a folder that is filled when its first layer is opened
-        path = dict(pair.partition("=")[::2] for pair in options.split("&")).get("from", path)
+        sources = [pair[5:] for pair in options.split("&") if pair.startswith("from=")]
+        path = sources[0] if sources else path
     return Table.open(path).layers
 
 
