@@ -6,7 +6,7 @@ text, and tokens a second.
 The layout is DeepSeek-V4.1's (its tokenizer, orders 2 to 4, 8 heads, rows of 264 bytes), one of its
 two layers with half of each budget; all 24 rows of a token are read. N-grams are counted on some
 text (`count_ngrams`), their rows ranked (`frequent_rows`), and pinned (`warm(pin=True)`). Another
-200,000 tokens are read to warm the caches, then the 100,000 that count: books that were held out,
+100,000 tokens are read to warm the caches, then the 50,000 that count: books that were held out,
 or Python's library, of which the rest is counted. `python, books counted` pins the rows of books,
 and reads code. One stream reads document after document; eight read one token each in turn.
 
@@ -47,8 +47,8 @@ SIZES = (64, 256, 1024)  # MiB for both layers
 TIMED = 1024
 LAYERS = 2
 STREAMS = (1, 8)
-BEFORE = 200_000  # tokens that warm the caches
-COUNTED = 100_000  # tokens that count
+BEFORE = 100_000  # tokens that warm the caches
+COUNTED = 50_000  # tokens that count
 START = 20_000
 TOP = 4_000_000  # n-grams of an order
 CALL = 512  # tokens of a call where nothing is timed
@@ -220,7 +220,10 @@ def measure(
                 "| rows kept | " + " | ".join(map(str, SIZES)) + " |\n|---|" + "---|" * len(SIZES)
             )
             for way, rates in found.items():
-                print(f"| {way} | " + " | ".join(f"{100 * rate:.1f}" for rate in rates) + " |")
+                print(
+                    f"| {way} | " + " | ".join(f"{100 * rate:.1f}" for rate in rates) + " |",
+                    flush=True,
+                )
         if "speeds" not in parts:
             continue
         speeds = tokens_a_second(reads, behind, order_n, streams, rounds)
