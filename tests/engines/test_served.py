@@ -145,6 +145,8 @@ def test_slots_of_another_width_are_named():
     config = make_memory().config
     with pytest.raises(InputError, match=r"float32 \[blocks, lines, 33\]"):
         Slots(config, torch.zeros(2, 4, 32))
+    with pytest.raises(InputError, match="side by side"):
+        Slots(config, torch.zeros(2, 33, 4).transpose(1, 2))
 
 
 def test_a_forward_before_the_slots_is_named():

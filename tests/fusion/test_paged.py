@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engraphy import LayerSpec, _native
-from engraphy.errors import ConfigError
+from engraphy.errors import ConfigError, InputError
 from engraphy.fusion.layer import EngramLayer
 from engraphy.fusion.paged import Lines, PagedFusion
 
@@ -97,6 +97,30 @@ def test_another_formula_is_refused(layer):
     layer.key = nn.Linear(layer.spec.width, 1)
     with pytest.raises(ConfigError, match="found EngramLayer with Linear and Projection"):
         PagedFusion(layer)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x_NSD": torch.zeros(3, 1, 20)}, r"x: expected torch.float32 \[2, 1, 20\], found"),
+        ({"x_NSD": torch.zeros(2, 1, 20).double()}, "x: expected torch.float32"),
+        ({"live_N": torch.ones(3, dtype=torch.bool)}, r"live: expected bool \[2\], found"),
+        ({"lines": None}, "lines: expected some if there is a conv"),
+        ({"lines": Lines(torch.zeros(60), torch.zeros(2, 3).long())}, r"int64 \[2, 4\], found"),
+        ({"lines": Lines(torch.zeros(60), torch.zeros(4, 2).long().T)}, "expected contiguous"),
+    ],
+)
+def test_what_does_not_fit_is_named(wrong, message):
+    fusion = PagedFusion(EngramLayer(SPECS["qwen4"]))
+    given = {
+        "x_NSD": torch.zeros(2, 1, 20),
+        "rows_NE": torch.zeros(2, 6),
+        "live_N": None,
+        "lines": Lines(torch.zeros(60), torch.tensor([[-1, -1, -1, 0], [-1, -1, 0, 20]])),
+    }
+    assert fusion(**given).shape == (2, 1, 20)
+    with pytest.raises(InputError, match=message):
+        fusion(**(given | wrong))
 
 
 def test_the_weights_are_held_once(layer):

@@ -32,23 +32,25 @@ def slot_bytes(config: EngramConfig) -> int:
 class Slots:
     """The lines of all slots. Slot s is line s % size of block s // size, as in a paged KV cache.
 
-    The tensor may have any strides; it belongs to the engine.
+    The tensor belongs to the engine.
     """
 
     def __init__(self, config: EngramConfig, values_KBW: Tensor) -> None:
         """Args:
             config: Sizes of the memory.
             values_KBW: float32, blocks, lines of a block (1 if the engine has no blocks), values of
-                a slot.
+                a slot, which lie side by side; blocks and lines may have any strides.
 
         Raises:
-            InputError: The tensor has another dtype or width.
+            InputError: The tensor has another dtype, width or stride.
         """
         width = slot_width(config)
-        expected = f"float32 [blocks, lines, {width}]"
-        if values_KBW.dtype is not torch.float32 or values_KBW.shape[2:] != (width,):
+        fits = values_KBW.dtype is torch.float32 and values_KBW.shape[2:] == (width,)
+        if not fits or (width > 1 and values_KBW.stride(2) != 1):
             raise InputError(
-                f"slots: expected {expected}, found {values_KBW.dtype} {list(values_KBW.shape)}"
+                f"slots: expected float32 [blocks, lines, {width}] with the values of a slot side "
+                f"by side, found {values_KBW.dtype} {list(values_KBW.shape)}, strides "
+                f"{list(values_KBW.stride())}"
             )
         blocks, self._size, _ = values_KBW.shape
         self._block, self._line, _ = values_KBW.stride()

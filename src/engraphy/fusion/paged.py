@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _native
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from . import chunk, plain
 from .layer import EngramLayer
 from .plain import Formula, Norms
@@ -89,7 +89,11 @@ class PagedFusion:
 
         Returns:
             A new tensor of the shape of x.
+
+        Raises:
+            InputError: Shapes or dtypes do not fit.
         """
+        self._check(x_NSD, rows_NE, live_N, lines)
         projected_N = self._project(rows_NE)
         if self._native is not None and _native.core is not None:
             return self._fuse_natively(self._native.plan, x_NSD, projected_N, live_N, lines)
@@ -106,6 +110,7 @@ class PagedFusion:
         lines: Lines | None,
     ) -> Tensor:
         x_NSD = x_NSD.contiguous()
+        live_N = None if live_N is None else live_N.contiguous()
         out_NSD = torch.empty_like(x_NSD)
         key = projected_N.data_ptr()
         plan.fuse(
@@ -122,6 +127,33 @@ class PagedFusion:
             threads=min(torch.get_num_threads(), _native.threads()),
         )
         return out_NSD
+
+    def _check(
+        self, x_NSD: Tensor, rows_NE: Tensor, live_N: Tensor | None, lines: Lines | None
+    ) -> None:
+        spec = self.spec
+        shape = (len(rows_NE), spec.streams, spec.hidden_size)
+        if x_NSD.shape != shape or x_NSD.dtype is not self.weight.dtype:
+            raise InputError(
+                f"x: expected {self.weight.dtype} {list(shape)}, "
+                f"found {x_NSD.dtype} {list(x_NSD.shape)}"
+            )
+        if live_N is not None and (live_N.dtype is not torch.bool or live_N.shape != shape[:1]):
+            raise InputError(
+                f"live: expected bool {list(shape[:1])}, found {live_N.dtype} {list(live_N.shape)}"
+            )
+        if (lines is None) is not (spec.kernel == 0):
+            raise InputError(f"lines: expected some if there is a conv, found {lines is not None}")
+        if lines is None:
+            return
+        cache, offsets_NK = lines
+        taps = (shape[0], spec.kernel)
+        parts = (cache, torch.float32, cache.shape[:1]), (offsets_NK, torch.int64, taps)
+        if any(t.dtype is not d or t.shape != s or not t.is_contiguous() for t, d, s in parts):
+            raise InputError(
+                f"lines: expected contiguous float32 [values] and int64 {list(taps)}, found "
+                f"{cache.dtype} {list(cache.shape)} and {offsets_NK.dtype} {list(offsets_NK.shape)}"
+            )
 
     def _native_plan(self) -> _Plan | None:
         """None if the native pass does not take these weights."""
