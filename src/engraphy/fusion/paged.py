@@ -55,11 +55,12 @@ class PagedFusion:
         Raises:
             ConfigError: A subclass or a hook changes what the layer computes.
         """
-        parts = [type(part).__name__ for part in (layer.key, layer.value)]
-        if not layer.is_bare or parts != [Projection.__name__] * 2:
+        kinds = [type(part) for part in (layer.key, layer.value)]
+        if not layer.is_bare or kinds != [Projection, Projection]:
+            names = " and ".join(kind.__name__ for kind in kinds)
             raise ConfigError(
                 "a served fusion layer: expected an EngramLayer with plain projections and without "
-                f"hooks, found {type(layer).__name__} with {' and '.join(parts)}"
+                f"hooks, found {type(layer).__name__} with {names}"
             )
         spec = layer.spec
         self.spec = spec
@@ -166,11 +167,11 @@ class PagedFusion:
         def factors(norm_SD: Tensor) -> Tensor:
             return plain.scale(norm_SD.detach(), torch.float32, self._formula).contiguous()
 
-        weights = [factors(norms.query_norm) * factors(norms.key_norm)]
+        scale_SD = factors(norms.query_norm) * factors(norms.key_norm)
+        norm_SD = conv_KSD = torch.empty(0)
         if norms.conv is not None and norms.conv_norm is not None:
+            norm_SD = factors(norms.conv_norm)
             conv_KSD = norms.conv.detach().float().permute(2, 0, 1).contiguous()
-            weights += [factors(norms.conv_norm), conv_KSD]
-        scale, conv_norm, conv = [*(part.data_ptr() for part in weights), 0, 0][:3]
         plan = _native.compiled().PagedFusion(
             bf16=weight.dtype is torch.bfloat16,
             streams=spec.streams,
@@ -178,11 +179,11 @@ class PagedFusion:
             taps=spec.kernel,
             eps=self._formula.eps,
             conv_eps=spec.conv_eps,
-            scale=scale,
-            conv_norm=conv_norm,
-            conv=conv,
+            scale=scale_SD.data_ptr(),
+            conv_norm=norm_SD.data_ptr(),  # 0 = absent
+            conv=conv_KSD.data_ptr(),
         )
-        return _Plan(plan, weights)
+        return _Plan(plan, [scale_SD, norm_SD, conv_KSD])
 
     def _project(self, rows_NE: Tensor) -> Tensor:
         """Keys and values side by side. The product has a multiple of _FEW rows."""
