@@ -113,6 +113,9 @@ def _comparison(name: str) -> Callable[..., None]:
         rate: list[float] = typer.Option(
             usual_rates, help="Learning rate to try; may be repeated. One is not searched."
         ),
+        rho: float | None = typer.Option(
+            None, help="Share of the experts that a memory leaves; by default 0.75."
+        ),
         workers: int = WORKERS,
         smallest: bool = typer.Option(
             False, "--smallest", help="Run in seconds, to see that it works: no result."
@@ -129,7 +132,7 @@ def _comparison(name: str) -> Callable[..., None]:
                 seed_list = tuple(range(seeds))
                 rates = tuple(sorted(set(rate)))
                 text = with_books(data, books)
-                config = study.config(seed_list, tokens, text, backbone, rates)
+                config = study.config(seed_list, tokens, text, backbone, rates, rho)
             kind = "smallest/" if smallest else ""
             folder = Path(f"results/{kind}{name}") if out is None else out
             typer.echo(f"{name}: {study_cost(study, config, folder)}")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engraphy import VocabMap
 from engraphy.errors import ConfigError
+from engraphy.lm.loop import Run
 from engraphy.recipes.studies import COMPARISONS, STUDIES
 from engraphy.recipes.studies.allocation import ALLOCATION, shares
 from engraphy.recipes.studies.arm_recipe import ArmRecipe, build
 from engraphy.recipes.studies.backbones import backbone
 from engraphy.recipes.studies.comparison import Comparison, ComparisonConfig
-from engraphy.recipes.studies.study import study_table
+from engraphy.recipes.studies.study import run_one, study_table
 from tests.tools.paths import ROOT
 
 RESULTS = ROOT / "results" / "smallest"
@@ -79,9 +82,45 @@ def test_a_smallest_form_leaves_no_checkpoint_that_a_real_run_would_find(tmp_pat
     study = comparison("allocation")
     small = SMALLEST.job("rho-1", 0, 3e-3)
     real = ComparisonConfig(backbone="Engram-27B/20").job("rho-1", 0, 3e-3)
-    folders = [study._folder(job, tmp_path) for job in (small, real)]
+    folders = [
+        study._folder(job, config, tmp_path)
+        for job, config in ((small, SMALLEST), (real, ComparisonConfig()))
+    ]
     assert folders[0] != folders[1]
     assert {len(folder.relative_to(tmp_path).parts) for folder in folders} == {3}
+
+
+def test_studies_share_the_training_of_equal_arms_and_of_no_others(tmp_path):
+    def folder(study: str, arm: str, rho: float | None = None) -> Path:
+        config = dataclasses.replace(SMALLEST, rho=rho)
+        return comparison(study)._folder(config.job(arm, 0, 3e-3), config, tmp_path)
+
+    assert folder("baseline", "moe") == folder("allocation", "rho-1") == folder("where", "moe", 0.5)
+    assert folder("controls", "memory") == folder("allocation", "rho-0.75")
+    assert folder("controls", "no-conv", 0.5) == folder("ablation", "no-conv", 0.5)
+    names = {folder("baseline", arm) for arm in comparison("baseline").recipes(SMALLEST)}
+    names |= {folder("ablation", arm, 0.5) for arm in comparison("ablation").recipes(SMALLEST)}
+    assert len(names) == sum(len(comparison(s).recipes(SMALLEST)) for s in ("baseline", "ablation"))
+    hot = STUDIES["hot"].load().config.smallest()
+    own = comparison("hot")._folder(hot.job("none", 0, 3e-3), hot, tmp_path)
+    assert own.relative_to(tmp_path).parts[0] == "hot"  # it is watched while it trains
+
+
+def test_an_arm_that_another_study_has_trained_is_only_measured(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(2000)]
+    documents = [" ".join(words[start : start + 50]) for start in range(0, len(words), 50)]
+    text = tmp_path / "words.txt"
+    text.write_text("\f".join(documents))
+    config = ComparisonConfig((0,), 512, str(text), "smallest", (3e-3,))
+    job = config.job("moe", 0, 3e-3)
+    for study in map(comparison, ("baseline", "controls")):
+        study.study.prepare(config, [job], tmp_path)
+        run_one(job, study.study, config, tmp_path, tmp_path)
+        if study.name == "baseline":
+            first = (tmp_path / job.name).read_text()
+            monkeypatch.setattr(Run, "step", lambda run: pytest.fail("a step"))
+    assert (tmp_path / job.name).read_text() == first
 
 
 def test_several_rates_are_searched_on_the_first_seed_and_one_is_not():
@@ -109,9 +148,15 @@ def test_the_cost_counts_what_is_missing_alone():
         ({"tokens": 0}, "tokens: expected 1 or more"),
         ({"rates": (2e-3, 1e-3)}, "ascending rates"),
         ({"rates": ()}, "ascending rates"),
+        ({"rho": 1.5}, "rho: expected a share between 0 and 1, found 1.5"),
         ({"seeds": (1, 1)}, "all different"),
     ],
 )
 def test_invalid_settings_are_refused(fields, found):
     with pytest.raises(ConfigError, match=found):
         ComparisonConfig(**fields)
+
+
+def test_a_share_of_experts_is_refused_where_every_arm_has_its_own():
+    with pytest.raises(ConfigError, match="rho: expected none, since the arms of allocation"):
+        ALLOCATION.jobs(dataclasses.replace(SMALLEST, rho=0.5), {})

@@ -43,6 +43,7 @@ def _comparisons(**sentences: str) -> Iterator[StudyEntry]:
         "data": _DATA,
         "backbone": "Name of the model that the arms change.",
         "rates": "Learning rates that each arm tries; one is not searched.",
+        "rho": "Share of the experts that a memory leaves, unless an arm says otherwise.",
     }
     for name, sentence in sentences.items():
         yield StudyEntry(name, sentence, name, name.upper(), options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -30,7 +32,7 @@ class ArmRecipe:
         label: Its name in tables.
         kind: "dense", "moe", "memory", or one of two mixtures of experts that have something in the
             place of the memory: dense adapters ("adapter"), or its convs alone ("conv").
-        rho: Share of the routed experts that a memory or an adapter leaves.
+        rho: Share of the routed experts that a memory or an adapter leaves; None = the backbone's.
         memory: Sizes of the memory; None = the backbone's.
         control: What the memory lacks, one of `lm.controls.CONTROLS`; "" = nothing.
         optimizer: Of the dense parameters: "adamw" or "muon".
@@ -48,7 +50,7 @@ class ArmRecipe:
 
     label: str
     kind: str = "memory"
-    rho: float = 0.75
+    rho: float | None = None
     memory: MemorySizes | None = None
     control: str = ""
     optimizer: str = "adamw"
@@ -69,9 +71,26 @@ class ArmRecipe:
         """Whether n-grams have rows of their own."""
         return self.memory is not None and self.memory.hot > 0
 
+    @property
+    def has_share(self) -> bool:
+        """Whether something takes the place of experts."""
+        return self.kind in ("memory", "adapter")
+
     def changed(self, label: str, **fields: object) -> ArmRecipe:
         """The same arm under another label, with other fields."""
         return dataclasses.replace(self, label=label, **fields)  # type: ignore[arg-type]
+
+    def key(self, backbone: Backbone) -> str:
+        """A name that arms of a backbone share if they train the same model."""
+        rho = backbone.rho if self.rho is None else self.rho
+        recipe = dataclasses.replace(
+            self,
+            label="",
+            rho=rho if self.has_share else None,
+            memory=(self.memory or backbone.memory) if self.has_share else None,
+        )
+        text = json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()
+        return f"{self.kind}-{hashlib.sha256(text).hexdigest()[:12]}"
 
     def arm(self, backbone: Backbone, vocab: VocabMap, pad_id: int) -> Arm:
         """Sizes of the arm. vocab: of the tokenizer.
@@ -86,7 +105,8 @@ class ArmRecipe:
         if self.kind in ("moe", "conv"):
             return moe_arm(moe)
         sizes = self.memory or backbone.memory
-        return memory_arm(moe, self.rho, sizes, len(hashed(vocab, self.control)), pad_id)
+        rho = backbone.rho if self.rho is None else self.rho
+        return memory_arm(moe, rho, sizes, len(hashed(vocab, self.control)), pad_id)
 
 
 def build(

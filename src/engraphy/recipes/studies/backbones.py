@@ -22,6 +22,7 @@ class Backbone:
         memory: Sizes of the memory of its memory arms.
         length: Tokens of a row in training.
         batch: Rows of a step.
+        rho: Share of the experts that a memory leaves, unless an arm says otherwise.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Backbone:
     memory: MemorySizes
     length: int = 128
     batch: int = 16
+    rho: float = 0.75
 
     def rows(self) -> list[tuple[str, str]]:
         """All sizes, as rows of a table."""

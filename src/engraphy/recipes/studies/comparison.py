@@ -8,8 +8,10 @@ paired by seed.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
 from ...lm import LM, Parameters
 from ...lm.loop import Run, TrainConfig, TrainingBatches, Watch, checkpoints, train
+from ...system.files import make_folder
 from ..progress import curves
 from .arm_recipe import ArmRecipe, Frequent, build
 from .backbones import Backbone
@@ -172,6 +175,12 @@ class Comparison:
         come last."""
         if self.after.keys() - self.like.keys() and len(config.rates) > 1:
             raise ConfigError(f"{self.name}: expected one rate for all arms, found {config.rates}")
+        shares = [arm.rho for arm in self.recipes(config).values() if arm.has_share]
+        if config.rho is not None and None not in shares:
+            raise ConfigError(
+                f"rho: expected none, since the arms of {self.name} have their own, "
+                f"found {config.rho:g}"
+            )
         jobs = sorted(
             self.search(config).jobs(results),
             key=lambda job: (job.arm in self.like, config.seeds.index(job.seed)),
@@ -200,10 +209,11 @@ class Comparison:
         corpus = Corpus.load(_corpus_folder(work, config, job.seed))
         run, parameters = self._begun(job, config, corpus, work)
         frequent = _frequent(corpus, config, work, job.seed)
-        folder = self._folder(job, work)
+        folder = self._folder(job, config, work)
         until = self._until(job, config, work)
         watch = self.watch(corpus, config, frequent)
-        train(run, folder, True, corpus.heldout_batches(), until=until, watch=watch)
+        with _alone(folder):
+            train(run, folder, True, corpus.heldout_batches(), until=until, watch=watch)
         model = run.model.eval()
         metrics = curves(folder)
         counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
@@ -246,9 +256,8 @@ class Comparison:
         other = self.recipes(config)[job.arm].until
         if not other:
             return None
-        return curves(self._folder(dataclasses.replace(job, arm=other), work))["heldout_curve"][-1][
-            1
-        ]
+        folder = self._folder(dataclasses.replace(job, arm=other), config, work)
+        return curves(folder)["heldout_curve"][-1][1]
 
     def _begun(
         self, job: Job, config: ComparisonConfig, corpus: Corpus, work: Path
@@ -262,11 +271,25 @@ class Comparison:
         partner = partial(self._partner, job, config, corpus, work)
         self.begin(model, recipe, frequent, partner)
         batches = self.text(corpus, recipe, config, job.seed)
-        return Run(model, batches, settings(recipe, job), origin(job)), parameters
+        start = origin(job) | {"arm": self._trained_as(job, config)}
+        return Run(model, batches, settings(recipe, job), start), parameters
 
-    def _folder(self, job: Job, work: Path) -> Path:
-        """Where a run leaves its checkpoints."""
-        return work / self.name / f"{_key(job)}-{job.tokens}" / job.name.removesuffix(".json")
+    def _folder(self, job: Job, config: ComparisonConfig, work: Path) -> Path:
+        """Where a run leaves its checkpoints. Studies share them: an arm that another study has
+        trained is only measured, if both train it in the usual way."""
+        name = dataclasses.replace(job, arm=self._trained_as(job, config)).name
+        study = "arms" if self._is_usual else self.name
+        return work / study / f"{_key(job)}-{job.tokens}" / name.removesuffix(".json")
+
+    @property
+    def _is_usual(self) -> bool:
+        """Whether arms train as in other studies, on the corpus alone."""
+        own = self.text, self.begin, self.watch
+        return own == (_corpus_alone, _begin_nothing, _watch_nothing)
+
+    def _trained_as(self, job: Job, config: ComparisonConfig) -> str:
+        """The name of a run's arm in checkpoints."""
+        return self.recipes(config)[job.arm].key(config.base) if self._is_usual else job.arm
 
     def _partner(
         self, job: Job, config: ComparisonConfig, corpus: Corpus, work: Path, arm: str
@@ -274,10 +297,11 @@ class Comparison:
         """The training of another arm at its end. Raises ConfigError if its checkpoint is gone."""
         other = dataclasses.replace(job, arm=arm)
         run, _ = self._begun(other, config, corpus, work)
-        saved = checkpoints(self._folder(other, work))
+        folder = self._folder(other, config, work)
+        saved = checkpoints(folder)
         if not saved:
             raise ConfigError(
-                f"{self._folder(other, work)}: expected a checkpoint, found none; remove the "
+                f"{folder}: expected a checkpoint, found none; remove the "
                 f"result {other.name} to run it again"
             )
         run.resume(saved[-1])
@@ -327,6 +351,15 @@ def origin(job: Job) -> dict[str, Any]:
     return {"arm": job.arm, "seed": job.seed, "backbone": job.backbone}
 
 
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Waits until no other process trains in a folder: another study may be at the same arm."""
+    make_folder(folder)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _rates(rates: Sequence[float]) -> Rates:
     """A search that begins with `rates` and may go on along SCALE; one rate is not searched."""
     if len(rates) == 1:
@@ -354,5 +387,6 @@ def _line(result: Result) -> str:
 
 def _made_with(config: ComparisonConfig, results: Any) -> Iterator[str]:
     tokens = f"{config.tokens:,} tokens for each run"
-    yield f"{config.data}, {tokens}. ± is one standard error over seeds."
+    left = "" if config.rho is None else f", {config.rho:.0%} of the experts beside a memory"
+    yield f"{config.data}, {tokens}{left}. ± is one standard error over seeds."
     yield from made_with(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,11 +22,13 @@ class Job(StudyJob):
         tokens: Training tokens.
         data: As `load_documents` takes it.
         backbone: Name of the backbone.
+        rho: As in `ComparisonConfig`.
     """
 
     tokens: int
     data: str
     backbone: str
+    rho: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class ComparisonConfig:
         data: As `load_documents` takes it.
         backbone: Name of the backbone, in BACKBONES.
         rates: Learning rates that each arm tries; one = no search.
+        rho: Share of the experts that a memory leaves, unless an arm says otherwise; None = the
+            backbone's.
 
     Raises:
         ConfigError: A setting is invalid.
@@ -48,6 +53,7 @@ class ComparisonConfig:
     data: str = "mix"
     backbone: str = "base"
     rates: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
+    rho: float | None = None
 
     def __post_init__(self) -> None:
         check_seeds(self.seeds)
@@ -57,6 +63,8 @@ class ComparisonConfig:
         require_books(self.data, self.tokens)
         if not self.rates or min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
             raise ConfigError(f"rates: expected ascending rates above 0, found {self.rates}")
+        if self.rho is not None and not 0 < self.rho < 1:
+            raise ConfigError(f"rho: expected a share between 0 and 1, found {self.rho}")
 
     @classmethod
     def smallest(cls) -> Self:
@@ -66,10 +74,11 @@ class ComparisonConfig:
     @property
     def base(self) -> Backbone:
         """The backbone."""
-        return backbone(self.backbone)
+        base = backbone(self.backbone)
+        return base if self.rho is None else dataclasses.replace(base, rho=self.rho)
 
     def job(self, arm: str, seed: int, lr: float) -> Job:
-        return Job(arm, seed, lr, self.tokens, self.data, self.backbone)
+        return Job(arm, seed, lr, self.tokens, self.data, self.backbone, self.rho)
 
     def corpus(self, seed: int) -> CorpusConfig:
         """The text of a seed."""

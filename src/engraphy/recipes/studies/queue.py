@@ -42,6 +42,11 @@ class Job:
         """Name of the result file."""
         return f"{self.arm}-seed{self.seed}-lr{self.lr:g}.json"
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Its fields as a result has them: without those that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 class ResultsByJob(Protocol):
     """Results by job: a dict of them, or a folder (`Results`)."""
@@ -73,7 +78,7 @@ class Results:
             ConfigError: The file is damaged, or of other settings, or of another dtype.
         """
         path = self.out / job.name
-        result = read_json(path, asdict(job))
+        result = read_json(path, job.fields)
         dtype = str(result.get("machine")).rpartition(", ")[2]
         if dtype != self.dtype:
             raise ConfigError(f"{path}: expected a result in {self.dtype}, found one of {dtype}")

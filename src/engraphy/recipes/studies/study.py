@@ -9,7 +9,7 @@ and what every result says about version, commit and machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def run_one(job: Job, study: Study, config: Any, out: Path, work: Path) -> str:
     """One run, in this process: writes `out`/NAME.json and returns a line to print."""
     torch.set_num_threads(1)
     commit = provenance.commit()  # before a long run, during which the checkout may change
-    result = {"job": asdict(job), **study.run(job, config, work)}
+    result = {"job": job.fields, **study.run(job, config, work)}
     result |= {
         "version": __version__,
         "commit": commit,
