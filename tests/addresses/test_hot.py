@@ -194,12 +194,16 @@ def saved(tmp_path):
     return made, tmp_path / "hot.index"
 
 
+@pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("bits", [None, 20])
-def test_a_saved_index_loads_as_the_same_index(tmp_path, bits):
+def test_a_saved_index_loads_as_the_same_index(tmp_path, bits, mapped):
     parts = {1: some(30, 1, 99), 3: some(200, 3, 99)}
     made = HotIndex.build(ngrams(parts), bits)
     made.save(tmp_path / "hot.index")
-    again = HotIndex.load(tmp_path / "hot.index")
+    again = HotIndex.load(tmp_path / "hot.index", mapped)
+    for order in (1, 3):
+        blocks_BW = again.part(order).perfect.blocks_BW
+        assert blocks_BW.ctypes.data % 64 == 0 and not blocks_BW.flags.writeable
     assert (again.spec, again.orders, again.fingerprint_bits) == (made.spec, (1, 3), bits)
     assert again.vocab_digest == VOCAB and again.bytes == made.bytes and repr(again) == repr(made)
     again.verify()
@@ -221,13 +225,14 @@ def test_copies_are_the_same_index(saved, copied):
     assert np.array_equal(again.slots_of(tried), made.slots_of(tried))
 
 
-def test_no_prefix_of_a_file_loads(saved):
+@pytest.mark.parametrize("mapped", [True, False])
+def test_no_prefix_of_a_file_loads(saved, mapped):
     _, path = saved
     whole = path.read_bytes()
     for size in [*range(0, 400, 7), *range(400, len(whole), 501), len(whole) - 1]:
         path.write_bytes(whole[:size])
         with pytest.raises(ConfigError, match="hot.index: expected a file of engraphy-hot-1"):
-            HotIndex.load(path)
+            HotIndex.load(path, mapped)
 
 
 def test_a_changed_file_is_refused_or_found_by_verify_and_never_reads_beyond_its_records(saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -108,8 +109,17 @@ def test_a_table_without_its_index_is_refused_by_name(table, tmp_path, mode):
     changed = bytearray(whole)
     changed[-3] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(ShardCorrupt, match="hot.index: hot index: expected content of digest"):
-        Table.open(table.path).verify()
+    for use in (Table.verify, lambda opened: opened.hot):
+        with pytest.raises(ShardCorrupt, match="hot.index: hot index: expected content of digest"):
+            use(Table.open(table.path))
+
+
+def test_an_index_that_is_cut_while_it_is_used_still_finds_its_ngrams(table):
+    index = table.hot
+    ids = np.random.default_rng(5).zipf(1.3, (1, 500)) % 40
+    expected = Addresser(SPEC, VOCAB, some_index(ADDRESSER)).rows(ids, 1)
+    os.truncate(table.path / "hot.index", 100)
+    assert np.array_equal(Addresser(SPEC, VOCAB, index).rows(ids, 1), expected)
 
 
 def test_engram_json_must_agree_with_itself(table):

@@ -1,4 +1,4 @@
-"""Arrays in one file, which is read as mapped memory: a safetensors file whose metadata has a
+"""Arrays in one file, which can be read as mapped memory: a safetensors file whose metadata has a
 format.
 
 Source: the safetensors format (8 bytes of header length, JSON that may end in spaces, data).
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import operator
 import os
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,15 @@ def write_arrays(
 
 
 def read_arrays(
-    path: str | os.PathLike[str], kind: str
+    path: str | os.PathLike[str], kind: str, mapped: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Maps what `write_arrays` wrote.
+    """Reads what `write_arrays` wrote.
 
     Args:
         path: The file.
         kind: The expected "format" of the metadata.
+        mapped: Map the file, one copy for all processes. Whoever shortens it then ends a process
+            that reads it. False = read it into memory.
 
     Returns:
         Arrays that cannot be written, and the metadata.
@@ -75,22 +79,23 @@ def read_arrays(
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > _MOST_HEADER or (8 + length) % _LINE:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
-        metadata = {str(name): str(text) for name, text in header.pop("__metadata__").items()}
-        if metadata["format"] != kind:
-            raise ValueError(f"format {metadata['format']!r}")
+            metadata = {str(name): str(text) for name, text in header.pop("__metadata__").items()}
+            if metadata["format"] != kind:
+                raise ValueError(f"format {metadata['format']!r}")
+            content = _mapped(file) if mapped else _read(file)
+        data = content[8 + length :]
         arrays = {
-            name: _mapped(path, 8 + length, entry["dtype"], entry["shape"], entry["data_offsets"])
+            name: _array(data, entry["dtype"], entry["shape"], entry["data_offsets"])
             for name, entry in header.items()
         }
         end = max([0, *(entry["data_offsets"][1] for entry in header.values())])
-        if size != 8 + length + end:
-            raise ValueError(f"{size} bytes in place of {8 + length + end}")
+        if len(data) != end:
+            raise ValueError(f"{len(content)} bytes in place of {8 + length + end}")
     except (OSError, ArithmeticError, LookupError, ValueError, *_NO_HEADER) as error:
         refuse_pointer(path, ConfigError)
         found = f"{type(error).__name__}: {error}"
@@ -98,14 +103,29 @@ def read_arrays(
     return arrays, metadata
 
 
-def _mapped(path: Path, base: int, kind: str, shape: list[int], ends: list[int]) -> np.ndarray:
+def _mapped(file: BufferedReader) -> np.ndarray:
+    """A file's bytes, mapped; a plain array, which pickles and prints as one."""
+    return np.asarray(np.memmap(file, np.uint8, "r"))
+
+
+def _read(file: BufferedReader) -> np.ndarray:
+    """A copy of a file's bytes, which begins with a page."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    memory = mmap.mmap(-1, size)
+    found = file.readinto(memory)
+    if found != size:
+        raise ValueError(f"{found} bytes in place of {size}")
+    content = np.frombuffer(memory, np.uint8)
+    content.flags.writeable = False
+    return content
+
+
+def _array(data: np.ndarray, kind: str, shape: list[int], ends: list[int]) -> np.ndarray:
     dtype = _DTYPES[kind]
     count = math.prod(map(operator.index, shape))  # no product of Python's overflows
-    begin, end = map(operator.index, ends)
     size = count * dtype.itemsize
+    begin, end = map(operator.index, ends)
     if min(shape, default=0) < 0 or end - begin != size or begin < 0 or begin % dtype.itemsize:
         raise ValueError(f"shape {shape} in bytes {ends}")
-    if not count:
-        return np.empty(shape, dtype)
-    mapped = np.memmap(path, dtype, "r", base + begin, (count,))
-    return np.asarray(mapped).reshape(shape)  # a plain array, which pickles and prints as one
+    return data[begin:end].view(dtype).reshape(shape)

@@ -272,13 +272,18 @@ class HotIndex:
         write_arrays(path, blocks | records, {"format": _FORMAT, "about": about})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> HotIndex:
-        """Maps what `save` wrote. `verify` checks the content.
+    def load(cls, path: str | os.PathLike[str], mapped: bool = True) -> HotIndex:
+        """Reads what `save` wrote. `verify` checks the content.
+
+        Args:
+            path: The file.
+            mapped: Map it, one copy for all processes; nobody may change the file meanwhile. False
+                = read it into memory.
 
         Raises:
             ConfigError: The file is missing, damaged, or of another kind.
         """
-        arrays, metadata = read_arrays(path, _FORMAT)
+        arrays, metadata = read_arrays(path, _FORMAT, mapped)
         try:
             about = json.loads(metadata["about"])
             bits = about["fingerprint_bits"]

@@ -38,12 +38,32 @@ def check_index(config: EngramConfig, hot: HotIndex | None, vocab_digest: str) -
 
 
 def read_index(directory: Path, config: EngramConfig, vocab_digest: str) -> HotIndex | None:
-    """The index of the table in a folder, mapped; None if the config names none.
+    """The index of the table in a folder; None if the config names none.
+
+    It is read into memory and hashed: an n-gram that a damaged index did not find, or one found in
+    the place of another, would get wrong rows without a word.
 
     Raises:
         ShardMissing: There is no file.
         ShardForeign: It is another index.
         ShardTruncated: It cannot be read, or its header is damaged.
+        ShardCorrupt: It is damaged.
+    """
+    index = check_file(directory, config, vocab_digest, mapped=False)
+    if index is not None:
+        try:
+            index.verify()
+        except DigestMismatch as error:
+            raise ShardCorrupt(f"{directory / FILE_NAME}: {error}") from error
+    return index
+
+
+def check_file(
+    directory: Path, config: EngramConfig, vocab_digest: str, mapped: bool = True
+) -> HotIndex | None:
+    """The index of the table in a folder, by its header; None if the config names none.
+
+    Raises as `read_index`, but for damage of the content.
     """
     if config.hot is None:
         return None
@@ -53,7 +73,7 @@ def read_index(directory: Path, config: EngramConfig, vocab_digest: str) -> HotI
             f"{path}: expected the table's hot index, digest {config.hot.digest}, found no file"
         )
     try:
-        index = HotIndex.load(path)
+        index = HotIndex.load(path, mapped)
     except ConfigError as error:
         raise ShardTruncated(str(error)) from error
     try:
@@ -61,14 +81,3 @@ def read_index(directory: Path, config: EngramConfig, vocab_digest: str) -> HotI
     except DigestMismatch as error:
         raise ShardForeign(f"{path}: {error}") from error
     return index
-
-
-def verify_index(directory: Path, config: EngramConfig, vocab_digest: str) -> None:
-    """Hashes the index of a table. Raises ShardCorrupt if it is damaged, and as `read_index`."""
-    index = read_index(directory, config, vocab_digest)
-    if index is None:
-        return
-    try:
-        index.verify()
-    except DigestMismatch as error:
-        raise ShardCorrupt(f"{directory / FILE_NAME}: {error}") from error

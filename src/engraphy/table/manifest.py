@@ -21,7 +21,7 @@ from ..rows.format import RowFormat
 from ..spec.config import EngramConfig
 from ..system.files import write_file
 from ..system.lfs import refuse_pointer
-from .hot import read_index
+from .hot import check_file, read_index
 from .shards import Shard, shards_of
 
 FILE_NAME = "engram.json"
@@ -93,17 +93,17 @@ class Manifest:
         return [shard for layer in self.config.hash.layer_ids for shard in self.shards(layer)]
 
     def check_shards(self) -> None:
-        """Checks presence, size and header of every shard, and of the hot index.
+        """Checks presence, size and header of every shard and of the hot index.
 
         Raises:
             TableError: A shard or the index is missing, foreign, truncated or damaged.
         """
         for shard in self.all_shards():
             shard.check(self.table_ids)
-        self.index()
+        check_file(self.directory, self.config, self.vocab_digest)
 
     def index(self) -> HotIndex | None:
-        """The table's hot index, mapped; None if it has none.
+        """The table's hot index, read and hashed; None if it has none.
 
         Raises:
             TableError: It is missing, foreign, or damaged.

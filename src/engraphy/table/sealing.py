@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ..errors import ShardCorrupt, TableError, TableUnsealed
 from ..system.checks import as_int
-from .hot import verify_index
 from .manifest import Manifest
 from .shards import Shard
 
@@ -91,7 +90,7 @@ def verify_table(path: Path, table_id: str, sample: int | None) -> Verified:
         count = as_int("sample", sample, 1, len(shards))
         chosen = random.sample(shards, count)
     _verify_shards(now, chosen)
-    verify_index(now.directory, now.config, now.vocab_digest)
+    now.index()
     size = sum(shard.rows * shard.row_bytes for shard in chosen)
     return Verified(len(chosen), len(shards), size)
 

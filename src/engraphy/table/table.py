@@ -224,7 +224,8 @@ class Table:
 
     @property
     def hot(self) -> HotIndex | None:
-        """The index of the n-grams that have rows of their own, mapped; None if there are none.
+        """The index of the n-grams that have rows of their own, read and hashed; None if there are
+        none.
 
         Raises:
             TableError: It is missing, another one, or damaged (see `open`).
