@@ -36,6 +36,31 @@ void hashes_of(const HotTable &table, const int64_t *terms, int64_t stride, int 
     }
 }
 
+// The slots at these ranks, where the record is that of the n-gram; else -1. A slot that the index
+// does not have is one of a damaged file. known: the order, 0 = it is read from the table.
+template <int known> void keep_equal(const HotTable &table, const int64_t *terms, int64_t stride,
+                                     int count, int64_t *slots) {
+    const int order = known ? known : table.order;
+    for (int j = 0; j < count; j++) {
+        const int64_t rank = slots[j];
+        const uint32_t *record = table.records + (rank < 0 ? 0 : rank) * (order + 1);
+        bool same = (rank >= 0) & (record[0] < table.slots);
+        for (int i = 0; i < order; i++)
+            same &= record[order - i] == (uint64_t)terms[i * stride + j];
+        slots[j] = same ? (int64_t)record[0] : -1;
+    }
+}
+
+// The same where records keep fingerprints.
+void keep_marked(const HotTable &table, const uint32_t *marks, int count, int64_t *slots) {
+    for (int j = 0; j < count; j++) {
+        const int64_t rank = slots[j];
+        const uint32_t *record = table.records + (rank < 0 ? 0 : rank) * table.width;
+        const bool same = (rank >= 0) & (record[0] < table.slots) & (record[1] == marks[j]);
+        slots[j] = same ? (int64_t)record[0] : -1;
+    }
+}
+
 }  // namespace
 
 void hot_ranks(const HotTable &table, const int64_t *terms, int64_t stride, int count,
@@ -92,17 +117,12 @@ void hot_find(const HotTable &table, const int64_t *terms, int64_t stride, int c
               int64_t *slots) {
     uint32_t marks[hot_tile];
     hot_ranks(table, terms, stride, count, slots, marks);
-    for (int j = 0; j < count; j++) {
-        if (slots[j] < 0) continue;
-        const uint32_t *record = table.records + slots[j] * table.width;
-        bool same = record[0] < table.slots;  // else the file is damaged
-        if (table.fingerprint_bits) {
-            same &= record[1] == marks[j];
-        } else {
-            for (int i = 0; i < table.order; i++)
-                same &= record[table.order - i] == (uint64_t)terms[i * stride + j];
-        }
-        slots[j] = same ? (int64_t)record[0] : -1;
+    if (table.fingerprint_bits) return keep_marked(table, marks, count, slots);
+    switch (table.order) {
+    case 2: return keep_equal<2>(table, terms, stride, count, slots);
+    case 3: return keep_equal<3>(table, terms, stride, count, slots);
+    case 4: return keep_equal<4>(table, terms, stride, count, slots);
+    default: return keep_equal<0>(table, terms, stride, count, slots);
     }
 }
 
