@@ -19,6 +19,7 @@ from engraphy.recipes.studies.backbones import backbone
 from engraphy.recipes.studies.comparison import Comparison, ComparisonConfig
 from engraphy.recipes.studies.study import run_one, study_table
 from tests.tools.paths import ROOT
+from tests.tools.study_pages import PAGES
 
 RESULTS = ROOT / "results" / "smallest"
 SMALLEST = ComparisonConfig.smallest()
@@ -37,6 +38,11 @@ def test_the_committed_results_of_the_smallest_form_give_its_page_to_the_letter(
     table = study_table(study, study.config.smallest(), RESULTS / name)
     assert page.partition("\n\n")[2] == table + "\n"
     assert "Missing: nothing." in table
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_committed_runs_of_a_study_give_its_page_to_the_letter(name):
+    assert PAGES[name].updated() == PAGES[name].path.read_text()
 
 
 @pytest.mark.parametrize(

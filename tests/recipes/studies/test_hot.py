@@ -25,7 +25,6 @@ from engraphy.recipes.studies.hot_paper import _verdict
 from engraphy.recipes.studies.hot_values import differences, flips, over_training
 from engraphy.recipes.studies.study import study_table
 from tests.recipes.studies.test_comparison import RESULTS
-from tests.tools import hot_page
 
 CONFIG = HotConfig((0, 1, 2), 1_000_000, "mix", "wide", (3e-3, 4e-3, 6e-3))
 ARMS = _arms(CONFIG.base)
@@ -198,8 +197,3 @@ def test_only_rows_that_are_shared_move_between_two_readings():
 def test_the_backbone_of_the_study_has_two_heads_and_that_of_others_is_as_it_was():
     assert HotConfig(backbone="wide").base.memory.heads == 2
     assert backbone("wide").memory.heads == 4
-
-
-def test_the_page_of_results_says_which_runs_are_there_to_the_letter():
-    page = hot_page.PAGE.read_text()
-    assert hot_page.updated(page) == page
