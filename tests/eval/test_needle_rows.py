@@ -37,21 +37,26 @@ def written(ids) -> str:
     return "".join(map(chr, ids))
 
 
-def test_a_needle_row_is_one_document_that_ends_with_its_answers():
+def test_a_needle_row_is_one_document_whose_targets_are_the_answers_to_all_its_questions():
     seen = set()
     for step in range(6):
         batch = rows(1.0)[step]
         assert batch.ids_BT.shape == (4, LENGTH)
         for ids, targets, starts in zip(*batch, strict=True):
             kept = targets != IGNORED
-            first = int(kept.nonzero()[0])
-            assert kept[first:].all() and starts.tolist() == [True] + [False] * (LENGTH - 1)
-            assert ids[0] == START and torch.equal(ids[first + 1 :], targets[first:-1])
-            question = written(ids[: first + 1].tolist())
-            answers = re.findall(r"\w+", written(targets[first:].tolist()))
-            assert answers == re.findall(r"\w+", reader(map(ord, question)))
-            seen.add(len(answers))
-    assert seen == {1, 2}
+            assert kept[-1] and starts.tolist() == [True] + [False] * (LENGTH - 1)
+            assert ids[0] == START and torch.equal(ids[1:][kept[:-1]], targets[:-1][kept[:-1]])
+            before = torch.cat([torch.tensor([False]), kept[:-1]])
+            firsts = (kept & ~before).nonzero().flatten().tolist()
+            counts = []
+            for first in firsts:
+                end = first + int((~kept[first:]).nonzero()[0]) if (~kept[first:]).any() else LENGTH
+                answers = re.findall(r"\w+", written(targets[first:end].tolist()))
+                text = written(ids[: first + 1].tolist())
+                assert answers == re.findall(r"\w+", reader(map(ord, text)))
+                counts.append(len(answers))
+            seen.add(tuple(counts))
+    assert seen == {(1, 1), (1,), (2,)}  # multi-query, multi-key, and the tasks of several answers
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.6, 1.0])

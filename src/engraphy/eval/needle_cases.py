@@ -116,24 +116,31 @@ class NeedleTexts:
 
     def answered(
         self, task: str, tokens: int, random: np.random.Generator
-    ) -> tuple[tuple[int, ...], int]:
-        """A text with one of its questions and the answers: `tokens` ids together.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A text with its questions, in an order of chance, each with its answers: `tokens` ids.
 
         Returns:
-            The ids, and the place of the first answer.
+            The ids, int64 [tokens], and bool [tokens], True where an id is one of an answer.
 
         Raises:
             ConfigError, InputError: As `case`.
         """
         text, asked = self._drawn(task, random)
-        question, right, options = asked[int(random.integers(len(asked)))]
-        answers = [
-            token
-            for part in answer_ids(Question((), right, options), self.encode)
-            for token in part
-        ]
-        ids = text.ids(question, tokens - len(answers))
-        return (*ids, *answers), len(ids)
+        first, *others = _shuffled(asked, random)
+        tail, is_answer = self._answers(first)
+        for question in others:
+            ids = list(self.encode(question[0]))
+            answers, flags = self._answers(question)
+            tail += ids + answers
+            is_answer += [False] * len(ids) + flags
+        head = text.ids(first[0], tokens - len(tail))
+        return np.array([*head, *tail]), np.array([False] * len(head) + is_answer)
+
+    def _answers(self, asked: _Asked) -> tuple[list[int], list[bool]]:
+        """The ids of a question's answers, and a flag for each."""
+        question = Question((), asked[1], asked[2])
+        ids = [token for part in answer_ids(question, self.encode) for token in part]
+        return ids, [True] * len(ids)
 
     def _drawn(self, task: str, random: np.random.Generator) -> tuple[_Text, list[_Asked]]:
         if task not in TASKS:

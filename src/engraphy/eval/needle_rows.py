@@ -18,7 +18,8 @@ class NeedleRows:
     """Batches by step, some of whose rows are needle texts. `lm.Run` trains on them as on
     `Batches`.
 
-    A needle row is one document: a text, one question, and its answers, which are its only targets.
+    A needle row is one document: a text and its questions, each with its answers, which are the
+    only targets.
     Its task and its facts are drawn anew from seed, step and row.
 
     Args:
@@ -54,18 +55,20 @@ class NeedleRows:
     def digest(self) -> str:
         """SHA-256 of what the batches depend on, the tokenizer's ids of the needles included."""
         sample = self._row(TASKS[0], np.random.default_rng(self.seed))[0]
-        facts = f"{self.batches.digest} {self.share} {self.seed} {self.texts.items} {sample}"
+        facts = (
+            f"{self.batches.digest} {self.share} {self.seed} {self.texts.items} {sample.tolist()}"
+        )
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def __getitem__(self, step: int) -> Batch:
         batch = self.batches[step]
         for row in range(self._rows_until(step + 1) - self._rows_until(step)):
             random = np.random.default_rng([self.seed, len(TASKS), step, row])
-            ids, answers = self._row(TASKS[int(random.integers(len(TASKS)))], random)
-            line = torch.tensor(ids)
+            ids, is_answer = self._row(TASKS[int(random.integers(len(TASKS)))], random)
+            line = torch.from_numpy(ids)
             batch.ids_BT[row] = line[:-1]
             batch.targets_BT[row] = line[1:]
-            batch.targets_BT[row, : answers - 1] = IGNORED
+            batch.targets_BT[row, ~torch.from_numpy(is_answer[1:])] = IGNORED
             batch.starts_BT[row] = False
             batch.starts_BT[row, 0] = True
         return batch
@@ -74,5 +77,5 @@ class NeedleRows:
         """Needle rows of all steps before this one."""
         return math.floor(step * self.share * self.batches.batch + 1e-9)
 
-    def _row(self, task: str, random: np.random.Generator) -> tuple[tuple[int, ...], int]:
+    def _row(self, task: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         return self.texts.answered(task, self.batches.tokens + 1, random)
