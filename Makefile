@@ -38,7 +38,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 
 # What an installation is built from: Python files are read in place and need no new one.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/engraphy/_native/*.cpp src/engraphy/_native/*.hpp)
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Modules are compiled at their first use: pip would compile all of torch, on one CPU.
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 EDITABLE := $(PIP) --no-build-isolation --config-settings build-dir=build/native --editable
 
 # pip says nothing when a native build fails, so this does; and CMake would remember the compiler that failed.
