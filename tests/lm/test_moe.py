@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engraphy.lm.moe import MoE, grouped_matmul
+from engraphy.lm.moe import MoE, grouped_matmul, swiglu
 
 HIDDEN, EXPERTS, TOP_K, WIDTH, SHARED = 12, 6, 2, 5, 7
 
@@ -187,3 +187,18 @@ def test_autocast_to_bfloat16_stays_close_and_learns():
         for p in moe.parameters()
     )
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 64), (0, 8)])
+def test_swiglu_and_its_gradient_are_torchs_bit_for_bit(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    mine, theirs = (values.clone().requires_grad_() for _ in range(2))
+    gate, up = theirs.chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    found = swiglu(mine)
+    grad = torch.randn(found.shape, generator=generator).to(dtype)
+    expected.backward(grad)
+    found.backward(grad)
+    assert torch.equal(found, expected) and torch.equal(mine.grad, theirs.grad)

@@ -119,9 +119,31 @@ class MoE(nn.Module):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half, along the last axis."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    """silu(first half) * second half, along the last axis.
+
+    The backward pass writes both halves of the gradient where they belong: torch would join them
+    by a copy, which took 3.5 % of a training step. The numbers are torch's, bit for bit.
+    """
+    return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:  # type: ignore[override]
+        gate, up = gate_up.chunk(2, dim=-1)
+        active = F.silu(gate)
+        ctx.save_for_backward(gate_up, active)
+        return active * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        gate_up, active = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, active, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up
 
 
 def grouped_matmul(x_MK: Tensor, weight_EKN: Tensor, sizes: list[int]) -> Tensor:
