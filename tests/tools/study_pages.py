@@ -67,8 +67,8 @@ PAGES: Mapping[str, Page] = {
     "hot": Page(
         "hot-tier.md",
         HOT,
-        HotConfig(backbone="wide", rates=(4e-3,)),
-        "engraphy study hot --rate 0.004",
+        HotConfig(backbone="wide"),
+        "engraphy study hot",
         "hot",
     ),
 }

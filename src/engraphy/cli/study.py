@@ -98,7 +98,7 @@ def _comparison(name: str) -> Callable[..., None]:
     """The command of a comparison."""
     # Arms that need each other have one rate; pairs that are compared by layer need enough of them.
     usual_backbone = {"depth": "deep", "hot": "wide"}.get(name, "base")
-    usual_rates = [4e-3] if name in ("depth", "needles") else [3e-3, 4e-3, 6e-3]
+    usual_rates = [4e-3] if name in ("depth", "needles") else [4e-3, 6e-3, 8e-3]
 
     def run(
         out: Path | None = typer.Option(

@@ -328,7 +328,12 @@ class Comparison:
             parts.append(pair_table(labels, self.pairs, results, runs))
         parts += self.tables(config, runs)
         parts.append(_made_with(config, results.values()))
-        parts.append(gaps(labels, config.seeds, jobs, results, chosen, out))
+        later = {}
+        for arm, count in self._seeds(config, results).items():
+            if arm not in chosen:
+                begun = 1 if arm in search.rates else 0  # the seed that is searched with
+                later[arm] = config.seeds[begun:count]
+        parts.append(gaps(labels, later, jobs, results, out))
         return markdown(parts)
 
 

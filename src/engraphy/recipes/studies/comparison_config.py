@@ -52,7 +52,7 @@ class ComparisonConfig:
     tokens: int = 4_000_000
     data: str = "mix"
     backbone: str = "base"
-    rates: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
+    rates: tuple[float, ...] = (4e-3, 6e-3, 8e-3)
     rho: float | None = None
 
     def __post_init__(self) -> None:

@@ -98,17 +98,25 @@ def pair_table(
 
 def gaps(
     labels: Labels,
-    seeds: Sequence[int],
+    later: Mapping[str, Sequence[int]],
     jobs: Sequence[Job],
     results: Mapping[Job, Result],
-    chosen: Mapping[str, float],
     out: Path,
 ) -> Iterator[str]:
-    """Runs that are missing, and results in the folder that are of something else."""
+    """Runs that are missing, and results in the folder that are of something else.
+
+    Args:
+        labels: Of the arms.
+        later: The seeds that each arm will run once its rate is known.
+        jobs: All runs that are asked for so far.
+        results: Those that are there.
+        out: Folder of the results.
+    """
     names = [job.name for job in jobs if job not in results]
-    others = ", ".join(map(str, seeds[1:]))
-    if others:
-        names += [f"seeds {others} of {labels[arm]}" for arm in labels if arm not in chosen]
+    for arm, seeds in later.items():
+        numbers = ", ".join(map(str, seeds))
+        if seeds:
+            names.append(f"seed{'s' if len(seeds) > 1 else ''} {numbers} of {labels[arm]}")
     yield missing(names)
     strangers = sorted({path.name for path in out.glob("*.json")} - {job.name for job in jobs})
     if strangers:
