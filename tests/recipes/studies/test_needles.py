@@ -8,7 +8,7 @@ import pytest
 
 from engraphy.errors import ConfigError
 from engraphy.recipes.studies.backbones import backbone
-from engraphy.recipes.studies.needles import NEEDLES, SHARES, NeedlesConfig
+from engraphy.recipes.studies.needles import NEEDLES, NeedlesConfig
 from engraphy.recipes.studies.study import study_table
 from tests.recipes.studies.test_comparison import RESULTS
 
@@ -33,7 +33,8 @@ def test_shares_are_tried_until_the_baseline_writes_some_answers_and_not_all():
     assert asked({}) == {("moe-25", 0)}
     assert asked({moe(0.25): result(0.1)}) == {("moe-25", 0), ("moe-50", 0)}
     results = {moe(0.25): result(0.1), moe(0.5): result(0.9)}
-    assert asked(results) == {("moe-25", 0), ("moe-50", 0), ("moe-10", 0)}
+    assert asked(results) == {("moe-25", 0), ("moe-50", 0), ("moe-35", 0)}
+    assert asked({moe(0.25): result(0.9)}) == {("moe-25", 0), ("moe-10", 0)}
 
 
 def test_the_right_share_is_run_by_all_arms_and_the_others_by_none():
@@ -46,8 +47,8 @@ def test_the_right_share_is_run_by_all_arms_and_the_others_by_none():
 
 
 def test_three_shares_that_miss_end_the_study():
-    results = {moe(share): result(0.05) for share in SHARES}
-    assert asked(results) == {(f"moe-{round(100 * share)}", 0) for share in SHARES}
+    results = {moe(share): result(0.05) for share in (0.25, 0.5, 0.9)}
+    assert asked(results) == {("moe-25", 0), ("moe-50", 0), ("moe-90", 0)}
     assert NEEDLES.cost(CONFIG, results) == "no run is missing"
 
 

@@ -1,8 +1,8 @@
 """Does a memory help to find needles in a text (RULER), or is it the conv? And in a longer text?
 
-All arms train on the mix with needle texts among its rows. First the mixture of experts tries
-shares of such rows, one after the other, until it writes between 20 and 80 % of the answers: a
-baseline that writes none or all could show no difference. The other arms then train on that share.
+All arms train on the mix with needle texts among its rows. First the mixture of experts tries up
+to three shares of such rows, until it writes between 20 and 80 % of the answers: a baseline that
+writes none or all could show no difference. The other arms then train on that share.
 
 Longer texts: an arm is measured at 4 times the length, as it is and with YaRN, and then trained on
 with YaRN, with a tenth of the tokens. Memory and experts are compared at equal steps, and at equal
@@ -36,8 +36,18 @@ from .queue import Result, ResultsByJob
 from .rates import Runs
 from .tables import NONE, fixed, head, mean_and_error, paired, row, shared_seeds
 
-SHARES = (0.25, 0.5, 0.1)
-"""Shares of the rows that are needle texts, in the order in which they are tried."""
+LOW, HIGH = "low", "high"
+NEXT: Mapping[tuple[str, ...], float] = {
+    (): 0.25,
+    (LOW,): 0.5,
+    (HIGH,): 0.1,
+    (LOW, LOW): 0.9,
+    (LOW, HIGH): 0.35,
+    (HIGH, LOW): 0.16,
+    (HIGH, HIGH): 0.03,
+}
+"""How the baseline has missed so far -> the share of the rows that are needle texts next."""
+SHARES = tuple(NEXT.values())
 FACTOR = 4
 """Times the length of training."""
 LONGER = 0.1
@@ -110,7 +120,9 @@ def _asked(config: NeedlesConfig, results: ResultsByJob) -> Mapping[str, int]:
     """Seeds of each arm: one of each baseline that was tried, all of the arms of the right share.
     The share that is tried now counts as the right one until it has run."""
     asked: dict[str, int] = {}
-    for share in SHARES:
+    misses: tuple[str, ...] = ()
+    while misses in NEXT:
+        share = NEXT[misses]
         name = _named("moe", share)
         job = config.job(name, config.seeds[0], config.rates[0])
         asked[name] = 1
@@ -120,6 +132,7 @@ def _asked(config: NeedlesConfig, results: ResultsByJob) -> Mapping[str, int]:
             asked |= dict.fromkeys(others, len(config.seeds))
             asked[name] = 1 if score is None else len(config.seeds)
             break
+        misses += (LOW if score < config.sizes.band[0] else HIGH,)
     return asked
 
 
