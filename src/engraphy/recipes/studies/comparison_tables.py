@@ -35,9 +35,11 @@ def sizes_table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
 def choice(labels: Labels, search: RateSearch, chosen: Mapping[str, float]) -> Iterator[str]:
     """The rates that the other seeds run at; says if one is at the edge of its range."""
     choices = []
-    for arm, lr in chosen.items():
-        steps = search.rates[arm].steps
-        edge = " (at the edge of the range)" if lr in (steps[0], steps[-1]) else ""
+    for arm, rates in search.rates.items():
+        if arm not in chosen:
+            continue
+        lr = chosen[arm]
+        edge = " (at the edge of the range)" if lr in (rates.steps[0], rates.steps[-1]) else ""
         choices.append(f"{labels[arm]} {lr:g}{edge}")
     yield f"Chosen, for the other seeds as well: {', '.join(choices) or 'nothing yet'}."
 
