@@ -19,8 +19,7 @@ class NeedleRows:
     `Batches`.
 
     A needle row is one document: a text and its questions, each with its answers, which are the
-    only targets.
-    Its task and its facts are drawn anew from seed, step and row.
+    only targets. Its task and its facts are drawn anew from seed, step and row.
 
     Args:
         batches: The text, with a seed.

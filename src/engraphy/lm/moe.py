@@ -121,8 +121,8 @@ class MoE(nn.Module):
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(first half) * second half, along the last axis.
 
-    The backward pass writes both halves of the gradient where they belong: torch would join them
-    by a copy, which took 3.5 % of a training step. The numbers are torch's, bit for bit.
+    The backward pass writes both halves of the gradient where they belong, which torch would join
+    by a copy. The numbers are torch's, bit for bit.
     """
     return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
 
