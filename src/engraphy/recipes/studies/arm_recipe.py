@@ -82,15 +82,18 @@ class ArmRecipe:
 
     def key(self, backbone: Backbone) -> str:
         """A name that arms of a backbone share if they train the same model."""
-        rho = backbone.rho if self.rho is None else self.rho
         recipe = dataclasses.replace(
             self,
             label="",
-            rho=rho if self.has_share else None,
+            rho=self._share(backbone) if self.has_share else None,
             memory=(self.memory or backbone.memory) if self.has_share else None,
         )
         text = json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()
         return f"{self.kind}-{hashlib.sha256(text).hexdigest()[:12]}"
+
+    def _share(self, backbone: Backbone) -> float:
+        """Share of the experts that are left."""
+        return backbone.rho if self.rho is None else self.rho
 
     def arm(self, backbone: Backbone, vocab: VocabMap, pad_id: int) -> Arm:
         """Sizes of the arm. vocab: of the tokenizer.
@@ -105,7 +108,7 @@ class ArmRecipe:
         if self.kind in ("moe", "conv"):
             return moe_arm(moe)
         sizes = self.memory or backbone.memory
-        rho = backbone.rho if self.rho is None else self.rho
+        rho = self._share(backbone)
         return memory_arm(moe, rho, sizes, len(hashed(vocab, self.control)), pad_id)
 
 
