@@ -131,20 +131,60 @@ def test_an_arm_that_another_study_has_trained_is_only_measured(tmp_path, monkey
 
 def test_several_rates_are_searched_on_the_first_seed_and_one_is_not():
     config = ComparisonConfig((0, 1, 2), rates=(3e-3, 6e-3))
-    jobs = ALLOCATION.jobs(config, {})
-    assert {(job.seed, job.lr) for job in jobs} == {(0, 3e-3), (0, 6e-3)}
+    study = STUDIES["baseline"].load()
+    assert {(job.seed, job.lr) for job in study.jobs(config, {})} == {(0, 3e-3), (0, 6e-3)}
     one = ComparisonConfig((0, 1, 2), rates=(3e-3,))
-    assert {(job.seed, job.lr) for job in ALLOCATION.jobs(one, {})} == {(n, 3e-3) for n in range(3)}
+    assert {(job.seed, job.lr) for job in study.jobs(one, {})} == {(n, 3e-3) for n in range(3)}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_arms_that_search_no_rate_have_one_that_does(name):
+    for size in ("smallest", "base", "wide"):
+        study = comparison(name)
+        base = backbone(size)
+        arms, like = study.arms(base).keys(), study.like(base)
+        assert like.keys() <= arms
+        assert set(like.values()) <= arms - like.keys()
+
+
+@pytest.mark.parametrize(
+    ("best", "deciding"),
+    [
+        ("rho-1", "rho-0.9"),
+        ("rho-0.9", "rho-0.9"),
+        ("rho-0.5", "rho-0.5"),
+        ("rho-0.125", "rho-0.25"),
+    ],
+)
+def test_shares_that_decide_run_on_all_seeds_and_the_others_on_one(best, deciding):
+    config = ComparisonConfig((0, 1, 2), rates=(4e-3, 6e-3, 8e-3))
+    results = {}
+    while missing := [job for job in ALLOCATION.jobs(config, results) if job not in results]:
+        rates = 4 * abs(missing[0].lr - 6e-3)
+        results[missing[0]] = {"validation_loss": 4.0 + rates - (missing[0].arm == best)}
+    seeds = {name: {job.seed for job in results if job.arm == name} for name in shares(config.base)}
+    many = {name for name, found in seeds.items() if found == {0, 1, 2}}
+    assert many == {"rho-1", "rho-0.125", deciding}
+    assert all(seeds[name] == {0} for name in seeds.keys() - many)
+    rates = {name: {job.lr for job in results if job.arm == name} for name in seeds}
+    assert {name for name, found in rates.items() if found == {6e-3}} == {
+        "rho-0.9",
+        "rho-0.5",
+        "rho-0.25",
+    }
 
 
 def test_the_cost_counts_what_is_missing_alone():
-    study = ALLOCATION
+    study = STUDIES["baseline"].load()
     config = dataclasses.replace(SMALLEST, seeds=(0, 1, 2))
     cost = study.cost(config, {})
     assert cost.startswith("18 runs or more, 0.0M tokens, ")
     done = {job: {"validation_loss": 1.0} for job in study.jobs(SMALLEST, {})}
     assert study.cost(config, done).startswith("6 runs or more, ")
     assert study.cost(SMALLEST, done) == "no run is missing"
+    searched = dataclasses.replace(config, rates=(3e-3, 6e-3))
+    controls = STUDIES["controls"].load()  # three of nine arms search
+    assert controls.cost(searched, {}).startswith("30 runs or more, ")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The ablation: what each choice of a memory is worth, one change at a time, and what its size is.
 
 Activated parameters are those of the memory arm within a percent. Totals are too, unless the size
-of the table is what changes.
+of the table is what changes. All changes run at the memory's learning rate.
 """
 
 from __future__ import annotations
@@ -106,5 +106,9 @@ def _sizes(runs: Runs) -> Iterator[str]:
     )
 
 
-ABLATION = Comparison("ablation", _arms, tables=_tables).study
+def _like(backbone: Backbone) -> Mapping[str, str]:
+    return {name: "memory" for name in _arms(backbone) if name != "memory"}
+
+
+ABLATION = Comparison("ablation", _arms, tables=_tables, like=_like).study
 """The ablation of a memory."""

@@ -3,6 +3,9 @@
 
 Totals and activated parameters are equal. At rho = 1 there is no memory; at the least rho, as many
 experts are left as a token uses. A parabola says whether there is a minimum between.
+
+Both ends and the share in between that most memories have search their learning rates; the other
+shares run at the rate of the latter. Shares that decide where the minimum lies run on all seeds.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from .arm_recipe import ArmRecipe
 from .backbones import Backbone
 from .comparison import Comparison, ComparisonConfig
 from .comparison_tables import validation_loss
+from .queue import ResultsByJob
 from .rates import Runs
 from .tables import NONE, head, mean_and_error, paired, row
 
@@ -43,6 +47,30 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
         label = f"rho {rho:.3g}, {round(rho * backbone.moe.experts)} experts"
         arms[name] = ArmRecipe(label, kind, rho)
     return arms
+
+
+def _like(backbone: Backbone) -> Mapping[str, str]:
+    """Which shares run at the rate of which."""
+    names = list(shares(backbone))
+    tuned = _name(0.75)
+    return {name: tuned for name in names[1:-1] if name != tuned}
+
+
+def _asked(config: ComparisonConfig, results: ResultsByJob) -> Mapping[str, int]:
+    """All seeds of the ends, and of the best share of the first seed once that is known; if it is
+    an end, of the share beside it. One seed of the others."""
+    names = list(shares(config.base))
+    losses = list[float]()
+    runs = _COMPARISON.search(config).runs(results)
+    for name in names:
+        result = runs.get(name, {}).get(config.seeds[0])
+        if result is not None:
+            losses.append(validation_loss(result))
+    deciding = {names[0], names[-1]}
+    if len(losses) == len(names):
+        best = losses.index(min(losses))
+        deciding.add(names[min(max(best, 1), len(names) - 2)])
+    return {name: len(config.seeds) if name in deciding else 1 for name in names}
 
 
 def _tables(config: ComparisonConfig, runs: Runs) -> list[Iterator[str]]:
@@ -80,10 +108,12 @@ def _curve(config: ComparisonConfig, runs: Runs) -> Iterator[str]:
     yield f"lowest at rho {curve.lowest:.2f}{error}, {inside} the ends."
 
 
-ALLOCATION = Comparison(
+_COMPARISON = Comparison(
     "allocation",
     _arms,
-    (),
     tables=_tables,
-).study
+    asked=_asked,
+    like=_like,
+)
+ALLOCATION = _COMPARISON.study
 """The allocation study."""

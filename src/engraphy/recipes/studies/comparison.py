@@ -93,6 +93,10 @@ def _begin_nothing(
     pass
 
 
+def _like_none(backbone: Backbone) -> Mapping[str, str]:
+    return {}
+
+
 def _watch_nothing(corpus: Corpus, config: Any, frequent: Frequent) -> Watch | None:
     return None
 
@@ -114,7 +118,7 @@ class Comparison:
         after: An arm -> the arm that has to be done before, since it is needed as a partner, or for
             `ArmRecipe.until`. Both then run at one rate.
         text: (corpus, arm, config, seed) -> what an arm trains on.
-        like: An arm that searches no rate -> the arm whose best rate it runs at.
+        like: backbone -> of an arm that searches no rate, the arm whose best rate it runs at.
         begin: (model, arm, frequent n-grams, partner) -> None. Changes a fresh model of an arm.
         watch: (corpus, config, its frequent n-grams) -> what is measured while an arm trains.
         asked: (config, results so far) -> how many seeds of which arms they ask for, the arms in
@@ -130,7 +134,7 @@ class Comparison:
     after: Mapping[str, str] = field(default_factory=dict)
     text: Callable[[Corpus, ArmRecipe, Any, int], TrainingBatches] = _corpus_alone
     asked: Callable[[Any, ResultsByJob], Mapping[str, int]] | None = None
-    like: Mapping[str, str] = field(default_factory=dict)
+    like: Callable[[Backbone], Mapping[str, str]] = _like_none
     begin: Callable[[LM, ArmRecipe, Frequent, Callable[[str], Run]], None] = _begin_nothing
     watch: Callable[[Corpus, Any, Frequent], Watch | None] = _watch_nothing
     config: type[ComparisonConfig] = ComparisonConfig
@@ -156,9 +160,9 @@ class Comparison:
 
     def search(self, config: ComparisonConfig) -> RateSearch:
         """The runs over rates and seeds."""
-        arms = [arm for arm in self.recipes(config) if arm not in self.like]
-        rates = {arm: _rates(config.rates) for arm in arms}
-        return RateSearch(rates, config.seeds, config.job, validation_loss, self.like)
+        like = self.like(config.base)
+        rates = {arm: _rates(config.rates) for arm in self.recipes(config) if arm not in like}
+        return RateSearch(rates, config.seeds, config.job, validation_loss, like)
 
     def _cost(self, config: ComparisonConfig, results: ResultsByJob) -> str:
         """What is missing, and how long it takes here."""
@@ -166,14 +170,16 @@ class Comparison:
         jobs = self._jobs(config, results)
         done = Counter(job.arm for job in jobs if job in results)
         seeds = self._seeds(config, results)
-        tried = {name: 1 if name in self.like else len(config.rates) for name in arms}
+        like = self.like(config.base)
+        tried = {name: 1 if name in like else len(config.rates) for name in arms}
         missing = {name: max(0, tried[name] + seeds.get(name, 0) - 1 - done[name]) for name in arms}
         return str(cost_of(arms, missing, config.base, config.tokens))
 
     def _jobs(self, config: ComparisonConfig, results: ResultsByJob) -> list[Job]:
         """Seed by seed, so that what stops early has whole comparisons; arms that search no rate
         come last."""
-        if self.after.keys() - self.like.keys() and len(config.rates) > 1:
+        like = self.like(config.base)
+        if self.after.keys() - like.keys() and len(config.rates) > 1:
             raise ConfigError(f"{self.name}: expected one rate for all arms, found {config.rates}")
         shares = [arm.rho for arm in self.recipes(config).values() if arm.has_share]
         if config.rho is not None and None not in shares:
@@ -183,13 +189,13 @@ class Comparison:
             )
         jobs = sorted(
             self.search(config).jobs(results),
-            key=lambda job: (job.arm in self.like, config.seeds.index(job.seed)),
+            key=lambda job: (job.arm in like, config.seeds.index(job.seed)),
         )
         seeds = self._seeds(config, results)
         jobs = [job for job in jobs if job.seed in config.seeds[: seeds.get(job.arm, 0)]]
         before = {job: self._before(job) for job in jobs}
         # At another arm's rate, what has to come before may not have been asked for.
-        needed = dict.fromkeys(other for job, other in before.items() if job.arm in self.like)
+        needed = dict.fromkeys(other for job, other in before.items() if job.arm in like)
         jobs += [other for other in needed if other is not None and other not in jobs]
         return [job for job in jobs if before.get(job) is None or before[job] in results]
 
@@ -315,8 +321,9 @@ class Comparison:
             raise ConfigError(f"{out}: expected results of a study, found none")
         search = self.search(config)
         chosen = search.chosen(results)
-        runs = search.runs(results)
         labels = {name: recipe.label for name, recipe in self.recipes(config).items()}
+        found = search.runs(results)
+        runs = {name: found[name] for name in labels if name in found}
         parts = [sizes_table(config.base.rows())]
         if len(config.rates) > 1:
             losses = {arm: search.losses(arm, results) for arm in search.rates}

@@ -1,4 +1,7 @@
-"""The controls: which part of a memory does the work? Each lacks one thing."""
+"""The controls: which part of a memory does the work? Each lacks one thing.
+
+They run at the memory's learning rate. The dense adapter, which has no rows, searches its own.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,12 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
 
 
 _CONTROLS = ("one-row", "frozen", "shuffled", "unigram", "constant-gate", "no-conv", "adapter")
+
+
+def _like(backbone: Backbone) -> Mapping[str, str]:
+    return {name: "memory" for name in _CONTROLS if name != "adapter"}
+
+
 CONTROLS = Comparison(
     "controls",
     _arms,
@@ -37,5 +46,6 @@ CONTROLS = Comparison(
         *((name, "moe") for name in _CONTROLS),
         *(("memory", name) for name in _CONTROLS),
     ),
+    like=_like,
 ).study
 """The controls of a memory."""

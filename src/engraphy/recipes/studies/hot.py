@@ -110,10 +110,9 @@ def _asked(config: HotConfig, results: ResultsByJob) -> Mapping[str, int]:
     return {arm: len(config.seeds) if arm in MAIN else 1 for arm in _arms(config.base)}
 
 
-def _like() -> Mapping[str, str]:
+def _like(backbone: Backbone) -> Mapping[str, str]:
     """Which arms run at whose rate: those that hash all n-grams, and those that do not."""
-    any_backbone = ComparisonConfig().base
-    others = [arm for arm in _arms(any_backbone) if arm not in MAIN]
+    others = [arm for arm in _arms(backbone) if arm not in MAIN]
     return {arm: "hash" if arm in ("double", "hash-dropout") else "hot" for arm in others}
 
 
@@ -234,7 +233,7 @@ HOT = Comparison(
     _tables,
     after={"noise": "hash"},
     asked=_asked,
-    like=_like(),
+    like=_like,
     begin=_begin,
     watch=_watch,
     config=HotConfig,

@@ -150,5 +150,17 @@ def _gap(
     return str(len(values)), mean_and_error(values) if values else NONE
 
 
-WHERE = Comparison("where", _arms, (("memory", "moe"),), _measure, _tables).study
+def _like(backbone: Backbone) -> Mapping[str, str]:
+    """Arms with less text run at the rate of that with all of it."""
+    return {f"{name}-{share}": name for share in SHARES for name in ("moe", "memory")}
+
+
+WHERE = Comparison(
+    "where",
+    _arms,
+    (("memory", "moe"),),
+    _measure,
+    _tables,
+    like=_like,
+).study
 """Where the gain of a memory lies."""
