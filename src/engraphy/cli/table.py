@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from ..addresses.addresser import Addresser
@@ -29,14 +27,24 @@ from ..store.pool_file import is_pool_file, read_header, verify_pool
 from ..store.publish import publish_pool
 from ..table import inspection
 from ..table import usage as usage_module
-from ..table.quantize import Comparison, Difference
 from ..table.quantize import compare as compare_tables
 from ..table.quantize import quantize as quantize_table
 from ..table.table import Table
 from .arguments import JSON
 from .serving import ask, serve
 from .sharing import find_sharing, is_config, print_sharing
-from .terminal import errors, grid, progress
+from .table_output import (
+    print_comparison,
+    print_differences,
+    print_facts,
+    print_json,
+    print_release,
+    print_statistics,
+    print_usage,
+    print_verified,
+    size,
+)
+from .terminal import errors, progress
 
 app = typer.Typer(
     no_args_is_help=True, help="Tables on disk: make, check, quantise, compare and look into them."
@@ -68,16 +76,16 @@ def convert(
         with progress() as report:
             made = convert_checkpoint(checkpoint, out, vocab_file=vocab, kind=kind, progress=report)
         if as_json:
-            _json(made)
+            print_json(made)
             return
         resumed = f", {made.resumed_at:,} of them from an earlier run" if made.resumed_at else ""
-        _facts(
+        print_facts(
             {
                 "table": escape(made.path),
                 "table_id": made.table_id,
                 "made from": f"source {made.source_id}",
                 "rows": f"{made.rows:,} of {made.kind}{resumed}",
-                "size": _size(made.bytes),
+                "size": size(made.bytes),
             }
         )
 
@@ -96,17 +104,17 @@ def quantize(
         with progress() as report:
             made = quantize_table(table, out, kind, progress=report)
         if as_json:
-            _json(made)
+            print_json(made)
             return
-        _facts(
+        print_facts(
             {
                 "table": escape(made.path),
                 "table_id": made.table_id,
                 "parent": made.parent,
-                "size": f"{_size(made.bytes)} of {made.kind}, was {_size(made.parent_bytes)}",
+                "size": f"{size(made.bytes)} of {made.kind}, was {size(made.parent_bytes)}",
             }
         )
-        _differences(made.difference)
+        print_differences(made.difference)
 
 
 @app.command()
@@ -149,7 +157,7 @@ def hot(
         if as_json:
             typer.echo(json.dumps(facts, indent=2))
             return
-        _facts({name: escape(text) for name, text in facts.items()})
+        print_facts({name: escape(text) for name, text in facts.items()})
 
 
 @app.command()
@@ -168,13 +176,13 @@ def publish(
             made = {"pool": str(pool), "table_id": header.table_id, "epoch": header.epoch}
             typer.echo(json.dumps(made | {"bytes": header.size}, indent=2))
             return
-        _facts(
+        print_facts(
             {
                 "pool": escape(str(pool)),
                 "epoch": str(header.epoch),
                 "table_id": header.table_id,
                 "layers": ", ".join(map(str, header.layers)),
-                "size": _size(header.size),
+                "size": size(header.size),
             }
         )
 
@@ -194,9 +202,9 @@ def verify(
             return
         result = inspection.verify(table, sample)
         if as_json:
-            _json(result, sound=result.sound)
+            print_json(result, sound=result.sound)
         else:
-            _print_verified(result)
+            print_verified(result)
         if not result.sound:
             raise typer.Exit(1)
 
@@ -212,9 +220,9 @@ def compare(
         with progress() as report:
             result = compare_tables(open_rows(first), open_rows(second), progress=report)
         if as_json:
-            _json(result, equal=result.equal)
+            print_json(result, equal=result.equal)
         else:
-            _print_comparison(result)
+            print_comparison(result)
         if not result.equal:
             raise typer.Exit(1)
 
@@ -261,7 +269,7 @@ def stat(
         if is_release(table):
             if ids is not None or text is not None:
                 raise ConfigError(f"{table}: expected a table with --ids or --text: convert it")
-            _print_release(Checkpoint.open(table), as_json)
+            print_release(Checkpoint.open(table), as_json)
             return
         ids_T = _token_ids(ids, text, tokenizer)
         with progress() as report:
@@ -272,9 +280,9 @@ def stat(
             usage = [dataclasses.asdict(layer) for layer in used]
             typer.echo(json.dumps({"layers": statistics, "usage": usage}, indent=2))
             return
-        _print_statistics(layers)
+        print_statistics(layers)
         for layer in used:
-            _print_usage(layer)
+            print_usage(layer)
 
 
 @app.command()
@@ -298,131 +306,15 @@ def _usage(
     return usage_module.usage(table, vocab_map, ids_T)
 
 
-def _print_release(checkpoint: Checkpoint, as_json: bool) -> None:
-    if not as_json:
-        Console().print(checkpoint.describe(), soft_wrap=True, highlight=False, markup=False)
-        return
-    tensors = {layer: [part.name for part in parts] for layer, parts in checkpoint.weights.items()}
-    facts = {
-        "source_id": checkpoint.source_id,
-        "config": checkpoint.config.to_json(),
-        "row_format": checkpoint.fmt.to_json(),
-        "tensors": tensors,
-        "assumed": checkpoint.assumed,
-    }
-    typer.echo(json.dumps(facts, indent=2))
-
-
 def _verify_pool(pool: Path, as_json: bool) -> None:
     """Hashes all shards; whether the rows are numbers was the table's matter."""
     checked = verify_pool(pool)
     table_id = read_header(pool).table_id
     if as_json:
-        _json(checked, table_id=table_id, sound=True)
+        print_json(checked, table_id=table_id, sound=True)
         return
-    shards = f"{checked.shards} of {checked.of} shards, {_size(checked.bytes)}"
-    _facts({"table_id": table_id, "checksums": shards, "": "sound"})
-
-
-def _print_verified(result: inspection.Verification) -> None:
-    _facts(
-        {
-            "table_id": result.table_id,
-            "checksums": f"{result.shards} of {result.of} shards, {_size(result.bytes)}",
-            "": "sound" if result.sound else "[red]some rows are not numbers[/]",
-        }
-    )
-    facts = {}
-    for layer in result.layers:
-        least, most = layer.primes
-        facts[f"layer {layer.layer}"] = {
-            "rows": layer.rows,
-            "primes": f"{layer.columns} from {least:,} to {most:,}",
-            "decoded": layer.decoded,
-            "not finite": ", ".join(map(str, layer.not_finite)) or "none",
-        }
-    _by_layer(facts)
-
-
-def _print_comparison(result: Comparison) -> None:
-    pairs = {
-        "table_id": result.table_ids,
-        "parent": result.parents,
-        "row format": result.kinds,
-        "address digest": tuple(digest[:32] for digest in result.address_digests),
-    }
-    firsts = [pair[0] for pair in pairs.values()]
-    seconds = [pair[1] for pair in pairs.values()]
-    grid({"": list(pairs), "first": firsts, "second": seconds})
-    if result.difference is None:
-        Console().print(
-            "not compared: the addresses differ, so a row number means other n-grams in each"
-        )
-    else:
-        _differences(result.difference)
-
-
-def _print_statistics(layers: list[inspection.LayerStatistics]) -> None:
-    facts = {
-        f"layer {layer.layer}": {
-            "rows": layer.rows,
-            "size": _size(layer.bytes),
-            "on disk": _size(layer.disk_bytes),
-            "sampled": layer.scanned,
-            "all zero": f"{layer.zero / layer.scanned:.2%}",
-            **{f"norm, {quantile:.0%}": f"{norm:.4g}" for quantile, norm in layer.norms.items()},
-        }
-        for layer in layers
-    }
-    _by_layer(facts)
-
-
-def _print_usage(layer: usage_module.LayerUsage) -> None:
-    heads, hot = layer.heads, layer.hottest
-    Console().print(
-        f"\nlayer {layer.layer}: "
-        f"{layer.tokens:,} tokens touch {layer.used:,} of {layer.rows:,} rows"
-    )
-    grid(
-        {
-            "order": [head.order for head in heads],
-            "head": [head.head for head in heads],
-            "n-grams": [head.ngrams for head in heads],
-            "rows used": [head.used for head in heads],
-            "of": [head.rows for head in heads],
-            "share a row": [f"{head.sharing / head.ngrams:.2%}" for head in heads],
-        }
-    )
-    grid(
-        {
-            "hottest row": [row.row for row in hot],
-            "order": [row.order for row in hot],
-            "head": [row.head for row in hot],
-            "reads": [row.reads for row in hot],
-            "n-grams": [row.ngrams for row in hot],
-        }
-    )
-
-
-def _differences(layers: dict[int, Difference]) -> None:
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else f"{value:{form}}"
-
-    _by_layer(
-        {
-            f"layer {layer}": {
-                "rows": difference.rows,
-                "different": difference.different,
-                "not finite": difference.not_finite,
-                "max abs": f"{difference.max_abs:.4g}",
-                "mean abs": f"{difference.mean_abs:.4g}",
-                "relative RMS": shown(difference.relative_rms, ".4g"),
-                "cosine, mean": shown(difference.mean_cosine, ".6f"),
-                "cosine, least": shown(difference.min_cosine, ".6f"),
-            }
-            for layer, difference in layers.items()
-        }
-    )
+    shards = f"{checked.shards} of {checked.of} shards, {size(checked.bytes)}"
+    print_facts({"table_id": table_id, "checksums": shards, "": "sound"})
 
 
 def _token_ids(ids: Path | None, text: Path | None, tokenizer: Path | None) -> np.ndarray | None:
@@ -447,29 +339,3 @@ def _token_ids(ids: Path | None, text: Path | None, tokenizer: Path | None) -> n
             f"{path}: expected {'text' if text else 'token ids'}, found something else "
             f"({type(error).__name__}: {error})"
         ) from None
-
-
-def _json(result: Any, **more: Any) -> None:
-    typer.echo(json.dumps(dataclasses.asdict(result) | more, indent=2))
-
-
-def _facts(facts: dict[str, str]) -> None:
-    for name, value in facts.items():
-        Console().print(f"{name:<11} {value}", soft_wrap=True, highlight=False)
-
-
-def _by_layer(facts: dict[str, dict[str, Any]]) -> None:
-    """Print one column a layer and one line a fact; a fact that a layer lacks is a dash."""
-    names = list(dict.fromkeys(name for layer in facts.values() for name in layer))
-    columns: dict[str, list[Any]] = {"": list(names)}
-    for layer, values in facts.items():
-        columns[layer] = [values.get(name, "-") for name in names]
-    grid(columns)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
