@@ -80,9 +80,9 @@ def rate_table(
 def made_with(results: Iterable[Result]) -> Iterator[str]:
     """Two lines: the commits and the machines that the results come from."""
     results = list(results)
-    for label, key in (("Commit", "commit"), ("Machine", "machine")):
+    for label, key, comma in (("Commit", "commit", ", "), ("Machine", "machine", "; ")):
         names = sorted({str(result[key] or "unknown") for result in results})
-        yield f"{label}: {', '.join(names)}."
+        yield f"{label}: {comma.join(names)}."
 
 
 def missing(names: Sequence[str]) -> str:
