@@ -125,8 +125,8 @@ def test_gradients_are_as_near_to_the_exact_ones_as_those_of_the_formula(name, d
     x_dtype, dtype = DTYPES[dtypes]
     layer, exact_layer = make(spec, dtype), make(spec, dtype).double()
     # A gate near its kink magnifies rounding, in float64 by up to 1e4 here; there is no exacter
-    # dtype to compare with. In float32 one case in hundreds is 36 eps off where the products of
-    # the projections are those of a CPU without AVX-512, and the plain formula 2.5.
+    # dtype to compare with. In float32 one case is 36 eps off on a CPU without AVX-512, where the
+    # plain formula is 2.5 eps off.
     least = 1e-11 if dtype == torch.float64 else 60 * torch.finfo(torch.float32).eps
     for tokens in TOKENS:
         for conv_inputs in (False, True):

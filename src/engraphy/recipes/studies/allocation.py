@@ -4,8 +4,8 @@
 Totals and activated parameters are equal. At rho = 1 there is no memory; at the least rho, as many
 experts are left as a token uses. A parabola says whether there is a minimum between.
 
-Both ends and the share in between that most memories have search their learning rates; the other
-shares run at the rate of the latter. Shares that decide where the minimum lies run on all seeds.
+Both ends and rho 0.75 search their learning rates; the other shares run at the rate of rho 0.75.
+Shares that decide where the minimum lies run on all seeds.
 """
 
 from __future__ import annotations
