@@ -31,6 +31,15 @@ BOTH = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def taken():
+    """SIGINT as a terminal leaves it: shells start what runs in the background with it ignored,
+    and processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @BOTH
 def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not(
     number, error, code
