@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -112,21 +113,60 @@ def test_studies_share_the_training_of_equal_arms_and_of_no_others(tmp_path):
     assert own.relative_to(tmp_path).parts[0] == "hot"  # it is watched while it trains
 
 
-def test_an_arm_that_another_study_has_trained_is_only_measured(tmp_path, monkeypatch):
+def words(folder: Path) -> Path:
+    """A text of forty documents."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(2000)]
     documents = [" ".join(words[start : start + 50]) for start in range(0, len(words), 50)]
-    text = tmp_path / "words.txt"
+    text = folder / "words.txt"
     text.write_text("\f".join(documents))
-    config = ComparisonConfig((0,), 512, str(text), "smallest", (3e-3,))
-    job = config.job("moe", 0, 3e-3)
-    for study in map(comparison, ("baseline", "controls")):
-        study.study.prepare(config, [job], tmp_path)
-        run_one(job, study.study, config, tmp_path, tmp_path)
-        if study.name == "baseline":
-            first = (tmp_path / job.name).read_text()
-            monkeypatch.setattr(Run, "step", lambda run: pytest.fail("a step"))
-    assert (tmp_path / job.name).read_text() == first
+    return text
+
+
+def run_arm(study: str, arm: str, config: ComparisonConfig, out: Path, work: Path) -> str:
+    """Runs an arm at the first rate. Returns its line."""
+    record = comparison(study).study
+    job = config.job(arm, 0, config.rates[0])
+    record.prepare(config, [job], work)
+    out.mkdir(parents=True)
+    return run_one(job, record, config, out, work)
+
+
+def test_an_arm_that_another_study_has_trained_is_only_measured(tmp_path, monkeypatch):
+    config = ComparisonConfig((0,), 512, str(words(tmp_path)), "smallest", (3e-3,))
+    run_arm("baseline", "moe", config, tmp_path / "results/baseline", tmp_path)
+    monkeypatch.setattr(Run, "step", lambda run: pytest.fail("a step"))
+    run_arm("controls", "moe", config, tmp_path / "elsewhere/controls", tmp_path)
+    name = config.job("moe", 0, 3e-3).name
+    one, other = tmp_path / "results/baseline" / name, tmp_path / "elsewhere/controls" / name
+    assert one.read_text() == other.read_text()
+
+
+def test_a_result_of_the_same_run_beside_it_is_taken_and_no_other(tmp_path, monkeypatch):
+    config = ComparisonConfig((0,), 512, str(words(tmp_path)), "smallest", (3e-3,))
+    results = tmp_path / "results"
+    run_arm("baseline", "moe", config, results / "baseline", tmp_path / "work")
+    first = json.loads((results / "baseline" / config.job("moe", 0, 3e-3).name).read_text())
+
+    monkeypatch.setattr(Run, "step", lambda run: pytest.fail("a step"))
+    line = run_arm("allocation", "rho-1", config, results / "allocation", tmp_path / "none")
+    job = config.job("rho-1", 0, 3e-3)
+    assert line == f"{job.name}: the same as {results / 'baseline' / 'moe-seed0-lr0.003.json'}"
+    taken = json.loads((results / "allocation" / job.name).read_text())
+    assert taken == first | {"job": job.fields}
+
+    other_runs = {
+        "recipe": ("controls", "memory", config),
+        "measure": ("where", "moe", config),
+        "tokens": ("allocation", "rho-1", dataclasses.replace(config, tokens=640)),
+        "rate": ("allocation", "rho-1", dataclasses.replace(config, rates=(4e-3,))),
+    }
+    for what, (study, arm, other) in other_runs.items():
+        with pytest.raises(pytest.fail.Exception, match="a step"):
+            run_arm(study, arm, other, results / what, tmp_path / what)
+    (results / "baseline/other-seed0-lr0.003.json").write_text("{")
+    with pytest.raises(ConfigError, match="other-seed0-lr0.003.json: expected the result of a run"):
+        run_arm("allocation", "rho-0.9", config, results / "damaged", tmp_path / "damaged")
 
 
 def test_several_rates_are_searched_on_the_first_seed_and_one_is_not():

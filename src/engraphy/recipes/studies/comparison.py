@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...data.corpus import Corpus, prepare
 from ...data.packing import Batches
@@ -41,42 +41,16 @@ from .costs import cost_of
 from .frequent import count_frequent, frequent_ngrams
 from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch, Runs
+from .same_run import same_run
 from .study import Study
 from .tables import made_with, markdown, rate_table
+from .trained import Trained
 
 DTYPE = "float32"
 SCALE = (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
 """Rates that a search may go on to."""
 SAVED = 200
 """Steps between checkpoints: a run that is stopped loses minutes at most."""
-
-
-class Trained(NamedTuple):
-    """A trained arm.
-
-    Attributes:
-        model: The model, in eval mode.
-        run: Its training, which has ended.
-        corpus: The text that it was trained on.
-        frequent: The most frequent n-grams of that text.
-        losses: On all held-out tokens.
-        partner: The name of another arm -> its training, of the same seed and rate, at its end.
-        config: Of the study.
-        job: The run.
-        recipe: The arm.
-        folder: Where the run leaves its checkpoints.
-    """
-
-    model: LM
-    run: Run
-    corpus: Corpus
-    frequent: Frequent
-    losses: Losses
-    partner: Callable[[str], Run]
-    config: Any
-    job: Job
-    recipe: ArmRecipe
-    folder: Path
 
 
 def _measure_nothing(trained: Trained) -> Result:
@@ -152,6 +126,7 @@ class Comparison:
             self._prepare,
             DTYPE,
             self._cost,
+            self._same,
         )
 
     def recipes(self, config: ComparisonConfig) -> Mapping[str, ArmRecipe]:
@@ -222,9 +197,11 @@ class Comparison:
             train(run, folder, True, corpus.heldout_batches(), until=until, watch=watch)
         model = run.model.eval()
         metrics = curves(folder)
+        shared = {"recipe": self._trained_as(job, config)} if self._is_plain else {}
         counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
         losses = Losses(model, corpus.heldout_batches(), counts, DTYPE)
         return {
+            **shared,
             "parameters": asdict(parameters),
             **losses.mean(),
             "loss_by_frequency": losses.by_bucket(),
@@ -246,6 +223,10 @@ class Comparison:
                 )
             ),
         }
+
+    def _same(self, job: Job, config: ComparisonConfig, out: Path) -> tuple[Path, Result] | None:
+        """The same run, if another study has a result of it in a folder beside `out`."""
+        return same_run(job, self._trained_as(job, config), out) if self._is_plain else None
 
     def _prepare(self, config: ComparisonConfig, jobs: Sequence[Job], work: Path) -> None:
         """Makes the corpora of the jobs' seeds, and counts their n-grams for arms with hot ones.
@@ -292,6 +273,11 @@ class Comparison:
         """Whether arms train as in other studies, on the corpus alone."""
         own = self.text, self.begin, self.watch
         return own == (_corpus_alone, _begin_nothing, _watch_nothing)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether results say what those of any study say, and no more."""
+        return self._is_usual and self.measure is _measure_nothing
 
     def _trained_as(self, job: Job, config: ComparisonConfig) -> str:
         """The name of a run's arm in checkpoints."""

@@ -23,10 +23,11 @@ from ...memory.lookup import Trace
 from ...memory.recording import recorded
 from .arm_recipe import ArmRecipe
 from .backbones import Backbone
-from .comparison import Comparison, ComparisonConfig, Trained
+from .comparison import Comparison, ComparisonConfig
 from .queue import Result
 from .rates import Runs
 from .tables import fixed, head, mean_and_error, row
+from .trained import Trained
 
 BATCHES = 4
 """Held-out batches that are read."""

@@ -25,12 +25,13 @@ from ...lm.loop import Run, Watch
 from ..progress import watched
 from .arm_recipe import ArmRecipe, Frequent
 from .backbones import Backbone
-from .comparison import Comparison, ComparisonConfig, Trained
+from .comparison import Comparison, ComparisonConfig
 from .frequent import ngram_addresser
 from .hot_collisions import collisions
 from .hot_tables import tables
 from .queue import Result, ResultsByJob
 from .rates import Runs
+from .trained import Trained
 
 HEADS = 2
 RHO = 0.5

@@ -31,10 +31,11 @@ from ...lm.config import YarnConfig
 from ...lm.loop import Run, heldout_loss, train
 from .arm_recipe import ArmRecipe
 from .backbones import Backbone
-from .comparison import DTYPE, Comparison, ComparisonConfig, Trained, origin, settings
+from .comparison import DTYPE, Comparison, ComparisonConfig, origin, settings
 from .queue import Result, ResultsByJob
 from .rates import Runs
 from .tables import NONE, fixed, head, mean_and_error, paired, row, shared_seeds
+from .trained import Trained
 
 LOW, HIGH = "low", "high"
 NEXT: Mapping[tuple[str, ...], float] = {

@@ -139,9 +139,9 @@ def write_result(result: Result, path: Path) -> None:
     write_file(path, json.dumps(result, indent=1) + "\n")
 
 
-def read_json(path: Path, job: dict[str, Any]) -> Result:
-    """The result of a run with the fields `job`. Raises ConfigError if the file is damaged, or the
-    result of other settings."""
+def read_json(path: Path, job: dict[str, Any] | None = None) -> Result:
+    """The result of a run with the fields `job`, None = of any. Raises ConfigError if the file is
+    damaged, or the result of other settings."""
     try:
         result = json.loads(path.read_text())
         fields = result["job"]
@@ -149,7 +149,7 @@ def read_json(path: Path, job: dict[str, Any]) -> Result:
         raise ConfigError(
             f"{path}: expected the result of a run, found {type(error).__name__}: {error}"
         ) from None
-    if fields != job:
+    if job is not None and fields != job:
         raise ConfigError(f"{path}: expected a result of {job}, found one of {fields}")
     return result
 

@@ -27,6 +27,10 @@ def _prepare_nothing(config: Any, jobs: Sequence[Any], work: Path) -> None:
     pass
 
 
+def _same_nowhere(job: Any, config: Any, out: Path) -> tuple[Path, Result] | None:
+    return None
+
+
 def _cost_unknown(config: Any, results: ResultsByJob) -> str:
     return ""
 
@@ -49,6 +53,8 @@ class Study:
         dtype: What all runs compute in.
         cost: (config, results so far) -> runs, tokens and hours that are missing, as text; "" = the
             study cannot tell.
+        same: (job, config, out) -> the file and the result of another study's run that is the same,
+            which is then taken; None = there is none.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Study:
     prepare: Callable[[Any, Sequence[Any], Path], None] = _prepare_nothing
     dtype: str = "float32"
     cost: Callable[[Any, ResultsByJob], str] = _cost_unknown
+    same: Callable[[Any, Any, Path], tuple[Path, Result] | None] = _same_nowhere
 
 
 def run_study(
@@ -106,6 +113,11 @@ def run_study(
 
 def run_one(job: Job, study: Study, config: Any, out: Path, work: Path) -> str:
     """One run, in this process: writes `out`/NAME.json and returns a line to print."""
+    same = study.same(job, config, out)
+    if same is not None:
+        path, result = same
+        write_result(result | {"job": job.fields}, out / job.name)
+        return f"{job.name}: the same as {path}"
     torch.set_num_threads(1)
     commit = provenance.commit()  # before a long run, during which the checkout may change
     result = {"job": job.fields, **study.run(job, config, work)}

@@ -14,11 +14,12 @@ from ...eval.kinds import KINDS, target_kinds
 from ...eval.losses import Losses
 from .arm_recipe import ArmRecipe
 from .backbones import Backbone
-from .comparison import DTYPE, Comparison, ComparisonConfig, Trained
+from .comparison import DTYPE, Comparison, ComparisonConfig
 from .comparison_tables import titled, validation_loss
 from .queue import Result
 from .rates import Runs
 from .tables import NONE, head, mean_and_error, paired, row
+from .trained import Trained
 
 SHARES = {"quarter": 0.25, "half": 0.5}
 """Shares of the training tokens that further arms see."""
