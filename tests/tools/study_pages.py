@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engraphy.recipes.studies.baseline import BASELINE
+from engraphy.recipes.studies.comparison_config import ComparisonConfig
 from engraphy.recipes.studies.hot import HOT, HotConfig
 from engraphy.recipes.studies.queue import Results
 from engraphy.recipes.studies.study import Study, study_table
@@ -63,7 +65,16 @@ class Page:
         return "\n".join([*lines, study_table(self.study, self.config, folder)])
 
 
+_CAMPAIGN = ComparisonConfig(tokens=6_000_000, data="mix+books:books")
+
 PAGES: Mapping[str, Page] = {
+    "baseline": Page(
+        "baseline.md",
+        BASELINE,
+        _CAMPAIGN,
+        "engraphy study baseline --data mix --books books --tokens 6000000",
+        "baseline",
+    ),
     "hot": Page(
         "hot-tier.md",
         HOT,
