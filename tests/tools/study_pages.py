@@ -65,14 +65,15 @@ class Page:
         return "\n".join([*lines, study_table(self.study, self.config, folder)])
 
 
-_CAMPAIGN = ComparisonConfig(tokens=6_000_000, data="mix+books:books")
+_CAMPAIGN = ComparisonConfig(tokens=6_000_000, data="mix+books:books", rates=(4e-3, 6e-3))
+_SETTINGS = "--data mix --books books --tokens 6000000 --rate 4e-3 --rate 6e-3"
 
 PAGES: Mapping[str, Page] = {
     "baseline": Page(
         "baseline.md",
         BASELINE,
         _CAMPAIGN,
-        "engraphy study baseline --data mix --books books --tokens 6000000",
+        f"engraphy study baseline {_SETTINGS}",
         "baseline",
     ),
     "hot": Page(
