@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from engraphy.data.packing import Batches
 from engraphy.errors import ConfigError
@@ -58,6 +59,29 @@ def test_the_end_of_a_document_and_its_first_token_count():
     counts = NgramCounts([np.array([1, 2]), np.array([1, 2, 3])], END, VOCAB)
     ids, targets = torch.tensor([[0, 1, 2]]), torch.tensor([[1, 2, 0]])
     assert counts.count(ids, targets, torch.tensor([[True, False, False]])).tolist() == [[-1, 2, 1]]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_batches_count_what_was_trained_on_and_nothing_else(order):
+    batches = Batches(random_documents(40, seed=0), END, batch=3, tokens=11, seed=0)
+    trained = [batches[step] for step in range(len(batches) // 2)]
+    by_hand: Counter[tuple[int, ...]] = Counter()
+    for ids, targets, starts in (map(Tensor.tolist, batch) for batch in trained):
+        for row, row_targets, row_starts in zip(ids, targets, starts, strict=True):
+            begin = 0
+            for last, target in enumerate(row_targets):
+                begin = last if row_starts[last] else begin
+                gram = (*row[begin : last + 1], target)[-order:]
+                by_hand[gram] += len(gram) == order
+    counts = NgramCounts.of_batches(trained, VOCAB, order)
+    for batch in (*trained, batches[len(batches) - 1]):
+        found = counts.count(*batch)
+        for row, last in np.argwhere(found >= 0):
+            ids = batch.ids_BT[row, max(0, last - order + 2) : last + 1].tolist()
+            assert found[row, last] == by_hand[(*ids, int(batch.targets_BT[row, last]))[-order:]]
+    rest = batches[len(batches) - 1]
+    assert (NgramCounts.of_batches(batches, VOCAB, order).count(*rest) > 0).any()
+    assert NgramCounts.of_batches([], VOCAB, order).count(*rest).max() <= 0
 
 
 def test_a_training_text_without_ngrams_has_seen_nothing():

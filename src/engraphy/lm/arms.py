@@ -130,6 +130,11 @@ class MemorySizes:
     hot: float = 0.0
     cold: float | None = None
 
+    @property
+    def width(self) -> int:
+        """Values that a layer reads for a token."""
+        return len(self.orders) * self.heads * self.dim
+
     def config(
         self, model: LMConfig, hash_vocab: int, pad_id: int, rows_per_head: int
     ) -> EngramConfig:

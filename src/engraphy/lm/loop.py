@@ -269,11 +269,16 @@ class Run:
         self.step_index = where["step"]
 
     def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run: all but how often it is looked
+        at."""
         memory = self.model.memory
+        config = dataclasses.asdict(self.config)
+        for name in ("heldout_every", "checkpoint_every"):
+            del config[name]
         return {
             "steps": self.steps,
             "data": self._data_digest,
-            "config": dataclasses.asdict(self.config),
+            "config": config,
             "model": self.model.config.to_json(),
             "memory": None if memory is None else memory.address_digest,
             "origin": self.origin,

@@ -21,6 +21,9 @@ from .tables import head, mean_and_error, row
 ROWS = (100, 320, 1000, 3200, 10_000, 32_000, 100_000)
 """Rows of each head: three decades."""
 RATE_SCALES = (1.0, 2.0, 10.0)
+NESTEROV_SCALES = (500.0, 5_000.0, 50_000.0)
+"""Nesterov's steps are as large as gradients of rows are, which Adam's do not depend on: at equal
+rates they were 10,000 times smaller."""
 
 
 def _size(rows: int) -> str:
@@ -41,12 +44,21 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
             add(f"layer-{layer}", f"at layer {layer}", layers=(layer,))
     if depth > 2:
         add("two-layers", f"at layers 1 and {depth - 1}", layers=(1, depth - 1))
-    for orders in ((2,), (3,), (2, 3, 4)):
-        # As many columns as before, so that as many values are read.
-        columns = len(sizes.orders) * sizes.heads
-        if columns % len(orders) == 0 and orders != sizes.orders:
-            name = "-".join(map(str, orders))
-            add(f"orders-{name}", f"orders {name}", orders=orders, heads=columns // len(orders))
+    for orders in ((2,), (3,), (2, 3), (2, 3, 4)):
+        if orders == sizes.orders:
+            continue
+        # As many values are read as before, but for what does not divide. The conv follows: its
+        # taps lie as far apart as the largest order.
+        heads = round(len(sizes.orders) * sizes.heads / len(orders))
+        dim = sizes.width // (len(orders) * heads)
+        name = "-".join(map(str, orders))
+        add(
+            f"orders-{name}",
+            f"orders {name}, {heads} heads each, rows of {dim}",
+            orders=orders,
+            heads=heads,
+            dim=dim,
+        )
     arms["uncompressed"] = memory.changed("raw ids", control="uncompressed")
     arms["plain-gate"] = memory.changed("gate without the signed root", control="plain-gate")
     if backbone.moe.streams > 1:
@@ -62,7 +74,12 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
         dim=sizes.dim // 2,
     )
     arms["adagrad"] = memory.changed("row-wise Adagrad on the table", rows="adagrad")
-    arms["nesterov"] = memory.changed("Nesterov on the table", rows="nesterov")
+    for scale in NESTEROV_SCALES:
+        arms[f"nesterov-{scale:.0f}"] = memory.changed(
+            f"Nesterov on the table, {scale:,.0f} times as fast",
+            rows="nesterov",
+            row_rate_scale=scale,
+        )
     for scale in RATE_SCALES:
         arms[f"rate-{scale:g}"] = memory.changed(
             f"rows learn {scale:g} times as fast", row_rate_scale=scale

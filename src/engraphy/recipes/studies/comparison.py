@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.corpus import Corpus, prepare
-from ...data.packing import Batches
+from ...data.packing import Batch, Batches
 from ...errors import ConfigError
 from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
@@ -198,7 +199,7 @@ class Comparison:
         model = run.model.eval()
         metrics = curves(folder)
         shared = {"recipe": self._trained_as(job, config)} if self._is_plain else {}
-        counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
+        counts = NgramCounts.of_batches(study_text(run.batches, job.tokens), corpus.vocab_size)
         losses = Losses(model, corpus.heldout_batches(), counts, DTYPE)
         return {
             **shared,
@@ -339,9 +340,15 @@ def settings(recipe: ArmRecipe, job: Job) -> TrainConfig:
         optimizer=recipe.optimizer,
         rows=recipe.rows,
         dtype=DTYPE,
-        heldout_every=SAVED,
+        heldout_every=SAVED if recipe.until else 0,
         checkpoint_every=SAVED,
     )
+
+
+def study_text(batches: TrainingBatches, tokens: int) -> Iterator[Batch]:
+    """What an arm trains on that sees so many tokens: held-out losses of all arms are split by its
+    n-grams, those of arms that see less, too."""
+    return (batches[step] for step in range(math.ceil(tokens / batches.tokens_per_step)))
 
 
 def origin(job: Job) -> dict[str, Any]:

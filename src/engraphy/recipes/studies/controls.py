@@ -1,6 +1,7 @@
 """The controls: which part of a memory does the work? Each lacks one thing.
 
-They run at the memory's learning rate. The dense adapter, which has no rows, searches its own.
+Those whose rows learn nothing of the text, or that have none, search their own learning rates; the
+others run at the memory's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
         "one-row": memory.changed("one row of each head", control="one-row"),
         "frozen": memory.changed("frozen random table", control="frozen"),
         "shuffled": memory.changed("shuffled addresses", control="shuffled"),
-        "unigram": memory.changed("unigram table", memory=unigram),
+        "unigram": memory.changed("unigram table, conv of order 1", memory=unigram),
         "constant-gate": memory.changed("constant gate", control="constant-gate"),
         "no-conv": memory.changed("no conv", memory=replace(sizes, kernel=0)),
         "adapter": memory.changed("dense adapter", kind="adapter"),
@@ -32,10 +33,11 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
 
 
 _CONTROLS = ("one-row", "frozen", "shuffled", "unigram", "constant-gate", "no-conv", "adapter")
+_LIKE_MEMORY = ("shuffled", "unigram", "constant-gate", "no-conv")
 
 
 def _like(backbone: Backbone) -> Mapping[str, str]:
-    return {name: "memory" for name in _CONTROLS if name != "adapter"}
+    return dict.fromkeys(_LIKE_MEMORY, "memory")
 
 
 CONTROLS = Comparison(

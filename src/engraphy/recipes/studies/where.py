@@ -4,17 +4,18 @@ the memory switched off, and with less text to train on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ...data.corpus import Corpus
+from ...data.packing import Batch
 from ...eval.bands import NgramCounts
 from ...eval.kinds import KINDS, target_kinds
 from ...eval.losses import Losses
 from .arm_recipe import ArmRecipe
 from .backbones import Backbone
-from .comparison import DTYPE, Comparison, ComparisonConfig
+from .comparison import DTYPE, Comparison, ComparisonConfig, study_text
 from .comparison_tables import titled, validation_loss
 from .queue import Result
 from .rates import Runs
@@ -41,11 +42,12 @@ def _measure(trained: Trained) -> Result:
     """Losses by source and kind of token; with the memory, its losses when it is off."""
     corpus = trained.corpus
     losses = trained.losses
-    groups = {**_by_source(corpus, losses), **_by_kind(corpus), **_by_count(corpus, losses)}
+    batches = list(study_text(trained.run.batches, trained.job.tokens))
+    groups = {**_by_source(corpus, losses), **_by_kind(corpus), **_by_count(corpus, batches)}
     result: Result = {"loss_by_group": _means(losses.losses, groups)}
     memory = trained.model.memory
     if memory is not None:
-        counts = NgramCounts(corpus.training, corpus.end_id, corpus.vocab_size)
+        counts = NgramCounts.of_batches(batches, corpus.vocab_size)
         with memory.disabled():
             off = Losses(trained.model, corpus.heldout_batches(), counts, DTYPE)
         result["off"] = {
@@ -81,15 +83,18 @@ def _by_kind(corpus: Corpus) -> dict[str, np.ndarray]:
     return {f"kind {name}": kind_M == name for name in KINDS}
 
 
-def _by_count(corpus: Corpus, losses: Losses) -> dict[str, np.ndarray]:
-    """The held-out targets whose token the training text never has, and the others."""
-    trained_V = np.bincount(
-        np.concatenate([np.unique(ids) for ids in corpus.training]), minlength=corpus.vocab_size
-    )
-    targets = [batch.targets_BT[batch.targets_BT >= 0] for batch in corpus.heldout_batches()]
-    target_M = np.concatenate([part.numpy() for part in targets])
-    new_M = (trained_V[target_M] == 0) & (target_M != corpus.end_id)
+def _by_count(corpus: Corpus, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+    """The held-out targets whose token is none in `batches`, and the others."""
+    new_V = np.ones(corpus.vocab_size, dtype=bool)
+    for batch in batches:
+        new_V[_targets(batch)] = False
+    new_M = np.concatenate([new_V[_targets(batch)] for batch in corpus.heldout_batches()])
     return {"tokens never trained on": new_M, "tokens trained on": ~new_M}
+
+
+def _targets(batch: Batch) -> np.ndarray:
+    """Its targets, int64 [M]."""
+    return batch.targets_BT[batch.targets_BT >= 0].numpy()
 
 
 def _tables(config: ComparisonConfig, runs: Runs) -> list[Iterator[str]]:
@@ -119,7 +124,7 @@ def _off(runs: Runs) -> Iterator[str]:
 
 
 def _data(runs: Runs) -> Iterator[str]:
-    """What the memory gains with less text, by the count of the trigram in the whole text."""
+    """What the memory gains with less text, by the count of the trigram in all of it."""
     buckets = _names(runs, lambda result: result["loss_by_frequency"])
     yield from head("text", "MoE + memory minus MoE", *map(titled, buckets))
     for share in (*SHARES, ""):
