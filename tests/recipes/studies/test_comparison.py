@@ -14,7 +14,6 @@ from engraphy import VocabMap
 from engraphy.errors import ConfigError
 from engraphy.lm.loop import Run
 from engraphy.recipes.studies import COMPARISONS, STUDIES
-from engraphy.recipes.studies.allocation import ALLOCATION, shares
 from engraphy.recipes.studies.arm_recipe import ArmRecipe, build
 from engraphy.recipes.studies.backbones import backbone
 from engraphy.recipes.studies.comparison import Comparison, ComparisonConfig
@@ -76,13 +75,6 @@ def test_counts_are_those_of_the_model_as_built(kind):
     assert counted.activated == pytest.approx(planned.activated, rel=0.01)
     if kind != "adapter":
         assert counted == planned
-
-
-def test_the_shares_of_an_allocation_end_where_no_expert_is_left_over():
-    assert list(shares(backbone("base")).values()) == [1.0, 0.9, 0.75, 0.5, 0.25, 0.125]
-    fewer = dataclasses.replace(backbone("base").moe, experts=4)
-    few = dataclasses.replace(backbone("base"), moe=fewer)
-    assert list(shares(few).values()) == [1.0, 0.9, 0.75, 0.5]
 
 
 def test_a_smallest_form_leaves_no_checkpoint_that_a_real_run_would_find(tmp_path):
@@ -187,33 +179,6 @@ def test_arms_that_search_no_rate_have_one_that_does(name):
         assert set(like.values()) <= arms - like.keys()
 
 
-@pytest.mark.parametrize(
-    ("best", "deciding"),
-    [
-        ("rho-1", "rho-0.9"),
-        ("rho-0.9", "rho-0.9"),
-        ("rho-0.5", "rho-0.5"),
-        ("rho-0.125", "rho-0.25"),
-    ],
-)
-def test_shares_that_decide_run_on_all_seeds_and_the_others_on_one(best, deciding):
-    config = ComparisonConfig((0, 1, 2), rates=(4e-3, 6e-3, 8e-3))
-    results = {}
-    while missing := [job for job in ALLOCATION.jobs(config, results) if job not in results]:
-        rates = 4 * abs(missing[0].lr - 6e-3)
-        results[missing[0]] = {"validation_loss": 4.0 + rates - (missing[0].arm == best)}
-    seeds = {name: {job.seed for job in results if job.arm == name} for name in shares(config.base)}
-    many = {name for name, found in seeds.items() if found == {0, 1, 2}}
-    assert many == {"rho-1", "rho-0.125", deciding}
-    assert all(seeds[name] == {0} for name in seeds.keys() - many)
-    rates = {name: {job.lr for job in results if job.arm == name} for name in seeds}
-    assert {name for name, found in rates.items() if found == {6e-3}} == {
-        "rho-0.9",
-        "rho-0.5",
-        "rho-0.25",
-    }
-
-
 def test_the_cost_counts_what_is_missing_alone():
     study = STUDIES["baseline"].load()
     config = dataclasses.replace(SMALLEST, seeds=(0, 1, 2))
@@ -241,8 +206,3 @@ def test_the_cost_counts_what_is_missing_alone():
 def test_invalid_settings_are_refused(fields, found):
     with pytest.raises(ConfigError, match=found):
         ComparisonConfig(**fields)
-
-
-def test_a_share_of_experts_is_refused_where_every_arm_has_its_own():
-    with pytest.raises(ConfigError, match="rho: expected none, since the arms of allocation"):
-        ALLOCATION.jobs(dataclasses.replace(SMALLEST, rho=0.5), {})

@@ -1,8 +1,9 @@
 """The allocation study: which share of the sparse parameters should experts keep (paper, section
 3)?
 
-Totals and activated parameters are equal. At rho = 1 there is no memory; at the least rho, as many
-experts are left as a token uses. A parabola says whether there is a minimum between.
+Totals and activated parameters are equal. Arms are named by the share of the experts that is left:
+at 1 there is no memory; at the least share, as many are left as a token uses. Tables have the
+paper's rho as well. There is a minimum between if a share has a lower loss than both ends.
 
 Both ends and rho 0.75 search their learning rates; the other shares run at the rate of rho 0.75.
 Shares that decide where the minimum lies run on all seeds.
@@ -17,9 +18,9 @@ from .arm_recipe import ArmRecipe
 from .backbones import Backbone
 from .comparison import Comparison, ComparisonConfig
 from .comparison_tables import validation_loss
-from .queue import ResultsByJob
+from .queue import Result, ResultsByJob
 from .rates import Runs
-from .tables import NONE, head, mean_and_error, paired, row
+from .tables import NONE, head, mean_and_error, row, shared_seeds
 
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)
 
@@ -44,7 +45,7 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
     arms = {}
     for name, rho in shares(backbone).items():
         kind = "moe" if rho == 1 else "memory"
-        label = f"rho {rho:.3g}, {round(rho * backbone.moe.experts)} experts"
+        label = f"{round(rho * backbone.moe.experts)} of {backbone.moe.experts} experts"
         arms[name] = ArmRecipe(label, kind, rho)
     return arms
 
@@ -78,34 +79,90 @@ def _tables(config: ComparisonConfig, runs: Runs) -> list[Iterator[str]]:
 
 
 def _curve(config: ComparisonConfig, runs: Runs) -> Iterator[str]:
-    """Each share minus both ends, paired by seed, and the fitted minimum."""
+    """Each share minus both ends, paired by seed, and whether one is below both."""
     by_name = {name: rho for name, rho in shares(config.base).items() if name in runs}
-    ends = [_name(1.0), _name(_least(config.base))]
-    yield from head("share of experts", "minus rho 1", "minus the least rho")
+    rhos = {name: _sparse_share(config.base, name, runs[name]) for name in by_name}
+    yield from head("share of experts", "rho", "minus all experts", "minus the fewest")
     for name in by_name:
-        cells = []
-        for end in ends:
-            values = paired(runs[name], runs[end], validation_loss) if end in runs else []
-            cells.append(mean_and_error(values) if values and name != end else NONE)
-        yield row(f"{by_name[name]:.3g}", *cells)
+        cells = [_cell(_differences(config, runs, name, end)) for end in _ends(config)]
+        yield row(f"{by_name[name]:.3g}", f"{rhos[name]:.3f}", *cells)
     yield ""
+    yield from _lowest(config, runs, rhos)
+    yield from _parabola(runs, rhos)
+
+
+def _ends(config: ComparisonConfig) -> tuple[str, str]:
+    names = list(shares(config.base))
+    return names[0], names[-1]
+
+
+def _sparse_share(backbone: Backbone, name: str, by_seed: Mapping[int, Result]) -> float:
+    """rho as the paper has it: of the parameters that a token leaves out, embeddings aside, the
+    share that experts have."""
+    moe = backbone.moe
+    kept = round(shares(backbone)[name] * moe.experts)
+    expert = 3 * moe.hidden_size * moe.expert_ffn * len(moe.moe_layers)
+    experts = (kept - moe.top_k) * expert
+    table = next(iter(by_seed.values()))["parameters"]["table"]
+    left_out = table - backbone.memory.width * len(backbone.memory.layers) if table else 0
+    return experts / (experts + left_out)
+
+
+def _differences(config: ComparisonConfig, runs: Runs, name: str, end: str) -> dict[int, float]:
+    """By seed, the loss of a share minus that of an end; none of an end itself."""
+    if name == end or end not in runs:
+        return {}
+    seeds = shared_seeds(runs[name], runs[end])
+    losses = {seed: validation_loss(runs[end][seed]) for seed in seeds}
+    return {seed: validation_loss(runs[name][seed]) - losses[seed] for seed in seeds}
+
+
+def _cell(differences: Mapping[int, float]) -> str:
+    return mean_and_error(list(differences.values())) if differences else NONE
+
+
+def _lowest(config: ComparisonConfig, runs: Runs, rhos: Mapping[str, float]) -> Iterator[str]:
+    """The share with the lowest loss on the first seed, beside both ends on the others."""
+    first, *others = config.seeds
+    losses = {name: validation_loss(runs[name][first]) for name in rhos if first in runs[name]}
+    if len(losses) < len(shares(config.base)):
+        yield "The lowest loss is not known yet."
+        return
+    best = min(losses, key=lambda name: losses[name])
+    yield f"Lowest on seed {first}: rho {rhos[best]:.2f}."
+    if best in _ends(config):
+        yield "That is an end: no minimum between."
+        return
+    parts = []
+    for end, label in zip(_ends(config), ("all experts", "the fewest"), strict=True):
+        differences = _differences(config, runs, best, end)
+        unseen = {seed: differences[seed] for seed in others if seed in differences}
+        parts.append(f"{_cell(unseen)} minus {label}")
+    yield f"On the other seeds, which did not choose it: {', '.join(parts)}."
+
+
+def _parabola(runs: Runs, rhos: Mapping[str, float]) -> Iterator[str]:
+    """A fit over the shares with a memory. Without one the curve may jump: what a small memory
+    gains says nothing about where the minimum is."""
+    with_memory = {name: rho for name, rho in rhos.items() if rho < 1}
     points = [
         (rho, validation_loss(result), seed)
-        for name, rho in by_name.items()
+        for name, rho in with_memory.items()
         for seed, result in runs[name].items()
     ]
-    if len(by_name) < 3 or len(points) < 2 + len({seed for *_, seed in points}):
+    if len(with_memory) < 3 or len(points) < 2 + len({seed for *_, seed in points}):
         yield "Too few runs for a parabola."
         return
     curve = fit_parabola(*zip(*points, strict=True))
     error = "" if curve.square_error is None else f" ± {curve.square_error:.4f}"
-    yield f"Parabola over rho: square term {curve.square:+.4f}{error};"
+    yield f"Parabola over rho, arms with a memory: square term {curve.square:+.4f}{error};"
     if curve.lowest is None:
         yield "it does not open upwards: no minimum."
         return
     error = "" if curve.lowest_error is None else f" ± {curve.lowest_error:.2f}"
-    inside = "between" if _least(config.base) < curve.lowest < 1 else "outside of"
-    yield f"lowest at rho {curve.lowest:.2f}{error}, {inside} the ends."
+    tried = with_memory.values()
+    outside = "" if min(tried) < curve.lowest < max(tried) else ", outside of what was tried"
+    yield f"lowest at rho {curve.lowest:.2f}{error}{outside}."
 
 
 _COMPARISON = Comparison(

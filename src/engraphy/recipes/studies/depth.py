@@ -9,7 +9,6 @@ has more done already. Layers before the memory are marked.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ...analysis.cka import MinibatchCKA
 from ...analysis.logitlens import before_memory, logit_lens
-from ...data.packing import Batch
+from ...data.packing import Batch, Batches
 from ...lm import LM
 from ...memory.lookup import Trace
 from ...memory.recording import recorded
@@ -29,8 +28,8 @@ from .rates import Runs
 from .tables import fixed, head, mean_and_error, row
 from .trained import Trained
 
-BATCHES = 4
-"""Held-out batches that are read."""
+READ = 256
+"""Held-out rows that are read, evenly spread over all sources."""
 ROWS = 4
 """Rows of a minibatch of CKA."""
 
@@ -41,7 +40,7 @@ def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
 
 def _measure(trained: Trained) -> Result:
     """LogitLens of the arm; of the memory arm its alignment with the mixture of experts, too."""
-    batches = list(itertools.islice(trained.corpus.heldout_batches(), BATCHES))
+    batches = [spread(trained.corpus.heldout_batches(), READ)]
     result: Result = {"kl_by_layer": kl_by_layer(trained.model, batches)}
     memory = trained.model.memory
     if memory is not None:
@@ -59,6 +58,15 @@ def _measure(trained: Trained) -> Result:
             [round(value, 4) for value in line] for line in alignment.similarity_LR.tolist()
         ]
     return result
+
+
+def spread(batches: Batches, count: int) -> Batch:
+    """`count` rows, evenly spread, or all if there are fewer. Documents stand source by source, so
+    the first rows would be of one language."""
+    whole = Batch(*(torch.cat(values) for values in zip(*batches, strict=True)))
+    rows = len(whole.ids_BT)
+    chosen = torch.linspace(0, rows - 1, min(count, rows)).long()
+    return Batch(*(values[chosen] for values in whole))
 
 
 def kl_by_layer(model: LM, batches: list[Batch]) -> list[float]:

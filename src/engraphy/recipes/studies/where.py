@@ -24,6 +24,14 @@ from .trained import Trained
 
 SHARES = {"quarter": 0.25, "half": 0.5}
 """Shares of the training tokens that further arms see."""
+TOKEN_COUNTS = {
+    "tokens never trained on": (0, 0),
+    "tokens seen 1 to 100 times": (1, 100),
+    "tokens seen 101 to 1,000 times": (101, 1_000),
+    "tokens seen more often": (1_001, 2**62),
+}
+"""Counts of tokens in the training text, both ends included. A tokenizer that was trained on the
+text leaves few tokens unseen, or none."""
 FEW = 100
 """A group of fewer held-out tokens is not shown."""
 
@@ -84,12 +92,14 @@ def _by_kind(corpus: Corpus) -> dict[str, np.ndarray]:
 
 
 def _by_count(corpus: Corpus, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-    """The held-out targets whose token is none in `batches`, and the others."""
-    new_V = np.ones(corpus.vocab_size, dtype=bool)
+    """The held-out targets by how often `batches` have their token."""
+    count_V = np.zeros(corpus.vocab_size, dtype=np.int64)
     for batch in batches:
-        new_V[_targets(batch)] = False
-    new_M = np.concatenate([new_V[_targets(batch)] for batch in corpus.heldout_batches()])
-    return {"tokens never trained on": new_M, "tokens trained on": ~new_M}
+        count_V += np.bincount(_targets(batch), minlength=corpus.vocab_size)
+    count_M = np.concatenate([count_V[_targets(batch)] for batch in corpus.heldout_batches()])
+    return {
+        name: (low <= count_M) & (count_M <= high) for name, (low, high) in TOKEN_COUNTS.items()
+    }
 
 
 def _targets(batch: Batch) -> np.ndarray:
