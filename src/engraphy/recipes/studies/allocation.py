@@ -20,7 +20,7 @@ from .comparison import Comparison, ComparisonConfig
 from .comparison_tables import validation_loss
 from .queue import Result, ResultsByJob
 from .rates import Runs
-from .tables import NONE, head, mean_and_error, row, shared_seeds
+from .tables import NONE, head, mean_and_error, paired, row
 
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)
 
@@ -84,7 +84,8 @@ def _curve(config: ComparisonConfig, runs: Runs) -> Iterator[str]:
     rhos = {name: _sparse_share(config.base, name, runs[name]) for name in by_name}
     yield from head("share of experts", "rho", "minus all experts", "minus the fewest")
     for name in by_name:
-        cells = [_cell(_differences(config, runs, name, end)) for end in _ends(config)]
+        others = [runs[end] if end in runs and end != name else {} for end in _ends(config)]
+        cells = [_difference(runs[name], other) for other in others]
         yield row(f"{by_name[name]:.3g}", f"{rhos[name]:.3f}", *cells)
     yield ""
     yield from _lowest(config, runs, rhos)
@@ -97,8 +98,8 @@ def _ends(config: ComparisonConfig) -> tuple[str, str]:
 
 
 def _sparse_share(backbone: Backbone, name: str, by_seed: Mapping[int, Result]) -> float:
-    """rho as the paper has it: of the parameters that a token leaves out, embeddings aside, the
-    share that experts have."""
+    """rho as the paper has it, as `lm.sizes.expert_share` counts it, from a result: of the
+    parameters that a token leaves out, embeddings aside, the share that experts have."""
     moe = backbone.moe
     kept = round(shares(backbone)[name] * moe.experts)
     expert = 3 * moe.hidden_size * moe.expert_ffn * len(moe.moe_layers)
@@ -108,22 +109,15 @@ def _sparse_share(backbone: Backbone, name: str, by_seed: Mapping[int, Result]) 
     return experts / (experts + left_out)
 
 
-def _differences(config: ComparisonConfig, runs: Runs, name: str, end: str) -> dict[int, float]:
-    """By seed, the loss of a share minus that of an end; none of an end itself."""
-    if name == end or end not in runs:
-        return {}
-    seeds = shared_seeds(runs[name], runs[end])
-    losses = {seed: validation_loss(runs[end][seed]) for seed in seeds}
-    return {seed: validation_loss(runs[name][seed]) - losses[seed] for seed in seeds}
-
-
-def _cell(differences: Mapping[int, float]) -> str:
-    return mean_and_error(list(differences.values())) if differences else NONE
+def _difference(one: Mapping[int, Result], other: Mapping[int, Result]) -> str:
+    """The loss of one share minus that of another, over the seeds of both."""
+    values = paired(one, other, validation_loss)
+    return mean_and_error(values) if values else NONE
 
 
 def _lowest(config: ComparisonConfig, runs: Runs, rhos: Mapping[str, float]) -> Iterator[str]:
     """The share with the lowest loss on the first seed, beside both ends on the others."""
-    first, *others = config.seeds
+    first = config.seeds[0]
     losses = {name: validation_loss(runs[name][first]) for name in rhos if first in runs[name]}
     if len(losses) < len(shares(config.base)):
         yield "The lowest loss is not known yet."
@@ -133,12 +127,12 @@ def _lowest(config: ComparisonConfig, runs: Runs, rhos: Mapping[str, float]) -> 
     if best in _ends(config):
         yield "That is an end: no minimum between."
         return
-    parts = []
-    for end, label in zip(_ends(config), ("all experts", "the fewest"), strict=True):
-        differences = _differences(config, runs, best, end)
-        unseen = {seed: differences[seed] for seed in others if seed in differences}
-        parts.append(f"{_cell(unseen)} minus {label}")
-    yield f"On the other seeds, which did not choose it: {', '.join(parts)}."
+    unseen = {seed: result for seed, result in runs[best].items() if seed != first}
+    most, fewest = (_difference(unseen, runs[end]) for end in _ends(config))
+    yield (
+        f"On the other seeds, which did not choose it: {most} minus all experts, "
+        f"{fewest} minus the fewest."
+    )
 
 
 def _parabola(runs: Runs, rhos: Mapping[str, float]) -> Iterator[str]:
