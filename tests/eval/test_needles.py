@@ -53,19 +53,18 @@ def reader(ids) -> str:
     text = "".join(map(chr, ids))
     if match := re.search(r"Variables with the value (\d+):$", text):
         return f" {', '.join(variables(text, match[1]))}."
-    key = re.search(r"The number of (\w+) is$", text)[1]
-    return " " + ", ".join(value for name, value in facts(text) if name == key)
+    asked = re.search(r"The numbers? of ([\w, ]+) (?:is|are)$", text)[1]
+    keys = re.split(", | and ", asked)
+    return " " + ", ".join(value for key in keys for name, value in facts(text) if name == key)
 
 
 @pytest.mark.parametrize("encode", [letters, pairs_of_letters])
 @pytest.mark.parametrize("tokens", [420, 421, 1000, 4096])
 @pytest.mark.parametrize("task", TASKS)
-def test_questions_have_exactly_the_tokens_that_are_asked_for(task, tokens, encode):
+def test_a_question_has_exactly_the_tokens_that_are_asked_for(task, tokens, encode):
     cases = needle_cases(task, encode, tokens, 3, start=7)
-    questions = [question for case in cases for question in case.questions]
-    assert {len(question.ids) for question in questions} == {tokens}
-    assert {question.ids[0] for question in questions} == {7}
-    assert len(questions) == (12 if task == "multi-query" else 3)
+    assert [len(case.question.ids) for case in cases] == [tokens] * 3
+    assert [case.question.ids[0] for case in cases] == [7] * 3
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -83,25 +82,28 @@ def test_a_reader_of_the_text_is_right_and_one_who_says_nothing_wrong(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_all_options_stand_in_the_text_and_the_right_ones_among_them(task):
     for case in needle_cases(task, letters, 800, 5):
-        for question in case.questions:
-            text = text_of(question)
-            assert set(question.right) < set(question.options)
-            assert all(f" {option}" in text for option in question.options)
-            assert len({len(option) for option in question.options}) == 1
+        question = case.question
+        text = text_of(question)
+        assert set(question.right) < set(question.options)
+        assert all(f" {option}" in text for option in question.options)
+        assert len({len(option) for option in question.options}) == 1
 
 
-def test_multi_key_asks_for_one_of_the_keys_and_multi_query_for_all():
+def test_multi_key_asks_for_one_of_the_keys_and_multi_query_for_half_of_them_in_its_order():
     (one,) = needle_cases("multi-key", letters, 500, 1, items=6)
-    (all_of_them,) = needle_cases("multi-query", letters, 500, 1, items=6)
-    assert len(one.questions) == 1 and len(facts(text_of(one.questions[0]))) == 6
-    found = [question.right for question in all_of_them.questions]
-    held = facts(text_of(all_of_them.questions[0]))
-    assert sorted(found) == sorted((value,) for _, value in held) and len(held) == 6
+    held = dict(facts(text_of(one.question)))
+    assert len(held) == len(one.question.options) == 6 and len(one.question.right) == 1
+    (some,) = needle_cases("multi-query", letters, 900, 1, items=6)
+    text = text_of(some.question)
+    held = dict(facts(text))
+    keys = re.search(r"The numbers of (\w+), (\w+), (\w+), (\w+), (\w+) and (\w+) are$", text)
+    assert len(held) == len(some.question.options) == 12
+    assert some.question.right == tuple(held[key] for key in keys.groups())
 
 
 def test_multi_value_asks_for_all_values_of_one_of_two_keys():
     (case,) = needle_cases("multi-value", letters, 600, 1, items=3)
-    (question,) = case.questions
+    question = case.question
     held = facts(text_of(question))
     assert len({key for key, _ in held}) == 2
     assert len(question.right) == 3 and len(question.options) == 6
@@ -109,7 +111,7 @@ def test_multi_value_asks_for_all_values_of_one_of_two_keys():
 
 def test_variables_are_assigned_before_they_are_used():
     for case in needle_cases("variable-tracking", letters, 700, 10, items=5):
-        (question,) = case.questions
+        question = case.question
         known = set()
         for name, of in re.findall(r"VAR (\w+) = (\w+)\.", text_of(question)):
             assert of.isdigit() or of in known
@@ -120,7 +122,7 @@ def test_variables_are_assigned_before_they_are_used():
 def test_needles_spread_over_the_text_and_stand_between_sentences():
     places = []
     for case in needle_cases("multi-key", letters, 4000, 40):
-        text = text_of(case.questions[0])
+        text = text_of(case.question)
         matches = list(re.finditer(r" The number of \w+ is \d+\.", text))
         places += [match.start() / len(text) for match in matches]
         assert all(match.start() == 0 or text[match.start() - 1] == "." for match in matches)
@@ -131,7 +133,7 @@ def test_needles_spread_over_the_text_and_stand_between_sentences():
 def test_a_given_filler_is_the_text_between_the_needles():
     filler = "Stones fall. Rivers run.\nWinds blow!"
     (case,) = needle_cases("multi-key", letters, 900, 1, filler=filler)
-    rest = re.sub(r" The number of \w+ is( \d+\.)?", "", text_of(case.questions[0]))
+    rest = re.sub(r" The number of \w+ is( \d+\.)?", "", text_of(case.question))
     assert re.fullmatch(r".*?( Stones fall\.| Rivers run\.\n| Winds blow!)+", rest)
     with pytest.raises(InputError, match="filler"):
         needle_cases("multi-key", letters, 900, 1, filler=" \n ")
@@ -140,7 +142,7 @@ def test_a_given_filler_is_the_text_between_the_needles():
 def test_a_sentence_longer_than_the_room_is_cut():
     long = "a" * 5000 + "."
     (case,) = needle_cases("multi-key", letters, 300, 1, filler=long)
-    assert len(case.questions[0].ids) == 300 and reader(case.questions[0].ids).strip().isdigit()
+    assert len(case.question.ids) == 300 and reader(case.question.ids).strip().isdigit()
 
 
 def test_cases_follow_the_seed():
@@ -184,11 +186,11 @@ def test_choices_score_by_the_right_ones_among_the_first():
 
 def test_means_errors_and_chance_over_cases():
     single = Question((1,), ("a",), ("b", "a"))
-    cases = [Case("multi-key", (single,)), Case("multi-value", (QUESTION, single))]
-    # Always the first option: 0 in the first case; 0.5 of "12", "34" and 0 in the second one.
+    cases = [Case("multi-key", single), Case("multi-value", QUESTION)]
+    # The first options: 0 in the first case, one of two in the second one.
     found = score_choices(cases, lambda ids, options: [-float(i) for i in range(len(options))])
-    assert found["each"] == [0.0, 0.25] and found["score"] == 0.125
-    assert found["score_stderr"] == pytest.approx(0.125) and found["chance"] == 0.5
+    assert found["each"] == [0.0, 0.5] and found["score"] == 0.25
+    assert found["score_stderr"] == pytest.approx(0.25) and found["chance"] == 0.5
 
 
 def copying_losses(batch):
@@ -206,9 +208,8 @@ def copying_losses(batch):
     return losses
 
 
-@pytest.mark.parametrize("task", ["multi-query", "multi-key"])
-def test_a_model_that_copies_finds_the_value_of_a_key(task):
-    cases = needle_cases(task, letters, 300, 3)
+def test_a_model_that_copies_finds_the_value_of_a_key():
+    cases = needle_cases("multi-key", letters, 300, 3)
     found = score_choices(cases, likelihoods_of(copying_losses, letters))
     assert found["score"] == 1.0 and found["chance"] == 0.25
 

@@ -3,13 +3,13 @@
 The tasks are those of RULER (arXiv 2404.06654, section 3) that ask for more than one needle, in
 shorter words, for models that are not instructed:
 
-- "multi-query": some keys have a value each, and all of them are asked for, in a question each.
-- "multi-key": the same text, but one of the keys is asked for.
+- "multi-query": keys have a value each, and half of them are asked for in one question.
+- "multi-key": keys have a value each, and one of them is asked for.
 - "multi-value": one key has some values, which are all asked for, beside another key with as many.
 - "variable-tracking": variables get their value from each other, in two chains of equal length. All
   variables of one value are asked for.
 
-A case depends on the task, the tokenizer, the sizes and the seed alone. Its questions have exactly
+A case depends on the task, the tokenizer, the sizes and the seed alone. Its question has exactly
 the number of tokens that is asked for, whatever the tokenizer.
 """
 
@@ -47,7 +47,8 @@ class Question:
 
     Attributes:
         ids: Token ids of text and question.
-        right: The answers, without the space before them. Each is one of the options.
+        right: The answers in their order, without the space before them. Each is one of the
+            options.
         options: All answers to choose from. The wrong ones stand in the text too.
     """
 
@@ -62,11 +63,11 @@ class Case:
 
     Attributes:
         task: One of TASKS.
-        questions: One, or in "multi-query" one a key.
+        question: The text with its question.
     """
 
     task: str
-    questions: tuple[Question, ...]
+    question: Question
 
 
 class NeedleTexts:
@@ -74,7 +75,8 @@ class NeedleTexts:
 
     Args:
         encode: The tokenizer.
-        items: Keys, values of a key, or variables of a chain; 2 or more.
+        items: Keys of a text (of "multi-query" those that are asked for), values of a key, or
+            variables of a chain; 2 or more.
         filler: Text that stands between the needles, from a place in it that chance chooses, as
             often as it takes. None = short sentences that repeat, as RULER's noise.
         start: Id that begins a document; it counts as a token. None = no such id.
@@ -101,23 +103,19 @@ class NeedleTexts:
         self._pools = _Pools(encode)
 
     def case(self, task: str, tokens: int, random: np.random.Generator) -> Case:
-        """A case whose questions have `tokens` ids each.
+        """A case whose question has `tokens` ids.
 
         Raises:
             ConfigError: The task is unknown, or there are not as many different items.
             InputError: Needles and question alone have more tokens.
         """
-        text, asked = self._drawn(task, random)
-        questions = [
-            Question(text.ids(question, tokens), right, _shuffled(options, random))
-            for question, right, options in asked
-        ]
-        return Case(task, tuple(questions))
+        text, (asked, right, options) = self._drawn(task, random)
+        return Case(task, Question(text.ids(asked, tokens), right, _shuffled(options, random)))
 
     def answered(
         self, task: str, tokens: int, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A text with its questions, in an order of chance, each with its answers: `tokens` ids.
+        """A text with its question and the answers: `tokens` ids.
 
         Returns:
             The ids, int64 [tokens], and bool [tokens], True where an id is one of an answer.
@@ -125,24 +123,12 @@ class NeedleTexts:
         Raises:
             ConfigError, InputError: As `case`.
         """
-        text, asked = self._drawn(task, random)
-        first, *others = _shuffled(asked, random)
-        tail, is_answer = self._answers(first)
-        for question in others:
-            ids = list(self.encode(question[0]))
-            answers, flags = self._answers(question)
-            tail += ids + answers
-            is_answer += [False] * len(ids) + flags
-        head = text.ids(first[0], tokens - len(tail))
-        return np.array([*head, *tail]), np.array([False] * len(head) + is_answer)
+        text, (asked, right, _) = self._drawn(task, random)
+        answers = [token for part in answer_ids(right, self.encode) for token in part]
+        head = text.ids(asked, tokens - len(answers))
+        return np.array([*head, *answers]), np.arange(tokens) >= len(head)
 
-    def _answers(self, asked: _Asked) -> tuple[list[int], list[bool]]:
-        """The ids of a question's answers, and a flag for each."""
-        question = Question((), asked[1], asked[2])
-        ids = [token for part in answer_ids(question, self.encode) for token in part]
-        return ids, [True] * len(ids)
-
-    def _drawn(self, task: str, random: np.random.Generator) -> tuple[_Text, list[_Asked]]:
+    def _drawn(self, task: str, random: np.random.Generator) -> tuple[_Text, _Asked]:
         if task not in TASKS:
             raise ConfigError(f"task: expected one of {list(TASKS)}, found {task!r}")
         needles, asked = _facts(task, self._pools, self.items, random)
@@ -165,7 +151,7 @@ def needle_cases(
     Args:
         task: One of TASKS.
         encode: The tokenizer.
-        tokens: Tokens of each question with its text.
+        tokens: Tokens of a question with its text.
         count: Number of cases.
         seed: Of keys, values and places.
         items: As in `NeedleTexts`.
@@ -187,10 +173,10 @@ def seeded_cases(texts: NeedleTexts, task: str, tokens: int, count: int, seed: i
     return [texts.case(task, tokens, random) for random in randoms]
 
 
-def answer_ids(question: Question, encode: Encode) -> list[Sequence[int]]:
-    """Ids of the right answers as a text gives them, " A, B.": each answer, and what follows it."""
+def answer_ids(right: Sequence[str], encode: Encode) -> list[Sequence[int]]:
+    """Ids of answers as a text gives them, " A, B.": each answer, and what follows it."""
     parts: list[Sequence[int]] = []
-    for answer in question.right:
+    for answer in right:
         parts += [encode(f" {answer}"), encode(",")]
     parts[-1] = encode(".")
     return parts
@@ -224,33 +210,22 @@ def _alike(encode: Encode, words: Sequence[str]) -> list[str]:
 
 def _facts(
     task: str, pools: _Pools, items: int, random: np.random.Generator
-) -> tuple[list[str], list[_Asked]]:
+) -> tuple[list[str], _Asked]:
     """Needles in the order of the text, and what is asked."""
     if task == "variable-tracking":
         return _chains(pools, items, random)
-    values = _drawn(pools.values, 2 * items, random)
-    if task == "multi-value":
-        first, second = _drawn(pools.keys, 2, random)
-        pairs = [(first, value) for value in values[:items]]
-        pairs += [(second, value) for value in values[items:]]
-        pairs = _shuffled(pairs, random)
-        right = tuple(value for key, value in pairs if key == first)  # as the text has them
-        asked = [(_question(first), right, values)]
-        return [_needle(key, value) for key, value in pairs], asked
-    values = values[:items]
-    keys = _drawn(pools.keys, items, random)
-    needles = [_needle(key, value) for key, value in zip(keys, values, strict=True)]
-    pairs = list(zip(keys, values, strict=True))
-    if task == "multi-key":
-        pairs = pairs[:1]
-    return list(_shuffled(needles, random)), [
-        (_question(key), (value,), values) for key, value in pairs
-    ]
+    count = items if task == "multi-key" else 2 * items
+    values = _drawn(pools.values, count, random)
+    keys = _drawn(pools.keys, 2 if task == "multi-value" else count, random)
+    each = count // len(keys)  # values of a key
+    pairs = _shuffled([(keys[place // each], values[place]) for place in range(count)], random)
+    asked = keys[:items] if task == "multi-query" else keys[:1]
+    right = [value for name in asked for key, value in pairs if key == name]  # as the text has them
+    needles = [_needle(key, value) for key, value in pairs]
+    return needles, (_question(asked), tuple(right), values)
 
 
-def _chains(
-    pools: _Pools, items: int, random: np.random.Generator
-) -> tuple[list[str], list[_Asked]]:
+def _chains(pools: _Pools, items: int, random: np.random.Generator) -> tuple[list[str], _Asked]:
     """Two chains of assignments. Each keeps its order, and they lie among each other."""
     names = _drawn(pools.variables, 2 * items, random)
     values = _drawn(pools.values, 2, random)
@@ -261,15 +236,18 @@ def _chains(
     turns = _shuffled([0] * items + [1] * items, random)
     needles = [chains[turn].pop(0) for turn in turns]
     question = f" Variables with the value {values[0]}:"
-    return needles, [(question, names[:items], names)]
+    return needles, (question, names[:items], names)
 
 
 def _needle(key: str, value: str) -> str:
     return f"The number of {key} is {value}."
 
 
-def _question(key: str) -> str:
-    return f" The number of {key} is"
+def _question(keys: Sequence[str]) -> str:
+    *others, last = keys
+    if not others:
+        return f" The number of {last} is"
+    return f" The numbers of {', '.join(others)} and {last} are"
 
 
 def _drawn(pool: list[str], count: int, random: np.random.Generator) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ class NeedleRows:
     """Batches by step, some of whose rows are needle texts. `lm.Run` trains on them as on
     `Batches`.
 
-    A needle row is one document: a text and its questions, each with its answers, which are the
-    only targets. Its task and its facts are drawn anew from seed, step and row.
+    A needle row is one document: a text, its question and the answers, which are the only targets.
+    Its task and its facts are drawn anew from seed, step and row.
 
     Args:
         batches: The text, with a seed.

@@ -68,7 +68,7 @@ def score_generated(cases: Sequence[Case], generate: Generate) -> dict[str, Any]
     Raises:
         InputError: There are no cases.
     """
-    return _summary([_mean(case, lambda q: text_score(q, generate(q.ids))) for case in cases])
+    return _summary([text_score(case.question, generate(case.question.ids)) for case in cases])
 
 
 def score_choices(cases: Sequence[Case], likelihoods: Likelihoods) -> dict[str, Any]:
@@ -85,12 +85,9 @@ def score_choices(cases: Sequence[Case], likelihoods: Likelihoods) -> dict[str, 
         InputError: There are no cases, or a log-likelihood is not finite.
     """
 
-    def scored(question: Question) -> float:
-        return choice_score(question, likelihoods(question.ids, question.options))
-
-    summary = _summary([_mean(case, scored) for case in cases])
-    chances = [_mean(case, lambda q: len(q.right) / len(q.options)) for case in cases]
-    return {**summary, "chance": statistics.fmean(chances)}
+    asked = [case.question for case in cases]
+    summary = _summary([choice_score(q, likelihoods(q.ids, q.options)) for q in asked])
+    return {**summary, "chance": statistics.fmean(len(q.right) / len(q.options) for q in asked)}
 
 
 def score_forced(
@@ -103,7 +100,7 @@ def score_forced(
     `needle_rows.NeedleRows`.
 
     Args:
-        cases: At least one, all questions with as many tokens.
+        cases: At least one, all of as many tokens.
         predict: The model.
         encode: Its tokenizer.
         batch: Questions of a forward.
@@ -114,17 +111,16 @@ def score_forced(
     Raises:
         InputError: There are no cases.
     """
-    questions = [question for case in cases for question in case.questions]
+    questions = [case.question for case in cases]
     shares: list[float] = []
     for first in range(0, len(questions), batch):
         shares += _forced(questions[first : first + batch], predict, encode)
-    by_question = iter(shares)
-    return _summary([_mean(case, lambda _: next(by_question)) for case in cases])
+    return _summary(shares)
 
 
 def _forced(questions: Sequence[Question], predict: Predict, encode: Encode) -> list[float]:
     """Share of the answers of each question that a model writes."""
-    answers = [answer_ids(question, encode) for question in questions]
+    answers = [answer_ids(question.right, encode) for question in questions]
     rows = [
         [*question.ids, *(token for part in parts for token in part)]
         for question, parts in zip(questions, answers, strict=True)
@@ -172,10 +168,6 @@ def likelihoods_of(token_losses: TokenLosses, encode: Encode) -> Likelihoods:
 
 
 # --- sums -----------------------------------------------------------------------------------------
-
-
-def _mean(case: Case, score: Callable[[Question], float]) -> float:
-    return statistics.fmean(score(question) for question in case.questions)
 
 
 def _summary(scores: Sequence[float]) -> dict[str, Any]:

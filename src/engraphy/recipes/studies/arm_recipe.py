@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ...addresses.hot import HotIndex
@@ -43,6 +44,8 @@ class ArmRecipe:
         until: Name of another arm: training stops once the held-out loss is as low as its last one.
         fingerprint_bits: Of the index of hot n-grams, if `memory.hot` gives them rows; None: it is
             exact.
+        draw: 0 = weights and rows begin as the run's seed gives them, in all arms alike; n = an
+            n-th draw of them, on the same text.
 
     Raises:
         ConfigError: The kind is unknown.
@@ -60,6 +63,7 @@ class ArmRecipe:
     needles: float = 0.0
     until: str = ""
     fingerprint_bits: int | None = None
+    draw: int = 0
 
     def __post_init__(self) -> None:
         kinds = ("dense", "moe", "memory", "adapter", "conv")
@@ -88,7 +92,10 @@ class ArmRecipe:
             rho=self._share(backbone) if self.has_share else None,
             memory=(self.memory or backbone.memory) if self.has_share else None,
         )
-        text = json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()
+        fields = dataclasses.asdict(recipe)
+        if not self.draw:  # committed results have keys from before there were draws
+            del fields["draw"]
+        text = json.dumps(fields, sort_keys=True).encode()
         return f"{self.kind}-{hashlib.sha256(text).hexdigest()[:12]}"
 
     def _share(self, backbone: Backbone) -> float:
@@ -137,6 +144,8 @@ def build(
     """
     arm = recipe.arm(backbone, vocab, pad_id)
     hot = _index(arm, recipe, frequent)
+    if recipe.draw:
+        seed = int(np.random.SeedSequence([seed, recipe.draw]).generate_state(1)[0])
     torch.manual_seed(seed)
     memory = None
     if recipe.kind == "memory" and arm.memory is not None:

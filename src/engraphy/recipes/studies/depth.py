@@ -2,14 +2,16 @@
 
 LogitLens: how far each layer is from the end, KL(layer || final). CKA: which layer of the mixture
 of experts each layer of the memory arm resembles, a soft alignment over the five most similar. The
-mean of five places is not the layer's own place even for equal models. So the mixture of experts is
-aligned with itself, too, and the difference counts: a layer that resembles a later one than that
-has more done already. Layers before the memory are marked.
+mean of five places is not the layer's own place even for equal models, and two starts of one model
+differ by chance. So a second mixture of experts, the same but for its initial weights, is aligned
+with the first as well, and the difference counts: a layer of the memory arm that resembles a later
+one than that has more done already. Layers before the memory are marked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -35,25 +37,25 @@ ROWS = 4
 
 
 def _arms(backbone: Backbone) -> Mapping[str, ArmRecipe]:
-    return {"moe": ArmRecipe("MoE", "moe"), "memory": ArmRecipe("MoE + memory")}
+    return {
+        "moe": ArmRecipe("MoE", "moe"),
+        "memory": ArmRecipe("MoE + memory"),
+        "again": ArmRecipe("MoE, other initial weights", "moe", draw=1),
+    }
 
 
 def _measure(trained: Trained) -> Result:
-    """LogitLens of the arm; of the memory arm its alignment with the mixture of experts, too."""
+    """LogitLens of the arm, and its alignment with the first mixture of experts."""
     batches = [spread(trained.corpus.heldout_batches(), READ)]
     result: Result = {"kl_by_layer": kl_by_layer(trained.model, batches)}
-    memory = trained.model.memory
-    if memory is not None:
+    if trained.job.arm != "moe":
         other = trained.partner("moe").model
-        depth = len(other.blocks)
-        cka, itself = MinibatchCKA(depth, depth), MinibatchCKA(depth, depth)
+        cka = MinibatchCKA(len(other.blocks), len(other.blocks))
         for batch in _parts(batches):
-            others = states(other, batch)
-            cka.add(states(trained.model, batch), others)
-            itself.add(others, others)
-        alignment = cka.alignment(memory.layers)
+            cka.add(states(trained.model, batch), states(other, batch))
+        memory = trained.model.memory
+        alignment = cka.alignment(() if memory is None else memory.layers)
         result["aligned"] = alignment.aligned_L.tolist()
-        result["itself_aligned"] = itself.alignment().aligned_L.tolist()
         result["similarity"] = [
             [round(value, 4) for value in line] for line in alignment.similarity_LR.tolist()
         ]
@@ -101,34 +103,45 @@ def _tables(config: ComparisonConfig, runs: Runs) -> list[Iterator[str]]:
 
 
 def _layers(config: ComparisonConfig, runs: Runs) -> Iterator[str]:
-    """KL of both arms, and where the memory arm's layers lie among the other's."""
-    moe, memory = runs.get("moe", {}), runs.get("memory", {})
-    seeds = sorted(moe.keys() & memory.keys())
+    """KL(layer || final) of all arms, and where layers lie among those of the first mixture of
+    experts."""
+    moe, memory, again = (runs.get(arm, {}) for arm in ("moe", "memory", "again"))
+    seeds = sorted(moe.keys() & memory.keys() & again.keys())
     if not seeds:
-        yield "No pair has run."
+        yield "No seed has all arms."
         return
     marks = before_memory(config.base.moe.layers, config.base.memory.layers)
     yield from head(
-        *("layer", "KL, MoE", "KL, MoE + memory", "difference"),
-        *("memory resembles", "MoE resembles itself", "difference"),
+        *("layer", "KL, MoE", "other weights minus MoE", "memory minus MoE"),
+        *("other weights resemble", "memory resembles", "difference"),
     )
+
+    def each(by_seed: Mapping[int, Result], key: str, layer: int) -> list[float]:
+        return [by_seed[seed][key][layer] for seed in seeds]
+
     for layer, before in enumerate(marks):
         mark = " (before the memory)" if before else ""
-        cells = []
-        for results, key, other, digits in (
-            (moe, "kl_by_layer", "kl_by_layer", 4),
-            (memory, "itself_aligned", "aligned", 2),
-        ):
-            one = [results[seed][key][layer] for seed in seeds]
-            two = [memory[seed][other][layer] for seed in seeds]
-            more = [b - a for a, b in zip(one, two, strict=True)]
-            means = [fixed(sum(values) / len(seeds), digits) for values in (one, two)]
-            cells.append((*means, mean_and_error(more, digits)))
-        (kl_moe, kl_memory, kl_more), (itself, resembles, later) = cells
-        yield row(f"{layer}{mark}", kl_moe, kl_memory, kl_more, resembles, itself, later)
+        kls = [each(arm, "kl_by_layer", layer) for arm in (moe, again, memory)]
+        places = [each(arm, "aligned", layer) for arm in (again, memory)]
+        yield row(
+            f"{layer}{mark}",
+            fixed(fmean(kls[0]), 4),
+            *(mean_and_error(_minus(more, kls[0]), 4) for more in kls[1:]),
+            *(fixed(fmean(place), 2) for place in places),
+            mean_and_error(_minus(places[1], places[0]), 2),
+        )
+
+
+def _minus(ones: list[float], others: list[float]) -> list[float]:
+    return [one - other for one, other in zip(ones, others, strict=True)]
 
 
 DEPTH = Comparison(
-    "depth", _arms, (("memory", "moe"),), _measure, _tables, after={"memory": "moe"}
+    "depth",
+    _arms,
+    (("memory", "moe"), ("again", "moe")),
+    _measure,
+    _tables,
+    after={"memory": "moe", "again": "moe"},
 ).study
 """The depth of a memory."""

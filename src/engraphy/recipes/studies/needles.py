@@ -1,8 +1,9 @@
 """Does a memory help to find needles in a text (RULER), or is it the conv? And in a longer text?
 
 All arms train on the mix with needle texts among its rows. First the mixture of experts tries up
-to three shares of such rows, until it writes between 20 and 80 % of the answers: a baseline that
-writes none or all could show no difference. The other arms then train on that share.
+to three shares of such rows, until it writes between 20 and 80 % of the answers of two tasks or
+more: a baseline that writes none or all could show no difference. The other arms then train on that
+share.
 
 Longer texts: an arm is measured at 4 times the length, as it is and with YaRN, and then trained on
 with YaRN, with a tenth of the tokens. Memory and experts are compared at equal steps, and at equal
@@ -57,7 +58,7 @@ STAGES = {"as it is": "as it is", "yarn": "with YaRN", "trained": "trained on"}
 _KINDS = {
     "moe": ArmRecipe("MoE", "moe"),
     "memory": ArmRecipe("MoE + memory"),
-    "early": ArmRecipe("MoE + memory, at equal loss"),
+    "early": ArmRecipe("MoE + memory, stopped at equal loss"),
     "one-row": ArmRecipe("one row of each head", control="one-row"),
     "conv": ArmRecipe("MoE + conv", "conv"),
 }
@@ -72,7 +73,7 @@ class Sizes:
         length: Tokens of a row in training.
         items: Keys, values, or variables of a chain.
         cases: Of each task.
-        band: Share of the answers that the baseline has to write, from and to.
+        band: Share of the answers of `tasks` tasks that the baseline has to write, from and to.
         heldout: About as many held-out tokens are read at 4 times the length.
     """
 
@@ -80,6 +81,7 @@ class Sizes:
     items: int = 4
     cases: int = 100
     band: tuple[float, float] = (0.2, 0.8)
+    tasks: int = 2
     heldout: int = 200_000
 
 
@@ -127,24 +129,26 @@ def _asked(config: NeedlesConfig, results: ResultsByJob) -> Mapping[str, int]:
         name = _named("moe", share)
         job = config.job(name, config.seeds[0], config.rates[0])
         asked[name] = 1
-        score = _mean_score(results[job]) if job in results else None
-        if score is None or _inside(score, config):
+        miss = _miss(results[job], config) if job in results else None
+        if miss is None:
             others = (_named(kind, share) for kind in _KINDS if kind != "moe")
             asked |= dict.fromkeys(others, len(config.seeds))
-            asked[name] = 1 if score is None else len(config.seeds)
+            asked[name] = len(config.seeds) if job in results else 1
             break
-        misses += (LOW if score < config.sizes.band[0] else HIGH,)
+        misses += (miss,)
     return asked
 
 
-def _inside(score: float, config: NeedlesConfig) -> bool:
+def _miss(result: Result, config: NeedlesConfig) -> str | None:
+    """None = the baseline writes as many answers as it should; else LOW or HIGH, whichever more
+    tasks are."""
     low, high = config.sizes.band
-    return low <= score <= high
-
-
-def _mean_score(result: Result) -> float:
-    """Share of the answers written at the length of training, over all tasks."""
-    return statistics.fmean(score["score"] for score in result["needles"].values())
+    scores = [score["score"] for score in result["needles"].values()]
+    below = sum(score < low for score in scores)
+    above = sum(score > high for score in scores)
+    if len(scores) - below - above >= config.sizes.tasks:
+        return None
+    return LOW if below >= above else HIGH
 
 
 def _text(corpus: Corpus, recipe: ArmRecipe, config: NeedlesConfig, seed: int) -> NeedleRows:
@@ -253,7 +257,8 @@ def _tables(config: NeedlesConfig, runs: Runs) -> list[Iterator[str]]:
     parts = [_tried(config, runs)]
     share = _right_share(config, runs)
     if share is not None:
-        parts += [_at_length(runs, share), _long_texts(runs, share), _long_pairs(runs, share)]
+        parts += [_at_length(runs, share), _stops(runs, share)]
+        parts += [_long_texts(runs, share), _long_pairs(runs, share)]
     return parts
 
 
@@ -261,7 +266,7 @@ def _right_share(config: NeedlesConfig, runs: Runs) -> float | None:
     """The share whose baseline writes as many answers as it should; None = none of them does."""
     for share in SHARES:
         result = runs.get(_named("moe", share), {}).get(config.seeds[0])
-        if result is not None and _inside(_mean_score(result), config):
+        if result is not None and _miss(result, config) is None:
             return share
     return None
 
@@ -274,11 +279,12 @@ def _tried(config: NeedlesConfig, runs: Runs) -> Iterator[str]:
         result = runs.get(_named("moe", share), {}).get(seed)
         if result is not None:
             scores = [fixed(result["needles"][task]["score"], 3) for task in TASKS]
-            yield row(f"{share:.0%}", fixed(_mean_score(result), 3), *scores)
+            yield row(f"{share:.0%}", fixed(_score_of(None)(result), 3), *scores)
     low, high = config.sizes.band
     right = _right_share(config, runs)
     yield ""
-    asked = f"The mixture of experts has to write {low:.0%} to {high:.0%} of the answers"
+    asked = f"The mixture of experts has to write {low:.0%} to {high:.0%} of the answers of "
+    asked += f"{config.sizes.tasks} tasks or more"
     if right is None:
         yield f"{asked}: no share does that so far, so no other arm is trained."
     else:
@@ -301,6 +307,17 @@ def _at_length(runs: Runs, share: float) -> Iterator[str]:
             yield row(f"{recipe.label} minus MoE", str(len(shared_seeds(by_seed, moe))), *gaps)
 
 
+def _stops(runs: Runs, share: float) -> Iterator[str]:
+    """Where the arm that stops at equal loss stopped, beside the loss of the mixture of experts."""
+    yield from head("stopped at equal loss", "tokens", "of", "held-out loss", "of MoE", "")
+    early, moe = runs.get(_named("early", share), {}), runs[_named("moe", share)]
+    for seed in shared_seeds(early, moe):
+        (tokens, loss), (whole, aim) = (r[seed]["heldout_curve"][-1] for r in (early, moe))
+        reached = "reached" if loss <= aim else "not reached"
+        losses = fixed(loss, 4), fixed(aim, 4)
+        yield row(f"seed {seed}", f"{tokens:,}", f"{whole:,}", *losses, reached)
+
+
 def _long_texts(runs: Runs, share: float) -> Iterator[str]:
     """Answers written and held-out loss in texts 4 times as long, by stage."""
     yield from head(f"texts {FACTOR} times as long", "seeds", "held-out loss", "mean", *TASKS)
@@ -316,7 +333,7 @@ def _long_pairs(runs: Runs, share: float) -> Iterator[str]:
     """The memory minus the experts after the training on longer texts, and what either gained."""
     yield from head("paired by seed, trained on", "seeds", "held-out loss", "mean", *TASKS)
     moe = runs[_named("moe", share)]
-    for kind, when in (("memory", "at equal steps"), ("early", "at equal loss")):
+    for kind, when in (("memory", "at equal steps"), ("early", "stopped at equal loss")):
         by_seed = runs.get(_named(kind, share), {})
         seeds = shared_seeds(by_seed, moe)
         if seeds:
