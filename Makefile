@@ -41,11 +41,18 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/engraphy
 # Modules are compiled at their first use: pip would compile all of torch, on one CPU.
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
-EDITABLE := $(PIP) --no-build-isolation --config-settings build-dir=build/native --editable
+EDITABLE := $(PIP) --no-deps --no-build-isolation --config-settings build-dir=build/native --editable .
+# The packages of the project and of an extra, one a line.
+PACKAGES := import sys, tomllib; \
+	project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["dependencies"], *project["optional-dependencies"].get(sys.argv[1], ()), sep="\n")
 
-# pip says nothing when a native build fails, so this does; and CMake would remember the compiler that failed.
+# Packages are fetched while the core compiles. pip says nothing when a native build fails, so this
+# does; and CMake would remember the compiler that failed.
 define install
-$(EDITABLE) $(1) || { rm -rf build/native; exit 1; }
+$(PY) -c '$(PACKAGES)' "$(1)" >$(VENV)/packages
+$(PIP) --requirement $(VENV)/packages & packages=$$!; \
+	$(EDITABLE) || { wait $$packages; rm -rf build/native; exit 1; }; wait $$packages
 @$(PY) -c "from engraphy import _native; print('native core:', _native.reason); exit(_native.core is None)" || \
 	rm -rf build/native
 @touch $@
@@ -172,14 +179,14 @@ $(VENV)/tools: constraints.txt
 	@touch $@
 
 $(VENV)/installed-user: $(VENV)/tools $(SOURCES)
-	$(call install,.)
+	$(call install)
 
 $(VENV)/installed-dev: $(VENV)/tools $(SOURCES)
-	$(call install,".[dev]")
+	$(call install,dev)
 	@touch $(VENV)/installed-user
 
 # The tools of the site alone: it is built from what the files say, so nothing is compiled for it.
-DOCS_TOOLS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 $(VENV)/installed-docs: $(VENV)/installed-user pyproject.toml
-	$(PIP) $$($(PY) -c '$(DOCS_TOOLS)')
+	$(PY) -c '$(PACKAGES)' docs >$(VENV)/packages
+	$(PIP) --requirement $(VENV)/packages
 	@touch $@
