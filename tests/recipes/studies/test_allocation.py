@@ -87,9 +87,9 @@ def test_the_tables_have_the_rho_of_the_paper(name):
 def test_a_share_below_both_ends_is_shown_on_the_seeds_that_did_not_choose_it():
     text = curve(named(4.0, 3.9, 3.8, 3.7, 3.8, 3.9))
     assert "Lowest on seed 0: rho 0.43." in text
-    expected = "On the other seeds, which did not choose it: -0.3000 ± 0.0000 minus all experts, "
-    assert f"{expected}-0.2000 ± 0.0000 minus the fewest." in text
-    assert "| -0.3000 ± 0.0000 | -0.2000 ± 0.0000 |" in text
+    expected = "On the other seeds, which did not choose it: minus all experts -0.3000 ± 0.0000 *, "
+    assert f"{expected}minus the fewest -0.2000 ± 0.0000 *." in text
+    assert "| -0.3000 ± 0.0000 * | -0.2000 ± 0.0000 * |" in text
 
 
 def test_a_drop_that_then_stays_flat_has_its_lowest_loss_at_an_end():
@@ -103,7 +103,7 @@ def test_luck_of_the_seed_that_chose_is_not_in_the_verdict():
     losses = named(4.0, 3.9, 3.8, 3.75, 3.72, 3.7)
     text = curve(losses, lucky=("rho-0.5", 0.2))
     assert "Lowest on seed 0: rho 0.43." in text
-    assert "-0.2500 ± 0.0000 minus all experts, +0.0500 ± 0.0000 minus the fewest." in text
+    assert "minus all experts -0.2500 ± 0.0000 *, minus the fewest +0.0500 ± 0.0000 *." in text
 
 
 def test_the_shares_of_an_allocation_end_where_no_expert_is_left_over():

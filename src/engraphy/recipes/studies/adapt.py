@@ -28,6 +28,7 @@ from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch, Runs
 from .study import Study, check_seeds, run_study, study_table
 from .tables import (
+    LEGEND,
     NONE,
     fixed,
     head,
@@ -279,7 +280,7 @@ def _made_with(
     yield (
         f"{base['text']['source']}: {tokens['training']:,} tokens to train on (each run sees "
         f"{config.tokens:,}), {tokens['heldout']:,} held out; {tokens['general']:,} tokens of "
-        "general text. ± is one standard error over seeds."
+        f"general text. {LEGEND}"
     )
     yield from made_with(results.values())
     yield missing([job.name for job in jobs if job not in results])

@@ -130,8 +130,8 @@ def _lowest(config: ComparisonConfig, runs: Runs, rhos: Mapping[str, float]) -> 
     unseen = {seed: result for seed, result in runs[best].items() if seed != first}
     most, fewest = (_difference(unseen, runs[end]) for end in _ends(config))
     yield (
-        f"On the other seeds, which did not choose it: {most} minus all experts, "
-        f"{fewest} minus the fewest."
+        f"On the other seeds, which did not choose it: minus all experts {most}, "
+        f"minus the fewest {fewest}."
     )
 
 

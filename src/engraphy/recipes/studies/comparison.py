@@ -44,7 +44,7 @@ from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch, Runs
 from .same_run import same_run
 from .study import Study
-from .tables import made_with, markdown, rate_table
+from .tables import LEGEND, made_with, markdown, rate_table
 from .trained import Trained
 
 DTYPE = "float32"
@@ -393,5 +393,5 @@ def _line(result: Result) -> str:
 def _made_with(config: ComparisonConfig, results: Any) -> Iterator[str]:
     tokens = f"{config.tokens:,} tokens for each run"
     left = "" if config.rho is None else f", {config.rho:.0%} of the experts beside a memory"
-    yield f"{config.data}, {tokens}{left}. ± is one standard error over seeds."
+    yield f"{config.data}, {tokens}{left}. {LEGEND}"
     yield from made_with(results)

@@ -25,7 +25,7 @@ from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch
 from .study import Study, check_seeds, run_study, study_table
-from .tables import made_with, markdown, rate_table
+from .tables import LEGEND, made_with, markdown, rate_table
 
 RATES = (3e-3, 6e-3, 1e-2)
 DTYPE = "float32"
@@ -163,7 +163,7 @@ def _table(config: StudyConfig, jobs: Sequence[Job], results: dict, out: Path) -
 
 def _made_with(config: StudyConfig, results: Mapping[StudyJob, Result]) -> Iterator[str]:
     tokens = f"{config.tokens:,} tokens for each run"
-    yield f"{config.data}, {tokens}. ± is one standard error over seeds."
+    yield f"{config.data}, {tokens}. {LEGEND}"
     yield from made_with(results.values())
 
 

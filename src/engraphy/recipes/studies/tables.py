@@ -11,6 +11,10 @@ from .queue import Result
 
 NONE = "–"
 """A cell without a value."""
+CHANCE = 0.05
+"""Differences whose p-value is below this get a star."""
+LEGEND = "± is one standard error over seeds; * is beyond chance (t-test over seeds, 5 %)."
+"""What stands below tables with `mean_and_error`."""
 
 
 def markdown(parts: Iterable[Iterable[str]]) -> str:
@@ -35,12 +39,36 @@ def fixed(value: float | None, digits: int = 4) -> str:
 
 
 def mean_and_error(values: Sequence[float], digits: int = 4) -> str:
-    """Mean of values of different seeds, and its standard error if there are two or more."""
+    """Mean of differences of different seeds; its standard error if there are two or more, and a
+    star if it is beyond chance."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:+.{digits}f}"
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    star = " *" if p_value(values) < CHANCE else ""
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}{star}"
+
+
+def p_value(values: Sequence[float]) -> float:
+    """The two-sided t-test of two or more values: how likely is a mean as far from 0 by chance?
+
+    The integral of Student's distribution is a finite sum for whole degrees of freedom (Abramowitz
+    and Stegun, 26.7.3 and 26.7.4).
+    """
+    mean = abs(statistics.mean(values))
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    freedom = len(values) - 1
+    if not mean:
+        return 1.0
+    angle = math.atan2(mean, error * math.sqrt(freedom))
+    first = 1 + freedom % 2
+    term = math.cos(angle) if first == 2 else 1.0
+    total = term if freedom > 1 else 0.0
+    for power in range(first, freedom - 1, 2):
+        term *= power / (power + 1) * math.cos(angle) ** 2
+        total += term
+    inside = math.sin(angle) * total
+    return 1 - (inside if first == 1 else 2 / math.pi * (angle + inside))
 
 
 def shared_seeds(one: Mapping[int, Result], other: Mapping[int, Result]) -> list[int]:
