@@ -12,18 +12,12 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ..data.packing import Batch, Batches
 from ..errors import ConfigError, DigestMismatch
@@ -32,6 +26,7 @@ from ..system.files import make_folder, publish_folder, write_errors, write_file
 from ..system.lfs import refuse_pointer
 from ..system.signals import stopping
 from ..train import OptimizerPair, RowAdagrad, RowAdam, RowNesterov, RowOptimizer
+from ..train.checkpoint import load_optimizers, read_state, write_state
 from ..train.dtype import autocast
 from .model import LM
 from .optimizers import OPTIMIZERS, SCHEDULES
@@ -228,15 +223,7 @@ class Run:
         return final
 
     def _write(self, partial: Path) -> None:
-        table_id = ""
-        if self.model.memory is not None and self.pair.rows is not None:
-            table_id = self.model.memory.write_table(partial / "table")
-            self.pair.rows.save(partial / "moments", table_id)
-        tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        save_file(tensors, partial / "dense.safetensors", metadata={"table_id": table_id})
-        # An open file: given a path, torch would not say what went wrong.
-        with open(partial / "optimizer.pt", "wb") as file:
-            torch.save(self.pair.dense.state_dict(), file)
+        table_id = write_state(partial, self.model.state_dict, self.pair)
         where = {"step": self.step_index, "table_id": table_id, **self._identity()}
         (partial / "run.json").write_text(json.dumps(where, indent=1))
 
@@ -248,7 +235,7 @@ class Run:
             DigestMismatch: Its table is another one's.
         """
         where = described(path)
-        optimizer, tensors, table_id = _read(path)
+        state = read_state(path)
         mismatches = [
             f"{key}: expected {mine}, found {where.get(key)}"
             for key, mine in self._identity().items()
@@ -256,16 +243,13 @@ class Run:
         ]
         if mismatches:
             raise ConfigError(f"{path} belongs to another run: " + "; ".join(mismatches))
-        if table_id != where["table_id"]:
+        if state.table_id != where["table_id"]:
             raise DigestMismatch(
-                f"{path}: the dense weights belong to table {table_id}, "
+                f"{path}: the dense weights belong to table {state.table_id}, "
                 f"run.json to {where['table_id']}"
             )
-        if self.model.memory is not None and self.pair.rows is not None:
-            self.model.memory.read_table(path / "table", table_id)
-            self.pair.rows.load(path / "moments", where["table_id"])
-        self.model.load_state_dict(tensors)
-        self.pair.dense.load_state_dict(optimizer)
+        load_optimizers(path, state, self.pair)
+        self.model.load_state_dict(state.tensors)
         self.step_index = where["step"]
 
     def _identity(self) -> dict[str, Any]:
@@ -398,25 +382,9 @@ def described(checkpoint: Path) -> dict[str, Any]:
             raise TypeError(f"a dtype of {where['config']['dtype']!r}")
         return where
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _no_checkpoint(checkpoint, error) from None
-
-
-def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
-    """State of the dense optimiser, dense tensors, and the id of the table that they belong to."""
-    try:
-        optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-        with safe_open(checkpoint / "dense.safetensors", framework="pt") as file:
-            table_id = (file.metadata() or {}).get("table_id")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, ValueError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        for name in ("run.json", "optimizer.pt", "dense.safetensors"):
-            refuse_pointer(checkpoint / name, ConfigError)
-        raise _no_checkpoint(checkpoint, error) from None
-    return optimizer, tensors, table_id
-
-
-def _no_checkpoint(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path}: expected a checkpoint, found {type(error).__name__}: {error}")
+        refuse_pointer(checkpoint / "run.json", ConfigError)
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{checkpoint}: expected a checkpoint, found {found}") from None
 
 
 def _least_heldout(metrics: Path) -> float:
