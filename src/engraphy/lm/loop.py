@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,11 +21,17 @@ from typing import Any, NamedTuple, Protocol
 from ..data.packing import Batch, Batches
 from ..errors import ConfigError, DigestMismatch
 from ..eval.losses import heldout_parts, losses_of
-from ..system.files import make_folder, publish_folder, write_errors, write_file
+from ..system.files import make_folder, write_errors, write_file
 from ..system.lfs import refuse_pointer
 from ..system.signals import stopping
 from ..train import OptimizerPair, RowAdagrad, RowAdam, RowNesterov, RowOptimizer
-from ..train.checkpoint import load_optimizers, read_state, write_state
+from ..train.checkpoint import (
+    checkpoints,
+    load_optimizers,
+    read_state,
+    save_checkpoint,
+    write_state,
+)
 from ..train.dtype import autocast
 from .model import LM
 from .optimizers import OPTIMIZERS, SCHEDULES
@@ -212,15 +217,7 @@ class Run:
         Raises:
             WriteFailed: The system refused. The older ones are still there.
         """
-        final = folder / f"checkpoint-{self.step_index:08d}"
-        if final.exists():
-            return final
-        older = checkpoints(folder)
-        with publish_folder(final, last="run.json") as partial:
-            self._write(partial)
-        for path in older:
-            shutil.rmtree(path)
-        return final
+        return save_checkpoint(folder, self.step_index, self._write)
 
     def _write(self, partial: Path) -> None:
         table_id = write_state(partial, self.model.state_dict, self.pair)
@@ -366,11 +363,6 @@ def heldout_loss(model: LM, batches: Batches, dtype: str = "float32") -> float:
         total += float(part.losses_M.sum())
         count += len(part.losses_M)
     return total / count
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints below `folder`, oldest first."""
-    return sorted(folder.glob("checkpoint-????????"))
 
 
 def described(checkpoint: Path) -> dict[str, Any]:

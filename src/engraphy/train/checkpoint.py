@@ -1,12 +1,13 @@
-"""What a training needs to go on: the dense weights and their optimiser, the table and the moments
-of its rows. A checkpoint of any kind holds these files beside its own.
+"""Checkpoints of a training: folders `checkpoint-NNNNNNNN`, each complete once it has that name.
 
-Safetensors and tables say what they are; the dense optimiser's state is a file of torch.
+`write_state` writes what any training needs to go on: the dense weights and their optimiser, the
+table and the moments of its rows. A training adds a file run.json of its own.
 """
 
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,43 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..system.files import publish_folder
 from ..system.lfs import refuse_pointer
 from .pair import OptimizerPair
 
 _OPTIMIZER, _DENSE = "optimizer.pt", "dense.safetensors"
 _TABLE, _MOMENTS = "table", "moments"
 _DAMAGES = (OSError, ValueError, KeyError, SafetensorError, RuntimeError, pickle.UnpicklingError)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below `folder`, oldest first."""
+    return sorted(folder.glob("checkpoint-????????"))
+
+
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Writes a checkpoint below `folder`, which appears whole, then removes the older ones.
+
+    Args:
+        folder: Of the training.
+        step: Steps that are done. A checkpoint of this step that is there is left as it is.
+        write: Fills an empty folder, run.json included.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        WriteFailed: The system refuses. The older ones are still there.
+    """
+    final = folder / f"checkpoint-{step:08d}"
+    if final.exists():
+        return final
+    older = checkpoints(folder)
+    with publish_folder(final, last="run.json") as partial:
+        write(partial)
+    for path in older:
+        shutil.rmtree(path)
+    return final
 
 
 class State(NamedTuple):

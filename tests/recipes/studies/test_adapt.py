@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 from engraphy import VocabMap
 from engraphy.cli.app import app
 from engraphy.errors import ConfigError
-from engraphy.recipes.studies import adapt_run
+from engraphy.lm.cross_entropy import mean_cross_entropy
+from engraphy.recipes.studies import adapt_training
 from engraphy.recipes.studies import study as engine
 from engraphy.recipes.studies.adapt import BASE, AdaptConfig, Job, adapt_study, tables
 from engraphy.recipes.studies.adapt_arms import LABELS, adapt, memory_config, rates_of
-from engraphy.recipes.studies.adapt_run import Texts, hidden, train
+from engraphy.recipes.studies.adapt_run import Texts, hidden
+from engraphy.recipes.studies.adapt_training import train
 from engraphy.recipes.studies.queue import Results, write_result
 
 VOCAB = 61
@@ -35,6 +37,10 @@ BEST = {
 
 @pytest.fixture
 def model():
+    return tiny()
+
+
+def tiny():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -234,12 +240,12 @@ def test_a_result_at_a_rate_that_is_not_tried_chooses_nothing(config):
 def test_a_rate_at_which_training_diverges_is_a_result(model, texts, config, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, torch.inf])
     monkeypatch.setattr(
-        adapt_run,
+        adapt_training,
         "mean_cross_entropy",
         lambda x, head, target: (x.sum() * 0 + next(losses)).requires_grad_(),
     )
     adapted = adapt(model, VocabMap.identity(VOCAB), "memory", rows_per_head=50, seed=1)
-    told = train(adapted, texts, Job("memory", 1, 3e-3, 2048, 50, "tiny"))
+    told = train(adapted, texts, Job("memory", 1, 3e-3, 2048, 50, "tiny"), tmp_path / "work")
     assert told["diverged_at"] == 2 and told["training_curve"] == [1.0, 2.0]
     found = {
         config.job("memory", 0, lr): made_up(config.job("memory", 0, lr))
@@ -282,7 +288,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, match):
 
 
 @pytest.mark.parametrize("arm", LABELS)
-def test_only_what_an_arm_says_is_trained(model, texts, arm):
+def test_only_what_an_arm_says_is_trained(model, texts, arm, tmp_path):
     vocab = VocabMap.identity(VOCAB)
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
     adapted = adapt(model, vocab, arm, rows_per_head=50, seed=1)
@@ -294,7 +300,7 @@ def test_only_what_an_arm_says_is_trained(model, texts, arm):
         if adapted.memory is not None
         else {}
     )
-    told = train(adapted, texts, Job(arm, 1, 3e-3, 2048, 50, "tiny"))
+    told = train(adapted, texts, Job(arm, 1, 3e-3, 2048, 50, "tiny"), tmp_path)
     for name, value in adapted.model.state_dict().items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if plain in frozen:
@@ -312,6 +318,62 @@ def test_only_what_an_arm_says_is_trained(model, texts, arm):
             len(np.unique(part)) == 16
             for part in adapted.memory.addresser.all_rows(np.arange(1, 50)[None]).reshape(2, -1)
         )
+
+
+@pytest.mark.parametrize("arm", LABELS)
+@pytest.mark.parametrize("left", [3, 8])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(texts, arm, left, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_training, "SAVED", 3)
+    job = Job(arm, 1, 3e-3, 2048, 50, "tiny")
+
+    def fresh():
+        return adapt(tiny(), VocabMap.identity(VOCAB), arm, rows_per_head=50, seed=1)
+
+    straight, broken = fresh(), fresh()
+    expected = train(straight, texts, job, tmp_path / "straight")
+    trained = iter(range(left))
+
+    def crash(x, head, target):
+        if next(trained, None) is None:
+            raise KeyboardInterrupt
+        return mean_cross_entropy(x, head, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt_training, "mean_cross_entropy", crash)
+        if left < 8:
+            with pytest.raises(KeyboardInterrupt):
+                train(broken, texts, job, tmp_path / "broken")
+        else:
+            train(broken, texts, job, tmp_path / "broken")
+    resumed = fresh()
+    found = train(resumed, texts, job, tmp_path / "broken")
+    assert {**found, "minutes": 0} == {**expected, "minutes": 0}
+    values = dict(resumed.model.named_parameters())
+    assert all(torch.equal(values[name], p) for name, p in straight.model.named_parameters())
+    if straight.memory is not None:
+        for layer, store in straight.memory.stores.items():
+            rows = np.arange(store.info.rows)
+            assert (resumed.memory.stores[layer].gather(rows) == store.gather(rows)).all()
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_training, "SAVED", 3)
+    vocab = VocabMap.identity(VOCAB)
+    job = Job("memory", 1, 3e-3, 2048, 50, "tiny")
+    train(adapt(tiny(), vocab, "memory", 50, 1), texts, job, tmp_path)
+    with pytest.raises(ConfigError, match="expected a checkpoint of .*'lr': 0.01"):
+        other = dataclasses.replace(job, lr=1e-2)
+        train(adapt(tiny(), vocab, "memory", 50, 1), texts, other, tmp_path)
+    others = dataclasses.replace(texts, training=texts.training[1:])
+    with pytest.raises(ConfigError, match="expected a checkpoint of .*'data'"):
+        train(adapt(tiny(), vocab, "memory", 50, 1), others, job, tmp_path)
+    (checkpoint,) = tmp_path.iterdir()
+    for name in ("used-1.npy", "run.json", "dense.safetensors"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:-30])
+        with pytest.raises(ConfigError, match="expected a checkpoint"):
+            train(adapt(tiny(), vocab, "memory", 50, 1), texts, job, tmp_path)
+        (checkpoint / name).write_bytes(whole)
 
 
 def test_lora_has_the_sizes_that_it_is_compared_at(model):

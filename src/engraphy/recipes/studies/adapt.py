@@ -22,7 +22,8 @@ import torch
 from ...addresses.vocab import VocabMap
 from ...errors import ConfigError
 from .adapt_arms import LABELS, adapt, check_arm, memory_config, merged_hash, rates_of
-from .adapt_run import BASE, BATCH, CONTEXT, Job, load_texts, measure, train
+from .adapt_run import BASE, BATCH, CONTEXT, Job, load_texts, measure
+from .adapt_training import train
 from .queue import Job as StudyJob
 from .queue import Result, ResultsByJob
 from .rates import Rates, RateSearch, Runs
@@ -133,7 +134,8 @@ def _run(job: Job, config: AdaptConfig, work: Path) -> Result:
     if job.arm != BASE:
         vocab = VocabMap.from_tokenizer(tokenizer, raw_size=model.config.vocab_size)
         adapted = adapt(model, vocab, job.arm, job.rows_per_head, job.seed)
-        result |= train(adapted, texts, job)
+        folder = work / f"{job.tokens}" / job.name.removesuffix(".json")
+        result |= train(adapted, texts, job, folder)
         result["memory"] = merged_hash(memory_config(model.config, vocab, job.rows_per_head))
         model = adapted.model
     result |= measure(model, tokenizer, texts)

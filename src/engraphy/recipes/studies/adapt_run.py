@@ -1,9 +1,8 @@
-"""One run of the adaptation study: its texts, training on the domain, and what is measured."""
+"""One run of the adaptation study: its texts, and what is measured."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from ...eval import choices
 from ...eval.bands import NgramCounts, loss_by_band
 from ...eval.losses import Losses, mean_with_error
 from ...hf.backbone import unwrapped
-from ...lm.cross_entropy import mean_cross_entropy, token_cross_entropy
-from .adapt_arms import Adapted
+from ...lm.cross_entropy import token_cross_entropy
 from .queue import Job as StudyJob
 from .queue import Result
 
@@ -103,54 +101,6 @@ def load_texts(general: Path, tokenizer: Any) -> Texts:
 
 def _encoded(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     return [np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def train(adapted: Adapted, texts: Texts, job: Job) -> Result:
-    """Trains on `job.tokens` tokens of the domain, shuffled by the seed. Stops at the first step
-    whose loss is not finite.
-
-    Returns:
-        sizes (with the table values that were updated), epochs, steps, step_tokens,
-        training_curve (mean loss of each tenth), minutes of processor time; and diverged_at, the
-        step whose loss was not finite, if there was one.
-    """
-    batches = Batches(texts.training, texts.end_id, batch=BATCH, tokens=CONTEXT, seed=job.seed)
-    steps = job.tokens // batches.tokens_per_step
-    losses: list[float] = []
-    used: dict[int, set[int]] = {}  # rows by layer
-    diverged: dict[str, int] = {}
-    pair = adapted.optimizers(job.lr)
-    adapted.model.train()
-    began = time.process_time()
-    for step in range(steps):
-        ids_BT, targets_BT, starts_BT = batches[step]
-        x_BTD, head = hidden(adapted.model, ids_BT, starts_BT)
-        loss = mean_cross_entropy(x_BTD.flatten(0, 1), head, targets_BT.flatten())
-        if not torch.isfinite(loss):
-            diverged["diverged_at"] = step
-            break
-        loss.backward()
-        if adapted.memory is not None:
-            for part in adapted.memory.row_grads:
-                used.setdefault(part.layer, set()).update(np.unique(part.ids).tolist())
-        pair.step(step / steps)
-        losses.append(float(loss.detach()))
-    tenth = max(1, steps // 10)
-    parts = [losses[first : first + tenth] for first in range(0, len(losses), tenth)]
-    dim = adapted.memory.config.dim if adapted.memory is not None else 0
-    return {
-        "sizes": {
-            **asdict(adapted.sizes),
-            "bytes": adapted.sizes.bytes,
-            "table_updated": sum(map(len, used.values())) * dim,
-        },
-        "epochs": round(steps / len(batches), 3),
-        "steps": steps,
-        "step_tokens": batches.tokens_per_step,
-        "training_curve": [round(float(np.mean(part)), 4) for part in parts],
-        "minutes": round((time.process_time() - began) / 60, 2),
-        **diverged,
-    }
 
 
 def measure(model: Any, tokenizer: Any, texts: Texts) -> Result:
