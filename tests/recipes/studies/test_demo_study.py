@@ -97,7 +97,7 @@ def test_tables_hold_rates_choice_arms_and_paired_differences(queued, tmp_path):
     assert told_by(text, "MoE + one-row table (same sizes, one row of each head in use)") == [
         ["2,573,184", "836,480", "0.006", "3.8500", "3.8600", "3.8700", "3.8600", "2.0"]
     ]
-    gap = f"-0.1010 ± {np.std([0, 1e-3, 2e-3], ddof=1) / 3**0.5:.4f}"
+    gap = f"-0.1010 ± {np.std([0, 1e-3, 2e-3], ddof=1) / 3**0.5:.4f} *"
     assert told_by(text, "MoE + memory minus MoE") == [["3", gap, gap, gap]]
     for line in (
         "wiki, 4,000 tokens for each run.",
