@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from dataclasses import asdict
 
 import numpy as np
@@ -24,6 +25,7 @@ from engraphy.recipes.studies.adapt_arms import LABELS, adapt, memory_config, ra
 from engraphy.recipes.studies.adapt_run import Texts, hidden
 from engraphy.recipes.studies.adapt_training import train
 from engraphy.recipes.studies.queue import Results, write_result
+from engraphy.system.signals import Terminated
 
 VOCAB = 61
 BEST = {
@@ -354,6 +356,21 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(texts, arm, left, tmp_path, 
         for layer, store in straight.memory.stores.items():
             rows = np.arange(store.info.rows)
             assert (resumed.memory.stores[layer].gather(rows) == store.gather(rows)).all()
+
+
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(texts, tmp_path, monkeypatch):
+    steps = iter(range(9))
+
+    def signalled(x, head, target):
+        if next(steps) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return mean_cross_entropy(x, head, target)
+
+    monkeypatch.setattr(adapt_training, "mean_cross_entropy", signalled)
+    adapted = adapt(tiny(), VocabMap.identity(VOCAB), "memory", rows_per_head=50, seed=1)
+    with pytest.raises(Terminated, match="stopped at step 2 of 8"):
+        train(adapted, texts, Job("memory", 1, 3e-3, 2048, 50, "tiny"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(texts, tmp_path, monkeypatch):
