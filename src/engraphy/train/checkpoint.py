@@ -77,7 +77,7 @@ def write_state(
     """Writes weights, optimisers and rows into a folder.
 
     Args:
-        folder: There, without files of an earlier call.
+        folder: Exists, and holds none of these files.
         tensors: Returns the dense weights by name, as `state_dict` does. It is called once the
             table is written, since a memory's state names the rows that it belongs to.
         pair: The optimisers. Its rows are those of the memory that learns; without rows there is no

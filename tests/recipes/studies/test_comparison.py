@@ -206,3 +206,21 @@ def test_the_cost_counts_what_is_missing_alone():
 def test_invalid_settings_are_refused(fields, found):
     with pytest.raises(ConfigError, match=found):
         ComparisonConfig(**fields)
+
+
+def test_arms_keep_the_keys_that_committed_results_have():
+    page = PAGES["baseline"]
+    recipes = page.study.jobs.__self__.recipes(page.config)
+    for path in (ROOT / "results" / "baseline").glob("*.json"):
+        result = json.loads(path.read_text())
+        assert recipes[result["job"]["arm"]].key(page.config.base) == result["recipe"], path.name
+
+
+def test_another_draw_begins_with_other_weights_and_has_a_key_of_its_own():
+    base, vocab = backbone("smallest"), VocabMap.identity(512)
+    arms = [ArmRecipe("a", "moe", draw=draw) for draw in (0, 1, 1)]
+    first, other, again = (
+        dict(build(arm, base, vocab, 0, 0)[0].named_parameters())["head.weight"] for arm in arms
+    )
+    assert (other == again).all() and not (first == other).any()
+    assert len({arm.key(base) for arm in arms}) == 2

@@ -156,17 +156,23 @@ class _Training:
         tenth = max(1, self.steps // 10)
         firsts = range(0, len(self.losses), tenth)
         parts = [self.losses[first : first + tenth] for first in firsts]
-        dim = memory.config.dim if memory is not None else 0
-        return {
+        values = 0 if memory is None else memory.config.dim * self._rows_used()
+        result: Result = {
             "sizes": {
                 **asdict(sizes),
                 "bytes": sizes.bytes,
-                "table_updated": sum(int(rows.sum()) for rows in self.used.values()) * dim,
+                "table_updated": values,
             },
             "epochs": round(self.steps / len(self.batches), 3),
             "steps": self.steps,
             "step_tokens": self.batches.tokens_per_step,
             "training_curve": [round(float(np.mean(part)), 4) for part in parts],
             "minutes": round(self.seconds / 60, 2),
-            **({"diverged_at": len(self.losses)} if self.diverged else {}),
         }
+        if self.diverged:
+            result["diverged_at"] = len(self.losses)
+        return result
+
+    def _rows_used(self) -> int:
+        """Number of rows that were updated, of all layers."""
+        return sum(int(rows.sum()) for rows in self.used.values())

@@ -44,8 +44,8 @@ class ArmRecipe:
         until: Name of another arm: training stops once the held-out loss is as low as its last one.
         fingerprint_bits: Of the index of hot n-grams, if `memory.hot` gives them rows; None: it is
             exact.
-        draw: 0 = weights and rows begin as the run's seed gives them, in all arms alike; n = an
-            n-th draw of them, on the same text.
+        draw: 0 = weights and rows begin as the run's seed gives them, as in the other arms; 1, 2
+            and so on = they begin with other values. The text stays the same.
 
     Raises:
         ConfigError: The kind is unknown.

@@ -73,7 +73,8 @@ class Sizes:
         length: Tokens of a row in training.
         items: Keys, values, or variables of a chain.
         cases: Of each task.
-        band: Share of the answers of `tasks` tasks that the baseline has to write, from and to.
+        band: Share of a task's answers that the baseline has to write, from and to.
+        tasks: Tasks in which it has to, at least.
         heldout: About as many held-out tokens are read at 4 times the length.
     """
 
@@ -140,8 +141,8 @@ def _asked(config: NeedlesConfig, results: ResultsByJob) -> Mapping[str, int]:
 
 
 def _miss(result: Result, config: NeedlesConfig) -> str | None:
-    """None = the baseline writes as many answers as it should; else LOW or HIGH, whichever more
-    tasks are."""
+    """None = the baseline writes as many answers as it should. Else the side of the band on which
+    more tasks lie, LOW or HIGH."""
     low, high = config.sizes.band
     scores = [score["score"] for score in result["needles"].values()]
     below = sum(score < low for score in scores)
