@@ -46,6 +46,16 @@ def parse_rates(texts: list[str]) -> tuple[tuple[str, float], ...]:
         raise ConfigError(f"rate: expected ARM=RATE, found {', '.join(texts)!r}") from None
 
 
+def split_rates(texts: list[str]) -> tuple[tuple[float, ...], tuple[tuple[str, float], ...]]:
+    """Rates of all arms, ascending, and (arm, rate) of texts such as "0.004" and "memory=0.01".
+    Raises ConfigError if one is anything else."""
+    try:
+        everywhere = tuple(sorted({float(text) for text in texts if "=" not in text}))
+    except ValueError:
+        raise ConfigError(f"rate: expected RATE or ARM=RATE, found {', '.join(texts)!r}") from None
+    return everywhere, parse_rates([text for text in texts if "=" in text])
+
+
 def with_books(data: str, books: Path | None) -> str:
     """The mix `data` with the books of a folder. Raises ConfigError if `data` is no mix."""
     if books is None:

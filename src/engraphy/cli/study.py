@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from ..recipes.studies import COMPARISONS, STUDIES
-from .arguments import BOOKS, DATA, SEEDS, parse_rates, with_books
+from .arguments import BOOKS, DATA, SEEDS, parse_rates, split_rates, with_books
 from .terminal import errors
 
 app = typer.Typer(
@@ -98,7 +98,8 @@ def _comparison(name: str) -> Callable[..., None]:
     """The command of a comparison."""
     # Arms that need each other have one rate; pairs that are compared by layer need enough of them.
     usual_backbone = {"depth": "deep", "hot": "wide"}.get(name, "base")
-    usual_rates = [4e-3] if name in ("depth", "needles") else [4e-3, 6e-3, 8e-3]
+    usual_rates = (4e-3,) if name in ("depth", "needles") else (4e-3, 6e-3, 8e-3)
+    tried = ", ".join(f"{lr:g}" for lr in usual_rates)
 
     def run(
         out: Path | None = typer.Option(
@@ -110,8 +111,10 @@ def _comparison(name: str) -> Callable[..., None]:
         data: str = typer.Option("mix", help=STUDIES[name].options["data"]),
         books: Path | None = BOOKS,
         backbone: str = typer.Option(usual_backbone, help=_BACKBONE),
-        rate: list[float] = typer.Option(
-            usual_rates, help="Learning rate to try; may be repeated. One is not searched."
+        rate: list[str] = typer.Option(
+            [],
+            help=f"Learning rate to try; may be repeated. One is not searched. By default {tried}. "
+            "ARM=RATE: this arm runs at it, without a search.",
         ),
         rho: float | None = typer.Option(
             None, help="Share of the experts that a memory leaves; by default 0.75."
@@ -130,9 +133,11 @@ def _comparison(name: str) -> Callable[..., None]:
                 config = study.config.smallest()
             else:
                 seed_list = tuple(range(seeds))
-                rates = tuple(sorted(set(rate)))
+                rates, known = split_rates(rate)
                 text = with_books(data, books)
-                config = study.config(seed_list, tokens, text, backbone, rates, rho)
+                config = study.config(
+                    seed_list, tokens, text, backbone, rates or usual_rates, rho, known
+                )
             kind = "smallest/" if smallest else ""
             folder = Path(f"results/{kind}{name}") if out is None else out
             typer.echo(f"{name}: {study_cost(study, config, folder)}")

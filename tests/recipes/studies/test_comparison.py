@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engraphy import VocabMap
+from engraphy.cli.arguments import split_rates
 from engraphy.errors import ConfigError
 from engraphy.lm.loop import Run
 from engraphy.recipes.studies import COMPARISONS, STUDIES
@@ -149,7 +150,7 @@ def test_a_result_of_the_same_run_beside_it_is_taken_and_no_other(tmp_path, monk
 
     other_runs = {
         "recipe": ("controls", "memory", config),
-        "measure": ("where", "moe", config),
+        "measure": ("where", "moe", config),  # asks for more than the result has
         "tokens": ("allocation", "rho-1", dataclasses.replace(config, tokens=640)),
         "rate": ("allocation", "rho-1", dataclasses.replace(config, rates=(4e-3,))),
     }
@@ -159,6 +160,40 @@ def test_a_result_of_the_same_run_beside_it_is_taken_and_no_other(tmp_path, monk
     (results / "baseline/other-seed0-lr0.003.json").write_text("{")
     with pytest.raises(ConfigError, match="other-seed0-lr0.003.json: expected the result of a run"):
         run_arm("allocation", "rho-0.9", config, results / "damaged", tmp_path / "damaged")
+
+
+def test_a_result_that_says_more_is_taken_as_well(tmp_path, monkeypatch):
+    config = ComparisonConfig((0,), 512, str(words(tmp_path)), "smallest", (3e-3,))
+    results = tmp_path / "results"
+    run_arm("where", "moe", config, results / "where", tmp_path / "work")
+    monkeypatch.setattr(Run, "step", lambda run: pytest.fail("a step"))
+    line = run_arm("baseline", "moe", config, results / "baseline", tmp_path / "none")
+    name = config.job("moe", 0, 3e-3).name
+    assert line == f"{name}: the same as {results / 'where' / name}"
+
+
+def test_an_arm_whose_rate_is_known_searches_none():
+    config = ComparisonConfig((0, 1), rates=(3e-3, 6e-3), arm_rates=(("moe", 4e-3),))
+    study = STUDIES["where"].load()
+    jobs = study.jobs(config, {})
+    assert [(job.seed, job.lr) for job in jobs if job.arm == "moe"] == [(0, 4e-3), (1, 4e-3)]
+    assert [(job.seed, job.lr) for job in jobs if job.arm == "memory"] == [(0, 3e-3), (0, 6e-3)]
+    assert {job.lr for job in jobs if job.arm == "moe-half"} == {4e-3}
+    assert study.cost(config, {}).startswith("13 runs or more, ")
+    for arm in ("moe-half", "nothing"):
+        other = dataclasses.replace(config, arm_rates=((arm, 4e-3),))
+        with pytest.raises(ConfigError, match=f"one of moe, memory, found {arm}"):
+            study.jobs(other, {})
+    with pytest.raises(ConfigError, match="depth: expected one rate for all arms"):
+        depth = dataclasses.replace(config, rates=(3e-3,), arm_rates=(("moe-12", 4e-3),))
+        STUDIES["depth"].load().jobs(depth, {})
+
+
+def test_rates_of_a_command_are_of_all_arms_or_of_one():
+    assert split_rates(["6e-3", "memory=0.008", "4e-3"]) == ((4e-3, 6e-3), (("memory", 8e-3),))
+    for text in ("fast", "memory=fast"):
+        with pytest.raises(ConfigError, match=f"RATE, found '{text}'"):
+            split_rates([text])
 
 
 def test_several_rates_are_searched_on_the_first_seed_and_one_is_not():
@@ -199,6 +234,9 @@ def test_the_cost_counts_what_is_missing_alone():
         ({"tokens": 0}, "tokens: expected 1 or more"),
         ({"rates": (2e-3, 1e-3)}, "ascending rates"),
         ({"rates": ()}, "ascending rates"),
+        ({"rates": (float("nan"),)}, "ascending rates"),
+        ({"arm_rates": (("moe", 0.0),)}, "arm_rates: expected one above 0 an arm"),
+        ({"arm_rates": (("moe", 1e-3), ("moe", 2e-3))}, "arm_rates: expected one above 0 an arm"),
         ({"rho": 1.5}, "rho: expected a share between 0 and 1, found 1.5"),
         ({"seeds": (1, 1)}, "all different"),
     ],

@@ -138,6 +138,13 @@ class Comparison:
         """The runs over rates and seeds."""
         like = self.like(config.base)
         rates = {arm: _rates(config.rates) for arm in self.recipes(config) if arm not in like}
+        known = dict(config.arm_rates)
+        if not known.keys() <= rates.keys():
+            raise ConfigError(
+                f"arm_rates: expected arms of {self.name} that search their rate, one of "
+                f"{', '.join(rates)}, found {', '.join(known.keys() - rates.keys())}"
+            )
+        rates |= {arm: Rates.fixed(lr) for arm, lr in known.items()}
         return RateSearch(rates, config.seeds, config.job, validation_loss, like)
 
     def _cost(self, config: ComparisonConfig, results: ResultsByJob) -> str:
@@ -146,8 +153,8 @@ class Comparison:
         jobs = self._jobs(config, results)
         done = Counter(job.arm for job in jobs if job in results)
         seeds = self._seeds(config, results)
-        like = self.like(config.base)
-        tried = {name: 1 if name in like else len(config.rates) for name in arms}
+        search = self.search(config).rates
+        tried = {name: len(search[name].first) if name in search else 1 for name in arms}
         missing = {name: max(0, tried[name] + seeds.get(name, 0) - 1 - done[name]) for name in arms}
         return str(cost_of(arms, missing, config.base, config.tokens))
 
@@ -155,8 +162,9 @@ class Comparison:
         """Seed by seed, so that what stops early has whole comparisons; arms that search no rate
         come last."""
         like = self.like(config.base)
-        if self.after.keys() - like.keys() and len(config.rates) > 1:
-            raise ConfigError(f"{self.name}: expected one rate for all arms, found {config.rates}")
+        if self.after.keys() - like.keys() and (len(config.rates) > 1 or config.arm_rates):
+            found = (*config.rates, *config.arm_rates)
+            raise ConfigError(f"{self.name}: expected one rate for all arms, found {found}")
         shares = [arm.rho for arm in self.recipes(config).values() if arm.has_share]
         if config.rho is not None and None not in shares:
             raise ConfigError(
@@ -198,7 +206,7 @@ class Comparison:
             train(run, folder, True, corpus.heldout_batches(), until=until, watch=watch)
         model = run.model.eval()
         metrics = curves(folder)
-        shared = {"recipe": self._trained_as(job, config)} if self._is_plain else {}
+        shared = {"recipe": self._trained_as(job, config)} if self._is_usual else {}
         counts = NgramCounts.of_batches(study_text(run.batches, job.tokens), corpus.vocab_size)
         losses = Losses(model, corpus.heldout_batches(), counts, DTYPE)
         return {
@@ -277,7 +285,7 @@ class Comparison:
 
     @property
     def _is_plain(self) -> bool:
-        """Whether results say what those of any study say, and no more."""
+        """Whether the result of any study that trains as usual says all that is asked for."""
         return self._is_usual and self.measure is _measure_nothing
 
     def _trained_as(self, job: Job, config: ComparisonConfig) -> str:
@@ -312,7 +320,7 @@ class Comparison:
         found = search.runs(results)
         runs = {name: found[name] for name in labels if name in found}
         parts = [sizes_table(config.base.rows())]
-        if len(config.rates) > 1:
+        if any(len(rates.first) > 1 for rates in search.rates.values()):
             losses = {arm: search.losses(arm, results) for arm in search.rates}
             title = f"validation loss, seed {config.seeds[0]}"
             tried = sorted({lr for by_rate in losses.values() for lr in by_rate})

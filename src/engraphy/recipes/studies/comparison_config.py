@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,6 +45,7 @@ class ComparisonConfig:
         rates: Learning rates that each arm tries; one = no search.
         rho: Share of the experts that a memory leaves, unless an arm says otherwise; None = the
             backbone's.
+        arm_rates: (arm, learning rate) of arms whose rate is known: they search none.
 
     Raises:
         ConfigError: A setting is invalid.
@@ -54,6 +57,7 @@ class ComparisonConfig:
     backbone: str = "base"
     rates: tuple[float, ...] = (4e-3, 6e-3, 8e-3)
     rho: float | None = None
+    arm_rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_seeds(self.seeds)
@@ -61,8 +65,11 @@ class ComparisonConfig:
         if self.tokens < 1:
             raise ConfigError(f"tokens: expected 1 or more, found {self.tokens}")
         require_books(self.data, self.tokens)
-        if not self.rates or min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
+        if not self.rates or not _valid(self.rates) or list(self.rates) != sorted(set(self.rates)):
             raise ConfigError(f"rates: expected ascending rates above 0, found {self.rates}")
+        known = dict(self.arm_rates)
+        if len(known) < len(self.arm_rates) or not _valid(known.values()):
+            raise ConfigError(f"arm_rates: expected one above 0 an arm, found {self.arm_rates}")
         if self.rho is not None and not 0 < self.rho < 1:
             raise ConfigError(f"rho: expected a share between 0 and 1, found {self.rho}")
 
@@ -90,3 +97,7 @@ class ComparisonConfig:
             length=base.length,
             seed=seed,
         )
+
+
+def _valid(rates: Iterable[float]) -> bool:
+    return all(0 < lr < math.inf for lr in rates)
