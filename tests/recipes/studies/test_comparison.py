@@ -165,10 +165,10 @@ def test_a_result_of_the_same_run_beside_it_is_taken_and_no_other(tmp_path, monk
 def test_a_result_that_says_more_is_taken_as_well(tmp_path, monkeypatch):
     config = ComparisonConfig((0,), 512, str(words(tmp_path)), "smallest", (3e-3,))
     results = tmp_path / "results"
-    run_arm("where", "moe", config, results / "where", tmp_path / "work")
+    run_arm("where", "memory", config, results / "where", tmp_path / "work")
     monkeypatch.setattr(Run, "step", lambda run: pytest.fail("a step"))
-    line = run_arm("baseline", "moe", config, results / "baseline", tmp_path / "none")
-    name = config.job("moe", 0, 3e-3).name
+    line = run_arm("baseline", "memory", config, results / "baseline", tmp_path / "none")
+    name = config.job("memory", 0, 3e-3).name
     assert line == f"{name}: the same as {results / 'where' / name}"
 
 

@@ -223,6 +223,7 @@ class Comparison:
                     run,
                     corpus,
                     frequent,
+                    counts,
                     losses,
                     partial(self._partner, job, config, corpus, work),
                     config,

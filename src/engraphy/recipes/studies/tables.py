@@ -44,7 +44,7 @@ def mean_and_error(values: Sequence[float], digits: int = 4) -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:+.{digits}f}"
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    error = _error(values)
     star = " *" if p_value(values) < CHANCE else ""
     return f"{mean:+.{digits}f} ± {error:.{digits}f}{star}"
 
@@ -56,7 +56,7 @@ def p_value(values: Sequence[float]) -> float:
     and Stegun, 26.7.3 and 26.7.4).
     """
     mean = abs(statistics.mean(values))
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    error = _error(values)
     freedom = len(values) - 1
     if not mean:
         return 1.0
@@ -69,6 +69,11 @@ def p_value(values: Sequence[float]) -> float:
         total += term
     inside = math.sin(angle) * total
     return 1 - (inside if first == 1 else 2 / math.pi * (angle + inside))
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean of two or more values."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def shared_seeds(one: Mapping[int, Result], other: Mapping[int, Result]) -> list[int]:

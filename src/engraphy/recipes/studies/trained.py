@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.corpus import Corpus
+from ...eval.bands import NgramCounts
 from ...eval.losses import Losses
 from ...lm import LM
 from ...lm.loop import Run
@@ -22,7 +23,8 @@ class Trained(NamedTuple):
         run: Its training, which has ended.
         corpus: The text that it was trained on.
         frequent: The most frequent n-grams of that text.
-        losses: On all held-out tokens.
+        counts: N-grams of the part of it that all arms of this many tokens see.
+        losses: On all held-out tokens, by these counts.
         partner: The name of another arm -> its training, of the same seed and rate, at its end.
         config: Of the study.
         job: The run.
@@ -34,6 +36,7 @@ class Trained(NamedTuple):
     run: Run
     corpus: Corpus
     frequent: Frequent
+    counts: NgramCounts
     losses: Losses
     partner: Callable[[str], Run]
     config: Any

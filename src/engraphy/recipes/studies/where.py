@@ -10,7 +10,6 @@ import numpy as np
 
 from ...data.corpus import Corpus
 from ...data.packing import Batch
-from ...eval.bands import NgramCounts
 from ...eval.kinds import KINDS, target_kinds
 from ...eval.losses import Losses
 from .arm_recipe import ArmRecipe
@@ -55,9 +54,8 @@ def _measure(trained: Trained) -> Result:
     result: Result = {"loss_by_group": _means(losses.losses, groups)}
     memory = trained.model.memory
     if memory is not None:
-        counts = NgramCounts.of_batches(batches, corpus.vocab_size)
         with memory.disabled():
-            off = Losses(trained.model, corpus.heldout_batches(), counts, DTYPE)
+            off = Losses(trained.model, corpus.heldout_batches(), trained.counts, DTYPE)
         result["off"] = {
             "validation_loss": float(off.losses.mean()),
             "loss_by_frequency": off.by_bucket(),
