@@ -9,6 +9,7 @@ pages are up to date.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from engraphy.recipes.studies.comparison_config import ComparisonConfig
 from engraphy.recipes.studies.hot import HOT, HotConfig
 from engraphy.recipes.studies.queue import Results
 from engraphy.recipes.studies.study import Study, study_table
+from engraphy.recipes.studies.where import WHERE
 from tests.tools.paths import ROOT
 
 MARK = "one file a run.\n"
@@ -66,7 +68,8 @@ class Page:
 
 
 _CAMPAIGN = ComparisonConfig(tokens=6_000_000, data="mix+books:books", rates=(4e-3, 6e-3))
-_SETTINGS = "--data mix --books books --tokens 6000000 --rate 4e-3 --rate 6e-3"
+_TEXT = "--data mix --books books --tokens 6000000"
+_SETTINGS = f"{_TEXT} --rate 4e-3 --rate 6e-3"
 
 PAGES: Mapping[str, Page] = {
     "baseline": Page(
@@ -82,6 +85,13 @@ PAGES: Mapping[str, Page] = {
         HotConfig(backbone="wide"),
         "engraphy study hot",
         "hot",
+    ),
+    "where": Page(
+        "where.md",
+        WHERE,
+        dataclasses.replace(_CAMPAIGN, arm_rates=(("moe", 6e-3), ("memory", 8e-3))),
+        f"engraphy study where {_TEXT} --rate moe=6e-3 --rate memory=8e-3",
+        "where",
     ),
 }
 """The pages, by the names of their studies."""
